@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""target/vm: everything here can be deleted, and nothing half-written is ever trusted."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import shutil
+import tempfile
+
+PROJECT = pathlib.Path(__file__).resolve().parents[3]
+CACHE = pathlib.Path(os.environ.get("KVMFAULT_VM_CACHE") or PROJECT / "target/vm")
+
+
+class Unavailable(Exception):
+    """This machine cannot do it; the message says why and what mends it."""
+
+
+@contextlib.contextmanager
+def locked(name):
+    """One process at a time fills an entry; the kernel drops the lock if it dies."""
+    (CACHE / "locks").mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "locks" / name.replace("/", "_"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def scratch(prefix="work-"):
+    """A directory for this process alone, gone afterwards."""
+    (CACHE / "tmp").mkdir(parents=True, exist_ok=True)
+    path = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=CACHE / "tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def entry(name, fill):
+    """The directory of a cache entry, made by fill(directory) if it isn't there yet.
+
+    It appears under its name by one rename, complete or not at all.
+    """
+    path = CACHE / name
+    if path.exists():
+        return path
+    with locked(name):
+        if not path.exists():
+            with scratch() as work:
+                fill(work)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.chmod(work, 0o755)
+                os.rename(work, path)
+    return path

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Debian packages without touching /etc/apt: the same mirrors and keys, our own list of suites."""
+
+import functools
+import os
+import re
+import subprocess
+
+from .cache import CACHE, Unavailable, locked
+
+# bookworm has 6.1 and 6.12 whatever Debian runs here; the backports of its successor have the newest kernel.
+SUITES = ["bookworm", "bookworm-updates", "trixie-backports"]
+SECURITY_SUITES = ["bookworm-security"]
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+
+def run(*command, **options):
+    try:
+        return subprocess.run(command, check=True, text=True, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options).stdout
+    except FileNotFoundError:
+        raise Unavailable(f"{command[0]} not found: kernels are taken from Debian packages")
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip() or error.stdout.strip() or "no message").splitlines()[-1]
+        raise Unavailable(f"{' '.join(command)} failed: {last}")
+
+
+def mirrors():
+    """(Debian's mirror, its security mirror) as this machine is configured."""
+    targets = run("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages")
+    main = security = None
+    for line in targets.splitlines():
+        uri, release = line.split()
+        if release.endswith("-security") or "/updates" in release:
+            security = security or uri
+        elif release.endswith("-updates") or release in ("stable", "oldstable", "bookworm", "trixie", "forky", "sid"):
+            main = main or uri
+    if not main:
+        raise Unavailable("no Debian mirror in this machine's apt configuration (/etc/apt/sources.list.d); "
+                          "add one, e.g. deb https://deb.debian.org/debian bookworm main")
+    return main, security
+
+
+class Apt:
+    """apt-get and apt-cache over our suites; state and lists live in the cache."""
+
+    def __init__(self):
+        self.home = CACHE / "apt"
+        self.conf = self.home / "apt.conf"
+
+    def configure(self):
+        for directory in ("lists/partial", "cache/archives/partial"):
+            (self.home / directory).mkdir(parents=True, exist_ok=True)
+        (self.home / "status").touch()
+        main, security = mirrors()
+        signed = f"Signed-By: {KEYRING}\n" if os.path.exists(KEYRING) else ""
+        sources = f"Types: deb\nURIs: {main}\nSuites: {' '.join(SUITES)}\nComponents: main\n{signed}\n"
+        if security:
+            sources += f"Types: deb\nURIs: {security}\nSuites: {' '.join(SECURITY_SUITES)}\nComponents: main\n{signed}"
+        (self.home / "debian.sources").write_text(sources)
+        # Read last (-c), so that it also clears the hooks of the machine's own configuration.
+        self.conf.write_text(f'''
+Dir::Etc::sourcelist "{self.home}/debian.sources";
+Dir::Etc::sourceparts "-";
+Dir::State "{self.home}";
+Dir::State::lists "{self.home}/lists";
+Dir::State::status "{self.home}/status";
+Dir::Cache "{self.home}/cache";
+APT::Architecture "amd64";
+APT::Architectures {{ "amd64"; }};
+APT::Sandbox::User "";
+APT::Get::List-Cleanup "true";
+Acquire::Languages "none";
+Acquire::Retries "3";
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear Acquire::IndexTargets::deb::DEP-11;
+''')
+
+    def update(self):
+        """Fetches the lists, once a process."""
+        if not getattr(Apt, "fresh", False):
+            with locked("apt"):
+                self.configure()
+                run("apt-get", "-c", str(self.conf), "-q", "update")
+            Apt.fresh = True
+
+    def candidates(self, package):
+        """Every version of a package: its control fields, newest version first."""
+        self.update()
+        try:
+            shown = run("apt-cache", "-c", str(self.conf), "show", package)
+        except Unavailable:
+            return []
+        found = []
+        for paragraph in shown.split("\n\n"):
+            fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", paragraph, re.M))
+            if fields.get("Package") == package and fields not in found:
+                found.append(fields)
+        return sorted(found, key=functools.cmp_to_key(newer_first))
+
+    def unpack(self, package, version, directory):
+        """Downloads (apt checks the signature) and unpacks one package."""
+        self.update()
+        downloads = directory / "download"
+        downloads.mkdir(parents=True, exist_ok=True)
+        run("apt-get", "-c", str(self.conf), "-q", "download", f"{package}={version}", cwd=downloads)
+        for deb in downloads.glob("*.deb"):
+            run("dpkg", "-x", str(deb), str(directory))
+            deb.unlink()
+        downloads.rmdir()
+
+
+def newer_first(a, b):
+    if a["Version"] == b["Version"]:
+        return 0
+    newer = subprocess.run(["dpkg", "--compare-versions", a["Version"], "gt", b["Version"]]).returncode == 0
+    return -1 if newer else 1
