@@ -10,9 +10,8 @@ import os
 import pathlib
 import subprocess
 import sys
-import tarfile
 
-from kvmfault_vm import cache, kernels, machine
+from kvmfault_vm import cache, kernels, machine, source
 from kvmfault_vm.cache import Unavailable
 from kvmfault_vm.packages import Apt
 
@@ -41,22 +40,7 @@ def fetch(kernel, work):
             raise Unavailable(f"Debian's mirror has no {package} {kernel.version} any more; "
                               f"remove {kernel.directory} to go on with the current version")
         apt.unpack(package, kernel.version, work / "packages")
-    archive = next(work.glob("packages/usr/src/linux-source-*.tar.xz"))
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            _, _, name = member.name.partition("/")
-            if any(name.startswith(s) for s in SOURCES) and member.isfile():
-                member.name = name
-                tar.extract(member, work / "source")
-    archive.unlink()
-
-
-def run(*command, log, **options):
-    with open(log, "a") as out:
-        print("+", *command, file=out, flush=True)
-        if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, **options).returncode:
-            tail = "\n".join(log.read_text().splitlines()[-20:])
-            raise Unavailable(f"{' '.join(map(str, command))} failed; the last lines:\n{tail}")
+    source.extract(work / "packages", SOURCES, work / "source")
 
 
 def compile_modules(kernel, origin, patches, work):
@@ -64,7 +48,7 @@ def compile_modules(kernel, origin, patches, work):
     subprocess.run(["cp", "-r", origin / "source", tree], check=True)
     (tree / "include/trace").mkdir()
     for patch in patches:
-        run("patch", "-p1", "--fuzz=0", "--no-backup-if-mismatch", "-i", patch, cwd=tree, log=log)
+        source.run("patch", "-p1", "--fuzz=0", "--no-backup-if-mismatch", "-i", patch, cwd=tree, log=log)
 
     makefile = tree / "arch/x86/kvm/Makefile"
     text = makefile.read_text()
@@ -79,11 +63,11 @@ def compile_modules(kernel, origin, patches, work):
     top = headers.with_name(headers.name.replace("-cloud-amd64", "-common")) / "Makefile"
     (tree / "headers.mk").write_text(f"include {top}\n")
     # Without BTF: it needs pahole, and nothing here reads it.
-    run("make", "-C", headers, "-f", tree / "headers.mk", f"M={tree}/arch/x86/kvm", f"-j{os.cpu_count()}",
+    source.run("make", "-C", headers, "-f", tree / "headers.mk", f"M={tree}/arch/x86/kvm", f"-j{os.cpu_count()}",
         "CONFIG_KVM=m", "CONFIG_KVM_X86=m", "CONFIG_KVM_AMD=m", "CONFIG_KVM_INTEL=n", "CONFIG_DEBUG_INFO_BTF_MODULES=",
         "modules", log=log)
     for module in ("kvm.ko", "kvm-amd.ko"):
-        run("strip", "-g", "-o", work / module, tree / "arch/x86/kvm" / module, log=log)
+        source.run("strip", "-g", "-o", work / module, tree / "arch/x86/kvm" / module, log=log)
     subprocess.run(["rm", "-rf", tree], check=True)
 
 

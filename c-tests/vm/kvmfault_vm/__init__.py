@@ -9,5 +9,9 @@
     machine    one run of QEMU: console in, output and exit status out
     guestlog   what the guest kernel's log says of its health
     command    vm-run
+    cases      the lines that a test runner prints
     tier       the whole matrix
+    source     compiling parts of the kernel's source
+    selftest   the kernel's own test of demand paging
+    cache      target/vm
 """

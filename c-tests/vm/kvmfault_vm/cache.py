@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 
 PROJECT = pathlib.Path(__file__).resolve().parents[3]
 CACHE = pathlib.Path(os.environ.get("KVMFAULT_VM_CACHE") or PROJECT / "target/vm")
@@ -25,11 +26,21 @@ def locked(name):
         yield
 
 
+def sweep():
+    """Removes what killed processes have left behind."""
+    for path in (CACHE / "tmp").iterdir():
+        owner = path.name.split("-")[0]
+        with contextlib.suppress(OSError):
+            if not pathlib.Path("/proc", owner).exists() and time.time() - path.stat().st_mtime > 600:
+                shutil.rmtree(path, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def scratch(prefix="work-"):
     """A directory for this process alone, gone afterwards."""
     (CACHE / "tmp").mkdir(parents=True, exist_ok=True)
-    path = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=CACHE / "tmp"))
+    sweep()
+    path = pathlib.Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-{prefix}", dir=CACHE / "tmp"))
     try:
         yield path
     finally:

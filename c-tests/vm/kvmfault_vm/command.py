@@ -47,11 +47,16 @@ def build_modules(kernel_name):
     """The directory of our patched kvm.ko and kvm-amd.ko."""
     if kernel_name != kernels.PATCHED:
         raise Unavailable(f"--abi: the KVM patch is for --kernel {kernels.PATCHED}, not for {kernel_name}")
-    build = subprocess.run([PROJECT / "c-tests/kernel/build"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    if build.returncode == UNAVAILABLE:
+    build = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", "--", PROJECT / "c-tests/kernel/build"],
+                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    try:
+        directory = build.communicate()[0].strip()
+    finally:
+        build.terminate()
+        build.wait()
+    if build.returncode:
         raise Unavailable("the patched KVM modules could not be built (see above)")
-    build.check_returncode()
-    return build.stdout.strip()
+    return directory
 
 
 def run(kernel, command, copies, *, abi=None, module_directory=None, hugepages=0, smp=2, memory="2048",
