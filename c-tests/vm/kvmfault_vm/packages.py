@@ -11,6 +11,7 @@ from .cache import CACHE, Unavailable, locked
 # bookworm has 6.1 and 6.12 whatever Debian runs here; the backports of its successor have the newest kernel.
 SUITES = ["bookworm", "bookworm-updates", "trixie-backports"]
 SECURITY_SUITES = ["bookworm-security"]
+RELEASES = ["bookworm", "trixie", "forky", "sid", "oldstable", "stable", "testing", "unstable"]
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
@@ -26,19 +27,16 @@ def run(*command, **options):
 
 
 def mirrors():
-    """(Debian's mirror, its security mirror) as this machine is configured."""
-    targets = run("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages")
-    main = security = None
-    for line in targets.splitlines():
-        uri, release = line.split()
-        if release.endswith("-security") or "/updates" in release:
-            security = security or uri
-        elif release.endswith("-updates") or release in ("stable", "oldstable", "bookworm", "trixie", "forky", "sid"):
-            main = main or uri
+    """(Debian's mirror, its security mirror or None) as this machine is configured, fetched lists or not."""
+    uris = run("apt-get", "--print-uris", "update")
+    found = re.findall(r"^'(\S+/)dists/(\S+?)/InRelease'", uris, re.M)
+    security = [uri for uri, suite in found if re.search(r"-security$|/updates$", suite)]
+    # Others have suites called `stable`, too: Debian's own is the one with a path of its name, if there is one.
+    main = sorted((uri for uri, suite in found if suite in RELEASES), key=lambda uri: "/debian/" not in uri)
     if not main:
         raise Unavailable("no Debian mirror in this machine's apt configuration (/etc/apt/sources.list.d); "
                           "add one, e.g. deb https://deb.debian.org/debian bookworm main")
-    return main, security
+    return main[0], security[0] if security else None
 
 
 class Apt:
