@@ -1,0 +1,8 @@
+//! Gives the cdylib the SONAME that rustc leaves out. The installed library gets its own from the Makefile, with a symbol map.
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    println!(
+        "cargo:rustc-cdylib-link-arg=-Wl,-soname,libkvmfault.so.{}",
+        std::env::var("CARGO_PKG_VERSION_MAJOR").unwrap_or_default()
+    );
+}

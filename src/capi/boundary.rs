@@ -1,0 +1,417 @@
+//! What every entry does: no panic gets out, handles are checked, errors get a message, structures are read by their size.
+
+use super::types::*;
+use crate::error::{fail, Error, Result};
+use crate::resolve::seat::Seat;
+use crate::vcpu::Vcpu;
+use arc_swap::ArcSwapOption;
+use once_cell::sync::{Lazy, OnceCell};
+use std::cell::UnsafeCell;
+use std::ffi::{c_char, c_int};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+const MESSAGE_LEN: usize = 1024;
+
+thread_local! {
+    static MESSAGE: UnsafeCell<[u8; MESSAGE_LEN]> = const { UnsafeCell::new([0; MESSAGE_LEN]) };
+}
+
+/// The message of the last call that failed in this thread; "" if none has. It says in English which argument or system call is to blame,
+/// and where possible what to do. Its text is for people: programs look at the -errno.
+///
+/// The string is valid until the next failing call in this thread, or the thread's end. Never NULL. Any thread.
+#[no_mangle]
+pub extern "C" fn kvmfault_last_error() -> *const c_char {
+    MESSAGE
+        .try_with(|message| message.get().cast_const().cast())
+        .unwrap_or(c"".as_ptr())
+}
+
+fn set_message(text: &str) {
+    let _ = MESSAGE.try_with(|message| {
+        let mut len = text.len().min(MESSAGE_LEN - 1);
+        while !text.is_char_boundary(len) {
+            len -= 1;
+        }
+        // SAFETY: the buffer is this thread's, and no reference to it lasts longer than this block; `len` + 1 bytes fit.
+        unsafe {
+            let buffer = message.get().cast::<u8>();
+            std::ptr::copy_nonoverlapping(text.as_ptr(), buffer, len);
+            *buffer.add(len) = 0;
+        }
+    });
+}
+
+/// For tests: the entry of this name panics.
+static PANIC_IN: Lazy<Option<String>> = Lazy::new(|| std::env::var("KVMFAULT_TEST_PANIC").ok());
+
+/// -errno and the thread's message.
+pub fn complain(error: &Error) -> c_int {
+    set_message(&error.message);
+    -error.errno.clamp(1, 4095)
+}
+
+/// Runs an entry's body. A panic becomes -ENOTRECOVERABLE, and `poison`, if there is one, is set.
+fn guarded(name: &str, poison: Option<&AtomicBool>, body: impl FnOnce() -> Result<i64>) -> i64 {
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        if PANIC_IN.as_deref() == Some(name) {
+            panic!("KVMFAULT_TEST_PANIC asked for this");
+        }
+        body()
+    }));
+    match result {
+        Ok(Ok(value)) => value,
+        Ok(Err(error)) => complain(&error).into(),
+        Err(_) => {
+            if let Some(poison) = poison {
+                poison.store(true, SeqCst);
+            }
+            complain(&Error::new(
+                libc::ENOTRECOVERABLE,
+                format!("{name}: a bug in libkvmfault: it panicked (see stderr)"),
+            ))
+            .into()
+        }
+    }
+}
+
+/// An entry without a handle.
+pub fn enter(name: &str, body: impl FnOnce() -> Result<c_int>) -> c_int {
+    guarded(name, None, || body().map(i64::from)) as c_int
+}
+
+const ALIVE: u64 = 0x6b76_6d66_6175_6c74; // "kvmfault"
+const FREED: u64 = 0x6b76_6d66_6672_6565; // "kvmffree"
+
+/// What an opaque pointer points to. Never freed itself: using or freeing a handle after it was freed is an error, not a crash.
+pub struct Handle<T> {
+    magic: AtomicU64,
+    poisoned: AtomicBool,
+    inner: ArcSwapOption<T>,
+    /// Of a vCPU.
+    seat: OnceCell<&'static Seat>,
+}
+
+/// Keeps leak checkers from calling the handles lost.
+static HANDLES: Mutex<Vec<usize>> = Mutex::new(Vec::new());
+
+/// What is behind an opaque C type.
+pub trait Opaque {
+    /// The Rust type.
+    type Inner;
+    /// What messages call the argument.
+    const NAME: &'static str;
+}
+
+impl<T> Handle<T> {
+    /// A handle for C.
+    pub fn expose<O: Opaque<Inner = T>>(inner: T) -> *mut O {
+        Handle::expose_with(inner, OnceCell::new())
+    }
+
+    fn expose_with<O: Opaque<Inner = T>>(inner: T, seat: OnceCell<&'static Seat>) -> *mut O {
+        let inner = Arc::new(inner);
+        let handle = Handle {
+            magic: AtomicU64::new(ALIVE),
+            poisoned: AtomicBool::new(false),
+            inner: ArcSwapOption::new(Some(inner)),
+            seat,
+        };
+        let handle = Box::into_raw(Box::new(handle));
+        if let Ok(mut handles) = HANDLES.lock() {
+            handles.push(handle as usize);
+        }
+        handle.cast()
+    }
+
+    /// The handle behind a pointer from C, alive or not.
+    fn find<'a, O: Opaque<Inner = T>>(pointer: *const O) -> Result<&'a Handle<T>> {
+        let handle = pointer.cast::<Handle<T>>();
+        if handle.is_null() {
+            fail!(EINVAL, "{}: is NULL", O::NAME);
+        }
+        if !handle.is_aligned() {
+            fail!(EBADF, "{}: {handle:p} is not a handle of this library", O::NAME);
+        }
+        // SAFETY: not NULL and aligned; handles are never freed, so whatever this library gave out can be read. Other pointers are
+        // beyond what can be checked, as with free(3); most are caught by the magic number.
+        let handle = unsafe { &*handle };
+        match handle.magic.load(SeqCst) {
+            ALIVE => Ok(handle),
+            FREED => fail!(EBADF, "{}: this handle was freed", O::NAME),
+            _ => fail!(EBADF, "{}: {pointer:p} is not a handle of this library", O::NAME),
+        }
+    }
+
+    fn inner<O: Opaque<Inner = T>>(&self) -> Result<Arc<T>> {
+        if self.poisoned.load(SeqCst) {
+            fail!(
+                ENOTRECOVERABLE,
+                "{}: an earlier call panicked; only freeing is left",
+                O::NAME
+            );
+        }
+        match self.inner.load_full() {
+            Some(inner) => Ok(inner),
+            None => fail!(EBADF, "{}: this handle was freed", O::NAME),
+        }
+    }
+
+    /// Frees a handle: what it held is dropped when the last call that uses it ends. NULL is nothing; a second time is an error that only
+    /// `kvmfault_last_error` tells.
+    pub fn free<O: Opaque<Inner = T>>(name: &str, pointer: *mut O, last_words: impl FnOnce(&T)) {
+        if pointer.is_null() {
+            return;
+        }
+        enter(name, || {
+            let handle = Handle::find(pointer)?;
+            if handle.magic.swap(FREED, SeqCst) == FREED {
+                fail!(EBADF, "{}: this handle was freed", O::NAME);
+            }
+            if let Some(inner) = handle.inner.swap(None) {
+                last_words(&inner);
+            }
+            Ok(0)
+        });
+    }
+}
+
+impl Handle<Vcpu> {
+    /// A vCPU's handle, which signal handlers can use too.
+    pub fn expose_vcpu(vcpu: Vcpu) -> *mut kvmfault_vcpu {
+        let seat = OnceCell::with_value(vcpu.seat());
+        Handle::expose_with(vcpu, seat)
+    }
+
+    /// For signal handlers: the vCPU's seat, without taking part in anything that can block or allocate. Seats are never freed.
+    pub fn seat_of(pointer: *const kvmfault_vcpu) -> Option<&'static Seat> {
+        let handle = pointer.cast::<Handle<Vcpu>>();
+        if handle.is_null() || !handle.is_aligned() {
+            return None;
+        }
+        // SAFETY: as in `find`.
+        let handle = unsafe { &*handle };
+        (handle.magic.load(SeqCst) == ALIVE)
+            .then_some(handle.seat.get())
+            .flatten()
+            .copied()
+    }
+}
+
+/// An entry on a handle.
+pub fn with<O: Opaque>(name: &str, pointer: *const O, body: impl FnOnce(&Arc<O::Inner>) -> Result<c_int>) -> c_int {
+    with_wide(name, pointer, |inner| body(inner).map(i64::from)) as c_int
+}
+
+/// An entry on a handle with a 64-bit result.
+pub fn with_wide<O: Opaque>(name: &str, pointer: *const O, body: impl FnOnce(&Arc<O::Inner>) -> Result<i64>) -> i64 {
+    let handle = match Handle::find(pointer) {
+        Ok(handle) => handle,
+        Err(error) => return complain(&error).into(),
+    };
+    guarded(name, Some(&handle.poisoned), || body(&handle.inner::<O>()?))
+}
+
+/// The calls that change slots and the like are not for callbacks.
+pub fn not_in_callback(name: &str) -> Result<()> {
+    if crate::resolve::in_callback() {
+        fail!(EDEADLK, "{name} must not be called from a callback of the library");
+    }
+    Ok(())
+}
+
+/// A structure that begins with `size_t size`, with the values it has where C passes a shorter one.
+///
+/// # Safety
+/// `repr(C)`, a `usize` first, and every bit pattern of the rest valid.
+pub unsafe trait Versioned: Copy {
+    /// What the header's initialiser gives.
+    const INIT: Self;
+}
+
+/// No structure of ours is longer than this; a larger size is a missing initialiser.
+const LONGEST: usize = 4096;
+
+fn size_of_c<T>(pointer: *const T, name: &str) -> Result<usize> {
+    if pointer.is_null() {
+        fail!(EINVAL, "{name}: is NULL");
+    }
+    // SAFETY: not NULL; the header says that the structure begins with its size. Unaligned is fine here.
+    let size = unsafe { pointer.cast::<usize>().read_unaligned() };
+    if !(size_of::<usize>() + 1..=LONGEST).contains(&size) {
+        fail!(EINVAL, "{name}.size: is {size}; use the header's initialiser");
+    }
+    Ok(size)
+}
+
+/// The size that C states.
+pub fn stated_size<T: Versioned>(pointer: *const T) -> Result<usize> {
+    size_of_c(pointer, "size")
+}
+
+/// Reads a structure from C: shorter ones get the initial values for the rest; longer ones must be zero beyond what is known.
+pub fn read<T: Versioned>(pointer: *const T, name: &str) -> Result<T> {
+    let size = size_of_c(pointer, name)?;
+    let mut value = T::INIT;
+    let known = size.min(size_of::<T>());
+    // SAFETY: C says that `size` bytes are there; `known` fit into the value, of which every bit pattern is valid (see the trait).
+    let tail = unsafe {
+        std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), (&raw mut value).cast::<u8>(), known);
+        std::slice::from_raw_parts(pointer.cast::<u8>().add(known), size - known)
+    };
+    if tail.iter().any(|&b| b != 0) {
+        fail!(
+            E2BIG,
+            "{name}.size: is {size}, and beyond the {known} bytes that this version knows there are values"
+        );
+    }
+    Ok(value)
+}
+
+/// Checks an output structure before anything is done; [`write`] fills it in.
+pub fn check_out<T: Versioned>(pointer: *mut T, name: &str) -> Result<()> {
+    size_of_c(pointer, name).map(|_| ())
+}
+
+/// Writes a structure to C, as much as C has room for; what C has beyond it becomes zero.
+pub fn write<T: Versioned>(pointer: *mut T, name: &str, value: &T) -> Result<()> {
+    let size = size_of_c(pointer, name)?;
+    let known = size.min(size_of::<T>());
+    let skip = size_of::<usize>(); // the caller's size stays
+                                   // SAFETY: C says that `size` bytes are there; `known` are in the value.
+    unsafe {
+        let (to, from) = (pointer.cast::<u8>(), (&raw const *value).cast::<u8>());
+        std::ptr::copy_nonoverlapping(from.add(skip), to.add(skip), known - skip);
+        std::ptr::write_bytes(to.add(known), 0, size - known);
+    }
+    Ok(())
+}
+
+/// Checks where a new handle goes, and makes it NULL.
+pub fn clear_out<T>(out: *mut *mut T, name: &str) -> Result<()> {
+    if out.is_null() {
+        fail!(EINVAL, "{name}: is NULL");
+    }
+    // SAFETY: not NULL; the header says that it points to a pointer.
+    unsafe { out.write_unaligned(std::ptr::null_mut()) };
+    Ok(())
+}
+
+/// Gives a new handle to C.
+pub fn put<T>(out: *mut *mut T, handle: *mut T) {
+    // SAFETY: `clear_out` has checked it.
+    unsafe { out.write_unaligned(handle) };
+}
+
+macro_rules! versioned {
+    ($type:ident { $($field:ident: $value:expr),* }) => {
+        // SAFETY: repr(C), size first; integers and (nullable) pointers only.
+        unsafe impl Versioned for $type {
+            const INIT: Self = {
+                // SAFETY: all-zero is a valid value of integers and nullable pointers.
+                #[allow(unused_mut)]
+                let mut init: Self = unsafe { std::mem::zeroed() };
+                init.size = size_of::<Self>();
+                $(init.$field = $value;)*
+                init
+            };
+        }
+    };
+}
+
+versioned!(kvmfault_vm_options {
+    kvm_fd: -1,
+    vm_fd: -1,
+    uffd: -1
+});
+versioned!(kvmfault_memslot { fd: -1 });
+versioned!(kvmfault_region {});
+versioned!(kvmfault_vcpu_options { fd: -1 });
+versioned!(kvmfault_memory_error_info {});
+versioned!(kvmfault_probe {});
+versioned!(kvmfault_stats {});
+versioned!(kvmfault_file_range {});
+
+/// The major version: grows when programs must be changed.
+pub const KVMFAULT_VERSION_MAJOR: c_int = 0;
+/// The minor version: grows when something is added.
+pub const KVMFAULT_VERSION_MINOR: c_int = 1;
+/// The patch version.
+pub const KVMFAULT_VERSION_PATCH: c_int = 0;
+
+/// The version of the library in use as a string, "0.1.0". Any thread.
+#[no_mangle]
+pub extern "C" fn kvmfault_version() -> *const c_char {
+    const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
+    VERSION.as_ptr().cast()
+}
+
+/// The version of the library in use as a number: major * 1000000 + minor * 1000 + patch. Compare with KVMFAULT_VERSION_NUMBER, the
+/// version that the program was compiled with. Any thread.
+#[no_mangle]
+pub extern "C" fn kvmfault_version_number() -> u32 {
+    (KVMFAULT_VERSION_MAJOR * 1_000_000 + KVMFAULT_VERSION_MINOR * 1000 + KVMFAULT_VERSION_PATCH) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_cargos() {
+        let version = format!("{KVMFAULT_VERSION_MAJOR}.{KVMFAULT_VERSION_MINOR}.{KVMFAULT_VERSION_PATCH}");
+        assert_eq!(version, env!("CARGO_PKG_VERSION"));
+    }
+
+    #[test]
+    fn structures_are_read_by_their_size() {
+        let mut short = kvmfault_vm_options::INIT;
+        short.size = 16; // up to and with vm_fd
+        (short.kvm_fd, short.vm_fd, short.uffd) = (3, 4, 77);
+        let got = read(&short, "options").unwrap();
+        assert_eq!(
+            (got.kvm_fd, got.vm_fd, got.uffd),
+            (3, 4, -1),
+            "what C didn't pass has its initial value"
+        );
+
+        #[repr(C)]
+        struct Longer {
+            known: kvmfault_file_range,
+            tail: [u8; 8],
+        }
+        let mut longer = Longer {
+            known: kvmfault_file_range::INIT,
+            tail: [0; 8],
+        };
+        longer.known.size = size_of::<Longer>();
+        let pointer = (&raw const longer).cast();
+        assert!(read::<kvmfault_file_range>(pointer, "range").is_ok());
+        let mut longer = Longer {
+            tail: [0, 0, 0, 0, 0, 0, 0, 1],
+            ..longer
+        };
+        assert_eq!(
+            read::<kvmfault_file_range>((&raw const longer).cast(), "range")
+                .unwrap_err()
+                .errno,
+            libc::E2BIG
+        );
+        write((&raw mut longer).cast(), "range", &kvmfault_file_range::INIT).unwrap();
+        assert_eq!((longer.tail, longer.known.size), ([0; 8], size_of::<Longer>()));
+
+        for size in [0, 8, LONGEST + 1, usize::MAX] {
+            let bad = kvmfault_file_range {
+                size,
+                ..kvmfault_file_range::INIT
+            };
+            assert_eq!(read(&bad, "range").unwrap_err().errno, libc::EINVAL);
+        }
+        assert!(read::<kvmfault_file_range>(std::ptr::null(), "range")
+            .unwrap_err()
+            .message
+            .contains("NULL"));
+    }
+}

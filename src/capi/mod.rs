@@ -1,0 +1,12 @@
+//! The C surface: checks what comes from C, converts it, and keeps panics in. No logic. The header is made from here by cbindgen: the
+//! comments of exported items are its documentation.
+
+#![allow(non_camel_case_types)]
+
+pub mod boundary;
+pub mod pages;
+pub mod probe;
+pub mod source;
+pub mod types;
+pub mod vcpu;
+pub mod vm;

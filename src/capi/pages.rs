@@ -1,0 +1,125 @@
+//! What the VMM does with pages.
+
+use super::boundary::{not_in_callback, with, with_wide};
+use super::types::*;
+use crate::error::{fail, Error, Result};
+use crate::memory::install::Source;
+use std::ffi::{c_int, c_void};
+
+/// Installs pages by copying `len` bytes from `src`: the guest, this process and whoever waits see them at once. Pages that are present
+/// already are skipped and keep their bytes (so a range may overlap with what others install); bytes that are in the page cache
+/// already stay as well. `gpa` and `len` are multiples of the memory's page size, inside one slot.
+///
+/// Returns 0 if at least one page was installed by this call and all of the range is present now. -EEXIST: all were present, nothing
+/// changed. -ENOENT: `gpa` is in no slot. -EINVAL: alignment, `len` 0, beyond the slot's end, NULL. -EFAULT: `src` can't be read.
+/// -EHWPOISON: a page is lost (discard it first). -ENOMEM, -ENOSPC: no memory, or the huge page pool is empty. -EAGAIN: the address
+/// space was being changed for ten seconds. On an error after some pages, those stay installed. Any thread, also in callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library. `src` needs no checks of ours: the kernel reads it.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_install(
+    vm: *const kvmfault_vm,
+    gpa: u64,
+    src: *const c_void,
+    len: u64,
+) -> c_int {
+    with("kvmfault_pages_install", vm, |vm| {
+        if src.is_null() {
+            fail!(EINVAL, "src: is NULL");
+        }
+        if (src as u64).checked_add(len).is_none() {
+            fail!(EINVAL, "len: src {src:p} plus {len:#x} wraps around");
+        }
+        vm.install(gpa, len, Source::Copy(src as u64)).map(|()| 0)
+    })
+}
+
+/// The same with zeros, without a source.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_zero(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
+    with("kvmfault_pages_zero", vm, |vm| {
+        vm.install(gpa, len, Source::Zero).map(|()| 0)
+    })
+}
+
+/// The same for shared memory whose bytes are in the page cache already: written through another mapping, or by another process. Until
+/// then nobody sees them. -EINVAL for private memory; -ENOENT if a page is not in the page cache. Needs Linux 5.13 (hugetlb) or 5.14.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_map(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
+    with("kvmfault_pages_map", vm, |vm| {
+        vm.install(gpa, len, Source::Map).map(|()| 0)
+    })
+}
+
+/// Gives absent pages up: they are LOST. vCPUs that touch them (or wait for them) get KVMFAULT_MEMORY_ERROR; host threads get SIGBUS
+/// and system calls EFAULT, as for broken hardware (before Linux 6.6: SIGSEGV). `kvmfault_pages_discard` makes them absent again.
+///
+/// Returns 0; -EEXIST if all of them are present or lost already; -ENOENT and -EINVAL as above. Any thread, also in callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_lost(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
+    with("kvmfault_pages_lost", vm, |vm| vm.lose(gpa, len).map(|()| 0))
+}
+
+/// Makes present or lost pages absent again and gives their memory back to the system: for a balloon, or for a post-copy that will fetch
+/// them anew. Pages that are being resolved stay so. Use this and not madvise(2): the library must know.
+///
+/// Returns 0; -ENOENT and -EINVAL as above; -EBUSY if vCPUs use the pages faster than they can be taken away. Any thread; not from callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_discard(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
+    with("kvmfault_pages_discard", vm, |vm| {
+        not_in_callback("kvmfault_pages_discard")?;
+        vm.discard(gpa, len).map(|()| 0)
+    })
+}
+
+/// Brings pages now, through the resolver, on the calling thread; waits for those that somebody else is bringing. For memory that must be
+/// present before something touches it that can't wait or fails quietly: with `poison-trap` that is what KVM itself accesses outside of
+/// guest instructions (kvmclock and steal-time areas before their MSRs are written; guest page tables, where
+/// `kvmfault_probe.two_dimensional_paging` is 0).
+///
+/// Returns 0 when all are present; the resolver's -errno; -EHWPOISON if a page is lost; -EINTR if a signal handler ran while waiting;
+/// -ELOOP after many KVMFAULT_RETRY; -ENOENT and -EINVAL as above. Any thread; not from callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_resolve(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
+    with("kvmfault_pages_resolve", vm, |vm| {
+        not_in_callback("kvmfault_pages_resolve")?;
+        vm.resolve(gpa, len).map(|()| 0)
+    })
+}
+
+/// The state of the page that holds `gpa`: KVMFAULT_PAGE_*, or -ENOENT if it is in no slot. Any thread, also in callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_state(vm: *const kvmfault_vm, gpa: u64) -> c_int {
+    with("kvmfault_pages_state", vm, |vm| Ok(vm.state(gpa)? as c_int))
+}
+
+/// How many pages of all memory are not there yet (absent or being resolved; pages that two slots show count once), or -errno. Takes time
+/// in proportion to the memory: about 10 ms a TiB. Any thread, also in callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_absent(vm: *const kvmfault_vm) -> i64 {
+    with_wide("kvmfault_pages_absent", vm, |vm| -> Result<i64> {
+        i64::try_from(vm.absent()).map_err(|_| Error::new(libc::EOVERFLOW, "more pages than fit"))
+    })
+}

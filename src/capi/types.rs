@@ -1,0 +1,391 @@
+//! The structures and numbers of the C API. cbindgen copies these comments into `kvmfault.h`: write them for a C developer.
+
+use std::ffi::{c_char, c_int, c_void};
+
+/// What the mechanism is chosen by (`kvmfault_vm_options.mechanism`) and what `kvmfault_vm_mechanism` returns.
+/// AUTO takes, for each memslot, the first of the others that works for it, in this order.
+pub const KVMFAULT_MECHANISM_AUTO: c_int = 0;
+/// A KVM memslot flag makes KVM_RUN exit with the faulting address. Needs a kernel that carries one of the revisions of the flag.
+pub const KVMFAULT_MECHANISM_MEMSLOT_FLAG: c_int = 1;
+/// UFFDIO_POISON markers make KVM send SIGBUS to the vCPU thread. Any Linux from 6.6.
+pub const KVMFAULT_MECHANISM_POISON_TRAP: c_int = 2;
+/// Classic userfaultfd: reader threads of the library serve the faults. Any Linux from 4.11.
+pub const KVMFAULT_MECHANISM_USERFAULTFD: c_int = 3;
+
+/// The page was never installed (or was discarded): the next access calls the resolver.
+pub const KVMFAULT_PAGE_ABSENT: c_int = 0;
+/// One caller is bringing the page; others wait for it.
+pub const KVMFAULT_PAGE_RESOLVING: c_int = 1;
+/// The page's bytes are in place and visible.
+pub const KVMFAULT_PAGE_PRESENT: c_int = 2;
+/// The page can't be had; whoever touches it gets a memory error.
+pub const KVMFAULT_PAGE_LOST: c_int = 3;
+
+/// What a resolver returns: the page is installed now (before returning).
+pub const KVMFAULT_RESOLVED: c_int = 0;
+/// Somebody installs the page later, from any thread; until then whoever needs it sleeps (vCPUs interruptibly).
+pub const KVMFAULT_PENDING: c_int = 1;
+/// The page can't be had, for ever. It becomes LOST, and the vCPU's loop returns KVMFAULT_MEMORY_ERROR.
+pub const KVMFAULT_LOST: c_int = 2;
+/// Not now: the page is absent again and the access is tried anew after a short, growing pause.
+/// After many such tries in a row by one vCPU, its loop ends with -ELOOP.
+pub const KVMFAULT_RETRY: c_int = 3;
+
+/// What `kvmfault_vcpu_handle_exit` returns: the exit was the library's; call KVM_RUN again.
+pub const KVMFAULT_HANDLED: c_int = 0;
+/// The exit is the VMM's: look at kvm_run (or at KVM_RUN's errno) as if the library were not there.
+pub const KVMFAULT_PASS: c_int = 1;
+/// A kick or a signal ended the run; kvm_run holds no exit.
+pub const KVMFAULT_INTERRUPTED: c_int = 2;
+/// The guest touched memory that is lost (KVMFAULT_LOST) or broken (hardware): `kvmfault_vcpu_memory_error` tells which.
+pub const KVMFAULT_MEMORY_ERROR: c_int = 3;
+
+/// Why `kvmfault_fault.access` has its value: no bit set means that the kernel didn't say.
+pub const KVMFAULT_ACCESS_READ: u32 = 1 << 0;
+/// The access was a write.
+pub const KVMFAULT_ACCESS_WRITE: u32 = 1 << 1;
+/// The access was an instruction fetch.
+pub const KVMFAULT_ACCESS_EXEC: u32 = 1 << 2;
+
+/// The fault is a vCPU's (`kvmfault_fault.vcpu` says which, or -1 where the kernel does not tell).
+pub const KVMFAULT_ORIGIN_VCPU: c_int = 0;
+/// The fault comes from a host thread or system call that touched absent memory.
+pub const KVMFAULT_ORIGIN_HOST: c_int = 1;
+/// `kvmfault_pages_resolve` asked for the page.
+pub const KVMFAULT_ORIGIN_PREFETCH: c_int = 2;
+
+/// What a memslot's memory is; the library checks it against /proc/self/maps. AUTO accepts whatever it finds.
+pub const KVMFAULT_MEMORY_AUTO: c_int = 0;
+/// Private anonymous memory (MAP_PRIVATE | MAP_ANONYMOUS), 4 KiB pages or transparent huge pages.
+pub const KVMFAULT_MEMORY_ANON: c_int = 1;
+/// Shared memory: memfd, a file in tmpfs, or MAP_SHARED | MAP_ANONYMOUS.
+pub const KVMFAULT_MEMORY_SHARED: c_int = 2;
+/// hugetlb memory, private or shared.
+pub const KVMFAULT_MEMORY_HUGETLB: c_int = 3;
+
+/// `kvmfault_memslot.flags`: nothing but vCPUs touches absent pages of this memory: no thread of the VMM, no system call,
+/// no device, no vhost. Lets `poison-trap` work on private anonymous memory. A host access to an absent page then ends in
+/// SIGBUS (threads) or EFAULT (system calls) instead of waiting.
+pub const KVMFAULT_MEMSLOT_VCPU_ONLY: u32 = 1 << 0;
+/// `kvmfault_memslot.flags`: all pages are present at the start (a post-copy destination after its pre-copy phase);
+/// `kvmfault_pages_discard` makes absent those that are to be fetched.
+pub const KVMFAULT_MEMSLOT_PRESENT: u32 = 1 << 1;
+/// `kvmfault_memslot.flags`, when deleting (`len` 0): keep the page states of the memory and stay registered with
+/// userfaultfd, for a VMM that deletes a slot to create it anew in another shape. Ends with `kvmfault_vm_free`, or with
+/// deleting a slot of the same memory without this flag.
+pub const KVMFAULT_MEMSLOT_KEEP: u32 = 1 << 2;
+/// `kvmfault_memslot.flags`: start with the fast path off, as if `kvmfault_memslot_set_fast_only(vm, slot, 0)` had been called.
+pub const KVMFAULT_MEMSLOT_SLOW: u32 = 1 << 3;
+
+/// `kvmfault_vm_enable`: KVM's memory-fault exits, by whatever way the kernel's ABI enables them.
+pub const KVMFAULT_CAP_FAULT_EXITS: u64 = 1 << 0;
+
+/// `kvmfault_vcpu_options.sigbus`: SIGBUS and the kick signal are blocked in the vCPU's thread and let through only inside
+/// KVM_RUN (KVM_SET_SIGNAL_MASK), where they end the run and are fetched with sigtimedwait(2). No signal handler is needed.
+pub const KVMFAULT_SIGBUS_BY_MASK: c_int = 0;
+/// `kvmfault_vcpu_options.sigbus`: the VMM has a SIGBUS handler that calls `kvmfault_vcpu_on_sigbus`, and a handler
+/// (doing nothing is enough) for the kick signal. Neither may be blocked in the vCPU's thread.
+pub const KVMFAULT_SIGBUS_BY_HANDLER: c_int = 1;
+
+/// `kvmfault_vcpu_options.flags`: the VMM has its own loop and calls `kvmfault_vcpu_resume` before each KVM_RUN.
+pub const KVMFAULT_VCPU_RESUMES: u32 = 1 << 0;
+
+/// `kvmfault_probe.mechanisms_*`: bit (1 << KVMFAULT_MECHANISM_x) is set where x works.
+pub const KVMFAULT_PROBE_ABI_LEN: usize = 32;
+
+/// Number of buckets of `kvmfault_stats.latency_us_log2`.
+pub const KVMFAULT_LATENCY_BUCKETS: usize = 32;
+
+/// A VM whose memory the library looks after. Opaque. Functions that take it `const` may be called from any thread at any
+/// time, also concurrently.
+pub struct kvmfault_vm {
+    _private: [u8; 0],
+}
+
+/// A vCPU of such a VM. Opaque. `run` and `handle_exit` belong to the vCPU's thread; what takes it `const` may be called
+/// from any thread.
+pub struct kvmfault_vcpu {
+    _private: [u8; 0],
+}
+
+/// The built-in resolver's state: a snapshot file. Opaque.
+pub struct kvmfault_file_source {
+    _private: [u8; 0],
+}
+
+/// One fault, as the resolver sees it. Lives only during the call.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kvmfault_fault {
+    /// sizeof(struct kvmfault_fault) as the library knows it; later versions append fields.
+    pub size: usize,
+    /// Guest physical address of the page that is needed, aligned to `len`.
+    pub gpa: u64,
+    /// The page's size in bytes: the granularity of the memory (4096, or the huge page size of hugetlb memory).
+    pub len: u64,
+    /// The page's address in this process (the VMM's own mapping).
+    pub hva: *mut c_void,
+    /// KVM's number of the memslot: id in bits 0-15, address space in bits 16-31.
+    pub slot: u32,
+    /// KVMFAULT_ACCESS_* bits; 0 where the kernel doesn't say (always so for `poison-trap`).
+    pub access: u32,
+    /// KVMFAULT_ORIGIN_*.
+    pub origin: c_int,
+    /// The vCPU's number (as given to KVM_CREATE_VCPU), or -1.
+    pub vcpu: c_int,
+    /// Start of the readahead window: aligned, holds `gpa`, inside the memslot. Installing all of it is welcome; pages of
+    /// it that are already present are skipped by `kvmfault_pages_install`. Equal to `gpa` and `len` without readahead.
+    pub window_gpa: u64,
+    /// Length of that window in bytes.
+    pub window_len: u64,
+}
+
+/// The VMM's callback that brings a page.
+///
+/// It runs on the thread of the vCPU that faulted, or on a reader thread of the library (host accesses, and all faults of
+/// the `userfaultfd` mechanism), or on the caller's thread of `kvmfault_pages_resolve`; for different pages concurrently.
+/// For one page there is one call at a time, and none once the page is present. No lock of the library is held.
+///
+/// It may call the functions on pages (`kvmfault_pages_*`, except `_resolve` and `_discard`), `kvmfault_last_error`,
+/// `kvmfault_vcpu_kick` and the stats functions; the others return -EDEADLK. It must not touch the absent page itself
+/// through its mapping. It may take as long as it likes; kicks of that vCPU are seen when it returns (KVMFAULT_PENDING
+/// is the way to wait interruptibly).
+///
+/// Returns KVMFAULT_RESOLVED, KVMFAULT_PENDING, KVMFAULT_LOST, KVMFAULT_RETRY or -errno. With -errno the page is absent
+/// again and the vCPU's loop returns that error (-EEXIST counts as RESOLVED when the page is indeed present); a host
+/// thread that waits for the page goes on waiting and the resolver is asked again after a pause that grows to a second.
+/// KVMFAULT_RESOLVED without an installed page, and any other value, become -EPROTO.
+pub type kvmfault_resolver =
+    Option<unsafe extern "C" fn(opaque: *mut c_void, vm: *mut kvmfault_vm, fault: *const kvmfault_fault) -> c_int>;
+
+/// Frees what `opaque` points to; called once, after the last call of the callbacks it was given with, on any thread.
+pub type kvmfault_finalizer = Option<unsafe extern "C" fn(opaque: *mut c_void)>;
+
+/// Told after the library itself wrote guest memory on behalf of a guest instruction that KVM emulates (completing an
+/// exit with KVM_EXIT_MMIO inside a memslot). KVM's dirty log does not know of such a write: a VMM that migrates while
+/// pages are absent marks [gpa, gpa + len) dirty here. Runs on the vCPU's thread.
+pub type kvmfault_written = Option<unsafe extern "C" fn(opaque: *mut c_void, gpa: u64, len: u64)>;
+
+/// What `kvmfault_vm_new` needs. Start from KVMFAULT_VM_OPTIONS_INIT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kvmfault_vm_options {
+    /// Set by KVMFAULT_VM_OPTIONS_INIT.
+    pub size: usize,
+    /// An open /dev/kvm. Duplicated, like the other descriptors: the VMM may close its own at any time.
+    pub kvm_fd: c_int,
+    /// The VM (KVM_CREATE_VM). The duplicate keeps the VM alive until `kvmfault_vm_free`.
+    pub vm_fd: c_int,
+    /// KVMFAULT_MECHANISM_*. Anything but AUTO is forced: `kvmfault_vm_new` or `kvmfault_memslot_set` fails with
+    /// -EOPNOTSUPP, and the reason in `kvmfault_last_error`, where it can't work.
+    pub mechanism: c_int,
+    /// A userfaultfd that a more privileged process opened, or -1: the library opens one. Its UFFDIO_API may have been done
+    /// or not. O_NONBLOCK is set on it. From a fork or another process it can't work: it serves the memory of its creator.
+    pub uffd: c_int,
+    /// NULL, or the name of an ABI of the memslot flag ("v2", "v3", "v4", "v7", "userfault-v3") to use without asking
+    /// KVM_CHECK_EXTENSION, for a kernel with numbers of its own. It is still proven in a scratch VM:
+    /// -EOPNOTSUPP where the kernel doesn't behave so.
+    pub abi: *const c_char,
+    /// Called for every page that is needed and absent. Required.
+    pub resolver: kvmfault_resolver,
+    /// First argument of the callbacks.
+    pub opaque: *mut c_void,
+    /// NULL, or frees `opaque`. If `kvmfault_vm_new` fails it is not called: `opaque` is still the caller's.
+    pub finalizer: kvmfault_finalizer,
+    /// NULL, or see `kvmfault_written`.
+    pub written: kvmfault_written,
+    /// Threads that read the userfaultfd, 1 to 64; 0 means 1 (2 for a forced `userfaultfd` mechanism).
+    pub reader_threads: u32,
+    /// Size in pages of the readahead window shown to the resolver: a power of two up to 4096; 0 means 1, no readahead.
+    pub readahead: u32,
+    /// Must be 0.
+    pub flags: u64,
+}
+
+/// A memslot: what KVM_SET_USER_MEMORY_REGION takes, and what the library has to know of the memory. Start from
+/// KVMFAULT_MEMSLOT_INIT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kvmfault_memslot {
+    /// Set by KVMFAULT_MEMSLOT_INIT.
+    pub size: usize,
+    /// KVM's number of the memslot: id in bits 0-15, address space in bits 16-31.
+    pub slot: u32,
+    /// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY or 0. The fast-only flag is the library's to set.
+    pub kvm_flags: u32,
+    /// Guest physical address of the first byte; aligned to the memory's page size.
+    pub gpa: u64,
+    /// Length in bytes, a multiple of the memory's page size. 0 deletes the slot.
+    pub len: u64,
+    /// The memory in this process: mapped, readable and writable, of one kind throughout. It must stay mapped, and must not
+    /// be mapped over, until the slot is deleted.
+    pub hva: *mut c_void,
+    /// NULL, or the start of the larger block of host memory (QEMU's RAMBlock) that the slot is a window of. Page states
+    /// belong to the block: slots that overlap in host memory must name the same block (the same `hva` and `len` is the
+    /// block where this is NULL).
+    pub block_hva: *mut c_void,
+    /// Length in bytes of that block.
+    pub block_len: u64,
+    /// KVMFAULT_MEMORY_*.
+    pub memory: c_int,
+    /// The descriptor that the memory is a mapping of, or -1. Only `poison-trap` on shared hugetlb memory needs it
+    /// (the kernel can't duplicate such a mapping without).
+    pub fd: c_int,
+    /// Where in that file `block_hva` (or `hva` without a block) begins, in bytes.
+    pub fd_offset: u64,
+    /// KVMFAULT_MEMSLOT_* bits.
+    pub flags: u32,
+    /// Must be 0.
+    pub reserved: u32,
+}
+
+/// What a VMM that does its own ioctl passes to KVM (`kvmfault_memslot_prepare`). Start from KVMFAULT_REGION_INIT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kvmfault_region {
+    /// Set by KVMFAULT_REGION_INIT.
+    pub size: usize,
+    /// 1: KVM_SET_USER_MEMORY_REGION is enough. 2: KVM_SET_USER_MEMORY_REGION2 is needed.
+    pub ioctl_version: u32,
+    /// As in the memslot.
+    pub slot: u32,
+    /// KVM's flags: the memslot's own and the fast-only flag.
+    pub flags: u32,
+    /// Always 0.
+    pub reserved: u32,
+    /// As in the memslot.
+    pub guest_phys_addr: u64,
+    /// As in the memslot; 0 deletes.
+    pub memory_size: u64,
+    /// The address to give to KVM: the memslot's `hva`, or the library's private alias of it.
+    pub userspace_addr: u64,
+    /// For the KVM Userfault ABI: goes to the field of that name; otherwise 0.
+    pub userfault_bitmap: u64,
+}
+
+/// What `kvmfault_vcpu_new` needs. Start from KVMFAULT_VCPU_OPTIONS_INIT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kvmfault_vcpu_options {
+    /// Set by KVMFAULT_VCPU_OPTIONS_INIT.
+    pub size: usize,
+    /// The vCPU (KVM_CREATE_VCPU). Duplicated.
+    pub fd: c_int,
+    /// KVMFAULT_SIGBUS_BY_MASK or KVMFAULT_SIGBUS_BY_HANDLER.
+    pub sigbus: c_int,
+    /// The vCPU's struct kvm_run, mapped by the VMM for as long as the handle lives; NULL: the library maps it.
+    pub run: *mut c_void,
+    /// The signal that `kvmfault_vcpu_kick` sends to the vCPU's thread; the library's alone in that thread.
+    /// 0 means SIGURG (by mask); by handler it must be given.
+    pub kick_signal: c_int,
+    /// KVMFAULT_VCPU_* bits.
+    pub flags: u32,
+}
+
+/// The memory error that ended a run with KVMFAULT_MEMORY_ERROR. Start from KVMFAULT_MEMORY_ERROR_INFO_INIT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kvmfault_memory_error_info {
+    /// Set by KVMFAULT_MEMORY_ERROR_INFO_INIT.
+    pub size: usize,
+    /// Guest physical address, or UINT64_MAX if the address lies in no memslot of the library.
+    pub gpa: u64,
+    /// The address in this process.
+    pub hva: *mut c_void,
+    /// Bytes concerned: the page.
+    pub len: u64,
+    /// 1: the page is LOST, as the VMM said. 0: the kernel reported a broken page (hwpoison) that was PRESENT.
+    pub lost: c_int,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+/// Which mechanisms work here. Start from KVMFAULT_PROBE_INIT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kvmfault_probe {
+    /// Set by KVMFAULT_PROBE_INIT.
+    pub size: usize,
+    /// Bit (1 << KVMFAULT_MECHANISM_x) is set where x works for private anonymous memory (for `poison-trap`:
+    /// with KVMFAULT_MEMSLOT_VCPU_ONLY).
+    pub mechanisms_anon: u32,
+    /// The same for shared memory.
+    pub mechanisms_shared: u32,
+    /// The same for shared hugetlb memory.
+    pub mechanisms_hugetlb: u32,
+    /// Always 0.
+    pub reserved: u32,
+    /// UFFD_FEATURE_* bits that this process can have; 0 if it can't open a userfaultfd.
+    pub uffd_features: u64,
+    /// The ABI of the memslot flag that was proven in a scratch VM, or an empty string.
+    pub abi: [c_char; KVMFAULT_PROBE_ABI_LEN],
+    /// 1 if KVM_PRE_FAULT_MEMORY is there.
+    pub pre_fault_memory: u32,
+    /// 1 if KVM maps guest memory by two-dimensional paging (EPT, NPT) as far as can be told, 0 if it shadows page tables: then
+    /// KVM reads the guest's page tables itself, and with `poison-trap` they must be present before the guest uses them.
+    pub two_dimensional_paging: u32,
+}
+
+/// Counters of a VM or a vCPU, since its creation. Start from KVMFAULT_STATS_INIT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kvmfault_stats {
+    /// Set by KVMFAULT_STATS_INIT.
+    pub size: usize,
+    /// Faults of vCPUs, however they arrived.
+    pub faults_vcpu: u64,
+    /// Faults of host threads and system calls.
+    pub faults_host: u64,
+    /// Pages asked for by `kvmfault_pages_resolve` that were not present.
+    pub faults_prefetch: u64,
+    /// Calls of the resolver.
+    pub resolver_calls: u64,
+    /// Faults that ended with the page installed by their own resolver call.
+    pub outcome_resolved: u64,
+    /// Faults that waited for somebody else's call (or a PENDING page).
+    pub outcome_waited: u64,
+    /// Faults on pages that were present already and only had to be mapped.
+    pub outcome_mapped: u64,
+    /// Faults that ended in a memory error.
+    pub outcome_lost: u64,
+    /// Faults that ended in an error.
+    pub outcome_failed: u64,
+    /// Faults left by a kick or a signal.
+    pub outcome_interrupted: u64,
+    /// Faults that a resolver's KVMFAULT_RETRY sent back.
+    pub outcome_retried: u64,
+    /// Pages installed by copying.
+    pub pages_copied: u64,
+    /// Pages installed as zeros.
+    pub pages_zeroed: u64,
+    /// Pages installed from the page cache.
+    pub pages_mapped: u64,
+    /// Pages made absent again.
+    pub pages_discarded: u64,
+    /// Installs tried again because the address space was changing (EAGAIN).
+    pub retries_again: u64,
+    /// Installs that found the page there already (EEXIST).
+    pub retries_exist: u64,
+    /// In-slot MMIO reads completed.
+    pub mmio_reads: u64,
+    /// In-slot MMIO writes completed.
+    pub mmio_writes: u64,
+    /// Kicks seen by `run` or `handle_exit`.
+    pub kicks: u64,
+    /// Faults by service time: bucket 0 below 1 us, bucket n from 2^(n-1) us up to 2^n us.
+    pub latency_us_log2: [u64; KVMFAULT_LATENCY_BUCKETS],
+}
+
+/// Where a range of guest memory lies in the snapshot file. Start from KVMFAULT_FILE_RANGE_INIT.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct kvmfault_file_range {
+    /// Set by KVMFAULT_FILE_RANGE_INIT.
+    pub size: usize,
+    /// Guest physical address, 4096-aligned.
+    pub gpa: u64,
+    /// Length in bytes, 4096-aligned.
+    pub len: u64,
+    /// Where it begins in the file, 4096-aligned.
+    pub offset: u64,
+}

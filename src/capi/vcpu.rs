@@ -1,0 +1,231 @@
+//! vCPUs.
+
+use super::boundary::{self, check_out, clear_out, enter, not_in_callback, put, with, Handle, Opaque};
+use super::types::*;
+use super::vm::stats_of;
+use crate::error::{fail, Error, Result};
+use crate::kernel::kvm::Run;
+use crate::vcpu::{Exit, Options, Sigbus, Vcpu};
+use std::ffi::{c_int, c_void};
+use std::ptr::NonNull;
+
+impl Opaque for kvmfault_vcpu {
+    type Inner = Vcpu;
+    const NAME: &'static str = "vcpu";
+}
+
+/// Takes a vCPU into the library's care. Call it on the thread that runs the vCPU: with KVMFAULT_SIGBUS_BY_MASK it blocks SIGBUS and the
+/// kick signal there until `kvmfault_vcpu_free` is called there, and sets the vCPU's KVM_SET_SIGNAL_MASK to the rest of the
+/// thread's mask. (A vCPU may move: the first `kvmfault_vcpu_run` on another thread sets that one up too.)
+///
+/// On success *vcpu is the new handle; on an error it is NULL. Not from callbacks.
+///
+/// Errors: -EINVAL (an argument; the message names it; also a vCPU of another VM), -EBADF (`fd` is closed, or `vm` was freed), -EEXIST (the vCPU
+/// has a handle already), -E2BIG (see `size`).
+///
+/// # Safety
+/// The pointers are NULL or valid; `options->run` is NULL or the vCPU's kvm_run, mapped for as long as the handle lives.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vcpu_new(
+    vm: *const kvmfault_vm,
+    options: *const kvmfault_vcpu_options,
+    vcpu: *mut *mut kvmfault_vcpu,
+) -> c_int {
+    let cleared = enter("kvmfault_vcpu_new", || clear_out(vcpu, "vcpu").map(|()| 0));
+    if cleared < 0 {
+        return cleared;
+    }
+    with("kvmfault_vcpu_new", vm, |vm| {
+        not_in_callback("kvmfault_vcpu_new")?;
+        let options = boundary::read(options, "options")?;
+        if options.flags & !KVMFAULT_VCPU_RESUMES != 0 {
+            fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
+        }
+        let sigbus = match options.sigbus {
+            KVMFAULT_SIGBUS_BY_MASK => Sigbus::ByMask,
+            KVMFAULT_SIGBUS_BY_HANDLER => Sigbus::ByHandler,
+            other => fail!(EINVAL, "options.sigbus: {other} is not a KVMFAULT_SIGBUS_*"),
+        };
+        if options.run as usize % 4096 != 0 {
+            fail!(EINVAL, "options.run: {:p} is not the start of a mapping", options.run);
+        }
+        let made = Vcpu::new(
+            vm,
+            Options {
+                fd: options.fd,
+                // SAFETY: the header asks for the vCPU's kvm_run, mapped while the handle lives.
+                run: NonNull::new(options.run.cast()).map(|run| unsafe { Run::borrow(run) }),
+                sigbus,
+                signal: (options.kick_signal != 0).then_some(options.kick_signal),
+                resumes: options.flags & KVMFAULT_VCPU_RESUMES != 0,
+            },
+        )?;
+        put(vcpu, Handle::expose_vcpu(made));
+        Ok(0)
+    })
+}
+
+/// Gives a vCPU back, and on its own thread unblocks what was blocked there. NULL is allowed; a handle that was freed before is left
+/// alone. Not while `run` is under way elsewhere: kick it out first (if you do, it is freed when that call returns).
+///
+/// # Safety
+/// `vcpu` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vcpu_free(vcpu: *mut kvmfault_vcpu) {
+    Handle::free("kvmfault_vcpu_free", vcpu, |_| {});
+}
+
+/// Runs the guest (KVM_RUN) and serves its faults until there is something for the VMM: KVMFAULT_PASS (an exit in kvm_run),
+/// KVMFAULT_INTERRUPTED (a kick, or a signal that the VMM handles), KVMFAULT_MEMORY_ERROR, or -errno. Never KVMFAULT_HANDLED. On the
+/// vCPU's thread; not from callbacks.
+///
+/// A vCPU left with INTERRUPTED in the middle of an access that KVM emulates finishes it in the next call; before its state is saved (or
+/// migrated), do as KVM's documentation says for KVM_EXIT_MMIO: set kvm_run->immediate_exit and call this once more.
+///
+/// Errors: what the resolver returned; -EPROTO (the resolver broke its contract); -EFAULT (KVM could not access a slot's host
+/// memory, and did not say where); -ELOOP (a page faults again and again without progress); -ESHUTDOWN (the VM was freed); -EBUSY (another
+/// thread is in this vCPU's functions); or the errno of KVM_RUN. After an error the vCPU can be run again: the guest repeats the access.
+///
+/// # Safety
+/// `vcpu` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vcpu_run(vcpu: *mut kvmfault_vcpu) -> c_int {
+    with("kvmfault_vcpu_run", vcpu, |vcpu| {
+        not_in_callback("kvmfault_vcpu_run")?;
+        vcpu.run().map(number)
+    })
+}
+
+/// For a VMM with its own loop: what KVM_RUN's return means. `ret` is 0 or more if KVM_RUN succeeded, else -errno (-1 is taken as "see
+/// errno", so that ioctl's own result may be passed). Call it after each KVM_RUN, on the same thread, before anything that changes errno.
+///
+/// Returns KVMFAULT_HANDLED (the fault is served: KVM_RUN again), KVMFAULT_PASS (the VMM's: exits in kvm_run, or KVM_RUN's own errno),
+/// KVMFAULT_INTERRUPTED, KVMFAULT_MEMORY_ERROR, or -errno as `kvmfault_vcpu_run`. With KVMFAULT_VCPU_RESUMES see `kvmfault_vcpu_resume`. Not
+/// from callbacks.
+///
+/// # Safety
+/// `vcpu` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vcpu_handle_exit(vcpu: *mut kvmfault_vcpu, ret: c_int) -> c_int {
+    let errno = match ret {
+        0.. => None,
+        // v2 of the flag fails with EPERM, which is 1: then both readings agree.
+        -1 => Some(
+            std::io::Error::last_os_error()
+                .raw_os_error()
+                .filter(|&e| e != 0)
+                .unwrap_or(libc::EPERM),
+        ),
+        _ => Some(ret.wrapping_neg()),
+    };
+    with("kvmfault_vcpu_handle_exit", vcpu, |vcpu| {
+        not_in_callback("kvmfault_vcpu_handle_exit")?;
+        vcpu.handle_exit(errno).map(number)
+    })
+}
+
+/// For a VMM with its own loop and KVMFAULT_VCPU_RESUMES: call it before each KVM_RUN. It finishes an access of the guest that KVM emulates
+/// and that an INTERRUPTED left in the middle; KVM_RUN without that would give the guest wrong bytes. (Without the flag such waits are not
+/// interrupted.) Returns KVMFAULT_HANDLED if KVM_RUN may be called, or else as `kvmfault_vcpu_handle_exit`.
+///
+/// # Safety
+/// `vcpu` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vcpu_resume(vcpu: *mut kvmfault_vcpu) -> c_int {
+    with("kvmfault_vcpu_resume", vcpu, |vcpu| {
+        not_in_callback("kvmfault_vcpu_resume")?;
+        vcpu.resume().map(number)
+    })
+}
+
+/// With KVMFAULT_SIGBUS_BY_HANDLER: tells the library of a SIGBUS, from the VMM's handler on the vCPU's thread. Returns 1 if the next
+/// `run` or `handle_exit` will see to it, 0 if the signal is none of KVM's for a vCPU (its code is not BUS_MCEERR_AR) and is the VMM's to
+/// handle, -EINVAL or -EBADF for a bad handle. `si_code` and `si_addr` are those of the handler's siginfo_t. Async-signal-safe; leaves
+/// errno alone.
+///
+/// # Safety
+/// `vcpu` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vcpu_on_sigbus(
+    vcpu: *const kvmfault_vcpu,
+    si_code: c_int,
+    si_addr: *const c_void,
+) -> c_int {
+    let Some(seat) = Handle::<Vcpu>::seat_of(vcpu) else {
+        return if vcpu.is_null() { -libc::EINVAL } else { -libc::EBADF };
+    };
+    if si_code != libc::BUS_MCEERR_AR {
+        return 0;
+    }
+    seat.note_bus(si_code, si_addr as u64);
+    1
+}
+
+/// Makes `run` or `handle_exit` of this vCPU return KVMFAULT_INTERRUPTED once, wherever the vCPU is: in the guest, in KVM_RUN, waiting for
+/// a page, or about to enter. Never lost; kicks that come before one is seen count as one. Any thread, any signal handler, also in
+/// callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL) or -EBADF (freed).
+///
+/// Two limits are the kernel's: a resolver that runs on the vCPU's thread is not interrupted; and before Linux 6.2 a vCPU that sleeps in
+/// classic userfaultfd is not either, until its page comes.
+///
+/// # Safety
+/// `vcpu` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vcpu_kick(vcpu: *const kvmfault_vcpu) -> c_int {
+    let Some(seat) = Handle::<Vcpu>::seat_of(vcpu) else {
+        return if vcpu.is_null() { -libc::EINVAL } else { -libc::EBADF };
+    };
+    // SAFETY: errno is this thread's own.
+    let errno = unsafe { *libc::__errno_location() };
+    seat.kick();
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+    0
+}
+
+/// Tells of the memory error that `run` or `handle_exit` returned last: 0, or -ENODATA if there was none. On the vCPU's thread.
+///
+/// # Safety
+/// The pointers are NULL or valid.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vcpu_memory_error(
+    vcpu: *const kvmfault_vcpu,
+    info: *mut kvmfault_memory_error_info,
+) -> c_int {
+    with("kvmfault_vcpu_memory_error", vcpu, |vcpu| -> Result<c_int> {
+        check_out(info, "info")?;
+        let error = vcpu
+            .memory_error()?
+            .ok_or_else(|| Error::new(libc::ENODATA, "this vCPU had no memory error"))?;
+        let c = kvmfault_memory_error_info {
+            size: 0,
+            gpa: error.gpa.unwrap_or(u64::MAX),
+            hva: error.hva as *mut _,
+            len: error.len,
+            lost: error.lost.into(),
+            reserved: 0,
+        };
+        boundary::write(info, "info", &c).map(|()| 0)
+    })
+}
+
+/// The counters of a vCPU. Any thread, also in callbacks; -EINVAL for a bad `stats`.
+///
+/// # Safety
+/// The pointers are NULL or valid.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vcpu_stats(vcpu: *const kvmfault_vcpu, stats: *mut kvmfault_stats) -> c_int {
+    with("kvmfault_vcpu_stats", vcpu, |vcpu| {
+        check_out(stats, "stats")?;
+        boundary::write(stats, "stats", &stats_of(&vcpu.seat().stats)).map(|()| 0)
+    })
+}
+
+fn number(exit: Exit) -> c_int {
+    match exit {
+        Exit::Handled => KVMFAULT_HANDLED,
+        Exit::Pass => KVMFAULT_PASS,
+        Exit::Interrupted => KVMFAULT_INTERRUPTED,
+        Exit::MemoryError => KVMFAULT_MEMORY_ERROR,
+    }
+}

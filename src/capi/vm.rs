@@ -1,0 +1,348 @@
+//! VMs, slots and the VM's counters.
+
+use super::boundary::{self, check_out, clear_out, enter, not_in_callback, put, with, Handle, Opaque};
+use super::types::*;
+use crate::error::{fail, Result};
+use crate::mechanism;
+use crate::resolve::{Answer, Fault, Origin, Resolver};
+use crate::stats::Stats;
+use crate::vm::{MemoryKind, Options, SlotRequest, Vm};
+use std::ffi::{c_char, c_int, c_void, CStr};
+use std::sync::atomic::{AtomicPtr, Ordering::SeqCst};
+use std::sync::Arc;
+
+impl Opaque for kvmfault_vm {
+    type Inner = Vm;
+    const NAME: &'static str = "vm";
+}
+
+/// The VMM's callbacks.
+struct Callbacks {
+    resolver: unsafe extern "C" fn(*mut c_void, *mut kvmfault_vm, *const kvmfault_fault) -> c_int,
+    opaque: *mut c_void,
+    written: kvmfault_written,
+    finalizer: kvmfault_finalizer,
+    /// The handle that callbacks get; set before the first fault can come.
+    vm: Arc<AtomicPtr<kvmfault_vm>>,
+    /// Set once the VM exists: a finalizer is not called for a VM that never was.
+    armed: Arc<std::sync::atomic::AtomicBool>,
+}
+
+// SAFETY: the header says that the callbacks are called from several threads, with this opaque pointer.
+unsafe impl Send for Callbacks {}
+// SAFETY: as above.
+unsafe impl Sync for Callbacks {}
+
+impl Resolver for Callbacks {
+    fn resolve(&self, fault: &Fault) -> Answer {
+        let (origin, vcpu) = match fault.origin {
+            Origin::Vcpu(number) => (KVMFAULT_ORIGIN_VCPU, number),
+            Origin::Host => (KVMFAULT_ORIGIN_HOST, -1),
+            Origin::Prefetch => (KVMFAULT_ORIGIN_PREFETCH, -1),
+        };
+        let fault = kvmfault_fault {
+            size: size_of::<kvmfault_fault>(),
+            gpa: fault.gpa,
+            len: fault.len,
+            hva: fault.hva as *mut c_void,
+            slot: fault.slot,
+            access: fault.access,
+            origin,
+            vcpu,
+            window_gpa: fault.window.0,
+            window_len: fault.window.1,
+        };
+        // SAFETY: the VMM's function, called as the header says; `fault` lives during the call.
+        let answer = unsafe { (self.resolver)(self.opaque, self.vm.load(SeqCst), &fault) };
+        match answer {
+            KVMFAULT_RESOLVED => Answer::Resolved,
+            KVMFAULT_PENDING => Answer::Pending,
+            KVMFAULT_LOST => Answer::Lost,
+            KVMFAULT_RETRY => Answer::Retry,
+            -4095..=-1 => Answer::Failed(-answer),
+            other => Answer::Garbage(other),
+        }
+    }
+
+    fn written(&self, gpa: u64, len: u64) {
+        if let Some(written) = self.written {
+            // SAFETY: the VMM's function, called as the header says.
+            unsafe { written(self.opaque, gpa, len) };
+        }
+    }
+}
+
+impl Drop for Callbacks {
+    fn drop(&mut self) {
+        if let (Some(finalizer), true) = (self.finalizer, self.armed.load(SeqCst)) {
+            // SAFETY: the VMM's function; nothing of ours uses `opaque` any more.
+            unsafe { finalizer(self.opaque) };
+        }
+    }
+}
+
+/// Takes a VM into the library's care: finds out what this kernel can do, opens a userfaultfd and starts the reader threads. Memory comes
+/// with `kvmfault_memslot_set` or `_prepare`, vCPUs with `kvmfault_vcpu_new`.
+///
+/// On success *vm is the new handle, to be freed with `kvmfault_vm_free`; on an error it is NULL. Not from callbacks.
+///
+/// Errors: -EINVAL (an argument; the message names it), -EBADF (a descriptor is closed), -EPERM or -EACCES (userfaultfd isn't
+/// permitted: `kvmfault_explain` says what to do), -EOPNOTSUPP (the forced mechanism or ABI can't work here), -E2BIG (see `size`).
+///
+/// # Safety
+/// The pointers are NULL or valid, and the callbacks are as the header says.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm: *mut *mut kvmfault_vm) -> c_int {
+    enter("kvmfault_vm_new", || {
+        clear_out(vm, "vm")?;
+        not_in_callback("kvmfault_vm_new")?;
+        let options = boundary::read(options, "options")?;
+        let Some(resolver) = options.resolver else {
+            fail!(EINVAL, "options.resolver: is NULL")
+        };
+        if options.flags != 0 {
+            fail!(EINVAL, "options.flags: {:#x} is not 0", options.flags);
+        }
+        let (handle, armed) = (Arc::new(AtomicPtr::default()), Arc::new(false.into()));
+        let callbacks = Callbacks {
+            resolver,
+            opaque: options.opaque,
+            written: options.written,
+            finalizer: options.finalizer,
+            vm: handle.clone(),
+            armed: Arc::clone(&armed),
+        };
+        let abi = string(options.abi, "options.abi")?;
+        let config = Options {
+            kvm_fd: options.kvm_fd,
+            vm_fd: options.vm_fd,
+            mechanism: mechanism::choice(options.mechanism)?,
+            uffd: (options.uffd != -1).then_some(options.uffd),
+            abi: abi.as_deref(),
+            readers: options.reader_threads,
+            readahead: options.readahead,
+        };
+        let made = Vm::new(&config, || Box::new(callbacks))?;
+        armed.store(true, SeqCst);
+        let exposed = Handle::expose(made);
+        handle.store(exposed, SeqCst);
+        put(vm, exposed);
+        Ok(0)
+    })
+}
+
+/// A string from C; None if NULL.
+fn string(pointer: *const c_char, name: &str) -> Result<Option<String>> {
+    if pointer.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: not NULL; the header asks for a NUL-terminated string.
+    match unsafe { CStr::from_ptr(pointer) }.to_str() {
+        Ok(text) => Ok(Some(text.to_owned())),
+        Err(_) => fail!(EINVAL, "{name}: is not UTF-8"),
+    }
+}
+
+/// Gives the VM back. NULL is allowed; a handle that was freed before is left alone (and `kvmfault_last_error` says so).
+///
+/// Waits for nothing: vCPUs inside `kvmfault_vcpu_run` return -ESHUTDOWN, whoever waits for a page goes, and resolver calls under way end
+/// when they end. The finalizer runs after the last of them, on whichever thread that is; only then may `opaque` go. vCPU handles stay valid and
+/// return -ESHUTDOWN; free them too, before or after.
+///
+/// Free it when the guest has stopped, or after deleting the slots: absent pages are no longer brought, and KVM's slots that use the
+/// library's private alias lose their memory. Any thread; also from callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vm_free(vm: *mut kvmfault_vm) {
+    Handle::free("kvmfault_vm_free", vm, Vm::shut_down);
+}
+
+/// The mechanism in use: KVMFAULT_MECHANISM_*, never AUTO. With AUTO it is what shared memory gets; `kvmfault_memslot_mechanism` tells
+/// of a single slot. Else -EBADF or -EINVAL. Any thread.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vm_mechanism(vm: *const kvmfault_vm) -> c_int {
+    with("kvmfault_vm_mechanism", vm, |vm| Ok(vm.mechanism().number()))
+}
+
+/// Enables what KVM's ABI wants enabled before the fast-only flag works; best before the first vCPU runs (KVM's maintainers ask
+/// for fault information from the start). Slots enable it as well when they are first set, so calling this is optional. `caps` is a set of
+/// KVMFAULT_CAP_* bits, or 0 for all. Does nothing for mechanisms that need nothing.
+///
+/// Returns 0; -EINVAL for unknown bits, or the errno of KVM_ENABLE_CAP. Any thread; not from callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vm_enable(vm: *const kvmfault_vm, caps: u64) -> c_int {
+    with("kvmfault_vm_enable", vm, |vm| {
+        not_in_callback("kvmfault_vm_enable")?;
+        if caps & !KVMFAULT_CAP_FAULT_EXITS != 0 {
+            fail!(EINVAL, "caps: {caps:#x} has unknown bits");
+        }
+        vm.enable_fault_exits().map(|()| 0)
+    })
+}
+
+/// Creates, moves or deletes (`len` 0) a memslot, and tells KVM (KVM_SET_USER_MEMORY_REGION or _REGION2). All its pages are absent at
+/// the start, unless KVMFAULT_MEMSLOT_PRESENT is given or the memory is known from another slot.
+///
+/// On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that no other slot shows becomes ordinary
+/// memory again, in which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP).
+///
+/// Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another slot, or private memory has
+/// content already), -EFAULT and -EACCES (hva isn't mapped, or not readable and writable), -ENOENT (deleting what is not set), -EOPNOTSUPP
+/// (the forced mechanism can't serve this memory), or KVM's errno. Any thread; calls take turns; not from callbacks.
+///
+/// # Safety
+/// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_memslot_set(vm: *const kvmfault_vm, slot: *const kvmfault_memslot) -> c_int {
+    with("kvmfault_memslot_set", vm, |vm| {
+        not_in_callback("kvmfault_memslot_set")?;
+        let request = request(&boundary::read(slot, "slot")?)?;
+        vm.memslot_set(&request).map(|()| 0)
+    })
+}
+
+/// The same for a VMM that does its own ioctl: registers the slot and fills in *region with what KVM is to be told. From then on the
+/// library takes the slot for set. To delete: first KVM, then this with `len` 0. If the VMM's ioctl fails, undo with `len` 0.
+///
+/// Errors as `kvmfault_memslot_set`. Any thread; calls take turns; not from callbacks.
+///
+/// # Safety
+/// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_memslot_prepare(
+    vm: *const kvmfault_vm,
+    slot: *const kvmfault_memslot,
+    region: *mut kvmfault_region,
+) -> c_int {
+    with("kvmfault_memslot_prepare", vm, |vm| {
+        not_in_callback("kvmfault_memslot_prepare")?;
+        check_out(region, "region")?;
+        let request = request(&boundary::read(slot, "slot")?)?;
+        let told = vm.memslot_prepare(&request)?;
+        let c = kvmfault_region {
+            size: 0,
+            ioctl_version: told.version,
+            slot: told.slot,
+            flags: told.flags,
+            reserved: 0,
+            guest_phys_addr: told.gpa,
+            memory_size: told.len,
+            userspace_addr: told.hva,
+            userfault_bitmap: told.bitmap,
+        };
+        boundary::write(region, "region", &c).map(|()| 0)
+    })
+}
+
+fn request(slot: &kvmfault_memslot) -> Result<SlotRequest> {
+    let known = KVMFAULT_MEMSLOT_VCPU_ONLY | KVMFAULT_MEMSLOT_PRESENT | KVMFAULT_MEMSLOT_KEEP | KVMFAULT_MEMSLOT_SLOW;
+    if slot.flags & !known != 0 {
+        fail!(EINVAL, "slot.flags: {:#x} has unknown bits", slot.flags);
+    }
+    if slot.reserved != 0 {
+        fail!(EINVAL, "slot.reserved: is not 0");
+    }
+    let memory = match slot.memory {
+        KVMFAULT_MEMORY_AUTO => MemoryKind::Auto,
+        KVMFAULT_MEMORY_ANON => MemoryKind::Anon,
+        KVMFAULT_MEMORY_SHARED => MemoryKind::Shared,
+        KVMFAULT_MEMORY_HUGETLB => MemoryKind::Hugetlb,
+        other => fail!(EINVAL, "slot.memory: {other} is not a KVMFAULT_MEMORY_*"),
+    };
+    if slot.block_hva.is_null() != (slot.block_len == 0) {
+        fail!(EINVAL, "slot.block_len: block_hva and block_len must be given together");
+    }
+    Ok(SlotRequest {
+        slot: slot.slot,
+        kvm_flags: slot.kvm_flags,
+        gpa: slot.gpa,
+        len: slot.len,
+        hva: slot.hva as u64,
+        block: (!slot.block_hva.is_null()).then_some((slot.block_hva as u64, slot.block_len)),
+        memory,
+        file: (slot.fd != -1).then_some((slot.fd, slot.fd_offset)),
+        vcpu_only: slot.flags & KVMFAULT_MEMSLOT_VCPU_ONLY != 0,
+        present: slot.flags & KVMFAULT_MEMSLOT_PRESENT != 0,
+        keep: slot.flags & KVMFAULT_MEMSLOT_KEEP != 0,
+        slow: slot.flags & KVMFAULT_MEMSLOT_SLOW != 0,
+    })
+}
+
+/// Turns the fast path of a slot on (1) or off (0) while vCPUs run, as post-copy does when it begins and ends. Off, absent pages are still
+/// brought, by classic userfaultfd. `slot` is KVM's number (address space in bits 16-31). With the mechanism `userfaultfd` there is no
+/// fast path, and this does nothing.
+///
+/// Errors: -ENOENT (no such slot), -EINVAL (`on`), or KVM's errno. Any thread; calls take turns; not from callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_memslot_set_fast_only(vm: *const kvmfault_vm, slot: u32, on: c_int) -> c_int {
+    with("kvmfault_memslot_set_fast_only", vm, |vm| {
+        not_in_callback("kvmfault_memslot_set_fast_only")?;
+        if !(0..=1).contains(&on) {
+            fail!(EINVAL, "on: {on} is neither 0 nor 1");
+        }
+        vm.memslot_set_fast_only(slot, on == 1).map(|()| 0)
+    })
+}
+
+/// The mechanism of one slot: KVMFAULT_MECHANISM_*, or -ENOENT. Any thread.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_memslot_mechanism(vm: *const kvmfault_vm, slot: u32) -> c_int {
+    with("kvmfault_memslot_mechanism", vm, |vm| {
+        Ok(vm.slot_mechanism(slot)?.number())
+    })
+}
+
+/// The counters of a VM: the sum over its vCPUs, its reader threads, and calls from outside. Any thread, also in callbacks; -EINVAL for a
+/// bad `stats`.
+///
+/// # Safety
+/// The pointers are NULL or valid.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vm_stats(vm: *const kvmfault_vm, stats: *mut kvmfault_stats) -> c_int {
+    with("kvmfault_vm_stats", vm, |vm| {
+        check_out(stats, "stats")?;
+        boundary::write(stats, "stats", &stats_of(&vm.stats())).map(|()| 0)
+    })
+}
+
+/// Counters as C sees them.
+pub fn stats_of(stats: &Stats) -> kvmfault_stats {
+    kvmfault_stats {
+        size: 0,
+        faults_vcpu: stats.faults_vcpu.get(),
+        faults_host: stats.faults_host.get(),
+        faults_prefetch: stats.faults_prefetch.get(),
+        resolver_calls: stats.resolver_calls.get(),
+        outcome_resolved: stats.outcome_resolved.get(),
+        outcome_waited: stats.outcome_waited.get(),
+        outcome_mapped: stats.outcome_mapped.get(),
+        outcome_lost: stats.outcome_lost.get(),
+        outcome_failed: stats.outcome_failed.get(),
+        outcome_interrupted: stats.outcome_interrupted.get(),
+        outcome_retried: stats.outcome_retried.get(),
+        pages_copied: stats.pages_copied.get(),
+        pages_zeroed: stats.pages_zeroed.get(),
+        pages_mapped: stats.pages_mapped.get(),
+        pages_discarded: stats.pages_discarded.get(),
+        retries_again: stats.retries_again.get(),
+        retries_exist: stats.retries_exist.get(),
+        mmio_reads: stats.mmio_reads.get(),
+        mmio_writes: stats.mmio_writes.get(),
+        kicks: stats.kicks.get(),
+        latency_us_log2: std::array::from_fn(|n| stats.latency[n].get()),
+    }
+}

@@ -1,0 +1,466 @@
+//! KVM's ioctls and `struct kvm_run`. See Documentation/virt/kvm/api.rst.
+
+use super::mem::Mapping;
+use crate::error::{fail, Error, Result};
+use kvm_bindings as kb;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicPtr, Ordering::SeqCst};
+
+const KVMIO: u64 = 0xAE;
+const fn io(nr: u64) -> u64 {
+    KVMIO << 8 | nr
+}
+const fn iow(nr: u64, size: usize) -> u64 {
+    1 << 30 | (size as u64) << 16 | KVMIO << 8 | nr
+}
+const fn ior(nr: u64, size: usize) -> u64 {
+    2 << 30 | (size as u64) << 16 | KVMIO << 8 | nr
+}
+const fn iowr(nr: u64, size: usize) -> u64 {
+    3 << 30 | (size as u64) << 16 | KVMIO << 8 | nr
+}
+
+const KVM_GET_API_VERSION: u64 = io(0x00);
+const KVM_CREATE_VM: u64 = io(0x01);
+const KVM_CHECK_EXTENSION: u64 = io(0x03);
+const KVM_GET_VCPU_MMAP_SIZE: u64 = io(0x04);
+const KVM_CREATE_VCPU: u64 = io(0x41);
+const KVM_SET_USER_MEMORY_REGION: u64 = iow(0x46, size_of::<kb::kvm_userspace_memory_region>());
+const KVM_SET_USER_MEMORY_REGION2: u64 = iow(0x49, size_of::<kb::kvm_userspace_memory_region2>());
+const KVM_RUN: u64 = io(0x80);
+const KVM_GET_REGS: u64 = ior(0x81, size_of::<kb::kvm_regs>());
+const KVM_SET_REGS: u64 = iow(0x82, size_of::<kb::kvm_regs>());
+const KVM_GET_SREGS: u64 = ior(0x83, size_of::<kb::kvm_sregs>());
+const KVM_SET_SREGS: u64 = iow(0x84, size_of::<kb::kvm_sregs>());
+const KVM_TRANSLATE: u64 = iowr(0x85, size_of::<kb::kvm_translation>());
+const KVM_SET_SIGNAL_MASK: u64 = iow(0x8b, 4);
+const KVM_GET_VCPU_EVENTS: u64 = ior(0x9f, size_of::<kb::kvm_vcpu_events>());
+const KVM_SET_VCPU_EVENTS: u64 = iow(0xa0, size_of::<kb::kvm_vcpu_events>());
+const KVM_ENABLE_CAP: u64 = iow(0xa3, size_of::<kb::kvm_enable_cap>());
+const KVM_PRE_FAULT_MEMORY: u64 = iowr(0xd5, size_of::<kb::kvm_pre_fault_memory>());
+
+/// Which of KVM's descriptors one is meant to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// /dev/kvm.
+    System,
+    /// What KVM_CREATE_VM returned.
+    Vm,
+    /// What KVM_CREATE_VCPU returned.
+    Vcpu,
+}
+
+/// A descriptor of KVM's that is ours: a checked duplicate of the VMM's, or one that we made.
+#[derive(Debug)]
+pub struct Descriptor(OwnedFd);
+
+impl Descriptor {
+    /// Opens /dev/kvm.
+    pub fn open() -> Result<Descriptor> {
+        let file = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+        file.map(|f| Descriptor(f.into()))
+            .map_err(|e| Error::from_io("/dev/kvm", &e))
+    }
+
+    /// Duplicates `fd` after checking that it is what `role` says; errors name it `name`.
+    pub fn duplicate(fd: RawFd, role: Role, name: &str) -> Result<Descriptor> {
+        // SAFETY: F_DUPFD_CLOEXEC gives a new descriptor or -1 (EBADF for a bad number).
+        let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+        if copy < 0 {
+            return Err(Error::last_os(&format!("{name}: descriptor {fd}")));
+        }
+        // SAFETY: `copy` is open and ours alone.
+        let copy = Descriptor(unsafe { OwnedFd::from_raw_fd(copy) });
+        let right = match role {
+            Role::System => copy.number(KVM_GET_API_VERSION, 0).is_ok_and(|version| version == 12),
+            Role::Vm => copy.link().is_some_and(|l| l == "anon_inode:kvm-vm"),
+            Role::Vcpu => copy.link().is_some_and(|l| l.starts_with("anon_inode:kvm-vcpu:")),
+        };
+        if !right {
+            let is = copy.link().unwrap_or_else(|| "something else".into());
+            let wanted = match role {
+                Role::System => "/dev/kvm",
+                Role::Vm => "a VM of KVM's",
+                Role::Vcpu => "a vCPU of KVM's",
+            };
+            fail!(EINVAL, "{name}: descriptor {fd} is {is}, not {wanted}");
+        }
+        Ok(copy)
+    }
+
+    /// What /proc/self/fd says of it.
+    fn link(&self) -> Option<String> {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", self.0.as_raw_fd())).ok()?;
+        Some(link.to_string_lossy().into_owned())
+    }
+
+    /// The number that KVM_CREATE_VCPU gave this vCPU.
+    pub fn vcpu_number(&self) -> Option<i32> {
+        self.link()?.rsplit(':').next()?.parse().ok()
+    }
+
+    /// A new VM.
+    pub fn create_vm(&self) -> Result<Descriptor> {
+        self.create(KVM_CREATE_VM, 0, "KVM_CREATE_VM")
+    }
+
+    /// A new vCPU of this VM.
+    pub fn create_vcpu(&self, number: u64) -> Result<Descriptor> {
+        self.create(KVM_CREATE_VCPU, number, "KVM_CREATE_VCPU")
+    }
+
+    fn create(&self, request: u64, arg: u64, what: &str) -> Result<Descriptor> {
+        let fd = self.number(request, arg).map_err(|e| Error::from_io(what, &e))?;
+        // SAFETY: the ioctl returned a new descriptor, which is ours alone.
+        Ok(Descriptor(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// KVM_CHECK_EXTENSION; 0 for what the kernel doesn't know. Proves nothing of the numbers in the ABI table.
+    pub fn check_extension(&self, cap: u32) -> i32 {
+        self.number(KVM_CHECK_EXTENSION, cap.into()).unwrap_or(0)
+    }
+
+    /// KVM_ENABLE_CAP on a VM.
+    pub fn enable_cap(&self, cap: u32, arg: u64) -> Result<()> {
+        let mut enable = kb::kvm_enable_cap {
+            cap,
+            ..Default::default()
+        };
+        enable.args[0] = arg;
+        self.with(KVM_ENABLE_CAP, &mut enable, "KVM_ENABLE_CAP")
+    }
+
+    /// KVM_SET_USER_MEMORY_REGION or _REGION2.
+    pub fn set_region(&self, region: &Region) -> Result<()> {
+        match region.version {
+            1 => {
+                let mut arg = kb::kvm_userspace_memory_region {
+                    slot: region.slot,
+                    flags: region.flags,
+                    guest_phys_addr: region.gpa,
+                    memory_size: region.len,
+                    userspace_addr: region.hva,
+                };
+                self.with(KVM_SET_USER_MEMORY_REGION, &mut arg, "KVM_SET_USER_MEMORY_REGION")
+            }
+            _ => {
+                let mut arg = kb::kvm_userspace_memory_region2 {
+                    slot: region.slot,
+                    flags: region.flags,
+                    guest_phys_addr: region.gpa,
+                    memory_size: region.len,
+                    userspace_addr: region.hva,
+                    ..Default::default()
+                };
+                arg.pad2[0] = region.bitmap; // `userfault_bitmap` of the KVM Userfault series
+                self.with(KVM_SET_USER_MEMORY_REGION2, &mut arg, "KVM_SET_USER_MEMORY_REGION2")
+            }
+        }
+    }
+
+    /// Does this vCPU belong to `vm`? KVM has no call that tells. KVM_CAP_X86_TRIPLE_FAULT_EVENT is a switch of the VM's that
+    /// shows in each of its vCPUs' KVM_GET_VCPU_EVENTS: turn it over and look. It decides only whether KVM_GET_VCPU_EVENTS has
+    /// a field more, and ends as it was if the vCPU is the VM's, else switched on. True where the kernel lacks it (before 6.0).
+    pub fn is_vcpu_of(&self, vm: &Descriptor) -> bool {
+        let shows = || {
+            self.vcpu_events()
+                .is_ok_and(|e| e.flags & kb::KVM_VCPUEVENT_VALID_TRIPLE_FAULT != 0)
+        };
+        let cap = kb::KVM_CAP_X86_TRIPLE_FAULT_EVENT;
+        let before = shows();
+        if vm.check_extension(cap) <= 0 || vm.enable_cap(cap, !before as u64).is_err() {
+            return true;
+        }
+        let same = shows() != before;
+        let _ = vm.enable_cap(cap, if same { before as u64 } else { 1 });
+        same
+    }
+
+    /// KVM_RUN; the errno if it fails.
+    pub fn run(&self) -> std::result::Result<(), i32> {
+        match self.number(KVM_RUN, 0) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(e.raw_os_error().unwrap_or(libc::EIO)),
+        }
+    }
+
+    /// The signals that are blocked inside KVM_RUN (KVM_SET_SIGNAL_MASK).
+    pub fn set_signal_mask(&self, mask: super::thread::SignalSet) -> Result<()> {
+        // struct kvm_signal_mask { u32 len; u8 sigset[8]; }
+        let mut arg = [8u32, mask.0 as u32, (mask.0 >> 32) as u32];
+        self.with(KVM_SET_SIGNAL_MASK, &mut arg, "KVM_SET_SIGNAL_MASK")
+    }
+
+    /// The vCPU's general registers.
+    pub fn regs(&self) -> Result<kb::kvm_regs> {
+        self.get(KVM_GET_REGS, "KVM_GET_REGS")
+    }
+
+    /// Sets them.
+    pub fn set_regs(&self, mut regs: kb::kvm_regs) -> Result<()> {
+        self.with(KVM_SET_REGS, &mut regs, "KVM_SET_REGS")
+    }
+
+    /// The vCPU's segment and control registers.
+    pub fn sregs(&self) -> Result<kb::kvm_sregs> {
+        self.get(KVM_GET_SREGS, "KVM_GET_SREGS")
+    }
+
+    /// Sets them.
+    pub fn set_sregs(&self, mut sregs: kb::kvm_sregs) -> Result<()> {
+        self.with(KVM_SET_SREGS, &mut sregs, "KVM_SET_SREGS")
+    }
+
+    /// The vCPU's pending exceptions and interrupts.
+    pub fn vcpu_events(&self) -> Result<kb::kvm_vcpu_events> {
+        self.get(KVM_GET_VCPU_EVENTS, "KVM_GET_VCPU_EVENTS")
+    }
+
+    /// Sets them.
+    pub fn set_vcpu_events(&self, mut events: kb::kvm_vcpu_events) -> Result<()> {
+        self.with(KVM_SET_VCPU_EVENTS, &mut events, "KVM_SET_VCPU_EVENTS")
+    }
+
+    /// Guest virtual to guest physical address, by the vCPU's page tables; None if not mapped.
+    pub fn translate(&self, linear: u64) -> Option<u64> {
+        let mut arg = kb::kvm_translation {
+            linear_address: linear,
+            ..Default::default()
+        };
+        self.with(KVM_TRANSLATE, &mut arg, "KVM_TRANSLATE").ok()?;
+        (arg.valid != 0).then_some(arg.physical_address)
+    }
+
+    /// KVM_PRE_FAULT_MEMORY: maps guest memory in stage 2 without an exit. EAGAIN while the slot moves.
+    pub fn pre_fault(&self, gpa: u64, len: u64) -> Result<()> {
+        let mut arg = kb::kvm_pre_fault_memory {
+            gpa,
+            size: len,
+            ..Default::default()
+        };
+        self.with(KVM_PRE_FAULT_MEMORY, &mut arg, "KVM_PRE_FAULT_MEMORY")
+    }
+
+    fn get<T: Default>(&self, request: u64, what: &str) -> Result<T> {
+        let mut value = T::default();
+        self.with(request, &mut value, what)?;
+        Ok(value)
+    }
+
+    /// An ioctl on a structure of the size that the request's number states.
+    fn with<T>(&self, request: u64, arg: &mut T, what: &str) -> Result<()> {
+        // SAFETY: `arg` is live, and every caller passes the structure that `request` is defined on. Guest memory addresses in it
+        // are checked by KVM, and are used by guests only.
+        match unsafe { libc::ioctl(self.0.as_raw_fd(), request, &raw mut *arg) } {
+            r if r < 0 => Err(Error::last_os(what)),
+            _ => Ok(()),
+        }
+    }
+
+    /// An ioctl that takes a number.
+    fn number(&self, request: u64, arg: u64) -> std::io::Result<i32> {
+        // SAFETY: the requests passed here take no pointer.
+        match unsafe { libc::ioctl(self.0.as_raw_fd(), request, arg) } {
+            r if r < 0 => Err(std::io::Error::last_os_error()),
+            r => Ok(r),
+        }
+    }
+}
+
+/// A memslot as KVM gets it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Region {
+    /// 1 or 2: which ioctl.
+    pub version: u32,
+    /// Id and address space.
+    pub slot: u32,
+    /// KVM_MEM_* and the fast-only flag.
+    pub flags: u32,
+    /// First guest physical address.
+    pub gpa: u64,
+    /// Bytes; 0 deletes.
+    pub len: u64,
+    /// Where KVM finds the memory in this process.
+    pub hva: u64,
+    /// `userfault_bitmap`, for the ABI that has it.
+    pub bitmap: u64,
+}
+
+/// An access that KVM asks userspace to complete (KVM_EXIT_MMIO).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mmio {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// What is written, or room for what is read.
+    pub data: [u8; 8],
+    /// 1 to 8 bytes.
+    pub len: usize,
+    /// Is it a write?
+    pub write: bool,
+}
+
+/// A vCPU's `struct kvm_run`: shared with the kernel, and for its `immediate_exit` byte with whoever kicks.
+#[derive(Debug)]
+pub struct Run {
+    run: NonNull<kb::kvm_run>,
+    _mapping: Option<Mapping>,
+}
+
+// SAFETY: all access is by single volatile reads and writes of plain fields; the kernel is the other party at all times anyway.
+unsafe impl Send for Run {}
+// SAFETY: as above.
+unsafe impl Sync for Run {}
+
+impl Run {
+    /// Maps it.
+    pub fn map(system: &Descriptor, vcpu: &Descriptor) -> Result<Run> {
+        let size = system
+            .number(KVM_GET_VCPU_MMAP_SIZE, 0)
+            .map_err(|e| Error::from_io("KVM_GET_VCPU_MMAP_SIZE", &e))?;
+        let mapping = Mapping::shared(vcpu.0.as_raw_fd(), 0, size as u64, true).map_err(|e| e.context("kvm_run"))?;
+        let run = NonNull::new(mapping.address() as *mut kb::kvm_run);
+        Ok(Run {
+            run: run.ok_or_else(|| Error::new(libc::EFAULT, "kvm_run"))?,
+            _mapping: Some(mapping),
+        })
+    }
+
+    /// Uses the VMM's mapping, which must be a kvm_run and outlive this.
+    ///
+    /// # Safety
+    /// `address` is the start of a mapping of the vCPU's descriptor that stays for as long as the result lives.
+    pub unsafe fn borrow(address: NonNull<kb::kvm_run>) -> Run {
+        Run {
+            run: address,
+            _mapping: None,
+        }
+    }
+
+    /// Why KVM_RUN returned.
+    pub fn exit_reason(&self) -> u32 {
+        // SAFETY: `run` is mapped (see the constructors); the same holds for every access below.
+        unsafe { (&raw const (*self.run.as_ptr()).exit_reason).read_volatile() }
+    }
+
+    /// Forgets the last exit, so that a KVM_RUN which fails without setting a reason can't be mistaken for it.
+    pub fn clear_exit_reason(&self) {
+        // SAFETY: as in `exit_reason`.
+        unsafe { (&raw mut (*self.run.as_ptr()).exit_reason).write_volatile(kb::KVM_EXIT_UNKNOWN) };
+    }
+
+    /// The byte that keeps KVM_RUN from beginning, for whoever kicks.
+    pub fn immediate_exit(&self) -> ImmediateExit {
+        // SAFETY: as in `exit_reason`; only the address is taken.
+        ImmediateExit(AtomicPtr::new(unsafe { &raw mut (*self.run.as_ptr()).immediate_exit }))
+    }
+
+    /// The address space of the exit: 1 in system management mode.
+    pub fn space(&self) -> u32 {
+        // SAFETY: as in `exit_reason`.
+        let flags = unsafe { (&raw const (*self.run.as_ptr()).flags).read_volatile() };
+        u32::from(flags) & kb::KVM_RUN_X86_SMM
+    }
+
+    /// The first three words of the exit's own data: flags, gpa and size in all ABIs of memory-fault exits.
+    pub fn words(&self) -> [u64; 3] {
+        // SAFETY: as in `exit_reason`; the union is 256 bytes of plain data.
+        unsafe {
+            (&raw const (*self.run.as_ptr()).__bindgen_anon_1)
+                .cast::<[u64; 3]>()
+                .read_volatile()
+        }
+    }
+
+    /// The access of a KVM_EXIT_MMIO.
+    pub fn mmio(&self) -> Mmio {
+        // SAFETY: as in `exit_reason`; all bit patterns are valid for this member.
+        let mmio = unsafe { (&raw const (*self.run.as_ptr()).__bindgen_anon_1.mmio).read_volatile() };
+        Mmio {
+            gpa: mmio.phys_addr,
+            data: mmio.data,
+            len: (mmio.len as usize).min(8),
+            write: mmio.is_write != 0,
+        }
+    }
+
+    /// The bytes that the guest's read gets.
+    pub fn set_mmio_data(&self, data: [u8; 8]) {
+        // SAFETY: as in `exit_reason`.
+        unsafe { (&raw mut (*self.run.as_ptr()).__bindgen_anon_1.mmio.data).write_volatile(data) };
+    }
+}
+
+/// `kvm_run.immediate_exit`, which any thread and any signal handler may set: KVM_RUN then completes what the last exit left,
+/// and returns at once with EINTR.
+#[derive(Debug)]
+pub struct ImmediateExit(AtomicPtr<u8>);
+
+impl ImmediateExit {
+    /// Sets or clears it; async-signal-safe.
+    pub fn set(&self, on: bool) {
+        if let Some(byte) = NonNull::new(self.0.load(SeqCst)) {
+            // SAFETY: the byte is in the vCPU's kvm_run, which is mapped until `detach`.
+            unsafe { byte.write_volatile(on as u8) };
+        }
+    }
+
+    /// Is it set?
+    pub fn get(&self) -> bool {
+        // SAFETY: as in `set`.
+        NonNull::new(self.0.load(SeqCst)).is_some_and(|byte| unsafe { byte.read_volatile() } != 0)
+    }
+
+    /// The kvm_run is about to go.
+    pub fn detach(&self) {
+        self.0.store(std::ptr::null_mut(), SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_are_checked() {
+        let kvm = Descriptor::open().expect("/dev/kvm");
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(3).unwrap();
+        let raw = |d: &Descriptor| d.0.as_raw_fd();
+        assert!(Descriptor::duplicate(raw(&kvm), Role::System, "kvm_fd").is_ok());
+        assert!(Descriptor::duplicate(raw(&vm), Role::Vm, "vm_fd").is_ok());
+        assert_eq!(
+            Descriptor::duplicate(raw(&vcpu), Role::Vcpu, "fd")
+                .unwrap()
+                .vcpu_number(),
+            Some(3)
+        );
+        for (fd, role) in [
+            (raw(&vm), Role::System),
+            (raw(&kvm), Role::Vm),
+            (raw(&vm), Role::Vcpu),
+            (0, Role::Vm),
+        ] {
+            assert_eq!(Descriptor::duplicate(fd, role, "x").unwrap_err().errno, libc::EINVAL);
+        }
+        assert_eq!(
+            Descriptor::duplicate(-1, Role::Vm, "vm_fd").unwrap_err().errno,
+            libc::EBADF
+        );
+    }
+
+    #[test]
+    fn a_vcpu_is_told_from_another_vms() {
+        let kvm = Descriptor::open().expect("/dev/kvm");
+        let (one, two) = (kvm.create_vm().unwrap(), kvm.create_vm().unwrap());
+        let (a, b) = (one.create_vcpu(0).unwrap(), two.create_vcpu(0).unwrap());
+        assert!(a.is_vcpu_of(&one) && b.is_vcpu_of(&two));
+        if one.check_extension(kb::KVM_CAP_X86_TRIPLE_FAULT_EVENT) > 0 {
+            assert!(!a.is_vcpu_of(&two) && !b.is_vcpu_of(&one));
+        }
+        // A VMM that switched it on finds it on.
+        one.enable_cap(kb::KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1).unwrap();
+        assert!(a.is_vcpu_of(&one));
+        assert_ne!(a.vcpu_events().unwrap().flags & kb::KVM_VCPUEVENT_VALID_TRIPLE_FAULT, 0);
+    }
+}

@@ -1,0 +1,11 @@
+//! What Linux defines, and nothing else: system calls, layouts, the table of KVM ABIs, and the probe that tells them apart.
+//!
+//! All `unsafe` of the library lives here and in `capi/`, one reason each. The functions are safe to call: what they are
+//! given is checked by the kernel (an address that isn't mapped is EFAULT, not undefined behaviour).
+
+pub mod abi;
+pub mod kvm;
+pub mod mem;
+pub mod probe;
+pub mod thread;
+pub mod uffd;

@@ -1,0 +1,150 @@
+//! Which row of the ABI table is this kernel's? Asked of a scratch VM, by behaviour.
+//!
+//! The guest is two instructions in real mode: load a byte from a page that is absent, halt. It runs natively on hardware and in
+//! KVM's emulator alike. A row is proven when the flag is accepted, KVM_RUN exits as the row says with the page's address,
+//! and, once the page is present, the same guest halts without another exit. With a bitmap, a clear bit must not exit.
+
+use super::abi::{Abi, ABIS};
+use super::kvm::{Descriptor, Region, Run};
+use super::mem::{self, Mapping, PAGE};
+use crate::error::{fail, Error, Result};
+use kvm_bindings as kb;
+
+/// mov al, [0]; hlt
+const CODE: [u8; 4] = [0xa0, 0x00, 0x00, 0xf4];
+const CODE_GPA: u64 = 0x1000;
+const DATA_GPA: u64 = 0x20000;
+/// Host memory behind the data slot: large enough that the slot is no corner case, small enough to cost nothing.
+const DATA_LEN: u64 = 16 * PAGE;
+
+/// Tries one row; the error says what was not as the row has it.
+pub fn prove(system: &Descriptor, abi: &Abi) -> Result<()> {
+    let vm = system.create_vm()?;
+    if let Some((cap, arg)) = abi.enable {
+        vm.enable_cap(cap, arg)
+            .map_err(|e| e.context(format!("enabling capability {cap} as {} does", abi.name)))?;
+    }
+    let code = Mapping::anonymous(PAGE)?;
+    let data = Mapping::anonymous(DATA_LEN)?;
+    let bitmap = Mapping::anonymous(PAGE)?;
+    mem::write(code.address(), &CODE)?;
+    vm.set_region(&Region {
+        version: 1,
+        slot: 0,
+        gpa: CODE_GPA,
+        len: PAGE,
+        hva: code.address(),
+        ..Default::default()
+    })?;
+
+    let mut region = Region {
+        version: 1,
+        slot: 1,
+        gpa: DATA_GPA,
+        len: DATA_LEN,
+        hva: data.address(),
+        ..Default::default()
+    };
+    bitmap.atomics()[0].store(!0, std::sync::atomic::Ordering::Release);
+    abi.arm(&mut region, bitmap.address());
+    vm.set_region(&region)
+        .map_err(|e| e.context(format!("a memslot with flag {:#x} ({})", abi.slot_flag, abi.name)))?;
+
+    let vcpu = vm.create_vcpu(0)?;
+    let run = Run::map(system, &vcpu)?;
+    let mut sregs = vcpu.sregs()?;
+    (sregs.cs.base, sregs.cs.selector) = (CODE_GPA, (CODE_GPA >> 4) as u16);
+    (sregs.ds.base, sregs.ds.selector) = (DATA_GPA, (DATA_GPA >> 4) as u16);
+    vcpu.set_sregs(sregs)?;
+    vcpu.set_regs(kb::kvm_regs {
+        rflags: 2,
+        ..Default::default()
+    })?;
+
+    run.clear_exit_reason();
+    match vcpu.run() {
+        Ok(()) => fail!(
+            EOPNOTSUPP,
+            "the flag is accepted, but a guest that touches an absent page does not exit"
+        ),
+        Err(errno) => match abi.decode(errno, &run) {
+            Some(exit) if exit.gpa & !(PAGE - 1) == DATA_GPA => {}
+            Some(exit) => fail!(
+                EOPNOTSUPP,
+                "the exit names address {:#x} instead of {DATA_GPA:#x}",
+                exit.gpa
+            ),
+            None => {
+                let error = std::io::Error::from_raw_os_error(errno);
+                fail!(
+                    EOPNOTSUPP,
+                    "KVM_RUN failed otherwise than {} does: {error}, exit reason {}",
+                    abi.name,
+                    run.exit_reason()
+                )
+            }
+        },
+    }
+    mem::write(data.address(), &[1])?;
+    bitmap.atomics()[0].store(!1, std::sync::atomic::Ordering::Release);
+    run.clear_exit_reason();
+    match vcpu.run() {
+        Ok(()) if run.exit_reason() == kb::KVM_EXIT_HLT => Ok(()),
+        other => fail!(
+            EOPNOTSUPP,
+            "the guest did not go on once the page was there: {other:?}, exit reason {}",
+            run.exit_reason()
+        ),
+    }
+}
+
+/// What became of one row.
+#[derive(Debug)]
+pub struct Attempt {
+    /// The row.
+    pub abi: &'static Abi,
+    /// Proven, or why not.
+    pub result: Result<()>,
+}
+
+/// Tries all rows in the table's order, newest last, and stops at the first that is proven.
+pub fn attempts(system: &Descriptor) -> Vec<Attempt> {
+    let mut attempts = Vec::new();
+    for abi in ABIS {
+        let result = if abi.is_reported(|cap| system.check_extension(cap)) {
+            prove(system, abi)
+        } else {
+            Err(Error::new(
+                libc::EOPNOTSUPP,
+                format!("KVM_CHECK_EXTENSION does not report all of {:?}", abi.caps),
+            ))
+        };
+        let proven = result.is_ok();
+        attempts.push(Attempt { abi, result });
+        if proven {
+            break;
+        }
+    }
+    attempts
+}
+
+/// The row that this kernel was proven to have.
+pub fn find(system: &Descriptor) -> Option<&'static Abi> {
+    attempts(system).into_iter().find(|a| a.result.is_ok()).map(|a| a.abi)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On a kernel without the flag every row must fail, also those whose capability numbers mainline uses for other things.
+    #[test]
+    fn a_row_is_proven_by_behaviour_only() {
+        let system = Descriptor::open().expect("/dev/kvm");
+        let found = find(&system).map(|abi| abi.name);
+        for abi in ABIS {
+            let result = prove(&system, abi);
+            assert_eq!(result.is_ok(), found == Some(abi.name), "{}: {result:?}", abi.name);
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! Threads, signals and futexes.
+
+use crate::error::{Error, Result};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
+
+/// The kernel's number of the calling thread.
+pub fn id() -> i32 {
+    // SAFETY: gettid has no arguments and can't fail.
+    unsafe { libc::gettid() }
+}
+
+/// Sends `signal` to one thread of this process; async-signal-safe. A thread that is gone is not an error.
+pub fn send_signal(tid: i32, signal: i32) {
+    // SAFETY: tgkill takes numbers only; a thread that has ended gives ESRCH. getpid is async-signal-safe.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal) };
+}
+
+/// Why a wait on a futex ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wake {
+    /// Woken, or the word had changed already, or for no reason.
+    Woken,
+    /// A signal handler ran.
+    Signal,
+    /// The time is over.
+    Timeout,
+}
+
+/// Sleeps while `word` is `expected`, at most `timeout`.
+pub fn futex_wait(word: &AtomicU32, expected: u32, timeout: Duration) -> Wake {
+    let timeout = libc::timespec {
+        tv_sec: timeout.as_secs() as i64,
+        tv_nsec: timeout.subsec_nanos().into(),
+    };
+    // SAFETY: the word and the timeout live during the call; FUTEX_WAIT only reads them.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+            expected,
+            &timeout,
+        )
+    };
+    match (result, std::io::Error::last_os_error().raw_os_error()) {
+        (0, _) => Wake::Woken,
+        (_, Some(libc::EINTR)) => Wake::Signal,
+        (_, Some(libc::ETIMEDOUT)) => Wake::Timeout,
+        _ => Wake::Woken,
+    }
+}
+
+/// Wakes all that sleep on `word`; async-signal-safe.
+pub fn futex_wake_all(word: &AtomicU32) {
+    // SAFETY: FUTEX_WAKE uses the address as a key and does not access it.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
+            i32::MAX,
+        )
+    };
+}
+
+/// A set of signals, as the kernel has it: bit (n - 1) is signal n.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SignalSet(pub u64);
+
+impl SignalSet {
+    /// The set of these signals.
+    pub fn of(signals: &[i32]) -> SignalSet {
+        SignalSet(signals.iter().fold(0, |set, s| set | 1 << (s - 1)))
+    }
+
+    /// This set without those of `other`.
+    pub fn without(self, other: SignalSet) -> SignalSet {
+        SignalSet(self.0 & !other.0)
+    }
+}
+
+/// Blocks (or unblocks) signals in the calling thread; returns the mask as it was.
+pub fn mask_signals(set: SignalSet, block: bool) -> SignalSet {
+    let mut old = 0u64;
+    let how = if block { libc::SIG_BLOCK } else { libc::SIG_UNBLOCK };
+    // SAFETY: both sets are live 8-byte values, the size that the last argument states.
+    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, &set.0, &mut old, 8usize) };
+    SignalSet(old)
+}
+
+/// A signal that was pending.
+#[derive(Debug, Clone, Copy)]
+pub struct Pending {
+    /// Its number.
+    pub signal: i32,
+    /// si_code.
+    pub code: i32,
+    /// si_addr, for SIGBUS.
+    pub address: u64,
+}
+
+/// Takes one pending blocked signal of `set` from the calling thread, without waiting.
+pub fn take_signal(set: SignalSet) -> Option<Pending> {
+    let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: an all-zero siginfo_t is valid; set, info and timeout live during the call, and 8 is the size of the kernel's set.
+    // si_addr is a plain field read of a siginfo_t that the kernel filled in.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let signal = libc::syscall(libc::SYS_rt_sigtimedwait, &set.0, &mut info, &none, 8usize) as i32;
+        (signal > 0).then(|| Pending {
+            signal,
+            code: info.si_code,
+            address: info.si_addr() as u64,
+        })
+    }
+}
+
+/// Has the VMM a handler for `signal`? (Neither the default action nor ignored.)
+pub fn has_handler(signal: i32) -> bool {
+    // SAFETY: an all-zero sigaction is valid; a null new action only queries.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut action) == 0
+            && action.sa_sigaction != libc::SIG_DFL
+            && action.sa_sigaction != libc::SIG_IGN
+    }
+}
+
+/// An eventfd that stays readable once it was raised.
+#[derive(Debug)]
+pub struct Flag(OwnedFd);
+
+impl Flag {
+    /// A flag that isn't raised.
+    pub fn new() -> Result<Flag> {
+        // SAFETY: eventfd returns a new descriptor, which is ours alone, or -1.
+        unsafe {
+            match libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) {
+                -1 => Err(Error::last_os("eventfd")),
+                fd => Ok(Flag(OwnedFd::from_raw_fd(fd))),
+            }
+        }
+    }
+
+    /// Raises it for all who poll it.
+    pub fn raise(&self) {
+        let one = 1u64;
+        // SAFETY: writes 8 bytes from a live variable to our own descriptor.
+        unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
+    }
+}
+
+impl AsRawFd for Flag {
+    fn as_raw_fd(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Waits until one of the descriptors is readable (or broken); tells which are.
+pub fn poll<const N: usize>(fds: [i32; N], timeout: Option<Duration>) -> [bool; N] {
+    let mut set = fds.map(|fd| libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    let millis = timeout.map_or(-1, |t| t.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32);
+    // SAFETY: `set` is a live array of N pollfds. EINTR leaves all revents 0.
+    let ready = unsafe { libc::poll(set.as_mut_ptr(), N as _, millis) };
+    set.map(|p| ready > 0 && p.revents != 0)
+}
+
+/// Blocks every signal in the calling thread: the VMM's handlers are not for the library's own threads.
+pub fn block_all_signals() {
+    mask_signals(SignalSet(!0), true);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_blocked_signal_is_taken_once() {
+        let set = SignalSet::of(&[libc::SIGURG]);
+        mask_signals(set, true);
+        assert!(take_signal(set).is_none());
+        send_signal(id(), libc::SIGURG);
+        assert_eq!(take_signal(set).unwrap().signal, libc::SIGURG);
+        assert!(take_signal(set).is_none());
+    }
+
+    #[test]
+    fn a_flag_stays_raised() {
+        let flag = Flag::new().unwrap();
+        assert_eq!(poll([flag.as_raw_fd()], Some(Duration::ZERO)), [false]);
+        flag.raise();
+        assert_eq!(poll([flag.as_raw_fd()], None), [true]);
+        assert_eq!(poll([flag.as_raw_fd()], None), [true]);
+    }
+}

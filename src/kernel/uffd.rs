@@ -1,0 +1,297 @@
+//! userfaultfd: opening, registering (both through the `userfaultfd` crate), and the ioctls that the crate lacks or gets
+//! wrong: it reads a COPY that ends with EAGAIN as a huge count, and has no POISON. See userfaultfd(2),
+//! Documentation/admin-guide/mm/userfaultfd.rst and fs/userfaultfd.c.
+
+use crate::error::{Error, Result};
+use std::fmt::Write;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use userfaultfd::{Event, FaultKind, FeatureFlags, ReadWrite, RegisterMode, UffdBuilder};
+
+/// UFFD_FEATURE_POISON, Linux 6.6.
+pub const FEATURE_POISON: u64 = 1 << 14;
+/// UFFD_FEATURE_MINOR_SHMEM, Linux 5.14.
+pub const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+/// UFFD_FEATURE_MINOR_HUGETLBFS, Linux 5.13.
+pub const FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
+/// UFFD_FEATURE_THREAD_ID, Linux 4.14.
+pub const FEATURE_THREAD_ID: u64 = 1 << 8;
+const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
+
+/// What is asked for, best first: a kernel refuses the whole request for one feature that it doesn't know.
+const WISHES: [u64; 4] = {
+    let shared = FEATURE_MISSING_SHMEM | FEATURE_MISSING_HUGETLBFS;
+    let minor = shared | FEATURE_THREAD_ID | FEATURE_MINOR_SHMEM | FEATURE_MINOR_HUGETLBFS;
+    [minor | FEATURE_POISON, minor, shared | FEATURE_THREAD_ID, shared]
+};
+
+const UFFD_API: u64 = 0xAA;
+
+/// `_IOWR(0xAA, nr, struct of size bytes)`.
+const fn iowr(nr: u64, size: usize) -> u64 {
+    3 << 30 | (size as u64) << 16 | 0xAA << 8 | nr
+}
+const UFFDIO_API: u64 = iowr(0x3F, 24);
+const UFFDIO_COPY: u64 = iowr(0x03, 40);
+const UFFDIO_ZEROPAGE: u64 = iowr(0x04, 32);
+const UFFDIO_CONTINUE: u64 = iowr(0x07, 32);
+const UFFDIO_POISON: u64 = iowr(0x08, 32);
+
+/// How far an install ioctl came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// This many bytes from the start are done (perhaps not all that was asked), and their waiters are awake.
+    Done(u64),
+    /// The first page is there already. Its waiters, if any, are still asleep.
+    Exists,
+    /// The address space is changing (another thread in mmap, fork, madvise, ...): try again.
+    Again,
+}
+
+/// A fault that the kernel reported through the userfaultfd.
+#[derive(Debug, Clone, Copy)]
+pub struct Message {
+    /// The address, in whichever mapping was touched.
+    pub hva: u64,
+    /// Was it a write?
+    pub write: bool,
+    /// The page is in the page cache and only has to be mapped.
+    pub minor: bool,
+    /// The thread that waits, where the kernel tells (UFFD_FEATURE_THREAD_ID).
+    pub thread: Option<i32>,
+}
+
+/// A userfaultfd.
+#[derive(Debug)]
+pub struct Uffd {
+    uffd: userfaultfd::Uffd,
+    features: u64,
+}
+
+impl Uffd {
+    /// Opens one with the best features that the kernel has, for kernel-mode faults too (KVM's are such).
+    pub fn open() -> Result<Uffd> {
+        let mut tried = String::new();
+        for wish in WISHES {
+            match UffdBuilder::new()
+                .close_on_exec(true)
+                .non_blocking(true)
+                .user_mode_only(false)
+                .require_features(FeatureFlags::from_bits_retain(wish))
+                .create()
+            {
+                Ok(uffd) => return Ok(Uffd { uffd, features: wish }),
+                Err(e) => {
+                    tried.clear();
+                    let _ = write!(tried, "/dev/userfaultfd or the system call: {e}");
+                }
+            }
+        }
+        // The crate doesn't try the system call where the device exists but is not accessible.
+        // SAFETY: the system call takes flags only, and returns a new descriptor, which is ours alone.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) } as RawFd;
+        if fd < 0 {
+            let error = std::io::Error::last_os_error();
+            let _ = write!(tried, "; userfaultfd(2): {error}");
+            return Err(Error::new(error.raw_os_error().unwrap_or(libc::EPERM), tried));
+        }
+        // SAFETY: `fd` is open and ours.
+        Uffd::handshake(unsafe { userfaultfd::Uffd::from_raw_fd(fd) })
+    }
+
+    /// Takes one that somebody else opened; `fd` is duplicated.
+    pub fn adopt(fd: RawFd) -> Result<Uffd> {
+        let link = std::fs::read_link(format!("/proc/self/fd/{fd}")).map_err(|e| Error::from_io("uffd", &e))?;
+        if link.to_str() != Some("anon_inode:[userfaultfd]") {
+            return Err(Error::new(
+                libc::EINVAL,
+                format!("uffd: descriptor {fd} is {}, not a userfaultfd", link.display()),
+            ));
+        }
+        // SAFETY: F_DUPFD_CLOEXEC gives a new descriptor, which is ours alone; F_SETFL sets the flag that poll(2) needs.
+        let uffd = unsafe {
+            let copy = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3);
+            if copy < 0 {
+                return Err(Error::last_os("uffd: fcntl(F_DUPFD_CLOEXEC)"));
+            }
+            libc::fcntl(copy, libc::F_SETFL, libc::fcntl(copy, libc::F_GETFL) | libc::O_NONBLOCK);
+            userfaultfd::Uffd::from_raw_fd(copy)
+        };
+        Uffd::handshake(uffd)
+    }
+
+    /// UFFDIO_API. Where all wishes are refused it was done before, with features that can't be asked for; then POISON and
+    /// minor faults are assumed and fail at their use, and thread ids are not.
+    fn handshake(uffd: userfaultfd::Uffd) -> Result<Uffd> {
+        for wish in WISHES {
+            let mut api = [UFFD_API, wish, 0];
+            if ioctl(&uffd, UFFDIO_API, &mut api).is_ok() {
+                return Ok(Uffd { uffd, features: wish });
+            }
+        }
+        Ok(Uffd {
+            uffd,
+            features: WISHES[0] & !FEATURE_THREAD_ID,
+        })
+    }
+
+    /// The UFFD_FEATURE_* bits in force.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Registers a range for missing faults, and for minor faults too if asked.
+    pub fn register(&self, hva: u64, len: u64, minor: bool) -> Result<()> {
+        let mode = if minor {
+            RegisterMode::MISSING | RegisterMode::MINOR
+        } else {
+            RegisterMode::MISSING
+        };
+        match self.uffd.register_with_mode(hva as *mut _, len as usize, mode) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(from_crate("UFFDIO_REGISTER", e)),
+        }
+    }
+
+    /// Unregisters a range; whoever waits there wakes and takes the fault without userfaultfd.
+    pub fn unregister(&self, hva: u64, len: u64) -> Result<()> {
+        self.uffd
+            .unregister(hva as *mut _, len as usize)
+            .map_err(|e| from_crate("UFFDIO_UNREGISTER", e))
+    }
+
+    /// Wakes whoever waits for a page of the range.
+    pub fn wake(&self, hva: u64, len: u64) -> Result<()> {
+        self.uffd
+            .wake(hva as *mut _, len as usize)
+            .map_err(|e| from_crate("UFFDIO_WAKE", e))
+    }
+
+    /// Copies bytes of this process into absent pages. A `source` that can't be read is EFAULT.
+    pub fn copy(&self, hva: u64, source: u64, len: u64) -> Result<Step> {
+        let mut arg = [hva, source, len, 0, 0];
+        let result = ioctl(&self.uffd, UFFDIO_COPY, &mut arg);
+        step("UFFDIO_COPY", result, arg[4], len)
+    }
+
+    /// Installs zero pages.
+    pub fn zero(&self, hva: u64, len: u64) -> Result<Step> {
+        let mut arg = [hva, len, 0, 0];
+        let result = ioctl(&self.uffd, UFFDIO_ZEROPAGE, &mut arg);
+        step("UFFDIO_ZEROPAGE", result, arg[3], len)
+    }
+
+    /// Maps pages that are in the page cache; EFAULT where there is none.
+    pub fn map(&self, hva: u64, len: u64) -> Result<Step> {
+        let mut arg = [hva, len, 0, 0];
+        let result = ioctl(&self.uffd, UFFDIO_CONTINUE, &mut arg);
+        step("UFFDIO_CONTINUE", result, arg[3], len)
+    }
+
+    /// Puts poison markers where nothing is mapped.
+    pub fn poison(&self, hva: u64, len: u64) -> Result<Step> {
+        let mut arg = [hva, len, 0, 0];
+        let result = ioctl(&self.uffd, UFFDIO_POISON, &mut arg);
+        step("UFFDIO_POISON", result, arg[3], len)
+    }
+
+    /// The next fault, if there is one.
+    pub fn next(&self) -> Result<Option<Message>> {
+        match self.uffd.read_event() {
+            Ok(Some(Event::Pagefault {
+                kind,
+                rw,
+                addr,
+                thread_id,
+            })) => Ok(Some(Message {
+                hva: addr as u64,
+                write: rw == ReadWrite::Write,
+                minor: kind == FaultKind::Minor,
+                thread: (self.features & FEATURE_THREAD_ID != 0).then(|| thread_id.as_raw()),
+            })),
+            // Events (fork, remap, remove, unmap) come only to those who asked: an adopted userfaultfd's first owner may have.
+            Ok(_) => Ok(None),
+            Err(e) => Err(from_crate("reading the userfaultfd", e)),
+        }
+    }
+}
+
+impl AsRawFd for Uffd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.uffd.as_raw_fd()
+    }
+}
+
+fn ioctl<const N: usize>(uffd: &userfaultfd::Uffd, request: u64, arg: &mut [u64; N]) -> std::io::Result<()> {
+    // SAFETY: every request here is defined on a structure of N 64-bit fields (the size is part of its number). The kernel checks
+    // the addresses in it, and changes nothing but absent pages of ranges registered with this userfaultfd, which are guest
+    // memory that Rust holds no reference to.
+    match unsafe { libc::ioctl(uffd.as_raw_fd(), request, arg.as_mut_ptr()) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Reads an install ioctl's outcome: the last field holds the bytes done, or -errno if none.
+fn step(what: &str, result: std::io::Result<()>, done: u64, len: u64) -> Result<Step> {
+    match result {
+        Ok(()) => Ok(Step::Done(len)),
+        Err(_) if done as i64 > 0 => Ok(Step::Done(done)),
+        Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(Step::Exists),
+        Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => Ok(Step::Again),
+        Err(e) => Err(Error::from_io(what, &e)),
+    }
+}
+
+fn from_crate(what: &str, error: userfaultfd::Error) -> Error {
+    let errno = match &error {
+        userfaultfd::Error::SystemError(e)
+        | userfaultfd::Error::CopyFailed(e)
+        | userfaultfd::Error::ZeropageFailed(e) => *e as i32,
+        _ => libc::EIO,
+    };
+    Error::new(errno, format!("{what}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::mem::{self, Mapping, PAGE};
+
+    #[test]
+    fn partial_progress_and_eexist_are_told_apart() {
+        let uffd = Uffd::open().expect("userfaultfd");
+        let memory = Mapping::anonymous(4 * PAGE).unwrap();
+        let source = Mapping::anonymous(4 * PAGE).unwrap();
+        mem::write(source.address(), &[7; 4 * PAGE as usize]).unwrap();
+        uffd.register(memory.address(), 4 * PAGE, false).unwrap();
+        assert_eq!(
+            uffd.copy(memory.address() + 2 * PAGE, source.address(), PAGE),
+            Ok(Step::Done(PAGE))
+        );
+        assert_eq!(
+            uffd.copy(memory.address(), source.address(), 4 * PAGE),
+            Ok(Step::Done(2 * PAGE))
+        );
+        assert_eq!(uffd.copy(memory.address(), source.address(), PAGE), Ok(Step::Exists));
+        assert_eq!(
+            uffd.copy(memory.address() + 3 * PAGE, PAGE, PAGE).unwrap_err().errno,
+            libc::EFAULT
+        );
+        let mut byte = [0];
+        mem::read(memory.address() + PAGE, &mut byte).unwrap();
+        assert_eq!(byte, [7]);
+    }
+
+    #[test]
+    fn an_adopted_descriptor_must_be_a_userfaultfd() {
+        assert_eq!(Uffd::adopt(-1).unwrap_err().errno, libc::ENOENT);
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert_eq!(Uffd::adopt(file.as_raw_fd()).unwrap_err().errno, libc::EINVAL);
+        let first = Uffd::open().unwrap();
+        let second = Uffd::adopt(first.as_raw_fd()).unwrap();
+        let memory = Mapping::anonymous(PAGE).unwrap();
+        second.register(memory.address(), PAGE, false).unwrap();
+        assert_eq!(first.zero(memory.address(), PAGE), Ok(Step::Done(PAGE)));
+    }
+}

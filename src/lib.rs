@@ -1,0 +1,36 @@
+//! libkvmfault: guest page faults served on the faulting vCPU's own thread. The C API is the product (`include/kvmfault.h`); this is the
+//! map of the house behind it. Arrows go down only:
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | `capi` | the C surface: checks, conversions, the panic boundary; no logic |
+//! | `vcpu` | the exit loop: which exits are faults, kicks, in-slot MMIO |
+//! | `vm` | slots as the VMM sets them, and what it does with pages |
+//! | `mechanism` | how a fault comes to us: one file a way, and the table of them |
+//! | `resolve` | who brings a page: the resolver's calls, reader threads, the file source |
+//! | `memory` | slots, page states, install and discard, waiting |
+//! | `kernel` | what Linux defines: ioctls, the table of KVM ABIs, the probe |
+//!
+//! `unsafe` lives in `kernel` and `capi` only.
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!(
+    "libkvmfault is for x86-64 Linux: the memory-fault exits, the MMIO completion and the probe's guest are x86's"
+);
+
+pub mod capi;
+pub mod error;
+#[deny(clippy::undocumented_unsafe_blocks)]
+pub mod kernel;
+#[forbid(unsafe_code)]
+pub mod mechanism;
+#[forbid(unsafe_code)]
+pub mod memory;
+#[forbid(unsafe_code)]
+pub mod resolve;
+#[forbid(unsafe_code)]
+pub mod stats;
+#[forbid(unsafe_code)]
+pub mod vcpu;
+#[forbid(unsafe_code)]
+pub mod vm;

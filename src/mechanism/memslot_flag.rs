@@ -1,0 +1,94 @@
+//! `memslot-flag`: KVM_RUN exits with the address where the flag forbids the slow path. The VMM's mapping keeps classic
+//! userfaultfd for everybody else: host threads, KVM's own copy_to_user, vhost.
+
+use super::{has_minor, Host, Mechanism, Wish};
+use crate::error::{fail, Result};
+use crate::kernel::abi::Access;
+use crate::kernel::kvm::Region;
+use crate::kernel::mem::{advise, Kind, PAGE};
+use crate::memory::block::{Block, Shape};
+use crate::memory::slots::Slot;
+use crate::memory::Memory;
+use crate::stats::Stats;
+
+#[derive(Debug)]
+pub struct MemslotFlag;
+
+const READ: Access = 1 << 0;
+const EXEC: Access = 1 << 2;
+
+impl Mechanism for MemslotFlag {
+    fn number(&self) -> i32 {
+        1
+    }
+
+    fn name(&self) -> &'static str {
+        "memslot-flag"
+    }
+
+    fn check(&self, host: &Host, _kind: Kind, wish: &Wish) -> Result<()> {
+        let Some(abi) = host.abi else {
+            fail!(
+                EOPNOTSUPP,
+                "this kernel's KVM has none of the known fast-only memslot flags (see kvmfault_explain)"
+            );
+        };
+        if abi.refuses_readonly && wish.readonly {
+            fail!(
+                EOPNOTSUPP,
+                "the kernel refuses the flag of {} together with KVM_MEM_READONLY",
+                abi.name
+            );
+        }
+        if abi.bitmap && wish.offset % (8 * PAGE) != 0 {
+            fail!(
+                EOPNOTSUPP,
+                "with {} a slot must begin at a multiple of 32 KiB in its block",
+                abi.name
+            );
+        }
+        Ok(())
+    }
+
+    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
+        memory
+            .uffd
+            .register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
+        let bitmap = host.abi.is_some_and(|abi| abi.bitmap);
+        Block::new(shape, None, bitmap, wish.present)
+    }
+
+    fn set_fast(&self, _memory: &Memory, _block: &Block, _on: bool) -> Result<()> {
+        Ok(()) // the slot's flag is all
+    }
+
+    fn arm(&self, host: &Host, slot: &Slot, region: &mut Region) {
+        if let Some(abi) = host.abi {
+            abi.arm(region, slot.block.bitmap_at(slot.offset));
+        }
+    }
+
+    /// The flag only forbids the slow path: the page may be present and not mapped, or mapped and not writable (KVM's fast path asks
+    /// for write access where the guest writes). Populating does what the slow path would have done.
+    fn map_present(&self, memory: &Memory, block: &Block, page: u64, access: Access, _stats: &Stats) -> Result<()> {
+        let (hva, len) = (block.hva_of(page), block.page);
+        if matches!(block.kind, Kind::Shared | Kind::HugetlbShared) {
+            // Where minor faults are registered, populating would wait for them.
+            super::map_vmm(memory, block, page)?;
+        }
+        let only_read = access != 0 && access & !(READ | EXEC) == 0;
+        let advice = if only_read {
+            libc::MADV_POPULATE_READ
+        } else {
+            libc::MADV_POPULATE_WRITE
+        };
+        match advise(hva, len, advice, "madvise(MADV_POPULATE)") {
+            // Before Linux 5.14: the same by touching.
+            Err(e) if e.errno == libc::EINVAL => {
+                let mut byte = [0];
+                crate::kernel::mem::read(hva, &mut byte)
+            }
+            other => other,
+        }
+    }
+}

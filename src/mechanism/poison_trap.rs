@@ -1,0 +1,83 @@
+//! `poison-trap`: absent pages carry UFFDIO_POISON markers, on which get_user_pages fails at once with EHWPOISON; KVM answers by
+//! sending SIGBUS to the vCPU's thread, with the address (kvm_send_hwpoison_signal in virt/kvm and arch/x86/kvm/mmu).
+//!
+//! Anybody else who touches a marker breaks instead of waiting. Shared memory therefore gets a second mapping, the alias, which is
+//! KVM's alone and carries the markers; the VMM's own mapping keeps classic userfaultfd. Private memory can't be mapped twice:
+//! there the VMM must declare that only vCPUs touch absent pages.
+
+use super::{has_minor, Host, Mechanism, Wish};
+use crate::error::{fail, Result};
+use crate::kernel::abi::Access;
+use crate::kernel::mem::{self, advise, Kind, Mapping};
+use crate::kernel::uffd::FEATURE_POISON;
+use crate::memory::block::{Block, Shape};
+use crate::memory::{discard, install, Memory};
+use crate::stats::Stats;
+
+#[derive(Debug)]
+pub struct PoisonTrap;
+
+impl Mechanism for PoisonTrap {
+    fn number(&self) -> i32 {
+        2
+    }
+
+    fn name(&self) -> &'static str {
+        "poison-trap"
+    }
+
+    fn check(&self, host: &Host, kind: Kind, wish: &Wish) -> Result<()> {
+        if host.features & FEATURE_POISON == 0 {
+            fail!(EOPNOTSUPP, "the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
+        }
+        match kind {
+            Kind::Shared | Kind::HugetlbShared => Ok(()),
+            Kind::Anon | Kind::HugetlbPrivate if wish.vcpu_only => Ok(()),
+            Kind::Anon | Kind::HugetlbPrivate => fail!(
+                EOPNOTSUPP,
+                "private memory can't be mapped twice: use shared memory (memfd), or KVMFAULT_MEMSLOT_VCPU_ONLY if only vCPUs touch absent pages"
+            ),
+        }
+    }
+
+    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
+        let Shape { hva, len, kind, .. } = shape;
+        let alias = match kind {
+            Kind::Shared => Some(Mapping::duplicate(hva, len)?),
+            Kind::HugetlbShared => Some(mem::duplicate_by_file(hva, len, wish.file)?),
+            Kind::Anon | Kind::HugetlbPrivate => None,
+        };
+        memory.uffd.register(hva, len, has_minor(host.features, kind))?;
+        if let Some(alias) = &alias {
+            // Neither forked children nor core dumps have any business there.
+            advise(alias.address(), len, libc::MADV_DONTFORK, "madvise(MADV_DONTFORK)")?;
+            advise(alias.address(), len, libc::MADV_DONTDUMP, "madvise(MADV_DONTDUMP)")?;
+            // Not for minor faults: a PRESENT page that isn't mapped yet needs no help, and an absent one has its marker.
+            memory.uffd.register(alias.address(), len, false)?;
+        }
+        Block::new(shape, alias, false, wish.present)
+    }
+
+    fn set_fast(&self, memory: &Memory, block: &Block, on: bool) -> Result<()> {
+        if on == block.is_marked() {
+            return Ok(());
+        }
+        if let (Some(alias), Kind::Shared | Kind::HugetlbShared) = (&block.alias, block.kind) {
+            // Without markers, absent pages whose bytes are in the page cache are minor faults.
+            memory.uffd.register(
+                alias.address(),
+                block.len,
+                !on && has_minor(memory.uffd.features(), block.kind),
+            )?;
+        }
+        if on {
+            discard::mark(memory, block)
+        } else {
+            discard::unmark(memory, block)
+        }
+    }
+
+    fn map_present(&self, memory: &Memory, block: &Block, page: u64, _access: Access, stats: &Stats) -> Result<()> {
+        install::map_alias(memory, block, page..page + 1, stats)
+    }
+}

@@ -1,0 +1,220 @@
+//! What works here, what doesn't, why, and what to do: for `kvmfault_probe` (programs) and `kvmfault_explain` (people).
+
+use super::{Host, Wish, MECHANISMS};
+use crate::error::{Error, Result};
+use crate::kernel::kvm::Descriptor;
+use crate::kernel::mem::Kind;
+use crate::kernel::probe::{attempts, Attempt};
+use crate::kernel::uffd::{Uffd, FEATURE_MINOR_SHMEM, FEATURE_POISON};
+use kvm_bindings::{KVM_CAP_MEMORY_FAULT_INFO, KVM_CAP_PRE_FAULT_MEMORY};
+use std::fmt::Write;
+
+/// All that was found out.
+pub struct Report {
+    uffd: Result<Uffd>,
+    attempts: Vec<Attempt>,
+    pre_fault: bool,
+    fault_info: bool,
+}
+
+impl Report {
+    /// Asks the kernel. Takes some milliseconds: it runs scratch VMs.
+    pub fn new(system: &Descriptor) -> Report {
+        Report {
+            uffd: Uffd::open(),
+            attempts: attempts(system),
+            pre_fault: system.check_extension(KVM_CAP_PRE_FAULT_MEMORY) > 0,
+            fault_info: system.check_extension(KVM_CAP_MEMORY_FAULT_INFO) > 0,
+        }
+    }
+
+    /// The proven row's name.
+    pub fn abi(&self) -> Option<&'static str> {
+        self.attempts.iter().find(|a| a.result.is_ok()).map(|a| a.abi.name)
+    }
+
+    /// The features of a userfaultfd, if there can be one.
+    pub fn features(&self) -> u64 {
+        self.uffd.as_ref().map_or(0, Uffd::features)
+    }
+
+    /// Is KVM_PRE_FAULT_MEMORY there? (236 is also EXIT_ON_MISSING of the flag's v7, which has no such ioctl.)
+    pub fn pre_fault(&self) -> bool {
+        self.pre_fault && self.abi() != Some("v7")
+    }
+
+    /// Does the hardware walk the guest's page tables? What the module parameters of kvm_intel and kvm_amd say; other KVMs (pvm) shadow.
+    pub fn two_dimensional_paging(&self) -> bool {
+        [
+            "/sys/module/kvm_intel/parameters/ept",
+            "/sys/module/kvm_amd/parameters/npt",
+        ]
+        .iter()
+        .any(|path| std::fs::read_to_string(path).is_ok_and(|value| matches!(value.trim(), "Y" | "1")))
+    }
+
+    fn host(&self) -> Host {
+        let abi = self.attempts.iter().find(|a| a.result.is_ok()).map(|a| a.abi);
+        Host {
+            abi,
+            features: self.features(),
+        }
+    }
+
+    /// Can a mechanism (by its place) serve this kind of memory?
+    pub fn check(&self, mechanism: usize, kind: Kind) -> Result<()> {
+        if let Err(e) = &self.uffd {
+            return Err(Error::new(e.errno, "no userfaultfd"));
+        }
+        let wish = Wish {
+            vcpu_only: true,
+            readonly: false,
+            present: false,
+            offset: 0,
+            file: None,
+        };
+        MECHANISMS[mechanism].check(&self.host(), kind, &wish)
+    }
+
+    /// The report for people.
+    pub fn explain(&self) -> String {
+        let mut text = String::new();
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let _ = writeln!(text, "kernel {}", release.trim());
+        self.explain_mechanisms(&mut text);
+        self.explain_uffd(&mut text);
+        self.explain_kvm(&mut text);
+        text
+    }
+
+    fn explain_mechanisms(&self, text: &mut String) {
+        let _ = writeln!(text, "\nmechanisms, in the order in which auto tries them:");
+        for (n, mechanism) in MECHANISMS.iter().enumerate() {
+            match self.check(n, Kind::Shared) {
+                Ok(()) => {
+                    let note = match mechanism.number() {
+                        2 => " (shared memory and hugetlb; private memory with KVMFAULT_MEMSLOT_VCPU_ONLY)",
+                        _ => "",
+                    };
+                    let _ = writeln!(text, "  {:<13} works{note}", mechanism.name());
+                }
+                Err(e) => {
+                    let _ = writeln!(text, "  {:<13} does not work: {e}", mechanism.name());
+                }
+            }
+        }
+    }
+
+    fn explain_uffd(&self, text: &mut String) {
+        let _ = writeln!(text, "\nuserfaultfd:");
+        match &self.uffd {
+            Ok(uffd) => {
+                let has = |bit, name, since| match uffd.features() & bit != 0 {
+                    true => format!("{name} yes"),
+                    false => format!("{name} no (Linux {since})"),
+                };
+                let poison = has(FEATURE_POISON, "UFFDIO_POISON", "6.6");
+                let _ = writeln!(
+                    text,
+                    "  can be opened; {poison}, {}",
+                    has(FEATURE_MINOR_SHMEM, "minor faults", "5.14")
+                );
+            }
+            Err(e) => {
+                let _ = writeln!(text, "  can't be opened: {e}");
+                let _ = writeln!(text, "  {}", uffd_remedy(e.errno));
+            }
+        }
+    }
+
+    fn explain_kvm(&self, text: &mut String) {
+        let _ = writeln!(
+            text,
+            "\nKVM, the fast-only memslot flag (never merged into mainline; revisions by name):"
+        );
+        for attempt in &self.attempts {
+            let verdict = attempt
+                .result
+                .as_ref()
+                .map_or_else(|e| format!("no: {e}"), |()| "proven in a scratch VM".into());
+            let _ = writeln!(text, "  {:<13} {}: {verdict}", attempt.abi.name, attempt.abi.title);
+        }
+        if self.abi().is_none() {
+            let _ = writeln!(
+                text,
+                "  To have it, run a kernel with one of these series (c-tests/kernel has a patch for Linux 6.12). A kernel with numbers of its own: name its\n  ABI in kvmfault_vm_options.abi. Nothing needs to be done otherwise: auto takes the next mechanism."
+            );
+        }
+        let yes = |b: bool| if b { "yes" } else { "no" };
+        let _ = writeln!(text, "\nKVM, the rest:");
+        let _ = writeln!(
+            text,
+            "  KVM_CAP_MEMORY_FAULT_INFO {} (says where private/shared mismatches are, not absent pages)",
+            yes(self.fault_info)
+        );
+        let _ = writeln!(text, "  KVM_PRE_FAULT_MEMORY {}", yes(self.pre_fault()));
+        match self.two_dimensional_paging() {
+            true => {
+                let _ = writeln!(text, "  two-dimensional paging (EPT, NPT) yes");
+            }
+            false => {
+                let _ = writeln!(
+                    text,
+                    "  two-dimensional paging (EPT, NPT) no, or not known: KVM reads guest page tables itself. With poison-trap call\n  kvmfault_pages_resolve on them before the guest uses them (kvm_intel.ept=1 or kvm_amd.npt=1 where the hardware can)."
+                );
+            }
+        }
+    }
+}
+
+fn uffd_remedy(errno: i32) -> &'static str {
+    match errno {
+        libc::EPERM | libc::EACCES => {
+            "do one of: give the process CAP_SYS_PTRACE; sysctl vm.unprivileged_userfaultfd=1; allow it to open /dev/userfaultfd \
+             (Linux 6.1 and later: chmod or an ACL); pass a descriptor that a privileged process opened (kvmfault_vm_options.uffd). \
+             UFFD_USER_MODE_ONLY is no way: KVM's faults are the kernel's. In a container, its seccomp profile must allow userfaultfd."
+        }
+        libc::ENOSYS | libc::ENOENT => "the kernel is built without CONFIG_USERFAULTFD, or a seccomp filter hides it",
+        libc::EMFILE | libc::ENFILE => "too many open files: raise RLIMIT_NOFILE",
+        _ => "see userfaultfd(2)",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::abi::ABIS;
+
+    #[test]
+    fn every_path_is_named_with_its_reason() {
+        let system = Descriptor::open().expect("/dev/kvm");
+        let report = Report::new(&system);
+        let text = report.explain();
+        for mechanism in MECHANISMS {
+            assert!(text.contains(mechanism.name()), "{text}");
+        }
+        let tried = ABIS.iter().take_while(|abi| Some(abi.name) != report.abi());
+        tried.for_each(|abi| {
+            assert!(
+                text.contains(&format!("{:<13} {}: no: ", abi.name, abi.title)),
+                "{text}"
+            )
+        });
+    }
+
+    #[test]
+    fn a_refused_userfaultfd_comes_with_a_remedy() {
+        let uffd = Err(Error::new(libc::EPERM, "userfaultfd(2): not permitted"));
+        let report = Report {
+            uffd,
+            attempts: Vec::new(),
+            pre_fault: false,
+            fault_info: false,
+        };
+        let text = report.explain();
+        assert!(
+            text.contains("vm.unprivileged_userfaultfd=1") && text.contains("userfaultfd   does not work"),
+            "{text}"
+        );
+    }
+}

@@ -1,0 +1,41 @@
+//! `userfaultfd`: the classic way. KVM's slow path sleeps in the kernel until a reader thread has brought the page.
+
+use super::{has_minor, map_vmm, Host, Mechanism, Wish};
+use crate::error::Result;
+use crate::kernel::abi::Access;
+use crate::kernel::mem::Kind;
+use crate::memory::block::{Block, Shape};
+use crate::memory::Memory;
+use crate::stats::Stats;
+
+#[derive(Debug)]
+pub struct Userfaultfd;
+
+impl Mechanism for Userfaultfd {
+    fn number(&self) -> i32 {
+        3
+    }
+
+    fn name(&self) -> &'static str {
+        "userfaultfd"
+    }
+
+    fn check(&self, _host: &Host, _kind: Kind, _wish: &Wish) -> Result<()> {
+        Ok(()) // without a userfaultfd there is no VM at all
+    }
+
+    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
+        memory
+            .uffd
+            .register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
+        Block::new(shape, None, false, wish.present)
+    }
+
+    fn set_fast(&self, _memory: &Memory, _block: &Block, _on: bool) -> Result<()> {
+        Ok(()) // there is no fast path to turn
+    }
+
+    fn map_present(&self, memory: &Memory, block: &Block, page: u64, _access: Access, _stats: &Stats) -> Result<()> {
+        map_vmm(memory, block, page)
+    }
+}

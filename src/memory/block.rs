@@ -1,0 +1,207 @@
+//! A range of host memory with the states of its pages.
+
+use super::pages::{Pages, State};
+use super::wait::GATE_PAGES;
+use crate::error::Result;
+use crate::kernel::mem::{Kind, Mapping, PAGE};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// What a block is set up with.
+pub struct Shape {
+    /// Start in the VMM's mapping.
+    pub hva: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Bytes of a page: what one install brings at least.
+    pub page: u64,
+    /// What the memory is.
+    pub kind: Kind,
+    /// Its mechanism's place in the table (see `mechanism`).
+    pub mechanism: usize,
+}
+
+/// A block of host memory.
+#[derive(Debug)]
+pub struct Block {
+    /// Start in the VMM's mapping.
+    pub hva: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Bytes of a page.
+    pub page: u64,
+    /// What the memory is.
+    pub kind: Kind,
+    /// Its mechanism's place in the table (see `mechanism`).
+    pub mechanism: usize,
+    /// One state a page.
+    pub pages: Pages,
+    /// The mapping that KVM gets instead of the VMM's own.
+    pub alias: Option<Mapping>,
+    /// Absent pages carry poison markers, in the alias if there is one.
+    pub marked: AtomicBool,
+    /// KVM Userfault: one bit a base page, set = exit.
+    bitmap: Option<Mapping>,
+    /// No slot and no keeper any more: whoever waits for a page of it goes.
+    pub gone: AtomicBool,
+}
+
+impl Block {
+    /// A block whose pages are all absent (or all present).
+    pub fn new(shape: Shape, alias: Option<Mapping>, bitmap: bool, present: bool) -> Result<Block> {
+        let Shape {
+            hva,
+            len,
+            page,
+            kind,
+            mechanism,
+        } = shape;
+        let pages = Pages::new(len / page)?;
+        let bitmap = match bitmap {
+            true => Some(Mapping::anonymous(
+                (len / PAGE).div_ceil(64).wrapping_mul(8).next_multiple_of(PAGE),
+            )?),
+            false => None,
+        };
+        if present {
+            pages.fill(State::Present);
+        } else if let Some(bitmap) = &bitmap {
+            bitmap
+                .atomics()
+                .iter()
+                .for_each(|word| word.store(!0, Ordering::Release));
+        }
+        let (marked, gone) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Block {
+            hva,
+            len,
+            page,
+            kind,
+            mechanism,
+            pages,
+            alias,
+            marked,
+            bitmap,
+            gone,
+        })
+    }
+
+    /// Where KVM finds the block.
+    pub fn kvm_hva(&self) -> u64 {
+        self.alias.as_ref().map_or(self.hva, Mapping::address)
+    }
+
+    /// The page at an address of the VMM's mapping or of the alias.
+    pub fn page_at(&self, hva: u64) -> Option<u64> {
+        let inside = |start: u64| hva.checked_sub(start).filter(|&offset| offset < self.len);
+        let offset = inside(self.hva).or_else(|| self.alias.as_ref().and_then(|a| inside(a.address())))?;
+        Some(offset / self.page)
+    }
+
+    /// A page's address in the VMM's mapping.
+    pub fn hva_of(&self, page: u64) -> u64 {
+        self.hva + page * self.page
+    }
+
+    /// A page's address in the alias.
+    pub fn alias_of(&self, page: u64) -> Option<u64> {
+        self.alias.as_ref().map(|a| a.address() + page * self.page)
+    }
+
+    /// The gate that installs and discards of a page pass: one for all pages of a group.
+    pub fn gate_of(&self, page: u64) -> u64 {
+        self.hva_of(page / GATE_PAGES * GATE_PAGES)
+    }
+
+    /// Do absent pages carry poison markers?
+    pub fn is_marked(&self) -> bool {
+        self.marked.load(Ordering::Acquire)
+    }
+
+    /// The address of the KVM Userfault bitmap's bit for a byte offset; 0 without a bitmap.
+    pub fn bitmap_at(&self, offset: u64) -> u64 {
+        self.bitmap.as_ref().map_or(0, |b| b.address() + offset / PAGE / 8)
+    }
+
+    /// Pages are about to be called PRESENT (`exits` false) or absent: tell KVM's bitmap, with release order as its series asks.
+    pub fn set_exits(&self, pages: Range<u64>, exits: bool) {
+        let Some(bitmap) = &self.bitmap else { return };
+        let words = bitmap.atomics();
+        let per_page = self.page / PAGE;
+        let mut bit = pages.start * per_page;
+        let end = pages.end * per_page;
+        while bit < end {
+            let count = (64 - bit % 64).min(end - bit);
+            let mask = (!0u64 >> (64 - count)) << (bit % 64);
+            set_bits(&words[(bit / 64) as usize], mask, exits);
+            bit += count;
+        }
+    }
+}
+
+fn set_bits(word: &AtomicU64, mask: u64, on: bool) {
+    if on {
+        word.fetch_or(mask, Ordering::AcqRel);
+    } else {
+        word.fetch_and(!mask, Ordering::AcqRel);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bitmap_follows_in_base_pages() {
+        let shape = Shape {
+            hva: 0x20_0000,
+            len: 8 << 20,
+            page: 2 << 20,
+            kind: Kind::HugetlbShared,
+            mechanism: 0,
+        };
+        let block = Block::new(shape, None, true, false).unwrap();
+        block.set_exits(1..2, false);
+        let words: Vec<u64> = block.bitmap.as_ref().unwrap().atomics()[..32]
+            .iter()
+            .map(|w| w.load(Ordering::Relaxed))
+            .collect();
+        assert!(words[..8].iter().all(|&w| w == !0) && words[8..16].iter().all(|&w| w == 0));
+        block.set_exits(1..2, true);
+        assert_eq!(block.bitmap_at(2 << 20), block.bitmap.as_ref().unwrap().address() + 64);
+        let shape = Shape {
+            hva: 0x1000,
+            len: 0x10_0000,
+            page: PAGE,
+            kind: Kind::Anon,
+            mechanism: 0,
+        };
+        let block = Block::new(shape, None, true, false).unwrap();
+        block.set_exits(60..70, false);
+        assert_eq!(
+            block.bitmap.as_ref().unwrap().atomics()[0].load(Ordering::Relaxed),
+            (1 << 60) - 1
+        );
+        assert_eq!(
+            block.bitmap.as_ref().unwrap().atomics()[1].load(Ordering::Relaxed),
+            !0x3f
+        );
+    }
+
+    #[test]
+    fn addresses_of_both_mappings_name_the_same_page() {
+        let alias = Mapping::anonymous(4 * PAGE).unwrap();
+        let at = alias.address();
+        let shape = Shape {
+            hva: 0x1000,
+            len: 4 * PAGE,
+            page: PAGE,
+            kind: Kind::Shared,
+            mechanism: 0,
+        };
+        let block = Block::new(shape, Some(alias), false, true).unwrap();
+        assert_eq!((block.page_at(0x3abc), block.page_at(at + 0x2abc)), (Some(2), Some(2)));
+        assert_eq!((block.page_at(0xfff), block.page_at(0x5000)), (None, None));
+        assert_eq!(block.pages.get(3), State::Present);
+    }
+}

@@ -1,0 +1,215 @@
+//! How pages become absent again (a balloon, or post-copy giving up what pre-copy brought), and how absent pages get and lose
+//! the markers that make a vCPU's access trap. All of it excludes installs of the same pages.
+
+use super::block::Block;
+use super::pages::State;
+use super::wait::{GATE_PAGES, WAITS};
+use super::Memory;
+use crate::error::{fail, Result};
+use crate::kernel::mem::{advise, protect, Kind};
+use crate::kernel::uffd::{Step, FEATURE_POISON};
+use crate::stats::Stats;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+/// Makes PRESENT and LOST pages absent and gives their memory back. Pages that are being resolved stay so.
+pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
+    for group in gate_groups(pages) {
+        let _pass = memory.gates.discard(block.gate_of(group.start));
+        let inaccessible = memory.uffd.features() & FEATURE_POISON == 0;
+        let take = |page| {
+            let taken = |from| block.pages.change(page, from, State::Resolving).is_ok();
+            if taken(State::Lost) {
+                return !inaccessible || protect(block.hva_of(page), block.page, true).is_ok();
+            }
+            taken(State::Present)
+        };
+        for run in runs(group, take) {
+            let dropped = drop_run(memory, block, &run);
+            for page in run.clone() {
+                let _ = block.pages.change(page, State::Resolving, State::Absent);
+                WAITS.wake(block.hva_of(page));
+            }
+            wake(memory, block, &run)?;
+            dropped?;
+            stats.pages_discarded.add(run.end - run.start);
+        }
+    }
+    Ok(())
+}
+
+/// Takes the bytes away from everybody. KVM's alias goes first, so that a vCPU never sees the hole before its marker.
+fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
+    let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
+    block.set_exits(run.clone(), true);
+    if let Some(alias) = block.alias_of(run.start) {
+        rearm(memory, block, alias, len)?;
+    }
+    match block.kind {
+        Kind::Shared | Kind::HugetlbShared => {
+            // MADV_REMOVE leaves the marker of a LOST page; MADV_DONTNEED takes it away.
+            advise(hva, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
+            advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)")
+        }
+        Kind::Anon | Kind::HugetlbPrivate if block.alias.is_none() => rearm(memory, block, hva, len),
+        Kind::Anon | Kind::HugetlbPrivate => fail!(EINVAL, "private memory has no alias"),
+    }
+}
+
+/// Empties a range of the mapping that KVM uses, and marks it if the block is marked. A vCPU may slip in between and map the old
+/// page again (it is still in the page cache): then do it over.
+fn rearm(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
+    for _ in 0..1000 {
+        advise(at, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
+        if !block.is_marked() || mark_all(memory, at, len)? {
+            return Ok(());
+        }
+    }
+    fail!(EBUSY, "the pages at {at:#x} are used faster than they can be discarded")
+}
+
+/// Marks a range that should be empty; false if a page of it isn't.
+fn mark_all(memory: &Memory, at: u64, len: u64) -> Result<bool> {
+    let mut done = 0;
+    while done < len {
+        match memory.uffd.poison(at + done, len - done)? {
+            Step::Done(bytes) => done += bytes,
+            Step::Exists => return Ok(false),
+            Step::Again => std::thread::yield_now(),
+        }
+    }
+    Ok(true)
+}
+
+/// Makes pages LOST that aren't PRESENT, and tells whoever waits for them: a marker makes the kernel answer as it would for a broken page
+/// (SIGBUS for threads and vCPUs, EFAULT for system calls). Without UFFDIO_POISON the page becomes inaccessible: SIGSEGV, EFAULT.
+/// Returns how many became so.
+pub fn lose(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
+    let mut lost = 0;
+    for group in gate_groups(pages) {
+        let _pass = memory.gates.discard(block.gate_of(group.start));
+        let take = |page| {
+            let taken = |from| block.pages.change(page, from, State::Lost).is_ok();
+            taken(State::Absent) || taken(State::Resolving)
+        };
+        for run in runs(group, take) {
+            lost += run.end - run.start;
+            let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
+            if memory.uffd.features() & FEATURE_POISON != 0 {
+                mark_all(memory, hva, len)?;
+                block
+                    .alias_of(run.start)
+                    .map_or(Ok(true), |alias| mark_all(memory, alias, len))?;
+            } else {
+                protect(hva, len, false)?;
+            }
+            run.clone().for_each(|page| WAITS.wake(block.hva_of(page)));
+            wake(memory, block, &run)?;
+        }
+    }
+    Ok(lost)
+}
+
+/// Puts markers on all absent pages of a block, in the mapping that KVM uses. Pages that arrive meanwhile are left alone.
+pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
+    block.marked.store(true, Ordering::SeqCst);
+    for group in gate_groups(0..block.pages.len()) {
+        let _pass = memory.gates.discard(block.gate_of(group.start));
+        for run in runs(group, |page| block.pages.get(page) != State::Present) {
+            let mut page = run.start;
+            while page < run.end {
+                let at = block.kvm_hva() + page * block.page;
+                match memory.uffd.poison(at, (run.end - page) * block.page)? {
+                    Step::Done(bytes) => page += bytes / block.page,
+                    Step::Exists => page += 1,
+                    Step::Again => std::thread::yield_now(),
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Takes the markers away again: vCPUs' faults then go the classic way. LOST pages keep theirs.
+pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
+    for group in gate_groups(0..block.pages.len()) {
+        let _pass = memory.gates.discard(block.gate_of(group.start));
+        for run in runs(group, |page| {
+            matches!(block.pages.get(page), State::Absent | State::Resolving)
+        }) {
+            let at = block.kvm_hva() + run.start * block.page;
+            advise(
+                at,
+                (run.end - run.start) * block.page,
+                libc::MADV_DONTNEED,
+                "madvise(MADV_DONTNEED)",
+            )?;
+        }
+    }
+    block.marked.store(false, Ordering::SeqCst);
+    Ok(())
+}
+
+/// Wakes threads that userfaultfd has put to sleep on these pages, in either mapping: they look again.
+pub fn wake(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
+    let len = (run.end - run.start) * block.page;
+    memory.uffd.wake(block.hva_of(run.start), len)?;
+    block
+        .alias_of(run.start)
+        .map_or(Ok(()), |alias| memory.uffd.wake(alias, len))
+}
+
+fn gate_groups(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let first = pages.start / GATE_PAGES;
+    let last = pages.end.div_ceil(GATE_PAGES);
+    (first..last).map(move |g| (g * GATE_PAGES).max(pages.start)..((g + 1) * GATE_PAGES).min(pages.end))
+}
+
+/// Runs of pages for which `take` says yes; asked once a page, in order.
+fn runs(pages: Range<u64>, take: impl Fn(u64) -> bool) -> impl Iterator<Item = Range<u64>> {
+    let mut next = pages.start;
+    std::iter::from_fn(move || {
+        while next < pages.end && !take(next) {
+            next += 1;
+        }
+        if next == pages.end {
+            return None;
+        }
+        let start = next;
+        next += 1;
+        while next < pages.end && take(next) {
+            next += 1;
+        }
+        let run = start..next;
+        next = (next + 1).min(pages.end); // the page that said no
+        Some(run)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_ask_once_and_miss_nothing() {
+        let asked = std::cell::RefCell::new(Vec::new());
+        let take = |page: u64| {
+            asked.borrow_mut().push(page);
+            ![3, 4, 9].contains(&page)
+        };
+        assert_eq!(runs(0..12, take).collect::<Vec<_>>(), [0..3, 5..9, 10..12]);
+        assert_eq!(*asked.borrow(), (0..12).collect::<Vec<_>>());
+        assert_eq!(runs(5..5, |_| true).count(), 0);
+        assert_eq!(runs(0..1, |_| false).count(), 0);
+    }
+
+    #[test]
+    fn groups_cover_the_range() {
+        assert_eq!(
+            gate_groups(500..1100).collect::<Vec<_>>(),
+            [500..512, 512..1024, 1024..1100]
+        );
+        assert_eq!(gate_groups(512..1024).collect::<Vec<_>>(), [512..1024]);
+        assert_eq!(gate_groups(7..7).filter(|g| !g.is_empty()).count(), 0);
+    }
+}

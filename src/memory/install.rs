@@ -1,0 +1,268 @@
+//! How a page becomes present. The only place where that happens, whoever brings it: a resolver on a vCPU's thread, a
+//! reader thread, the VMM's receiving thread.
+//!
+//! The order is what makes it right: bytes into the VMM's mapping; then the mapping that KVM uses; then KVM's bitmap; then
+//! the state; then whoever waits. At each point a guest that looks sees either "absent" or the right bytes.
+
+use super::block::Block;
+use super::pages::State;
+use super::wait::{GATE_PAGES, WAITS};
+use super::Memory;
+use crate::error::{fail, Error, Result};
+use crate::kernel::mem::{Kind, Mapping, PAGE};
+use crate::kernel::uffd::Step;
+use crate::stats::Stats;
+use once_cell::sync::Lazy;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+/// How a page's bytes come.
+#[derive(Debug, Clone, Copy)]
+pub enum Source {
+    /// From this address of this process, page after page.
+    Copy(u64),
+    /// They are zeros.
+    Zero,
+    /// They are in the page cache of shared memory already.
+    Map,
+}
+
+/// For how long an address space may be "changing" before an install gives up with EAGAIN.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Zeros to copy where UFFDIO_ZEROPAGE doesn't work: as long as the largest page, and costing nothing, for it is only read.
+static ZEROS: Lazy<Result<Mapping>> = Lazy::new(|| Mapping::anonymous(1 << 30));
+
+/// Makes pages of a block present; pages that are so already are skipped. Returns how many became present by this call.
+/// On an error the pages before the failing one stay installed.
+pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
+    let mut installed = 0;
+    let mut page = pages.start;
+    while page < pages.end {
+        match block.pages.get(page) {
+            State::Present => page += 1,
+            State::Lost => fail!(
+                EHWPOISON,
+                "the page at hva {:#x} is lost; discard it first",
+                block.hva_of(page)
+            ),
+            _ => {
+                let gate_end = (page / GATE_PAGES + 1) * GATE_PAGES;
+                let end = (page + 1..pages.end.min(gate_end))
+                    .find(|&p| matches!(block.pages.get(p), State::Present | State::Lost))
+                    .unwrap_or(pages.end.min(gate_end));
+                let source = match source {
+                    Source::Copy(bytes) => Source::Copy(bytes + (page - pages.start) * block.page),
+                    other => other,
+                };
+                installed += install_run(memory, block, page..end, source, stats)?;
+                page = end;
+            }
+        }
+    }
+    Ok(installed)
+}
+
+/// Pages of one gate that were absent a moment ago.
+fn install_run(memory: &Memory, block: &Block, run: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
+    let _pass = memory.gates.install(block.gate_of(run.start));
+    let mut installed = 0;
+    let mut at = run.start;
+    let mut deadline = None;
+    while at < run.end {
+        let offset = (at - run.start) * block.page;
+        match bring(memory, block, at..run.end, source, offset)? {
+            Step::Done(bytes) => {
+                let end = at + bytes / block.page;
+                installed += publish(memory, block, at..end, source, stats)?;
+                at = end;
+            }
+            Step::Exists => {
+                // Another installer was first; its wake-up may have been before the waiter's sleep.
+                stats.retries_exist.add(1);
+                installed += publish(memory, block, at..at + 1, source, stats)?;
+                memory.uffd.wake(block.hva_of(at), block.page)?;
+                at += 1;
+            }
+            Step::Again => be_patient(&mut deadline, stats)?,
+        }
+    }
+    Ok(installed)
+}
+
+/// Bytes into the VMM's mapping.
+fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source, offset: u64) -> Result<Step> {
+    let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
+    match source {
+        Source::Copy(bytes) => memory.uffd.copy(hva, bytes + offset, len).map_err(|e| match e.errno {
+            libc::EFAULT => Error::new(
+                libc::EFAULT,
+                format!("src: the bytes at {:#x} can't be read", bytes + offset),
+            ),
+            _ => explain(e, block, hva),
+        }),
+        // UFFDIO_ZEROPAGE doesn't replace a marker in private memory, and doesn't know hugetlb.
+        Source::Zero if block.kind == Kind::Shared || block.kind == Kind::Anon && !block.is_marked() => {
+            memory.uffd.zero(hva, len).map_err(|e| explain(e, block, hva))
+        }
+        Source::Zero => {
+            let zeros = ZEROS.as_ref().map_err(Clone::clone)?;
+            let len = len.min((1 << 30) / block.page * block.page).max(block.page);
+            memory
+                .uffd
+                .copy(hva, zeros.address(), len)
+                .map_err(|e| explain(e, block, hva))
+        }
+        Source::Map => memory.uffd.map(hva, len).map_err(|e| match e.errno {
+            libc::EFAULT => Error::new(
+                libc::ENOENT,
+                format!("the page at hva {hva:#x} is not in the page cache"),
+            ),
+            _ => explain(e, block, hva),
+        }),
+    }
+}
+
+fn explain(error: Error, block: &Block, hva: u64) -> Error {
+    let why = match error.errno {
+        libc::ENOENT => "the memory is no longer mapped as it was when its slot was set",
+        libc::ENOMEM | libc::ENOSPC if block.page > PAGE => "the huge page pool is empty (vm.nr_hugepages)",
+        _ => return error.context(format!("installing the page at hva {hva:#x}")),
+    };
+    error.context(format!("installing the page at hva {hva:#x}: {why}"))
+}
+
+/// The bytes are in the VMM's mapping: show them to KVM, then to everybody.
+fn publish(memory: &Memory, block: &Block, run: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
+    map_alias(memory, block, run.clone(), stats)?;
+    block.set_exits(run.clone(), false);
+    let mut installed = 0;
+    for page in run {
+        installed += block.pages.make_present(page) as u64;
+        WAITS.wake(block.hva_of(page));
+    }
+    match source {
+        Source::Copy(_) => stats.pages_copied.add(installed),
+        Source::Zero => stats.pages_zeroed.add(installed),
+        Source::Map => stats.pages_mapped.add(installed),
+    }
+    Ok(installed)
+}
+
+/// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias.
+pub fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Result<()> {
+    let Some(alias) = block.alias_of(run.start) else {
+        return Ok(());
+    };
+    let end = alias + (run.end - run.start) * block.page;
+    let mut at = alias;
+    let mut deadline = None;
+    while at < end {
+        match memory
+            .uffd
+            .map(at, end - at)
+            .map_err(|e| e.context("mapping a page for KVM"))?
+        {
+            Step::Done(bytes) => at += bytes,
+            Step::Exists => {
+                memory.uffd.wake(at, block.page)?;
+                at += block.page;
+            }
+            Step::Again => be_patient(&mut deadline, stats)?,
+        }
+    }
+    Ok(())
+}
+
+/// Somebody else is changing the address space: let them, but not for ever.
+fn be_patient(deadline: &mut Option<Instant>, stats: &Stats) -> Result<()> {
+    stats.retries_again.add(1);
+    let deadline = *deadline.get_or_insert_with(|| Instant::now() + PATIENCE);
+    if Instant::now() > deadline {
+        fail!(
+            EAGAIN,
+            "the address space has been changing for {PATIENCE:?} (mmap, fork or userfaultfd events under way?)"
+        );
+    }
+    std::thread::yield_now();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::mem;
+    use crate::kernel::uffd::Uffd;
+    use crate::memory::block::Shape;
+
+    fn memory_and_block(pages: u64) -> (Memory, Mapping, Block) {
+        let memory = Memory::new(Uffd::open().expect("userfaultfd"));
+        let ram = Mapping::anonymous(pages * PAGE).unwrap();
+        memory.uffd.register(ram.address(), pages * PAGE, false).unwrap();
+        let shape = Shape {
+            hva: ram.address(),
+            len: pages * PAGE,
+            page: PAGE,
+            kind: Kind::Anon,
+            mechanism: 0,
+        };
+        let block = Block::new(shape, None, false, false).unwrap();
+        (memory, ram, block)
+    }
+
+    fn byte(hva: u64) -> u8 {
+        let mut byte = [0xee];
+        mem::read(hva, &mut byte).unwrap();
+        byte[0]
+    }
+
+    #[test]
+    fn present_pages_are_skipped_and_keep_their_bytes() {
+        let (memory, ram, block) = memory_and_block(1030);
+        let stats = Stats::default();
+        let bytes = Mapping::anonymous(1030 * PAGE).unwrap();
+        mem::write(bytes.address(), &[1; 1030 * PAGE as usize]).unwrap();
+        assert_eq!(install(&memory, &block, 600..601, Source::Zero, &stats), Ok(1));
+        assert_eq!(
+            install(&memory, &block, 0..1030, Source::Copy(bytes.address()), &stats),
+            Ok(1029)
+        );
+        assert_eq!(
+            install(&memory, &block, 0..1030, Source::Copy(bytes.address()), &stats),
+            Ok(0)
+        );
+        assert_eq!(
+            (byte(ram.address() + 600 * PAGE), byte(ram.address() + 601 * PAGE)),
+            (0, 1)
+        );
+        assert_eq!((stats.pages_copied.get(), stats.pages_zeroed.get()), (1029, 1));
+    }
+
+    #[test]
+    fn over_markers_zeros_are_copied() {
+        let (memory, ram, block) = memory_and_block(4);
+        if memory.uffd.features() & crate::kernel::uffd::FEATURE_POISON == 0 {
+            return eprintln!("skipped: no UFFDIO_POISON");
+        }
+        memory.uffd.poison(ram.address(), 4 * PAGE).unwrap();
+        block.marked.store(true, std::sync::atomic::Ordering::SeqCst);
+        assert_eq!(mem::read(ram.address(), &mut [0]).unwrap_err().errno, libc::EFAULT);
+        assert_eq!(install(&memory, &block, 0..4, Source::Zero, &Stats::default()), Ok(4));
+        assert_eq!(byte(ram.address() + 3 * PAGE), 0);
+    }
+
+    #[test]
+    fn errors_leave_absent_what_they_did_not_bring() {
+        let (memory, _ram, block) = memory_and_block(4);
+        let stats = Stats::default();
+        let error = install(&memory, &block, 0..2, Source::Copy(PAGE), &stats).unwrap_err();
+        assert_eq!(error.errno, libc::EFAULT);
+        assert!(error.message.starts_with("src:"), "{error}");
+        assert_eq!(block.pages.get(0), State::Absent);
+        block.pages.change(2, State::Absent, State::Lost).unwrap();
+        assert_eq!(
+            install(&memory, &block, 2..3, Source::Zero, &stats).unwrap_err().errno,
+            libc::EHWPOISON
+        );
+    }
+}

@@ -1,0 +1,190 @@
+//! The states of a block's pages: two bits each, changed by compare-and-swap only.
+//!
+//! ```text
+//!   ABSENT -> RESOLVING -> PRESENT        one caller wins the first arrow and brings the page
+//!             RESOLVING -> ABSENT         it failed: somebody else may try
+//!             RESOLVING -> LOST           it can't be had
+//!   PRESENT -> RESOLVING -> ABSENT        discard
+//! ```
+
+use crate::error::Result;
+use crate::kernel::mem::{Mapping, PAGE};
+use std::sync::atomic::Ordering::SeqCst;
+
+/// The state of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// Never installed, or discarded.
+    Absent = 0,
+    /// Somebody is bringing (or dropping) it.
+    Resolving = 1,
+    /// Its bytes are visible.
+    Present = 2,
+    /// It can't be had.
+    Lost = 3,
+}
+
+impl State {
+    fn from_bits(bits: u64) -> State {
+        match bits & 3 {
+            0 => State::Absent,
+            1 => State::Resolving,
+            2 => State::Present,
+            _ => State::Lost,
+        }
+    }
+}
+
+const PER_WORD: u64 = 32;
+
+/// States of `len` pages, all ABSENT at first. Memory is taken only where a page was touched: 64 MiB at most for 1 TiB of 4 KiB pages.
+#[derive(Debug)]
+pub struct Pages {
+    words: Mapping,
+    len: u64,
+}
+
+impl Pages {
+    /// `len` absent pages.
+    pub fn new(len: u64) -> Result<Pages> {
+        let bytes = len.div_ceil(PER_WORD) * 8;
+        Ok(Pages {
+            words: Mapping::anonymous(bytes.next_multiple_of(PAGE))?,
+            len,
+        })
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// None at all? (Never so for a block.)
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// A page's state.
+    pub fn get(&self, page: u64) -> State {
+        State::from_bits(self.words.atomics()[(page / PER_WORD) as usize].load(SeqCst) >> (page % PER_WORD * 2))
+    }
+
+    /// Changes a page's state if it is `from`; else tells what it is.
+    pub fn change(&self, page: u64, from: State, to: State) -> std::result::Result<(), State> {
+        debug_assert!(page < self.len);
+        let word = &self.words.atomics()[(page / PER_WORD) as usize];
+        let shift = page % PER_WORD * 2;
+        let mut seen = word.load(SeqCst);
+        loop {
+            let state = State::from_bits(seen >> shift);
+            if state != from {
+                return Err(state);
+            }
+            let new = seen & !(3 << shift) | (to as u64) << shift;
+            match word.compare_exchange_weak(seen, new, SeqCst, SeqCst) {
+                Ok(_) => return Ok(()),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// The bytes of an ABSENT or RESOLVING page are visible now. True if it was this call that made it PRESENT.
+    pub fn make_present(&self, page: u64) -> bool {
+        let mut from = State::Resolving;
+        loop {
+            match self.change(page, from, State::Present) {
+                Ok(()) => return true,
+                Err(State::Present | State::Lost) => return false,
+                Err(state) => from = state,
+            }
+        }
+    }
+
+    /// All pages to one state; before anybody else sees them.
+    pub fn fill(&self, state: State) {
+        let word = (0..PER_WORD).fold(0, |word, n| word | (state as u64) << (2 * n));
+        for w in self.words.atomics() {
+            w.store(word, SeqCst);
+        }
+    }
+
+    /// How many of `range` are in `state`: a snapshot, exact only while nothing changes.
+    pub fn count(&self, range: std::ops::Range<u64>, state: State) -> u64 {
+        let wanted = state as u64;
+        let mut total = 0;
+        let mut page = range.start;
+        while page < range.end {
+            if page % PER_WORD == 0 && range.end - page >= PER_WORD {
+                let word = self.words.atomics()[(page / PER_WORD) as usize].load(SeqCst);
+                let spread = (0..PER_WORD).fold(0, |w, n| w | wanted << (2 * n));
+                let differs = word ^ spread;
+                let differs = (differs | differs >> 1) & 0x5555_5555_5555_5555;
+                total += PER_WORD - differs.count_ones() as u64;
+                page += PER_WORD;
+            } else {
+                total += (self.get(page) == state) as u64;
+                page += 1;
+            }
+        }
+        total
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_of_many_wins() {
+        let pages = Pages::new(100).unwrap();
+        let wins = std::thread::scope(|scope| {
+            let racers: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        (0..100)
+                            .filter(|&p| pages.change(p, State::Absent, State::Resolving).is_ok())
+                            .count()
+                    })
+                })
+                .collect();
+            racers.into_iter().map(|r| r.join().unwrap()).sum::<usize>()
+        });
+        assert_eq!(wins, 100);
+        assert_eq!(pages.count(0..100, State::Resolving), 100);
+    }
+
+    #[test]
+    fn neighbours_keep_their_state() {
+        let pages = Pages::new(70).unwrap();
+        pages.change(33, State::Absent, State::Resolving).unwrap();
+        assert!(pages.make_present(33));
+        assert!(!pages.make_present(33));
+        assert_eq!(pages.change(33, State::Absent, State::Lost), Err(State::Present));
+        assert_eq!(
+            (pages.get(32), pages.get(33), pages.get(34)),
+            (State::Absent, State::Present, State::Absent)
+        );
+        assert_eq!(pages.count(0..70, State::Absent), 69);
+        assert_eq!(pages.count(33..34, State::Present), 1);
+        pages.fill(State::Present);
+        assert_eq!(pages.count(1..70, State::Present), 69);
+    }
+
+    #[test]
+    fn a_lost_page_stays_lost() {
+        let pages = Pages::new(1).unwrap();
+        pages.change(0, State::Absent, State::Resolving).unwrap();
+        pages.change(0, State::Resolving, State::Lost).unwrap();
+        assert!(!pages.make_present(0));
+        assert_eq!(pages.get(0), State::Lost);
+    }
+
+    /// The promise of the header: 64 MiB at most for 1 TiB.
+    #[test]
+    fn a_terabyte_costs_64_mib() {
+        let pages = Pages::new((1 << 40) / PAGE).unwrap();
+        assert_eq!(pages.words.atomics().len() * 8, 64 << 20);
+        assert_eq!(pages.get((1 << 40) / PAGE - 1), State::Absent);
+    }
+}

@@ -1,0 +1,256 @@
+//! Memslots: guest physical addresses to blocks, by KVM's key (address space, id).
+
+use super::block::Block;
+use super::pages::State;
+use crate::kernel::kvm::Region;
+use std::sync::Arc;
+
+/// A window of a block that the guest sees.
+#[derive(Debug, Clone)]
+pub struct Slot {
+    /// What KVM was told (the address is the alias's if the block has one).
+    pub region: Region,
+    /// The memory.
+    pub block: Arc<Block>,
+    /// Where the slot begins in the block.
+    pub offset: u64,
+    /// The fast path is on.
+    pub fast_only: bool,
+}
+
+impl Slot {
+    /// KVM's address space: 0, or 1 for system management mode.
+    pub fn space(&self) -> u32 {
+        self.region.slot >> 16
+    }
+
+    /// Is the guest forbidden to write?
+    pub fn is_readonly(&self) -> bool {
+        self.region.flags & kvm_bindings::KVM_MEM_READONLY != 0
+    }
+
+    /// Does it hold the address?
+    pub fn holds(&self, gpa: u64) -> bool {
+        gpa.wrapping_sub(self.region.gpa) < self.region.len
+    }
+
+    /// The block's page that holds a guest physical address.
+    pub fn page_of(&self, gpa: u64) -> u64 {
+        (gpa - self.region.gpa + self.offset) / self.block.page
+    }
+
+    /// The guest physical address of a block's page.
+    pub fn gpa_of(&self, page: u64) -> u64 {
+        page * self.block.page - self.offset + self.region.gpa
+    }
+
+    /// A guest physical address in the VMM's mapping.
+    pub fn vmm_hva(&self, gpa: u64) -> u64 {
+        gpa - self.region.gpa + self.offset + self.block.hva
+    }
+
+    /// The block's pages that the slot covers.
+    pub fn pages(&self) -> std::ops::Range<u64> {
+        self.offset / self.block.page..(self.offset + self.region.len) / self.block.page
+    }
+
+    fn covers(&self, page: u64) -> bool {
+        self.pages().contains(&page)
+    }
+}
+
+/// All slots and blocks of a VM, at one moment.
+#[derive(Debug, Default, Clone)]
+pub struct Slots {
+    /// Sorted by address space and gpa.
+    slots: Vec<Arc<Slot>>,
+    /// The same, sorted by where KVM finds them.
+    by_kvm_hva: Vec<Arc<Slot>>,
+    /// Blocks in use or kept, sorted by hva.
+    blocks: Vec<Arc<Block>>,
+}
+
+impl Slots {
+    /// The slot of a guest physical address in an address space.
+    pub fn at(&self, space: u32, gpa: u64) -> Option<&Arc<Slot>> {
+        let after = self
+            .slots
+            .partition_point(|s| (s.space(), s.region.gpa) <= (space, gpa));
+        let slot = &self.slots[after.checked_sub(1)?];
+        (slot.space() == space && slot.holds(gpa)).then_some(slot)
+    }
+
+    /// The slot of an address, in the first address space that has one there.
+    pub fn at_any(&self, gpa: u64) -> Option<&Arc<Slot>> {
+        self.at(0, gpa).or_else(|| self.slots.iter().find(|s| s.holds(gpa)))
+    }
+
+    /// The slot that KVM maps from this address of this process.
+    pub fn at_kvm_hva(&self, hva: u64) -> Option<&Arc<Slot>> {
+        let after = self.by_kvm_hva.partition_point(|s| s.region.hva <= hva);
+        self.by_kvm_hva[..after]
+            .iter()
+            .rev()
+            .find(|s| hva - s.region.hva < s.region.len)
+    }
+
+    /// The block and page of an address in either mapping.
+    pub fn at_hva(&self, hva: u64) -> Option<(&Arc<Block>, u64)> {
+        let after = self.blocks.partition_point(|b| b.hva <= hva);
+        let own = after.checked_sub(1).map(|n| &self.blocks[n]);
+        let found = |b: &Arc<Block>| b.page_at(hva).is_some();
+        let block = own
+            .filter(|b| found(b))
+            .or_else(|| self.blocks.iter().find(|b| found(b)))?;
+        Some((block, block.page_at(hva)?))
+    }
+
+    /// A slot that shows a block's page to the guest.
+    pub fn showing(&self, block: &Arc<Block>, page: u64) -> Option<&Arc<Slot>> {
+        self.slots
+            .iter()
+            .find(|s| Arc::ptr_eq(&s.block, block) && s.covers(page))
+    }
+
+    /// The slot of KVM's number.
+    pub fn numbered(&self, slot: u32) -> Option<&Arc<Slot>> {
+        self.slots.iter().find(|s| s.region.slot == slot)
+    }
+
+    /// Another slot of the same address space that overlaps in guest memory.
+    pub fn overlapping(&self, region: &Region) -> Option<&Arc<Slot>> {
+        self.slots.iter().find(|s| {
+            s.region.slot != region.slot
+                && s.space() == region.slot >> 16
+                && s.region.gpa < region.gpa + region.len
+                && region.gpa < s.region.gpa + s.region.len
+        })
+    }
+
+    /// Blocks that overlap a host range.
+    pub fn blocks_in(&self, hva: u64, len: u64) -> impl Iterator<Item = &Arc<Block>> {
+        self.blocks
+            .iter()
+            .filter(move |b| b.hva < hva + len && hva < b.hva + b.len)
+    }
+
+    /// All slots.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Slot>> {
+        self.slots.iter()
+    }
+
+    /// All blocks.
+    pub fn blocks(&self) -> impl Iterator<Item = &Arc<Block>> {
+        self.blocks.iter()
+    }
+
+    /// With one slot more (or another of its number).
+    pub fn with(&self, slot: Slot) -> Slots {
+        let mut new = self.without(slot.region.slot, false);
+        if !new.blocks.iter().any(|b| Arc::ptr_eq(b, &slot.block)) {
+            new.blocks.push(slot.block.clone());
+        }
+        new.slots.push(Arc::new(slot));
+        new.sorted()
+    }
+
+    /// Without a slot; and without its block, if no other slot is on it and it isn't to be kept.
+    pub fn without(&self, slot: u32, keep: bool) -> Slots {
+        let mut new = self.clone();
+        let old = self.numbered(slot).cloned();
+        new.slots.retain(|s| s.region.slot != slot);
+        if let (Some(old), false) = (old, keep) {
+            let used = new.slots.iter().any(|s| Arc::ptr_eq(&s.block, &old.block));
+            new.blocks.retain(|b| used || !Arc::ptr_eq(b, &old.block));
+        }
+        new.sorted()
+    }
+
+    fn sorted(mut self) -> Slots {
+        self.slots.sort_by_key(|s| (s.space(), s.region.gpa));
+        self.by_kvm_hva.clone_from(&self.slots);
+        self.by_kvm_hva.sort_by_key(|s| s.region.hva);
+        self.blocks.sort_by_key(|b| b.hva);
+        self
+    }
+
+    /// Pages of all blocks that are neither PRESENT nor LOST.
+    pub fn absent(&self) -> u64 {
+        let count = |b: &Arc<Block>, state| b.pages.count(0..b.pages.len(), state);
+        self.blocks
+            .iter()
+            .map(|b| count(b, State::Absent) + count(b, State::Resolving))
+            .sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::mem::{Kind, PAGE};
+    use crate::memory::block::Shape;
+
+    fn slot(number: u32, gpa: u64, block: &Arc<Block>, offset: u64, len: u64) -> Slot {
+        let region = Region {
+            slot: number,
+            gpa,
+            len,
+            hva: block.kvm_hva() + offset,
+            ..Default::default()
+        };
+        Slot {
+            region,
+            block: block.clone(),
+            offset,
+            fast_only: true,
+        }
+    }
+
+    fn block(hva: u64, pages: u64) -> Arc<Block> {
+        let shape = Shape {
+            hva,
+            len: pages * PAGE,
+            page: PAGE,
+            kind: Kind::Shared,
+            mechanism: 0,
+        };
+        Arc::new(Block::new(shape, None, false, false).unwrap())
+    }
+
+    #[test]
+    fn two_slots_on_one_host_range_share_page_states() {
+        let ram = block(0x10_0000, 16);
+        let slots = Slots::default()
+            .with(slot(0, 0x4000_0000, &ram, 0, 16 * PAGE))
+            .with(slot(1 << 16, 0, &ram, 4 * PAGE, 8 * PAGE));
+        assert_eq!(slots.at(0, 0x4000_5000).unwrap().page_of(0x4000_5000), 5);
+        assert_eq!(slots.at(1, 0x1000).unwrap().page_of(0x1000), 5);
+        assert!(slots.at(0, 0x1000).is_none() && slots.at(1, 8 * PAGE).is_none());
+        assert_eq!(slots.at_any(0x1000).unwrap().region.slot, 1 << 16);
+        assert_eq!(slots.at_kvm_hva(0x10_0000 + 15 * PAGE).unwrap().region.slot, 0);
+        assert_eq!(slots.absent(), 16);
+        let slots = slots.without(0, false);
+        assert_eq!(slots.absent(), 16, "the other slot holds the block");
+        assert_eq!(slots.without(1 << 16, true).absent(), 16, "kept");
+        assert_eq!(slots.without(1 << 16, false).absent(), 0);
+    }
+
+    #[test]
+    fn overlap_is_within_an_address_space() {
+        let ram = block(0x10_0000, 16);
+        let slots = Slots::default().with(slot(3, 0x1000, &ram, 0, 4 * PAGE));
+        let region = |slot, gpa| Region {
+            slot,
+            gpa,
+            len: PAGE,
+            ..Default::default()
+        };
+        assert!(slots.overlapping(&region(4, 0x4000)).is_some());
+        assert!(slots.overlapping(&region(4, 0x5000)).is_none());
+        assert!(
+            slots.overlapping(&region(3, 0x4000)).is_none(),
+            "a slot may move over itself"
+        );
+        assert!(slots.overlapping(&region(1 << 16 | 4, 0x4000)).is_none());
+    }
+}

@@ -1,0 +1,228 @@
+//! Waiting for a page, and keeping discards and installs apart. Hash tables of futex words: no allocation, no registration.
+
+use crate::kernel::thread::{futex_wait, futex_wake_all, Wake};
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::time::Duration;
+
+/// After this time a sleeper looks around by itself: the way out for what no wake-up announces (a signal that arrived between
+/// the last check and the sleep, and left only `immediate_exit` set).
+pub const LOOK_AROUND: Duration = Duration::from_millis(20);
+
+const BUCKETS: usize = 1024;
+
+/// What is hashed: a page's address in the VMM's mapping, which is unique in the process.
+fn bucket_of(hva: u64, shift: u32) -> usize {
+    // Fibonacci hashing: neighbours land far apart.
+    ((hva >> shift).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 54) as usize
+}
+
+#[repr(align(64))]
+struct Bucket {
+    sequence: AtomicU32,
+    sleepers: AtomicU32,
+}
+
+/// Sleepers on pages.
+pub struct WaitTable {
+    buckets: [Bucket; BUCKETS],
+}
+
+/// The table: one for the process, so that a kick, which may come from a signal handler and find its VM freed, always has it.
+pub static WAITS: WaitTable = WaitTable::new();
+
+/// Where one thread sleeps at the moment, so that a kick finds it.
+#[derive(Debug, Default)]
+pub struct Sleeper {
+    /// 0, or the bucket's number plus one.
+    bucket: AtomicU32,
+}
+
+impl WaitTable {
+    /// An empty table.
+    pub const fn new() -> WaitTable {
+        const EMPTY: Bucket = Bucket {
+            sequence: AtomicU32::new(0),
+            sleepers: AtomicU32::new(0),
+        };
+        WaitTable {
+            buckets: [EMPTY; BUCKETS],
+        }
+    }
+
+    /// Sleeps until the page may have changed; `still` says whether there is anything to wait for, and is asked after the
+    /// sleeper can be found by `wake` and `poke`, so that neither is missed.
+    pub fn wait(&self, hva: u64, sleeper: &Sleeper, at_most: Duration, still: impl Fn() -> bool) -> Wake {
+        let number = bucket_of(hva, 12);
+        let bucket = &self.buckets[number];
+        bucket.sleepers.fetch_add(1, SeqCst);
+        let sequence = bucket.sequence.load(SeqCst);
+        sleeper.bucket.store(number as u32 + 1, SeqCst);
+        let wake = if still() {
+            futex_wait(&bucket.sequence, sequence, at_most)
+        } else {
+            Wake::Woken
+        };
+        sleeper.bucket.store(0, SeqCst);
+        bucket.sleepers.fetch_sub(1, SeqCst);
+        wake
+    }
+
+    /// The page changed. A load and nothing more where nobody sleeps.
+    pub fn wake(&self, hva: u64) {
+        self.wake_bucket(&self.buckets[bucket_of(hva, 12)]);
+    }
+
+    /// Wakes one sleeper, wherever it sleeps (and its neighbours, who look and sleep again). Async-signal-safe.
+    pub fn poke(&self, sleeper: &Sleeper) {
+        if let Some(number) = sleeper.bucket.load(SeqCst).checked_sub(1) {
+            self.wake_bucket(&self.buckets[number as usize]);
+        }
+    }
+
+    /// Wakes everybody.
+    pub fn wake_all(&self) {
+        self.buckets.iter().for_each(|b| self.wake_bucket(b));
+    }
+
+    fn wake_bucket(&self, bucket: &Bucket) {
+        if bucket.sleepers.load(SeqCst) > 0 {
+            bucket.sequence.fetch_add(1, SeqCst);
+            futex_wake_all(&bucket.sequence);
+        }
+    }
+}
+
+impl Default for WaitTable {
+    fn default() -> Self {
+        WaitTable::new()
+    }
+}
+
+/// Pages that share a gate: a discard of one waits for installs of all, so few; an install enters one gate for all, so many.
+pub const GATE_PAGES: u64 = 512;
+
+#[repr(align(64))]
+#[derive(Default)]
+struct Gate {
+    /// Installs under way.
+    installs: AtomicU32,
+    /// Discards under way or waiting.
+    discards: AtomicU32,
+}
+
+/// Installs of a page may overlap (the kernel arbitrates), but not with a discard of it: an installer that found the old bytes in
+/// place would call them the new page. Installers only count themselves; a discard, which is rare, waits.
+pub struct Gates {
+    gates: Box<[Gate]>,
+}
+
+/// An install or discard under way.
+pub struct Pass<'a>(&'a AtomicU32);
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
+impl Gates {
+    /// Open gates.
+    pub fn new() -> Gates {
+        Gates {
+            gates: (0..BUCKETS).map(|_| Gate::default()).collect(),
+        }
+    }
+
+    fn gate(&self, key: u64) -> &Gate {
+        &self.gates[bucket_of(key, 12)]
+    }
+
+    /// For installing pages of one gate's range (see `Block::gate_of`). Waits only while one of them is being discarded.
+    pub fn install(&self, key: u64) -> Pass<'_> {
+        let gate = self.gate(key);
+        loop {
+            gate.installs.fetch_add(1, SeqCst);
+            if gate.discards.load(SeqCst) == 0 {
+                return Pass(&gate.installs);
+            }
+            gate.installs.fetch_sub(1, SeqCst);
+            std::thread::yield_now();
+        }
+    }
+
+    /// For discarding pages of one gate's range: no install is under way when this returns, and none begins.
+    /// Each install is a few system calls that end, so this wait ends too.
+    pub fn discard(&self, key: u64) -> Pass<'_> {
+        let gate = self.gate(key);
+        gate.discards.fetch_add(1, SeqCst);
+        while gate.installs.load(SeqCst) > 0 {
+            std::thread::yield_now();
+        }
+        Pass(&gate.discards)
+    }
+}
+
+impl Default for Gates {
+    fn default() -> Self {
+        Gates::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Instant;
+
+    #[test]
+    fn a_wake_or_a_poke_ends_a_wait_at_once() {
+        for poke in [false, true] {
+            let (table, sleeper, done) = (WaitTable::new(), Sleeper::default(), AtomicBool::new(false));
+            std::thread::scope(|scope| {
+                let waiter = scope.spawn(|| {
+                    let mut rounds = 0;
+                    while !done.load(SeqCst) {
+                        table.wait(0x1000, &sleeper, LOOK_AROUND, || !done.load(SeqCst));
+                        rounds += 1;
+                    }
+                    rounds
+                });
+                while sleeper.bucket.load(SeqCst) == 0 {
+                    std::thread::yield_now();
+                }
+                done.store(true, SeqCst);
+                let start = Instant::now();
+                if poke {
+                    table.poke(&sleeper)
+                } else {
+                    table.wake(0x1000)
+                }
+                assert!(waiter.join().unwrap() >= 1);
+                assert!(start.elapsed() < LOOK_AROUND, "only the look-around ended it");
+            });
+        }
+    }
+
+    #[test]
+    fn a_discard_excludes_installs() {
+        let gates = Gates::new();
+        let inside = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for discard in [false, false, true, true] {
+                let (gates, inside) = (&gates, &inside);
+                scope.spawn(move || {
+                    for _ in 0..2000 {
+                        if discard {
+                            let _pass = gates.discard(0x20_0000);
+                            assert_eq!(inside.load(SeqCst), 0);
+                        } else {
+                            let _pass = gates.install(0x20_0000);
+                            inside.fetch_add(1, SeqCst);
+                            inside.fetch_sub(1, SeqCst);
+                        }
+                    }
+                });
+            }
+        });
+    }
+}

@@ -1,0 +1,193 @@
+//! The built-in resolver: guest memory in a snapshot file. Pages are copied straight from a mapping of the file, without a buffer
+//! between; holes are zero pages, without any I/O.
+
+use crate::error::{fail, Error, Result};
+use crate::kernel::mem::{Mapping, PAGE};
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+
+/// A piece of guest memory in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileRange {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Where it begins in the file.
+    pub offset: u64,
+}
+
+/// Where the bytes of a page are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bytes {
+    /// At this address of this process.
+    At(u64),
+    /// Nowhere: zeros.
+    Hole,
+}
+
+/// A snapshot file.
+#[derive(Debug)]
+pub struct FileSource {
+    mapping: Mapping,
+    /// Data extents of the file, sorted; all else is holes.
+    data: Vec<std::ops::Range<u64>>,
+    /// Sorted by gpa.
+    ranges: Vec<FileRange>,
+}
+
+impl FileSource {
+    /// Maps the file, which must stay as it is. `fd` isn't needed afterwards.
+    pub fn new(fd: RawFd, ranges: &[FileRange]) -> Result<FileSource> {
+        // Opened anew: looking for holes moves the file position, which a duplicate would share with the VMM.
+        let file = File::open(format!("/proc/self/fd/{fd}")).map_err(|e| Error::from_io("fd", &e))?;
+        let meta = file.metadata().map_err(|e| Error::from_io("fd", &e))?;
+        if !meta.is_file() {
+            let kind = if meta.file_type().is_block_device() {
+                "a block device"
+            } else {
+                "not a file"
+            };
+            fail!(EINVAL, "fd: a snapshot is a regular file; {fd} is {kind}");
+        }
+        let size = meta.size();
+        let mut ranges = ranges.to_vec();
+        ranges.sort_by_key(|r| r.gpa);
+        for r in &ranges {
+            if r.len == 0 || (r.gpa | r.len | r.offset) % PAGE != 0 {
+                fail!(
+                    EINVAL,
+                    "ranges: gpa {:#x}, len {:#x} and offset {:#x} must be multiples of 4096, and len not 0",
+                    r.gpa,
+                    r.len,
+                    r.offset
+                );
+            }
+            if r.offset.checked_add(r.len).is_none_or(|end| end > size) || r.gpa.checked_add(r.len).is_none() {
+                fail!(
+                    EINVAL,
+                    "ranges: gpa {:#x}, len {:#x}, offset {:#x}: the file has {size:#x} bytes",
+                    r.gpa,
+                    r.len,
+                    r.offset
+                );
+            }
+        }
+        if let Some(pair) = ranges.windows(2).find(|p| p[0].gpa + p[0].len > p[1].gpa) {
+            fail!(EINVAL, "ranges: gpa {:#x} is in two of them", pair[1].gpa);
+        }
+        let data = extents(&file, size)?;
+        let mapping = Mapping::shared(file.as_raw_fd(), 0, size.max(1), false)?;
+        Ok(FileSource { mapping, data, ranges })
+    }
+
+    /// The longest piece from `gpa` on, up to `len` bytes, that is all data or all hole.
+    pub fn find(&self, gpa: u64, len: u64) -> Result<(Bytes, u64)> {
+        let after = self.ranges.partition_point(|r| r.gpa <= gpa);
+        let range = after
+            .checked_sub(1)
+            .map(|n| &self.ranges[n])
+            .filter(|r| gpa - r.gpa < r.len);
+        let Some(range) = range else {
+            fail!(ENXIO, "the snapshot has no page for gpa {gpa:#x}")
+        };
+        let offset = range.offset + (gpa - range.gpa);
+        let len = len.min(range.len - (gpa - range.gpa));
+        let next = self.data.partition_point(|d| d.end <= offset);
+        Ok(match self.data.get(next) {
+            Some(data) if data.start <= offset => {
+                (Bytes::At(self.mapping.address() + offset), len.min(data.end - offset))
+            }
+            Some(data) => (Bytes::Hole, len.min(data.start - offset)),
+            None => (Bytes::Hole, len),
+        })
+    }
+}
+
+/// The file's data extents, rounded outwards to pages.
+fn extents(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
+    let mut data: Vec<std::ops::Range<u64>> = Vec::new();
+    let mut at = 0;
+    while let Some(start) = crate::kernel::mem::seek(file, at, libc::SEEK_DATA)? {
+        let end = crate::kernel::mem::seek(file, start, libc::SEEK_HOLE)?.unwrap_or(size);
+        let (first, last) = (start / PAGE * PAGE, end.next_multiple_of(PAGE));
+        match data.last_mut() {
+            Some(before) if before.end >= first => before.end = last,
+            _ => data.push(first..last),
+        }
+        at = end;
+    }
+    Ok(data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::mem;
+    use std::os::unix::fs::FileExt;
+
+    fn temporary() -> File {
+        let path = std::env::temp_dir().join(format!(
+            "kvmfault-test-{}-{:?}",
+            std::process::id(),
+            std::thread::current().id()
+        ));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .unwrap();
+        std::fs::remove_file(path).unwrap();
+        file
+    }
+
+    #[test]
+    fn data_and_holes_are_told_apart() {
+        let file = temporary();
+        file.set_len(64 * PAGE).unwrap();
+        file.write_all_at(&[9; PAGE as usize], 16 * PAGE).unwrap();
+        let range = FileRange {
+            gpa: 0x4000_0000,
+            len: 32 * PAGE,
+            offset: 8 * PAGE,
+        };
+        let source = FileSource::new(file.as_raw_fd(), &[range]).unwrap();
+        let (bytes, len) = source.find(0x4000_0000, 32 * PAGE).unwrap();
+        assert_eq!((bytes, len), (Bytes::Hole, 8 * PAGE));
+        let (bytes, len) = source.find(0x4000_0000 + 8 * PAGE, PAGE).unwrap();
+        let Bytes::At(address) = bytes else { panic!("{bytes:?}") };
+        let mut byte = [0];
+        mem::read(address, &mut byte).unwrap();
+        assert_eq!((byte, len), ([9], PAGE));
+        assert_eq!(
+            source.find(0x4000_0000 + 9 * PAGE, 64 * PAGE).unwrap(),
+            (Bytes::Hole, 23 * PAGE)
+        );
+        assert_eq!(source.find(0x3fff_f000, PAGE).unwrap_err().errno, libc::ENXIO);
+        assert_eq!(
+            source.find(0x4000_0000 + 32 * PAGE, PAGE).unwrap_err().errno,
+            libc::ENXIO
+        );
+    }
+
+    #[test]
+    fn what_the_file_does_not_have_is_refused() {
+        let file = temporary();
+        file.set_len(4 * PAGE).unwrap();
+        let new = |ranges: &[FileRange]| FileSource::new(file.as_raw_fd(), ranges).map_err(|e| e.errno).err();
+        let range = |gpa, len, offset| FileRange { gpa, len, offset };
+        assert_eq!(new(&[range(0, 4 * PAGE, 0)]), None);
+        for bad in [
+            range(0, 5 * PAGE, 0),
+            range(0, PAGE, u64::MAX - PAGE + 1),
+            range(1, PAGE, 0),
+            range(0, 0, 0),
+        ] {
+            assert_eq!(new(&[bad]), Some(libc::EINVAL), "{bad:?}");
+        }
+        assert_eq!(new(&[range(0, 2 * PAGE, 0), range(PAGE, PAGE, 0)]), Some(libc::EINVAL));
+    }
+}

@@ -1,0 +1,377 @@
+//! Who brings a page: exactly one caller at a time, through the VMM's resolver; the others wait for it.
+
+pub mod file_source;
+pub mod reader;
+pub mod seat;
+
+use crate::error::{fail, Error, Result};
+use crate::kernel::abi::Access;
+use crate::kernel::thread::Wake;
+use crate::memory::block::Block;
+use crate::memory::pages::State;
+use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
+use crate::memory::{discard, Memory};
+use crate::stats::Stats;
+use seat::Seats;
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// Who needs the page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// A vCPU, by KVM's number.
+    Vcpu(i32),
+    /// A host thread or system call.
+    Host,
+    /// `kvmfault_pages_resolve`.
+    Prefetch,
+}
+
+/// A fault, as the resolver sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct Fault {
+    /// KVM's number of the slot.
+    pub slot: u32,
+    /// The page's guest physical address.
+    pub gpa: u64,
+    /// The page's size.
+    pub len: u64,
+    /// The page in the VMM's mapping.
+    pub hva: u64,
+    /// What the kernel says of the access.
+    pub access: Access,
+    /// Who needs it.
+    pub origin: Origin,
+    /// Readahead window: start and bytes.
+    pub window: (u64, u64),
+}
+
+/// What a resolver answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// Installed.
+    Resolved,
+    /// Somebody installs it later.
+    Pending,
+    /// Nobody ever will.
+    Lost,
+    /// Ask again.
+    Retry,
+    /// A positive errno.
+    Failed(i32),
+    /// None of these.
+    Garbage(i32),
+}
+
+/// What the VMM provides.
+pub trait Resolver: Send + Sync {
+    /// Brings the page, or says why not.
+    fn resolve(&self, fault: &Fault) -> Answer;
+    /// The library wrote guest memory for the guest; KVM's dirty log doesn't know.
+    fn written(&self, _gpa: u64, _len: u64) {}
+}
+
+/// How a fault ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Our own call installed the page.
+    Installed,
+    /// Somebody else's did while we waited.
+    Waited,
+    /// It was there already.
+    WasPresent,
+    /// It can't be had.
+    Lost,
+    /// A kick or a signal ended the wait.
+    Interrupted,
+    /// The resolver wants to be asked again.
+    Retry,
+    /// Somebody else is at it, and we don't wait.
+    Elsewhere,
+    /// The slot was deleted meanwhile.
+    Gone,
+}
+
+/// Who waits, and when it must stop waiting. Without one nobody waits.
+pub trait Waiter {
+    /// Where a kick finds it.
+    fn sleeper(&self) -> &Sleeper;
+    /// Is there a kick?
+    fn must_leave(&self) -> bool;
+}
+
+/// After so many KVMFAULT_RETRY in a row for one page the fault is an error.
+pub const MOST_RETRIES: u32 = 2000;
+
+/// How long to wait before the n-th try in a row: doubling from 1 us to 10 ms.
+pub fn pause_before(retry: u32) -> Duration {
+    Duration::from_micros(1 << retry.min(14)).min(Duration::from_millis(10))
+}
+
+thread_local! {
+    static IN_CALLBACK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Is this thread inside a callback of the VMM's?
+pub fn in_callback() -> bool {
+    IN_CALLBACK.get()
+}
+
+/// The memory of a VM together with who fills it.
+pub struct Engine {
+    /// The memory.
+    pub memory: Memory,
+    /// The vCPUs, as far as others need them.
+    pub seats: Seats,
+    resolver: Box<dyn Resolver>,
+    readahead: u64,
+    shutdown: AtomicBool,
+    /// Pages whose last try for a host thread failed: how often in a row. Touched on failure only (see `is_failing`).
+    failing: Mutex<HashMap<u64, u32>>,
+    failing_len: AtomicUsize,
+}
+
+impl Engine {
+    /// `readahead` is the window in pages.
+    pub fn new(memory: Memory, resolver: Box<dyn Resolver>, readahead: u64) -> Engine {
+        Engine {
+            memory,
+            seats: Seats::default(),
+            resolver,
+            readahead,
+            shutdown: AtomicBool::new(false),
+            failing: Mutex::default(),
+            failing_len: AtomicUsize::new(0),
+        }
+    }
+
+    /// No more resolver calls; whoever waits goes with ESHUTDOWN.
+    pub fn shut_down(&self) {
+        self.shutdown.store(true, SeqCst);
+        WAITS.wake_all();
+    }
+
+    /// Was it shut down?
+    pub fn is_shut_down(&self) -> bool {
+        self.shutdown.load(SeqCst)
+    }
+
+    /// Tells the VMM of a write that the library did for the guest.
+    pub fn written(&self, gpa: u64, len: u64) {
+        self.callback(|| self.resolver.written(gpa, len));
+    }
+
+    fn callback<T>(&self, call: impl FnOnce() -> T) -> T {
+        struct Leave(bool);
+        impl Drop for Leave {
+            fn drop(&mut self) {
+                IN_CALLBACK.set(self.0);
+            }
+        }
+        let _leave = Leave(IN_CALLBACK.replace(true));
+        call()
+    }
+
+    /// Serves one fault, and counts it.
+    pub fn resolve(
+        &self,
+        block: &Arc<Block>,
+        page: u64,
+        who: Origin,
+        access: Access,
+        waiter: Option<&dyn Waiter>,
+        stats: &Stats,
+    ) -> Result<Outcome> {
+        let start = Instant::now();
+        match who {
+            Origin::Vcpu(_) => stats.faults_vcpu.add(1),
+            Origin::Host => stats.faults_host.add(1),
+            Origin::Prefetch => stats.faults_prefetch.add(1),
+        }
+        let outcome = self.settle(block, page, who, access, waiter, stats);
+        match outcome {
+            Ok(Outcome::Installed) => stats.outcome_resolved.add(1),
+            Ok(Outcome::Waited | Outcome::Elsewhere | Outcome::Gone) => stats.outcome_waited.add(1),
+            Ok(Outcome::WasPresent) => stats.outcome_mapped.add(1),
+            Ok(Outcome::Lost) => stats.outcome_lost.add(1),
+            Ok(Outcome::Interrupted) => stats.outcome_interrupted.add(1),
+            Ok(Outcome::Retry) => stats.outcome_retried.add(1),
+            Err(_) => stats.outcome_failed.add(1),
+        }
+        stats.served_in(start.elapsed());
+        outcome
+    }
+
+    fn settle(
+        &self,
+        block: &Arc<Block>,
+        page: u64,
+        who: Origin,
+        access: Access,
+        waiter: Option<&dyn Waiter>,
+        stats: &Stats,
+    ) -> Result<Outcome> {
+        let hva = block.hva_of(page);
+        let mut waited = false;
+        loop {
+            if self.is_shut_down() {
+                fail!(
+                    ESHUTDOWN,
+                    "the VM was freed while a fault at hva {hva:#x} was under way"
+                );
+            }
+            if block.gone.load(SeqCst) {
+                return Ok(Outcome::Gone);
+            }
+            match block.pages.get(page) {
+                State::Present if waited => return Ok(Outcome::Waited),
+                State::Present => return Ok(Outcome::WasPresent),
+                State::Lost => return Ok(Outcome::Lost),
+                State::Resolving => {
+                    let Some(waiter) = waiter else {
+                        return Ok(Outcome::Elsewhere);
+                    };
+                    waited = true;
+                    let still = || {
+                        block.pages.get(page) == State::Resolving
+                            && !waiter.must_leave()
+                            && !self.is_shut_down()
+                            && !block.gone.load(SeqCst)
+                    };
+                    let wake = WAITS.wait(hva, waiter.sleeper(), LOOK_AROUND, still);
+                    let unsettled = block.pages.get(page) == State::Resolving;
+                    if unsettled && (wake == Wake::Signal || waiter.must_leave()) {
+                        return Ok(Outcome::Interrupted);
+                    }
+                }
+                State::Absent => {
+                    if block.pages.change(page, State::Absent, State::Resolving).is_err() {
+                        continue;
+                    }
+                    let ours = Ours {
+                        engine: self,
+                        block,
+                        page,
+                    };
+                    let Some(fault) = self.fault(block, page, who, access) else {
+                        return Ok(Outcome::Gone);
+                    };
+                    stats.resolver_calls.add(1);
+                    let answer = self.callback(|| self.resolver.resolve(&fault));
+                    match self.conclude(ours, answer, &fault)? {
+                        Some(outcome) => return Ok(outcome),
+                        None => waited = true, // pending
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the answer means for the page that was ours to bring; None if it is pending.
+    fn conclude(&self, ours: Ours<'_>, answer: Answer, fault: &Fault) -> Result<Option<Outcome>> {
+        let (block, page) = (ours.block, ours.page);
+        let is_present = block.pages.get(page) == State::Present;
+        let at = || format!("gpa {:#x} (slot {:#x})", fault.gpa, fault.slot);
+        match answer {
+            Answer::Resolved | Answer::Failed(libc::EEXIST) if is_present => {
+                std::mem::forget(ours);
+                Ok(Some(Outcome::Installed))
+            }
+            // Installed, and discarded by somebody else since.
+            Answer::Resolved if block.pages.get(page) == State::Absent => Ok(Some(Outcome::Retry)),
+            Answer::Pending => {
+                std::mem::forget(ours);
+                Ok(None)
+            }
+            Answer::Lost => {
+                discard::lose(&self.memory, block, page..page + 1)?;
+                let lost = block.pages.get(page) == State::Lost;
+                Ok(Some(if lost { Outcome::Lost } else { Outcome::Installed }))
+            }
+            Answer::Retry => Ok(Some(Outcome::Retry)),
+            Answer::Resolved => fail!(
+                EPROTO,
+                "the resolver said KVMFAULT_RESOLVED but installed nothing at {}",
+                at()
+            ),
+            Answer::Failed(errno) => {
+                let error = std::io::Error::from_raw_os_error(errno);
+                Err(Error::new(errno, format!("the resolver failed at {}: {error}", at())))
+            }
+            Answer::Garbage(value) => {
+                fail!(
+                    EPROTO,
+                    "the resolver returned {value}, which is neither a KVMFAULT_* answer nor -errno, at {}",
+                    at()
+                )
+            }
+        }
+    }
+
+    fn fault(&self, block: &Arc<Block>, page: u64, origin: Origin, access: Access) -> Option<Fault> {
+        let slots = self.memory.slots();
+        let slot = slots.showing(block, page)?;
+        let (gpa, len) = (slot.gpa_of(page), block.page);
+        let size = self.readahead * len;
+        let start = (gpa / size * size).max(slot.region.gpa);
+        let end = (gpa / size * size + size).min(slot.region.gpa + slot.region.len);
+        let hva = block.hva_of(page);
+        Some(Fault {
+            slot: slot.region.slot,
+            gpa,
+            len,
+            hva,
+            access,
+            origin,
+            window: (start, end - start),
+        })
+    }
+
+    /// Another failed try for a host thread at this page: which one in a row.
+    fn count_failure(&self, hva: u64) -> u32 {
+        let Ok(mut failing) = self.failing.lock() else {
+            return MOST_RETRIES;
+        };
+        let tries = failing.entry(hva).or_insert(0);
+        *tries += 1;
+        let tries = *tries;
+        self.failing_len.store(failing.len(), SeqCst);
+        tries
+    }
+
+    fn forget_failure(&self, hva: u64) {
+        if self.failing_len.load(SeqCst) == 0 {
+            return;
+        }
+        if let Ok(mut failing) = self.failing.lock() {
+            failing.remove(&hva);
+            self.failing_len.store(failing.len(), SeqCst);
+        }
+    }
+}
+
+/// A page that is ours to bring. Dropped without success, it is absent again and others are told: on errors, and should a
+/// resolver panic.
+struct Ours<'a> {
+    engine: &'a Engine,
+    block: &'a Arc<Block>,
+    page: u64,
+}
+
+impl Drop for Ours<'_> {
+    fn drop(&mut self) {
+        if self
+            .block
+            .pages
+            .change(self.page, State::Resolving, State::Absent)
+            .is_ok()
+        {
+            WAITS.wake(self.block.hva_of(self.page));
+            // Whoever sleeps in userfaultfd looks again, and so asks the resolver anew. Nothing to do if the memory is gone.
+            let _ = discard::wake(&self.engine.memory, self.block, &(self.page..self.page + 1));
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Reader threads: they serve what comes through the userfaultfd. That is every fault of the `userfaultfd` mechanism, and host
+//! accesses to absent memory in all of them.
+
+use super::seat::News;
+use super::{pause_before, Engine, Origin, Outcome, MOST_RETRIES};
+use crate::error::{Error, Result};
+use crate::kernel::thread::{block_all_signals, poll, Flag};
+use crate::kernel::uffd::{Message, FEATURE_POISON};
+use crate::mechanism;
+use crate::memory::block::Block;
+use crate::memory::{discard, install};
+use std::os::fd::AsRawFd;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A page whose resolver failed: whoever waits in userfaultfd is woken at this time, faults again, and so asks anew.
+struct Again {
+    due: Instant,
+    block: Arc<Block>,
+    page: u64,
+}
+
+/// Starts `count` threads that read until `stop` is raised.
+pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
+    for n in 0..count {
+        let (engine, stop) = (engine.clone(), stop.clone());
+        std::thread::Builder::new()
+            .name(format!("kvmfault/{n}"))
+            .spawn(move || read(&engine, &stop))
+            .map_err(|e| Error::from_io("starting a reader thread", &e))?;
+    }
+    Ok(())
+}
+
+fn read(engine: &Engine, stop: &Flag) {
+    block_all_signals();
+    let mut later: Vec<Again> = Vec::new();
+    loop {
+        let timeout = later
+            .iter()
+            .map(|a| a.due.saturating_duration_since(Instant::now()))
+            .min();
+        let [readable, stopped] = poll([engine.memory.uffd.as_raw_fd(), stop.as_raw_fd()], timeout);
+        if stopped {
+            return;
+        }
+        wake_due(engine, &mut later);
+        if !readable {
+            continue;
+        }
+        match engine.memory.uffd.next() {
+            Ok(Some(message)) => {
+                // A panic here would leave a thread of the VMM asleep for ever. The page was given back on the way out.
+                let served = catch_unwind(AssertUnwindSafe(|| serve(engine, &message, &mut later)));
+                if served.is_err() {
+                    let error = Error::new(
+                        libc::ENOTRECOVERABLE,
+                        "a bug in libkvmfault: a reader thread panicked (see stderr)",
+                    );
+                    engine
+                        .seats
+                        .all()
+                        .iter()
+                        .for_each(|s| s.tell(News::Failed(error.clone())));
+                }
+            }
+            Ok(None) => {}                                           // another reader was faster
+            Err(_) => std::thread::sleep(Duration::from_millis(10)), // a broken userfaultfd: don't spin
+        }
+    }
+}
+
+fn wake_due(engine: &Engine, later: &mut Vec<Again>) {
+    let now = Instant::now();
+    later.retain(|again| {
+        if again.due <= now {
+            let _ = discard::wake(&engine.memory, &again.block, &(again.page..again.page + 1));
+        }
+        again.due > now
+    });
+}
+
+fn serve(engine: &Engine, message: &Message, later: &mut Vec<Again>) {
+    let slots = engine.memory.slots();
+    let Some((block, page)) = slots.at_hva(message.hva) else {
+        return;
+    };
+    let (block, hva) = (block.clone(), block.hva_of(page));
+    drop(slots);
+    let seat = message.thread.and_then(|t| engine.seats.of_thread(t));
+    // A vCPU's thread may also fault as a host thread, in a device model; what it touches is the same page either way.
+    let origin = seat.as_ref().map_or(Origin::Host, |seat| Origin::Vcpu(seat.number));
+    let stats = seat.as_ref().map_or(&engine.memory.stats, |seat| &seat.stats);
+    let access = if message.write { 1 << 1 } else { 1 << 0 };
+
+    let outcome = engine.resolve(&block, page, origin, access, None, stats);
+    let failed = match outcome {
+        Ok(Outcome::WasPresent) => map(engine, &block, page, message.hva).err(),
+        Ok(Outcome::Lost) => {
+            // Markers have told it already where the kernel has them.
+            if engine.memory.uffd.features() & FEATURE_POISON == 0 {
+                if let Some(seat) = &seat {
+                    seat.tell(News::Lost(hva));
+                }
+            }
+            let _ = discard::wake(&engine.memory, &block, &(page..page + 1));
+            None
+        }
+        Ok(Outcome::Retry) => {
+            let tries = engine.count_failure(hva);
+            if tries > MOST_RETRIES {
+                Some(Error::new(
+                    libc::ELOOP,
+                    format!("the resolver has asked for {tries} retries of the page at hva {hva:#x}"),
+                ))
+            } else {
+                later.push(Again {
+                    due: Instant::now() + pause_before(tries),
+                    block,
+                    page,
+                });
+                return;
+            }
+        }
+        Ok(_) => None,
+        Err(e) => Some(e),
+    };
+    let Some(error) = failed else {
+        return engine.forget_failure(hva);
+    };
+    // A host thread has no error to return: it waits on, and the resolver is asked again, less and less often.
+    let tries = engine.count_failure(hva);
+    let pause = Duration::from_millis(1 << tries.min(10)).min(Duration::from_secs(1));
+    later.push(Again {
+        due: Instant::now() + pause,
+        block,
+        page,
+    });
+    if let Some(seat) = seat {
+        seat.tell(News::Failed(error));
+    }
+}
+
+/// A PRESENT page that isn't mapped where it was touched.
+fn map(engine: &Engine, block: &Block, page: u64, touched: u64) -> Result<()> {
+    let in_vmm = touched.wrapping_sub(block.hva) < block.len;
+    match block.alias_of(page) {
+        Some(alias) if !in_vmm => {
+            install::map_alias(&engine.memory, block, page..page + 1, &engine.memory.stats)?;
+            engine.memory.uffd.wake(alias, block.page)
+        }
+        _ => mechanism::map_vmm(&engine.memory, block, page),
+    }
+}

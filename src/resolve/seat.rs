@@ -1,0 +1,196 @@
+//! A vCPU as others see it: readers that have bad news for it, and whoever kicks it.
+
+use super::Waiter;
+use crate::error::Error;
+use crate::kernel::kvm::ImmediateExit;
+use crate::kernel::thread::send_signal;
+use crate::memory::wait::{Sleeper, WAITS};
+use crate::stats::Stats;
+use arc_swap::ArcSwap;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+/// What a reader thread has to tell a vCPU.
+#[derive(Debug, Clone)]
+pub enum News {
+    /// Its fault failed.
+    Failed(Error),
+    /// The page at this address of the VMM's mapping is lost.
+    Lost(u64),
+}
+
+/// One vCPU. A seat is never freed (it is less than a kilobyte, and vCPUs are few): a kick may come from a signal handler at any time,
+/// also when the vCPU has just gone.
+#[derive(Debug)]
+pub struct Seat {
+    /// KVM's number.
+    pub number: i32,
+    /// The byte of its kvm_run that keeps KVM_RUN from beginning.
+    pub immediate_exit: ImmediateExit,
+    /// Its thread; 0 while it has none.
+    pub thread: AtomicI32,
+    /// Where it sleeps.
+    pub sleeper: Sleeper,
+    /// Its counters.
+    pub stats: Stats,
+    /// The signal that ends KVM_RUN.
+    pub signal: i32,
+    /// The signal runs a handler, so it may be over before KVM_RUN begins: `immediate_exit` must be set too.
+    pub by_handler: bool,
+    /// Kicks so far; the vCPU remembers how many it has seen.
+    kicks: AtomicU32,
+    seen: AtomicU32,
+    /// SIGBUS as the VMM's handler saw it: address, and code + 1 (0 = none).
+    bus_address: AtomicU64,
+    bus_code: AtomicI32,
+    has_news: AtomicBool,
+    news: Mutex<Option<News>>,
+}
+
+impl Seat {
+    /// A vCPU without a thread.
+    pub fn new(number: i32, immediate_exit: ImmediateExit, signal: i32, by_handler: bool) -> Seat {
+        Seat {
+            number,
+            immediate_exit,
+            thread: AtomicI32::new(0),
+            sleeper: Sleeper::default(),
+            stats: Stats::default(),
+            signal,
+            by_handler,
+            kicks: AtomicU32::new(0),
+            seen: AtomicU32::new(0),
+            bus_address: AtomicU64::new(0),
+            bus_code: AtomicI32::new(0),
+            has_news: AtomicBool::new(false),
+            news: Mutex::new(None),
+        }
+    }
+
+    /// Makes the vCPU's loop return, wherever it is: async-signal-safe, and never lost. The count goes first: whoever looks after
+    /// it sees the kick. A vCPU about to enter KVM_RUN has the signal pending (blocked outside KVM_RUN), or `immediate_exit` set.
+    pub fn kick(&self) {
+        self.kicks.fetch_add(1, SeqCst);
+        self.interrupt();
+    }
+
+    /// A kick's effect without the kick: the loop looks around.
+    fn interrupt(&self) {
+        if self.by_handler {
+            self.immediate_exit.set(true);
+        }
+        WAITS.poke(&self.sleeper);
+        let thread = self.thread.load(SeqCst);
+        if thread != 0 {
+            send_signal(thread, self.signal);
+        }
+    }
+
+    /// Is there a kick that the loop hasn't reported?
+    pub fn is_kicked(&self) -> bool {
+        self.kicks.load(SeqCst) != self.seen.load(SeqCst)
+    }
+
+    /// The loop reports all kicks so far, as one. True if there was any.
+    pub fn see_kicks(&self) -> bool {
+        let kicks = self.kicks.load(SeqCst);
+        let fresh = kicks.wrapping_sub(self.seen.swap(kicks, SeqCst));
+        if fresh > 0 {
+            self.stats.kicks.add(fresh.into());
+            if self.by_handler {
+                self.immediate_exit.set(false);
+                // A kick since the load above may have set it just before: it is counted already, then, and gets it back.
+                if self.is_kicked() {
+                    self.immediate_exit.set(true);
+                }
+            }
+        }
+        fresh > 0
+    }
+
+    /// Called in the VMM's SIGBUS handler: async-signal-safe.
+    pub fn note_bus(&self, code: i32, address: u64) {
+        self.bus_address.store(address, SeqCst);
+        self.bus_code.store(code.wrapping_add(1), SeqCst);
+    }
+
+    /// The SIGBUS that the handler saw: code and address.
+    pub fn take_bus(&self) -> Option<(i32, u64)> {
+        let code = self.bus_code.swap(0, SeqCst);
+        (code != 0).then(|| (code.wrapping_sub(1), self.bus_address.load(SeqCst)))
+    }
+
+    /// Tells the vCPU something and makes its loop look.
+    pub fn tell(&self, news: News) {
+        if let Ok(mut slot) = self.news.lock() {
+            slot.get_or_insert(news);
+            self.has_news.store(true, SeqCst);
+        }
+        self.interrupt();
+    }
+
+    /// What it was told.
+    pub fn take_news(&self) -> Option<News> {
+        if !self.has_news.swap(false, SeqCst) {
+            return None;
+        }
+        self.news.lock().ok()?.take()
+    }
+
+    /// Is there something to take?
+    pub fn has_news(&self) -> bool {
+        self.has_news.load(SeqCst)
+    }
+}
+
+impl Waiter for Seat {
+    fn sleeper(&self) -> &Sleeper {
+        &self.sleeper
+    }
+
+    fn must_leave(&self) -> bool {
+        self.is_kicked() || self.has_news() || self.immediate_exit.get()
+    }
+}
+
+/// All vCPUs of a VM.
+#[derive(Default)]
+pub struct Seats {
+    seats: ArcSwap<Vec<&'static Seat>>,
+    /// Counters of vCPUs that are gone.
+    pub gone: Stats,
+}
+
+impl Seats {
+    /// Adds one.
+    pub fn add(&self, seat: &'static Seat) {
+        self.seats
+            .rcu(|seats| seats.iter().copied().chain([seat]).collect::<Vec<_>>());
+    }
+
+    /// Removes one; its counts stay.
+    pub fn remove(&self, seat: &'static Seat) {
+        self.gone.absorb(&seat.stats);
+        self.seats.rcu(|seats| {
+            seats
+                .iter()
+                .copied()
+                .filter(|s| !std::ptr::eq(*s, seat))
+                .collect::<Vec<_>>()
+        });
+    }
+
+    /// The one whose thread this is.
+    pub fn of_thread(&self, thread: i32) -> Option<&'static Seat> {
+        self.seats
+            .load()
+            .iter()
+            .find(|s| s.thread.load(SeqCst) == thread)
+            .copied()
+    }
+
+    /// All of them now.
+    pub fn all(&self) -> Arc<Vec<&'static Seat>> {
+        self.seats.load_full()
+    }
+}

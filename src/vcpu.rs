@@ -1,0 +1,640 @@
+//! The vCPU's exit loop: which exits are faults, and what becomes of them.
+
+use crate::error::{fail, Error, Result};
+use crate::kernel::abi::Access;
+use crate::kernel::kvm::{Descriptor, Mmio, Role, Run};
+use crate::kernel::mem;
+use crate::kernel::thread::{self, SignalSet};
+use crate::mechanism::MECHANISMS;
+use crate::memory::block::Block;
+use crate::memory::slots::Slot;
+use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
+use crate::resolve::seat::{News, Seat};
+use crate::resolve::{pause_before, Origin, Outcome, Waiter, MOST_RETRIES};
+use crate::vm::Vm;
+use kvm_bindings as kb;
+use std::os::fd::RawFd;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::time::Instant;
+
+/// So many faults in a row of one vCPU at one page that is PRESENT, and the fault is an error.
+const MOST_MAPS: u32 = 64;
+/// The same for a broken page (SIGBUS): one signal may be stale, and one more may follow an unlucky race.
+const MOST_BROKEN: u32 = 3;
+
+/// How SIGBUS comes to the library.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sigbus {
+    /// Blocked outside KVM_RUN; fetched with sigtimedwait.
+    ByMask,
+    /// By the VMM's handler.
+    ByHandler,
+}
+
+/// What a vCPU is made from.
+pub struct Options {
+    /// The vCPU.
+    pub fd: RawFd,
+    /// Its kvm_run, if the VMM has mapped it.
+    pub run: Option<Run>,
+    /// How SIGBUS comes.
+    pub sigbus: Sigbus,
+    /// The kick signal; None for the usual one.
+    pub signal: Option<i32>,
+    /// The VMM calls `resume` before each KVM_RUN of its own.
+    pub resumes: bool,
+}
+
+/// What became of an exit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// KVM_RUN again.
+    Handled,
+    /// It is the VMM's.
+    Pass,
+    /// A kick or signal.
+    Interrupted,
+    /// See `memory_error`.
+    MemoryError,
+}
+
+/// A memory error for the VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryError {
+    /// None if the address is in no slot.
+    pub gpa: Option<u64>,
+    /// In this process.
+    pub hva: u64,
+    /// Bytes.
+    pub len: u64,
+    /// The VMM said so itself (LOST), not the hardware.
+    pub lost: bool,
+}
+
+/// A vCPU.
+pub struct Vcpu {
+    vm: Arc<Vm>,
+    fd: Descriptor,
+    run: Run,
+    seat: &'static Seat,
+    sigbus: Sigbus,
+    resumes: bool,
+    /// SIGBUS and the kick signal.
+    signals: SignalSet,
+    own: Mutex<Own>,
+}
+
+/// What only the vCPU's thread uses.
+#[derive(Default)]
+struct Own {
+    /// The signals of the thread before the library blocked its own, and which thread that is.
+    attached: Option<(i32, SignalSet)>,
+    /// An in-slot MMIO exit whose page isn't there yet.
+    unfinished: bool,
+    /// The page of the last fault that made no progress, and how often in a row.
+    stuck_at: u64,
+    stuck: u32,
+    memory_error: Option<MemoryError>,
+}
+
+impl Vcpu {
+    /// Takes a vCPU into the VM's care, on the thread that runs it.
+    pub fn new(vm: &Arc<Vm>, options: Options) -> Result<Vcpu> {
+        let fd = Descriptor::duplicate(options.fd, Role::Vcpu, "fd")?;
+        if !fd.is_vcpu_of(&vm.vm) {
+            fail!(EINVAL, "fd: descriptor {} is a vCPU of another VM", options.fd);
+        }
+        let number = fd.vcpu_number().unwrap_or(-1);
+        if vm.engine.seats.all().iter().any(|s| s.number == number) {
+            fail!(EEXIST, "fd: vCPU {number} has a handle already");
+        }
+        let signal = match (options.signal, options.sigbus) {
+            (Some(signal), _)
+                if !(1..=64).contains(&signal) || [libc::SIGKILL, libc::SIGSTOP, libc::SIGBUS].contains(&signal) =>
+            {
+                fail!(
+                    EINVAL,
+                    "kick_signal: {signal} is not a signal that can be used for kicks"
+                )
+            }
+            (Some(signal), Sigbus::ByHandler) if !thread::has_handler(signal) => {
+                fail!(
+                    EINVAL,
+                    "kick_signal: signal {signal} has no handler, which KVMFAULT_SIGBUS_BY_HANDLER requires"
+                )
+            }
+            (None, Sigbus::ByHandler) => fail!(EINVAL, "kick_signal: must be given with KVMFAULT_SIGBUS_BY_HANDLER"),
+            (signal, _) => signal.unwrap_or(libc::SIGURG),
+        };
+        let run = match options.run {
+            Some(run) => run,
+            None => Run::map(&vm.system, &fd)?,
+        };
+        let by_handler = options.sigbus == Sigbus::ByHandler;
+        let seat = Box::leak(Box::new(Seat::new(number, run.immediate_exit(), signal, by_handler)));
+        let signals = SignalSet::of(&[libc::SIGBUS, signal]);
+        let vcpu = Vcpu {
+            vm: vm.clone(),
+            fd,
+            run,
+            seat,
+            sigbus: options.sigbus,
+            resumes: options.resumes,
+            signals,
+            own: Mutex::default(),
+        };
+        vcpu.attach(&mut *vcpu.own()?)?;
+        vm.engine.seats.add(vcpu.seat);
+        Ok(vcpu)
+    }
+
+    /// The calling thread is the vCPU's from now on.
+    fn attach(&self, own: &mut Own) -> Result<()> {
+        let thread = thread::id();
+        if own.attached.is_some_and(|(t, _)| t == thread) {
+            return Ok(());
+        }
+        let before = match self.sigbus {
+            Sigbus::ByMask => thread::mask_signals(self.signals, true),
+            Sigbus::ByHandler => SignalSet::default(),
+        };
+        if self.sigbus == Sigbus::ByMask {
+            self.fd.set_signal_mask(before.without(self.signals))?;
+        }
+        own.attached = Some((thread, before));
+        self.seat.thread.store(thread, SeqCst);
+        if self.seat.is_kicked() {
+            // A kick went to the thread before this one, or to none.
+            thread::send_signal(thread, self.seat.signal);
+        }
+        Ok(())
+    }
+
+    fn own(&self) -> Result<MutexGuard<'_, Own>> {
+        match self.own.try_lock() {
+            Ok(own) => Ok(own),
+            Err(TryLockError::WouldBlock) => fail!(EBUSY, "this vCPU is in use by another thread"),
+            Err(TryLockError::Poisoned(_)) => fail!(ENOTRECOVERABLE, "an earlier call on this vCPU panicked"),
+        }
+    }
+
+    /// Its place among the others; for what may be called from any thread.
+    pub fn seat(&self) -> &'static Seat {
+        self.seat
+    }
+
+    /// Makes its loop return; async-signal-safe.
+    pub fn kick(&self) {
+        self.seat.kick();
+    }
+
+    /// Runs the guest until an exit that is the VMM's.
+    pub fn run(&self) -> Result<Exit> {
+        let mut own = self.own()?;
+        self.attach(&mut own)?;
+        if own.unfinished {
+            match self.finish(&mut own, true)? {
+                Exit::Handled => {}
+                other => return Ok(other),
+            }
+        }
+        loop {
+            self.check_open()?;
+            if self.seat.by_handler && self.seat.is_kicked() {
+                // Its signal may be over. KVM_RUN then still completes what the last exit left, and returns at once.
+                self.seat.immediate_exit.set(true);
+            }
+            self.run.clear_exit_reason();
+            let ret = self.fd.run();
+            match (self.exit(&mut own, ret, true)?, ret) {
+                (Exit::Handled, _) => {}
+                // No exit that a caller could look at: the errno is all there is.
+                (Exit::Pass, Err(errno)) if self.run.exit_reason() == kb::KVM_EXIT_UNKNOWN => {
+                    return Err(Error::from_io("KVM_RUN", &std::io::Error::from_raw_os_error(errno)));
+                }
+                (other, _) => return Ok(other),
+            }
+        }
+    }
+
+    /// For a VMM with its own loop: what KVM_RUN's return means. `errno` is None if it succeeded.
+    pub fn handle_exit(&self, errno: Option<i32>) -> Result<Exit> {
+        let mut own = self.own()?;
+        self.attach(&mut own)?;
+        self.check_open()?;
+        let exit = self.exit(&mut own, errno.map_or(Ok(()), Err), self.resumes)?;
+        if exit == Exit::Handled {
+            self.run.clear_exit_reason();
+        }
+        Ok(exit)
+    }
+
+    /// For a VMM with its own loop: finishes what an interruption left, before KVM_RUN.
+    pub fn resume(&self) -> Result<Exit> {
+        let mut own = self.own()?;
+        self.attach(&mut own)?;
+        self.check_open()?;
+        if own.unfinished {
+            return self.finish(&mut own, true);
+        }
+        Ok(Exit::Handled)
+    }
+
+    /// The last memory error.
+    pub fn memory_error(&self) -> Result<Option<MemoryError>> {
+        Ok(self.own()?.memory_error)
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.vm.engine.is_shut_down() {
+            fail!(ESHUTDOWN, "the VM was freed");
+        }
+        Ok(())
+    }
+
+    fn exit(&self, own: &mut Own, ret: std::result::Result<(), i32>, interruptible: bool) -> Result<Exit> {
+        let run = &self.run;
+        match ret {
+            Err(libc::EINTR) => self.interrupted(own),
+            Err(errno) => {
+                if let Some(fault) = self.vm.host.abi.and_then(|abi| abi.decode(errno, run)) {
+                    return self.fault_at_gpa(own, fault.gpa, fault.access);
+                }
+                if let Some(news) = self.seat.take_news() {
+                    return self.receive(own, news);
+                }
+                match errno {
+                    libc::EFAULT if run.exit_reason() != kb::KVM_EXIT_MEMORY_FAULT => fail!(
+                        EFAULT,
+                        "KVM_RUN failed with EFAULT and did not say where: a memslot's host memory can't be accessed (unmapped, or not writable?)"
+                    ),
+                    _ => Ok(Exit::Pass),
+                }
+            }
+            Ok(()) => match run.exit_reason() {
+                kb::KVM_EXIT_MMIO => self.finish(own, interruptible),
+                kb::KVM_EXIT_INTERNAL_ERROR if run.words()[0] as u32 == kb::KVM_INTERNAL_ERROR_EMULATION => {
+                    self.emulation_failed(own)
+                }
+                _ => {
+                    own.stuck = 0;
+                    Ok(Exit::Pass)
+                }
+            },
+        }
+    }
+
+    /// KVM_RUN ended with EINTR: for SIGBUS, a kick, news, or somebody else's signal.
+    fn interrupted(&self, own: &mut Own) -> Result<Exit> {
+        let (mut bus, mut stale) = (None, false);
+        match self.sigbus {
+            Sigbus::ByHandler => bus = self.seat.take_bus(),
+            Sigbus::ByMask => {
+                while let Some(pending) = thread::take_signal(self.signals) {
+                    match pending.signal {
+                        libc::SIGBUS => bus = Some((pending.code, pending.address)),
+                        _ => stale = true,
+                    }
+                }
+            }
+        }
+        if let Some((code, address)) = bus {
+            match self.broken_page(own, code, address)? {
+                Exit::Handled => {}
+                other => return Ok(other),
+            }
+        }
+        if self.seat.see_kicks() {
+            return Ok(Exit::Interrupted);
+        }
+        if let Some(news) = self.seat.take_news() {
+            return self.receive(own, news);
+        }
+        // The signal of a kick that was reported before it came is nobody's any more.
+        let ours = bus.is_some() || stale && !self.seat.immediate_exit.get();
+        Ok(if ours { Exit::Handled } else { Exit::Interrupted })
+    }
+
+    /// SIGBUS with an address: a marker of ours, or memory that is really broken.
+    fn broken_page(&self, own: &mut Own, code: i32, address: u64) -> Result<Exit> {
+        let slots = self.vm.engine.memory.slots();
+        let slot = slots
+            .at_kvm_hva(address)
+            .filter(|_| code == libc::BUS_MCEERR_AR)
+            .cloned();
+        drop(slots);
+        let Some(slot) = slot else {
+            let error = MemoryError {
+                gpa: None,
+                hva: address,
+                len: mem::PAGE,
+                lost: false,
+            };
+            return Ok(self.report(own, error));
+        };
+        let gpa = slot.region.gpa + (address - slot.region.hva);
+        self.fault(own, &slot, gpa, 0, true)
+    }
+
+    fn fault_at_gpa(&self, own: &mut Own, gpa: u64, access: Access) -> Result<Exit> {
+        let slot = self.vm.engine.memory.slots().at(self.run.space(), gpa).cloned();
+        match slot {
+            Some(slot) => self.fault(own, &slot, gpa, access, false),
+            None => Ok(Exit::Pass), // the VMM's: private/shared conversion, or a slot that isn't ours
+        }
+    }
+
+    /// A page that the guest needs.
+    fn fault(&self, own: &mut Own, slot: &Slot, gpa: u64, access: Access, broken: bool) -> Result<Exit> {
+        let (block, page) = (&slot.block, slot.page_of(gpa));
+        let outcome = self.bring(block, page, access, self.seat)?;
+        match outcome {
+            Outcome::WasPresent => self.map(own, slot, page, access, broken),
+            Outcome::Retry => self.again(own, slot, page),
+            other => self.settled(own, slot, page, other),
+        }
+    }
+
+    fn bring(&self, block: &Arc<Block>, page: u64, access: Access, waiter: &dyn Waiter) -> Result<Outcome> {
+        let origin = Origin::Vcpu(self.seat.number);
+        self.vm
+            .engine
+            .resolve(block, page, origin, access, Some(waiter), &self.seat.stats)
+    }
+
+    /// Outcomes that need nothing more.
+    fn settled(&self, own: &mut Own, slot: &Slot, page: u64, outcome: Outcome) -> Result<Exit> {
+        match outcome {
+            Outcome::Lost => {
+                let (gpa, hva) = (Some(slot.gpa_of(page)), slot.block.hva_of(page));
+                Ok(self.report(
+                    own,
+                    MemoryError {
+                        gpa,
+                        hva,
+                        len: slot.block.page,
+                        lost: true,
+                    },
+                ))
+            }
+            Outcome::Interrupted => self.look_up(own),
+            _ => {
+                own.stuck = 0;
+                Ok(Exit::Handled)
+            }
+        }
+    }
+
+    /// A wait was left: for a kick, for news, or for a signal of the VMM's own.
+    fn look_up(&self, own: &mut Own) -> Result<Exit> {
+        if !self.seat.see_kicks() {
+            if let Some(news) = self.seat.take_news() {
+                return self.receive(own, news);
+            }
+        }
+        Ok(Exit::Interrupted)
+    }
+
+    /// PRESENT and still faulting: map it. Again and again, and it is broken, or somebody works against us.
+    fn map(&self, own: &mut Own, slot: &Slot, page: u64, access: Access, broken: bool) -> Result<Exit> {
+        let (block, hva) = (&slot.block, slot.block.hva_of(page));
+        let times = self.stuck_at(own, hva);
+        if broken && times >= MOST_BROKEN {
+            own.stuck = 0;
+            let error = MemoryError {
+                gpa: Some(slot.gpa_of(page)),
+                hva,
+                len: block.page,
+                lost: false,
+            };
+            return Ok(self.report(own, error));
+        }
+        if times >= MOST_MAPS {
+            own.stuck = 0;
+            fail!(
+                ELOOP,
+                "vCPU {} faults at gpa {:#x} again and again ({times} times), though the page is present",
+                self.seat.number,
+                slot.gpa_of(page)
+            );
+        }
+        let mechanism = MECHANISMS[block.mechanism];
+        mechanism
+            .map_present(&self.vm.engine.memory, block, page, access, &self.seat.stats)
+            .map_err(|e| match e.errno {
+                libc::EFAULT => e.context(format!(
+                    "gpa {:#x} is present but its memory is gone (dropped without kvmfault_pages_discard?)",
+                    slot.gpa_of(page)
+                )),
+                _ => e,
+            })?;
+        Ok(Exit::Handled)
+    }
+
+    /// The resolver wants to be asked again: after a pause that a kick ends.
+    fn again(&self, own: &mut Own, slot: &Slot, page: u64) -> Result<Exit> {
+        let hva = slot.block.hva_of(page);
+        let times = self.stuck_at(own, hva);
+        if times > MOST_RETRIES {
+            own.stuck = 0;
+            fail!(
+                ELOOP,
+                "the resolver asked vCPU {} for {times} retries at gpa {:#x}",
+                self.seat.number,
+                slot.gpa_of(page)
+            );
+        }
+        let until = Instant::now() + pause_before(times);
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if self.seat.must_leave() {
+                return self.look_up(own);
+            }
+            if left.is_zero() {
+                return Ok(Exit::Handled);
+            }
+            WAITS.wait(hva, &self.seat.sleeper, left.min(LOOK_AROUND), || {
+                !self.seat.must_leave()
+            });
+        }
+    }
+
+    /// How often in a row this vCPU has come to this page without progress.
+    fn stuck_at(&self, own: &mut Own, hva: u64) -> u32 {
+        own.stuck = if own.stuck_at == hva { own.stuck + 1 } else { 1 };
+        own.stuck_at = hva;
+        own.stuck
+    }
+
+    fn report(&self, own: &mut Own, error: MemoryError) -> Exit {
+        own.memory_error = Some(error);
+        Exit::MemoryError
+    }
+
+    fn receive(&self, own: &mut Own, news: News) -> Result<Exit> {
+        match news {
+            News::Failed(error) => Err(error),
+            News::Lost(hva) => {
+                let slots = self.vm.engine.memory.slots();
+                let page = slots.at_hva(hva);
+                let slot = page.and_then(|(block, page)| slots.showing(block, page).map(|slot| (slot, page)));
+                let (gpa, len) = slot.map_or((None, mem::PAGE), |(s, p)| (Some(s.gpa_of(p)), s.block.page));
+                Ok(self.report(
+                    own,
+                    MemoryError {
+                        gpa,
+                        hva,
+                        len,
+                        lost: true,
+                    },
+                ))
+            }
+        }
+    }
+
+    /// KVM's emulator could not read or write guest memory, and so took it for a device (KVM_EXIT_MMIO with an address in a slot):
+    /// brings the page, and does what the device would. Left at a kick only if the caller can come back to it.
+    fn finish(&self, own: &mut Own, interruptible: bool) -> Result<Exit> {
+        let run = &self.run;
+        let deaf = Deaf(&self.seat.sleeper);
+        let waiter: &dyn Waiter = if interruptible { self.seat } else { &deaf };
+        let mut mmio = run.mmio();
+        let Some(pieces) = self.pieces(&mmio) else {
+            own.unfinished = false;
+            return Ok(Exit::Pass);
+        };
+        own.unfinished = true;
+        for (slot, gpa, bytes) in pieces.into_iter().flatten() {
+            let page = slot.page_of(gpa);
+            loop {
+                let exit = match self.bring(&slot.block, page, if mmio.write { 2 } else { 1 }, waiter)? {
+                    Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => break,
+                    Outcome::Retry if interruptible => self.again(own, &slot, page)?,
+                    Outcome::Retry => {
+                        std::thread::sleep(pause_before(self.stuck_at(own, slot.block.hva_of(page))));
+                        continue;
+                    }
+                    Outcome::Gone => {
+                        own.unfinished = false;
+                        return Ok(Exit::Pass);
+                    }
+                    Outcome::Interrupted if !interruptible => continue,
+                    Outcome::Lost => {
+                        // Nobody can finish it. Should the VMM go on all the same, the guest reads ones, as from no device.
+                        own.unfinished = false;
+                        run.set_mmio_data([0xff; 8]);
+                        self.settled(own, &slot, page, Outcome::Lost)?
+                    }
+                    other => self.settled(own, &slot, page, other)?,
+                };
+                if exit != Exit::Handled {
+                    return Ok(exit);
+                }
+            }
+            let hva = slot.vmm_hva(gpa);
+            match mmio.write {
+                true => mem::write(hva, &mmio.data[bytes.clone()]),
+                false => mem::read(hva, &mut mmio.data[bytes.clone()]),
+            }
+            .map_err(|e| e.context(format!("completing an access of the guest to gpa {gpa:#x}")))?;
+            if mmio.write {
+                self.vm.engine.written(gpa, bytes.len() as u64);
+            }
+        }
+        if mmio.write {
+            self.seat.stats.mmio_writes.add(1);
+        } else {
+            self.seat.stats.mmio_reads.add(1);
+            run.set_mmio_data(mmio.data);
+        }
+        own.unfinished = false;
+        own.stuck = 0;
+        Ok(Exit::Handled)
+    }
+
+    /// The access cut at page borders, if all of it lies in slots (and, for a write, none that is read-only).
+    fn pieces(&self, mmio: &Mmio) -> Option<[Option<(Arc<Slot>, u64, std::ops::Range<usize>)>; 2]> {
+        let slots = self.vm.engine.memory.slots();
+        let first = (mem::PAGE - mmio.gpa % mem::PAGE).min(mmio.len as u64) as usize;
+        let piece = |bytes: std::ops::Range<usize>| {
+            let gpa = mmio.gpa.checked_add(bytes.start as u64)?;
+            let slot = slots
+                .at(self.run.space(), gpa)
+                .filter(|s| !(mmio.write && s.is_readonly()))?;
+            Some((slot.clone(), gpa, bytes))
+        };
+        let second = match first < mmio.len {
+            true => Some(piece(first..mmio.len)?),
+            false => None,
+        };
+        Some([Some(piece(0..first)?), second])
+    }
+
+    /// KVM's emulator may have failed for want of the instruction itself, in a page that is absent. Then bring it, take back the #UD
+    /// that KVM queued, and let the guest try again.
+    fn emulation_failed(&self, own: &mut Own) -> Result<Exit> {
+        const LONGEST_INSTRUCTION: u64 = 15;
+        const UD: u8 = 6;
+        let (regs, sregs) = (self.fd.regs()?, self.fd.sregs()?);
+        let start = regs.rip.wrapping_add(sregs.cs.base);
+        let mut absent = false;
+        for linear in [start, start.wrapping_add(LONGEST_INSTRUCTION - 1)] {
+            let Some(gpa) = self.fd.translate(linear) else { continue };
+            let Some(slot) = self.vm.engine.memory.slots().at(self.run.space(), gpa).cloned() else {
+                continue;
+            };
+            let page = slot.page_of(gpa);
+            if slot.block.pages.get(page) == crate::memory::pages::State::Present {
+                continue;
+            }
+            absent = true;
+            match self.bring(&slot.block, page, 4, self.seat)? {
+                Outcome::Retry => {
+                    self.again(own, &slot, page)?;
+                }
+                // Interrupted: the instruction fails once more, and we are back here.
+                Outcome::Lost => return self.settled(own, &slot, page, Outcome::Lost),
+                _ => {}
+            }
+        }
+        if !absent {
+            return Ok(Exit::Pass);
+        }
+        let mut events = self.fd.vcpu_events()?;
+        if events.exception.nr == UD {
+            (events.exception.injected, events.exception.pending) = (0, 0);
+            self.fd.set_vcpu_events(events)?;
+        }
+        Ok(Exit::Handled)
+    }
+}
+
+/// Waits deaf to kicks: for an in-slot MMIO exit of a VMM with its own loop, which would enter KVM_RUN again without coming back.
+struct Deaf<'a>(&'a Sleeper);
+
+impl Waiter for Deaf<'_> {
+    fn sleeper(&self) -> &Sleeper {
+        self.0
+    }
+
+    fn must_leave(&self) -> bool {
+        false
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.vm.engine.seats.remove(self.seat);
+        self.seat.thread.store(0, SeqCst);
+        self.seat.immediate_exit.detach();
+        let Ok(own) = self.own.get_mut() else { return };
+        // Only the thread itself can restore its mask.
+        if let (Some((thread, before)), Sigbus::ByMask) = (own.attached, self.sigbus) {
+            if thread == thread::id() {
+                while thread::take_signal(self.signals).is_some() {}
+                thread::mask_signals(self.signals.without(before), false);
+            }
+        }
+    }
+}
