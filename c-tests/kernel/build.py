@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from kvmfault_vm import cache, kernels, machine, source
-from kvmfault_vm.cache import Unavailable
+from kvmfault_vm.cache import Broken, Unavailable
 from kvmfault_vm.packages import Apt
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -54,7 +54,7 @@ def compile_modules(kernel, origin, patches, work):
     text = makefile.read_text()
     for old, new in OUT_OF_TREE:
         if text.count(old) != 1:
-            raise Unavailable(f"{makefile.name}: expected one line {old!r}")
+            raise Broken(f"{makefile.name}: expected one line {old!r}")
         text = text.replace(old, new)
     makefile.write_text(text)
 
@@ -90,6 +90,9 @@ def main():
     except (Unavailable, OSError) as error:
         print(f"build: {error}", file=sys.stderr)
         return 122
+    except Broken as error:
+        print(f"build: FAILED: {error}", file=sys.stderr)
+        return 123
     except machine.Interrupted as error:
         print(f"build: interrupted by {error}", file=sys.stderr)
         return 143

@@ -12,9 +12,15 @@ import time
 PROJECT = pathlib.Path(__file__).resolve().parents[3]
 CACHE = pathlib.Path(os.environ.get("KVMFAULT_VM_CACHE") or PROJECT / "target/vm")
 
+NEEDED = 1 << 30  # free bytes, to fill any entry
+
 
 class Unavailable(Exception):
     """This machine cannot do it; the message says why and what mends it."""
+
+
+class Broken(Exception):
+    """It should have worked: a bug here, or a kernel that our patch doesn't fit any more. Never a reason to skip."""
 
 
 @contextlib.contextmanager
@@ -57,6 +63,10 @@ def entry(name, fill):
         return path
     with locked(name):
         if not path.exists():
+            free = shutil.disk_usage(CACHE).free
+            if free < NEEDED:
+                raise Unavailable(f"{free >> 20} MiB free for {CACHE}, {NEEDED >> 20} needed: make room, "
+                                  "or set KVMFAULT_VM_CACHE to a directory on another disk")
             with scratch() as work:
                 fill(work)
                 path.parent.mkdir(parents=True, exist_ok=True)

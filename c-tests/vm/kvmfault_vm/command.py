@@ -9,11 +9,12 @@ import subprocess
 import sys
 
 from . import cache, initrd, kernels, machine, modules
-from .cache import PROJECT, Unavailable
+from .cache import PROJECT, Broken, Unavailable
 
 GUEST_FAILED = 120
 TIMED_OUT = 121
 UNAVAILABLE = 122
+BROKEN = 123
 ABIS = ("v2", "v3", "v4", "v7", "userfault", "none", "falsefriend")
 
 EPILOG = f"""
@@ -21,7 +22,8 @@ exit status: that of COMMAND, except
   {GUEST_FAILED}  the guest kernel panicked, oopsed, warned, locked up or stalled, or the guest could not be set up
   {TIMED_OUT}  no end within --timeout
   {UNAVAILABLE}  not possible on this machine; the message says why and what mends it
-Each of them comes with a line on stderr that names the kernel's log.
+  {BROKEN}  our KVM patch doesn't apply or compile
+Each comes with a line on stderr; the first two name the guest kernel's log.
 """
 
 
@@ -36,6 +38,7 @@ def parser():
     p.add_argument("--smp", type=int, default=2, metavar="N")
     p.add_argument("--memory", default="2048", metavar="M", help="MiB, or with a suffix as QEMU takes it (default: 2048)")
     p.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for boot and command (default: 300)")
+    p.add_argument("--append", default="", metavar="TEXT", help="more kernel parameters")
     p.add_argument("--copy", action="append", default=[], metavar="FILE[:DEST]",
                    help="a file or directory for the guest (default DEST: /NAME); a program brings its shared libraries")
     p.add_argument("-v", "--verbose", action="store_true", help="say which kernel, how long and where the log is")
@@ -55,12 +58,12 @@ def build_modules(kernel_name):
         build.terminate()
         build.wait()
     if build.returncode:
-        raise Unavailable("the patched KVM modules could not be built (see above)")
+        raise (Unavailable if build.returncode == UNAVAILABLE else Broken)("the patched KVM modules could not be built (see above)")
     return directory
 
 
 def run(kernel, command, copies, *, abi=None, module_directory=None, hugepages=0, smp=2, memory="2048",
-        timeout=300, output):
+        timeout=300, append="", output):
     """Boots a kernel (kernels.Kernel) for one command; returns a machine.Outcome."""
     directories = [kernel.modules]
     if abi and not module_directory:
@@ -71,7 +74,7 @@ def run(kernel, command, copies, *, abi=None, module_directory=None, hugepages=0
         initrd.build(work / "initrd", modules.loading_order(["kvm", "kvm_amd"], *directories),
                      {"kvm": f"fault_abi={abi}"} if abi else {}, copies, command, hugepages)
         return machine.boot(kernel, work / "initrd", label=f"{kernel.name}-{abi or 'stock'}", smp=smp, memory=memory,
-                            timeout=timeout, output=output)
+                            timeout=timeout, append=append, output=output)
 
 
 def main():
@@ -93,10 +96,13 @@ def main():
         kernel = kernels.find(arguments.kernel)
         outcome = run(kernel, arguments.command, copies, abi=arguments.abi, module_directory=arguments.modules,
                       hugepages=arguments.hugepages, smp=arguments.smp, memory=arguments.memory,
-                      timeout=arguments.timeout, output=output)
+                      timeout=arguments.timeout, append=arguments.append, output=output)
     except Unavailable as error:
         complain(error)
         return UNAVAILABLE
+    except Broken as error:
+        complain(f"FAILED: {error}")
+        return BROKEN
     except OSError as error:
         if error.errno is None:
             raise

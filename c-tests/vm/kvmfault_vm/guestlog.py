@@ -9,9 +9,9 @@ BENIGN = pathlib.Path(__file__).parent.parent / "benign-warnings"
 # The first that matches names the trouble; each is a failure of the run, whatever the command says.
 TROUBLE = [
     ("panicked", r"Kernel panic - not syncing"),
-    ("oopsed", r"\bOops:|\bBUG: |kernel BUG at|general protection fault|unable to handle (kernel|page)|double fault:"),
     ("locked up", r"soft lockup|hard LOCKUP|blocked for more than \d+ seconds"),
-    ("stalled", r"rcu: .*(detected stall|self-detected|kthread starved)"),
+    ("oopsed", r"\bOops:|\bBUG: |kernel BUG at|general protection fault|unable to handle (kernel|page)|double fault:"),
+    ("stalled", r"rcu: .*(detected stalls|self-detected stall|kthread starved)"),
     ("warned", r"\bWARNING: |\bWARN_ON|------------\[ cut here \]------------"),
     ("ran out of memory", r"Out of memory: Killed process|oom-kill:|page allocation failure"),
     ("leaked or misused memory", r"\bKASAN:|\bUBSAN:|Bad page state|Bad rss-counter"),

@@ -40,7 +40,7 @@ class Outcome:
     log: pathlib.Path
 
 
-def boot(kernel, initrd, *, label, smp, memory, timeout, output):
+def boot(kernel, initrd, *, label, smp, memory, timeout, append, output):
     """Boots, passes the command's output to output(bytes) as it comes, and judges the run."""
     log = new_log(label)
     command = [
@@ -50,7 +50,7 @@ def boot(kernel, initrd, *, label, smp, memory, timeout, output):
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-chardev", "stdio,id=command,signal=off", "-serial", "chardev:command",
         "-serial", f"file:{log}",
-        "-kernel", str(kernel.image), "-initrd", str(initrd), "-append", KERNEL_PARAMETERS,
+        "-kernel", str(kernel.image), "-initrd", str(initrd), "-append", f"{KERNEL_PARAMETERS} {append}".strip(),
     ]
     start = time.monotonic()
     with open(log.with_suffix(".qemu"), "w+") as errors:

@@ -80,7 +80,12 @@ Acquire::Retries "3";
         if not getattr(Apt, "fresh", False):
             with locked("apt"):
                 self.configure()
-                run("apt-get", "-c", str(self.conf), "-q", "update")
+                try:
+                    # Without the option, apt-get calls it a success when no list could be fetched.
+                    run("apt-get", "-c", str(self.conf), "-q", "-o", "APT::Update::Error-Mode=any", "update")
+                except Unavailable as error:
+                    raise Unavailable(f"Debian's mirror {mirrors()[0]} cannot be used; when `apt-get update` works, "
+                                      f"this works, too ({error})")
             Apt.fresh = True
 
     def candidates(self, package):

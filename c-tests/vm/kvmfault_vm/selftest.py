@@ -6,7 +6,7 @@ import shutil
 import sys
 
 from . import cache, kernels, machine, source
-from .cache import Unavailable
+from .cache import Broken, Unavailable
 from .packages import Apt
 
 PROGRAM = "demand_paging_test"
@@ -39,6 +39,9 @@ def main():
     except (Unavailable, OSError) as error:
         print(f"selftest: {error}", file=sys.stderr)
         return 122
+    except Broken as error:
+        print(f"selftest: FAILED: {error}", file=sys.stderr)
+        return 123
     except machine.Interrupted as error:
         print(f"selftest: interrupted by {error}", file=sys.stderr)
         return 143

@@ -4,7 +4,7 @@
 import subprocess
 import tarfile
 
-from .cache import Unavailable
+from .cache import Broken, Unavailable
 
 
 def extract(packages, prefixes, destination):
@@ -33,4 +33,5 @@ def run(*command, log, **options):
             step.wait()
     if status:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise Unavailable(f"{' '.join(map(str, command))} failed; the last lines:\n{tail}")
+        kind = Unavailable if "No space left on device" in tail else Broken
+        raise kind(f"{' '.join(map(str, command))} failed; the last lines:\n{tail}")

@@ -10,7 +10,7 @@ import sys
 import time
 
 from . import cache, cases, command, kernels, machine
-from .cache import Unavailable
+from .cache import Broken, Unavailable
 
 PROGRAMS = "/opt/kvmfault"  # where --programs is in the guest
 RUNNER = "kvmfault-runner"
@@ -146,6 +146,8 @@ def main():
         except machine.Interrupted as error:
             print(f"tier: interrupted by {error}", file=sys.stderr)
             return 143
+        except Broken as error:
+            problem, ran = str(error), True
         except (Unavailable, OSError) as error:
             print(f"tier: {name}{f' {abi}' if abi else ''} skipped: {error}", file=sys.stderr, flush=True)
             entries.append(dict(zip(ROW_KEYS, (name, abi, None, "machine", 0, 0, 1, str(error)))))
