@@ -1117,11 +1117,13 @@ void kvmfault_file_source_free(struct kvmfault_file_source *source);
 #endif  /* KVMFAULT_H */
 
 /* Initialisers. In C they are for definitions: struct kvmfault_memslot slot = KVMFAULT_MEMSLOT_INIT; */
+#ifndef KVMFAULT_INITIALISERS_
+#define KVMFAULT_INITIALISERS_
 #ifdef __cplusplus
 #define KVMFAULT_INITIALISER_(name, ...)                 \
 	static inline struct name name##_initial_(void) \
 	{                                                \
-		struct name s = name();                  \
+		struct name s = {};                      \
 		s.size = sizeof(s);                      \
 		__VA_ARGS__                              \
 		return s;                                \
@@ -1154,3 +1156,4 @@ KVMFAULT_INITIALISER_(kvmfault_file_range, )
 #define KVMFAULT_STATS_INIT { .size = sizeof(struct kvmfault_stats) }
 #define KVMFAULT_FILE_RANGE_INIT { .size = sizeof(struct kvmfault_file_range) }
 #endif
+#endif /* KVMFAULT_INITIALISERS_ */

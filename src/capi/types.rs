@@ -115,7 +115,7 @@ pub struct kvmfault_file_source {
 
 /// One fault, as the resolver sees it. Lives only during the call.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct kvmfault_fault {
     /// sizeof(struct kvmfault_fault) as the library knows it; later versions append fields.
     pub size: usize,
@@ -168,7 +168,7 @@ pub type kvmfault_written = Option<unsafe extern "C" fn(opaque: *mut c_void, gpa
 
 /// What `kvmfault_vm_new` needs. Start from KVMFAULT_VM_OPTIONS_INIT.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct kvmfault_vm_options {
     /// Set by KVMFAULT_VM_OPTIONS_INIT.
     pub size: usize,
@@ -205,7 +205,7 @@ pub struct kvmfault_vm_options {
 /// A memslot: what KVM_SET_USER_MEMORY_REGION takes, and what the library has to know of the memory. Start from
 /// KVMFAULT_MEMSLOT_INIT.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct kvmfault_memslot {
     /// Set by KVMFAULT_MEMSLOT_INIT.
     pub size: usize,
@@ -241,7 +241,7 @@ pub struct kvmfault_memslot {
 
 /// What a VMM that does its own ioctl passes to KVM (`kvmfault_memslot_prepare`). Start from KVMFAULT_REGION_INIT.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct kvmfault_region {
     /// Set by KVMFAULT_REGION_INIT.
     pub size: usize,
@@ -265,7 +265,7 @@ pub struct kvmfault_region {
 
 /// What `kvmfault_vcpu_new` needs. Start from KVMFAULT_VCPU_OPTIONS_INIT.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct kvmfault_vcpu_options {
     /// Set by KVMFAULT_VCPU_OPTIONS_INIT.
     pub size: usize,
@@ -284,7 +284,7 @@ pub struct kvmfault_vcpu_options {
 
 /// The memory error that ended a run with KVMFAULT_MEMORY_ERROR. Start from KVMFAULT_MEMORY_ERROR_INFO_INIT.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct kvmfault_memory_error_info {
     /// Set by KVMFAULT_MEMORY_ERROR_INFO_INIT.
     pub size: usize,
@@ -302,7 +302,7 @@ pub struct kvmfault_memory_error_info {
 
 /// Which mechanisms work here. Start from KVMFAULT_PROBE_INIT.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct kvmfault_probe {
     /// Set by KVMFAULT_PROBE_INIT.
     pub size: usize,
@@ -328,7 +328,7 @@ pub struct kvmfault_probe {
 
 /// Counters of a VM or a vCPU, since its creation. Start from KVMFAULT_STATS_INIT.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct kvmfault_stats {
     /// Set by KVMFAULT_STATS_INIT.
     pub size: usize,
@@ -378,7 +378,7 @@ pub struct kvmfault_stats {
 
 /// Where a range of guest memory lies in the snapshot file. Start from KVMFAULT_FILE_RANGE_INIT.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct kvmfault_file_range {
     /// Set by KVMFAULT_FILE_RANGE_INIT.
     pub size: usize,
