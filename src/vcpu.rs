@@ -290,14 +290,13 @@ impl Vcpu {
         let (mut bus, mut stale) = (None, false);
         match self.sigbus {
             Sigbus::ByHandler => bus = self.seat.take_bus(),
-            Sigbus::ByMask => {
-                while let Some(pending) = thread::take_signal(self.signals) {
-                    match pending.signal {
-                        libc::SIGBUS => bus = Some((pending.code, pending.address)),
-                        _ => stale = true,
-                    }
-                }
-            }
+            // SIGBUS comes before the kick signal, as a synchronous one (dequeue_signal in kernel/signal.c): one call is enough.
+            // A kick signal that stays pending ends the next KVM_RUN.
+            Sigbus::ByMask => match thread::take_signal(self.signals) {
+                Some(pending) if pending.signal == libc::SIGBUS => bus = Some((pending.code, pending.address)),
+                Some(_) => stale = true,
+                None => {}
+            },
         }
         if let Some((code, address)) = bus {
             match self.broken_page(own, code, address)? {

@@ -39,6 +39,8 @@ def parser():
     p.add_argument("--memory", default="2048", metavar="M", help="MiB, or with a suffix as QEMU takes it (default: 2048)")
     p.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for boot and command (default: 300)")
     p.add_argument("--append", default="", metavar="TEXT", help="more kernel parameters")
+    p.add_argument("--module-parameter", action="append", default=[], metavar="MODULE.NAME=VALUE",
+                   help="for example kvm_amd.npt=0, which makes KVM use shadow paging")
     p.add_argument("--copy", action="append", default=[], metavar="FILE[:DEST]",
                    help="a file or directory for the guest (default DEST: /NAME); a program brings its shared libraries")
     p.add_argument("-v", "--verbose", action="store_true", help="say which kernel, how long and where the log is")
@@ -63,16 +65,20 @@ def build_modules(kernel_name):
 
 
 def run(kernel, command, copies, *, abi=None, module_directory=None, hugepages=0, smp=2, memory="2048",
-        timeout=300, append="", output):
+        timeout=300, append="", module_parameters=(), output):
     """Boots a kernel (kernels.Kernel) for one command; returns a machine.Outcome."""
     directories = [kernel.modules]
     if abi and not module_directory:
         module_directory = build_modules(kernel.name)
     if module_directory:
         directories.insert(0, pathlib.Path(module_directory))
+    parameters = {"kvm": [f"fault_abi={abi}"]} if abi else {}
+    for parameter in module_parameters:
+        module, _, setting = parameter.partition(".")
+        parameters.setdefault(modules.plain(module), []).append(setting)
     with cache.scratch("run-") as work:
-        initrd.build(work / "initrd", modules.loading_order(["kvm", "kvm_amd"], *directories),
-                     {"kvm": f"fault_abi={abi}"} if abi else {}, copies, command, hugepages)
+        initrd.build(work / "initrd", modules.loading_order(["kvm", "kvm_amd"], *directories), parameters, copies,
+                     command, hugepages)
         return machine.boot(kernel, work / "initrd", label=f"{kernel.name}-{abi or 'stock'}", smp=smp, memory=memory,
                             timeout=timeout, append=append, output=output)
 
@@ -96,7 +102,8 @@ def main():
         kernel = kernels.find(arguments.kernel)
         outcome = run(kernel, arguments.command, copies, abi=arguments.abi, module_directory=arguments.modules,
                       hugepages=arguments.hugepages, smp=arguments.smp, memory=arguments.memory,
-                      timeout=arguments.timeout, append=arguments.append, output=output)
+                      timeout=arguments.timeout, append=arguments.append,
+                      module_parameters=arguments.module_parameter, output=output)
     except Unavailable as error:
         complain(error)
         return UNAVAILABLE

@@ -27,7 +27,7 @@ def build(path, kernel_modules, module_parameters, copies, command, hugepages):
     load = []
     for name, code in kernel_modules:
         archive.file(f"modules/{name}.ko", code)
-        load.append(f"insmod /modules/{name}.ko {module_parameters.get(name, '')}".rstrip())
+        load.append(" ".join(["insmod", f"/modules/{name}.ko", *module_parameters.get(name, [])]))
     archive.file("run/load-modules", "\n".join(load).encode() + b"\n")
 
     library_path = add_files(archive, copies)
