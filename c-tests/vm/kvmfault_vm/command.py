@@ -48,6 +48,12 @@ def parser():
     return p
 
 
+def copies(words):
+    """--copy's FILE[:DEST] -> [(file here, path there)]"""
+    split = [word.partition(":") for word in words]
+    return [(source, target or "/" + os.path.basename(os.path.abspath(source))) for source, _, target in split]
+
+
 def build_modules(kernel_name):
     """The directory of our patched kvm.ko and kvm-amd.ko."""
     if kernel_name != kernels.PATCHED:
@@ -64,7 +70,7 @@ def build_modules(kernel_name):
     return directory
 
 
-def run(kernel, command, copies, *, abi=None, module_directory=None, hugepages=0, smp=2, memory="2048",
+def run(kernel, command, files, *, abi=None, module_directory=None, hugepages=0, smp=2, memory="2048",
         timeout=300, append="", module_parameters=(), output):
     """Boots a kernel (kernels.Kernel) for one command; returns a machine.Outcome."""
     directories = [kernel.modules]
@@ -77,7 +83,7 @@ def run(kernel, command, copies, *, abi=None, module_directory=None, hugepages=0
         module, _, setting = parameter.partition(".")
         parameters.setdefault(modules.plain(module), []).append(setting)
     with cache.scratch("run-") as work:
-        initrd.build(work / "initrd", modules.loading_order(["kvm", "kvm_amd"], *directories), parameters, copies,
+        initrd.build(work / "initrd", modules.loading_order(["kvm", "kvm_amd"], *directories), parameters, files,
                      command, hugepages)
         return machine.boot(kernel, work / "initrd", label=f"{kernel.name}-{abi or 'stock'}", smp=smp, memory=memory,
                             timeout=timeout, append=append, output=output)
@@ -86,10 +92,6 @@ def run(kernel, command, copies, *, abi=None, module_directory=None, hugepages=0
 def main():
     arguments = parser().parse_args()
     machine.die_cleanly()
-    copies = []
-    for copy in arguments.copy:
-        source, _, target = copy.partition(":")
-        copies.append((source, target or "/" + os.path.basename(os.path.abspath(source))))
 
     def output(data):
         sys.stdout.buffer.write(data)
@@ -100,7 +102,7 @@ def main():
 
     try:
         kernel = kernels.find(arguments.kernel)
-        outcome = run(kernel, arguments.command, copies, abi=arguments.abi, module_directory=arguments.modules,
+        outcome = run(kernel, arguments.command, copies(arguments.copy), abi=arguments.abi, module_directory=arguments.modules,
                       hugepages=arguments.hugepages, smp=arguments.smp, memory=arguments.memory,
                       timeout=arguments.timeout, append=arguments.append,
                       module_parameters=arguments.module_parameter, output=output)

@@ -53,7 +53,7 @@ def boot(name, abi, options, reader):
     filters = [options.filter] if options.filter else []
     words = ["env", f"FILTER={options.filter}", f"PATH={PROGRAMS}:{PROGRAMS}/bin:/bin:/sbin", f"KVMFAULT_VM_KERNEL={name}",
              f"KVMFAULT_VM_ABI={abi or ''}", RUNNER, *options.runner_arguments, *filters]
-    outcome = command.run(kernel, words, [(options.programs, PROGRAMS)], abi=abi, module_directory=options.modules,
+    outcome = command.run(kernel, words, [(options.programs, PROGRAMS), *command.copies(options.copy)], abi=abi, module_directory=options.modules,
                           hugepages=options.hugepages, smp=options.smp, memory=options.memory,
                           timeout=options.timeout, output=reader.feed)
     reader.close()
@@ -113,6 +113,7 @@ def main():
                                 description="Runs the installed test programs on every kernel; writes target/vm.json.")
     p.add_argument("--programs", required=True, type=pathlib.Path, metavar="DIR",
                    help=f"holds {RUNNER} (or bin/{RUNNER}), the case programs and libkvmfault.so.0")
+    p.add_argument("--copy", action="append", default=[], metavar="FILE[:DEST]", help="more for the guests, as in vm-run")
     p.add_argument("--json", type=pathlib.Path, default=cache.PROJECT / "target/vm.json", metavar="FILE")
     p.add_argument("--modules", metavar="DIR", help="a KVM that is broken on purpose, see c-tests/kernel/mutations")
     p.add_argument("--timeout", type=float, default=300, metavar="S", help="for each machine (default: 300)")
