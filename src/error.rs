@@ -18,10 +18,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error with a message of its own.
     pub fn new(errno: i32, message: impl Into<Cow<'static, str>>) -> Error {
-        Error {
-            errno,
-            message: message.into(),
-        }
+        Error { errno, message: message.into() }
     }
 
     /// The calling thread's errno, as the result of a system call named by `what`.

@@ -1,6 +1,7 @@
 //! Counters: each vCPU has its own, so that counting never makes vCPUs meet; readers and outside callers share the VM's.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 /// Number of latency buckets: below 1 us, then powers of two of a microsecond.
@@ -66,6 +67,38 @@ counters! {
     mmio_reads,
     mmio_writes,
     kicks,
+}
+
+/// Counters for whoever isn't a vCPU, or is one inside a callback: a set for each of so many threads, so that threads which install pages at
+/// the same time don't meet at one cache line.
+#[derive(Debug)]
+pub struct Shards(Box<[Stats]>);
+
+const SHARDS: usize = 64;
+
+impl Default for Shards {
+    fn default() -> Self {
+        Shards((0..SHARDS).map(|_| Stats::default()).collect())
+    }
+}
+
+impl Shards {
+    /// The calling thread's.
+    pub fn here(&self) -> &Stats {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        thread_local! {
+            static MINE: Cell<usize> = const { Cell::new(usize::MAX) };
+        }
+        if MINE.get() == usize::MAX {
+            MINE.set(NEXT.fetch_add(1, Relaxed) % SHARDS);
+        }
+        &self.0[MINE.get()]
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Stats> {
+        self.0.iter()
+    }
 }
 
 impl Stats {

@@ -1,14 +1,16 @@
 //! The vCPU's exit loop: which exits are faults, and what becomes of them.
 
+mod emulated;
+
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::Access;
-use crate::kernel::kvm::{Descriptor, Mmio, Role, Run};
+use crate::kernel::kvm::{Descriptor, Role, Run};
 use crate::kernel::mem;
 use crate::kernel::thread::{self, SignalSet};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::slots::Slot;
-use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
+use crate::memory::wait::{LOOK_AROUND, WAITS};
 use crate::resolve::seat::{News, Seat};
 use crate::resolve::{pause_before, Origin, Outcome, Waiter, MOST_RETRIES};
 use crate::vm::Vm;
@@ -96,6 +98,8 @@ struct Own {
     stuck_at: u64,
     stuck: u32,
     memory_error: Option<MemoryError>,
+    /// KVM_PRE_FAULT_MEMORY doesn't work for this vCPU.
+    no_pre_fault: bool,
 }
 
 impl Vcpu {
@@ -113,16 +117,10 @@ impl Vcpu {
             (Some(signal), _)
                 if !(1..=64).contains(&signal) || [libc::SIGKILL, libc::SIGSTOP, libc::SIGBUS].contains(&signal) =>
             {
-                fail!(
-                    EINVAL,
-                    "kick_signal: {signal} is not a signal that can be used for kicks"
-                )
+                fail!(EINVAL, "kick_signal: {signal} is not a signal that can be used for kicks")
             }
             (Some(signal), Sigbus::ByHandler) if !thread::has_handler(signal) => {
-                fail!(
-                    EINVAL,
-                    "kick_signal: signal {signal} has no handler, which KVMFAULT_SIGBUS_BY_HANDLER requires"
-                )
+                fail!(EINVAL, "kick_signal: signal {signal} has no handler, which KVMFAULT_SIGBUS_BY_HANDLER requires")
             }
             (None, Sigbus::ByHandler) => fail!(EINVAL, "kick_signal: must be given with KVMFAULT_SIGBUS_BY_HANDLER"),
             (signal, _) => signal.unwrap_or(libc::SIGURG),
@@ -318,28 +316,17 @@ impl Vcpu {
     /// SIGBUS with an address: a marker of ours, or memory that is really broken.
     fn broken_page(&self, own: &mut Own, code: i32, address: u64) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
-        let slot = slots
-            .at_kvm_hva(address)
-            .filter(|_| code == libc::BUS_MCEERR_AR)
-            .cloned();
-        drop(slots);
-        let Some(slot) = slot else {
-            let error = MemoryError {
-                gpa: None,
-                hva: address,
-                len: mem::PAGE,
-                lost: false,
-            };
+        let Some(slot) = slots.at_kvm_hva(address).filter(|_| code == libc::BUS_MCEERR_AR) else {
+            let error = MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false };
             return Ok(self.report(own, error));
         };
         let gpa = slot.region.gpa + (address - slot.region.hva);
-        self.fault(own, &slot, gpa, 0, true)
+        self.fault(own, slot, gpa, 0, true)
     }
 
     fn fault_at_gpa(&self, own: &mut Own, gpa: u64, access: Access) -> Result<Exit> {
-        let slot = self.vm.engine.memory.slots().at(self.run.space(), gpa).cloned();
-        match slot {
-            Some(slot) => self.fault(own, &slot, gpa, access, false),
+        match self.vm.engine.memory.slots().at(self.run.space(), gpa) {
+            Some(slot) => self.fault(own, slot, gpa, access, false),
             None => Ok(Exit::Pass), // the VMM's: private/shared conversion, or a slot that isn't ours
         }
     }
@@ -351,15 +338,31 @@ impl Vcpu {
         match outcome {
             Outcome::WasPresent => self.map(own, slot, page, access, broken),
             Outcome::Retry => self.again(own, slot, page),
-            other => self.settled(own, slot, page, other),
+            other => {
+                if self.vm.pre_fault && matches!(other, Outcome::Installed | Outcome::Waited) {
+                    self.pre_fault(own, slot, page);
+                }
+                self.settled(own, slot, page, other)
+            }
+        }
+    }
+
+    /// Maps a page that has just become present in stage 2. A help and no more: if it fails, the guest's retry does the same.
+    fn pre_fault(&self, own: &mut Own, slot: &Slot, page: u64) {
+        if own.no_pre_fault {
+            return;
+        }
+        match self.fd.pre_fault(slot.gpa_of(page), slot.block.page) {
+            Err(e) if ![libc::EAGAIN, libc::EINTR, libc::EFAULT, libc::ENOENT].contains(&e.errno) => {
+                own.no_pre_fault = true
+            }
+            _ => {}
         }
     }
 
     fn bring(&self, block: &Arc<Block>, page: u64, access: Access, waiter: &dyn Waiter) -> Result<Outcome> {
         let origin = Origin::Vcpu(self.seat.number);
-        self.vm
-            .engine
-            .resolve(block, page, origin, access, Some(waiter), &self.seat.stats)
+        self.vm.engine.resolve(block, page, origin, access, Some(waiter), &self.seat.stats)
     }
 
     /// Outcomes that need nothing more.
@@ -367,15 +370,7 @@ impl Vcpu {
         match outcome {
             Outcome::Lost => {
                 let (gpa, hva) = (Some(slot.gpa_of(page)), slot.block.hva_of(page));
-                Ok(self.report(
-                    own,
-                    MemoryError {
-                        gpa,
-                        hva,
-                        len: slot.block.page,
-                        lost: true,
-                    },
-                ))
+                Ok(self.report(own, MemoryError { gpa, hva, len: slot.block.page, lost: true }))
             }
             Outcome::Interrupted => self.look_up(own),
             _ => {
@@ -401,12 +396,7 @@ impl Vcpu {
         let times = self.stuck_at(own, hva);
         if broken && times >= MOST_BROKEN {
             own.stuck = 0;
-            let error = MemoryError {
-                gpa: Some(slot.gpa_of(page)),
-                hva,
-                len: block.page,
-                lost: false,
-            };
+            let error = MemoryError { gpa: Some(slot.gpa_of(page)), hva, len: block.page, lost: false };
             return Ok(self.report(own, error));
         }
         if times >= MOST_MAPS {
@@ -419,15 +409,15 @@ impl Vcpu {
             );
         }
         let mechanism = MECHANISMS[block.mechanism];
-        mechanism
-            .map_present(&self.vm.engine.memory, block, page, access, &self.seat.stats)
-            .map_err(|e| match e.errno {
+        mechanism.map_present(&self.vm.engine.memory, block, page, access, &self.seat.stats).map_err(|e| {
+            match e.errno {
                 libc::EFAULT => e.context(format!(
                     "gpa {:#x} is present but its memory is gone (dropped without kvmfault_pages_discard?)",
                     slot.gpa_of(page)
                 )),
                 _ => e,
-            })?;
+            }
+        })?;
         Ok(Exit::Handled)
     }
 
@@ -453,9 +443,7 @@ impl Vcpu {
             if left.is_zero() {
                 return Ok(Exit::Handled);
             }
-            WAITS.wait(hva, &self.seat.sleeper, left.min(LOOK_AROUND), || {
-                !self.seat.must_leave()
-            });
+            WAITS.wait(hva, &self.seat.sleeper, left.min(LOOK_AROUND), || !self.seat.must_leave());
         }
     }
 
@@ -479,146 +467,9 @@ impl Vcpu {
                 let page = slots.at_hva(hva);
                 let slot = page.and_then(|(block, page)| slots.showing(block, page).map(|slot| (slot, page)));
                 let (gpa, len) = slot.map_or((None, mem::PAGE), |(s, p)| (Some(s.gpa_of(p)), s.block.page));
-                Ok(self.report(
-                    own,
-                    MemoryError {
-                        gpa,
-                        hva,
-                        len,
-                        lost: true,
-                    },
-                ))
+                Ok(self.report(own, MemoryError { gpa, hva, len, lost: true }))
             }
         }
-    }
-
-    /// KVM's emulator could not read or write guest memory, and so took it for a device (KVM_EXIT_MMIO with an address in a slot):
-    /// brings the page, and does what the device would. Left at a kick only if the caller can come back to it.
-    fn finish(&self, own: &mut Own, interruptible: bool) -> Result<Exit> {
-        let run = &self.run;
-        let deaf = Deaf(&self.seat.sleeper);
-        let waiter: &dyn Waiter = if interruptible { self.seat } else { &deaf };
-        let mut mmio = run.mmio();
-        let Some(pieces) = self.pieces(&mmio) else {
-            own.unfinished = false;
-            return Ok(Exit::Pass);
-        };
-        own.unfinished = true;
-        for (slot, gpa, bytes) in pieces.into_iter().flatten() {
-            let page = slot.page_of(gpa);
-            loop {
-                let exit = match self.bring(&slot.block, page, if mmio.write { 2 } else { 1 }, waiter)? {
-                    Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => break,
-                    Outcome::Retry if interruptible => self.again(own, &slot, page)?,
-                    Outcome::Retry => {
-                        std::thread::sleep(pause_before(self.stuck_at(own, slot.block.hva_of(page))));
-                        continue;
-                    }
-                    Outcome::Gone => {
-                        own.unfinished = false;
-                        return Ok(Exit::Pass);
-                    }
-                    Outcome::Interrupted if !interruptible => continue,
-                    Outcome::Lost => {
-                        // Nobody can finish it. Should the VMM go on all the same, the guest reads ones, as from no device.
-                        own.unfinished = false;
-                        run.set_mmio_data([0xff; 8]);
-                        self.settled(own, &slot, page, Outcome::Lost)?
-                    }
-                    other => self.settled(own, &slot, page, other)?,
-                };
-                if exit != Exit::Handled {
-                    return Ok(exit);
-                }
-            }
-            let hva = slot.vmm_hva(gpa);
-            match mmio.write {
-                true => mem::write(hva, &mmio.data[bytes.clone()]),
-                false => mem::read(hva, &mut mmio.data[bytes.clone()]),
-            }
-            .map_err(|e| e.context(format!("completing an access of the guest to gpa {gpa:#x}")))?;
-            if mmio.write {
-                self.vm.engine.written(gpa, bytes.len() as u64);
-            }
-        }
-        if mmio.write {
-            self.seat.stats.mmio_writes.add(1);
-        } else {
-            self.seat.stats.mmio_reads.add(1);
-            run.set_mmio_data(mmio.data);
-        }
-        own.unfinished = false;
-        own.stuck = 0;
-        Ok(Exit::Handled)
-    }
-
-    /// The access cut at page borders, if all of it lies in slots (and, for a write, none that is read-only).
-    fn pieces(&self, mmio: &Mmio) -> Option<[Option<(Arc<Slot>, u64, std::ops::Range<usize>)>; 2]> {
-        let slots = self.vm.engine.memory.slots();
-        let first = (mem::PAGE - mmio.gpa % mem::PAGE).min(mmio.len as u64) as usize;
-        let piece = |bytes: std::ops::Range<usize>| {
-            let gpa = mmio.gpa.checked_add(bytes.start as u64)?;
-            let slot = slots
-                .at(self.run.space(), gpa)
-                .filter(|s| !(mmio.write && s.is_readonly()))?;
-            Some((slot.clone(), gpa, bytes))
-        };
-        let second = match first < mmio.len {
-            true => Some(piece(first..mmio.len)?),
-            false => None,
-        };
-        Some([Some(piece(0..first)?), second])
-    }
-
-    /// KVM's emulator may have failed for want of the instruction itself, in a page that is absent. Then bring it, take back the #UD
-    /// that KVM queued, and let the guest try again.
-    fn emulation_failed(&self, own: &mut Own) -> Result<Exit> {
-        const LONGEST_INSTRUCTION: u64 = 15;
-        const UD: u8 = 6;
-        let (regs, sregs) = (self.fd.regs()?, self.fd.sregs()?);
-        let start = regs.rip.wrapping_add(sregs.cs.base);
-        let mut absent = false;
-        for linear in [start, start.wrapping_add(LONGEST_INSTRUCTION - 1)] {
-            let Some(gpa) = self.fd.translate(linear) else { continue };
-            let Some(slot) = self.vm.engine.memory.slots().at(self.run.space(), gpa).cloned() else {
-                continue;
-            };
-            let page = slot.page_of(gpa);
-            if slot.block.pages.get(page) == crate::memory::pages::State::Present {
-                continue;
-            }
-            absent = true;
-            match self.bring(&slot.block, page, 4, self.seat)? {
-                Outcome::Retry => {
-                    self.again(own, &slot, page)?;
-                }
-                // Interrupted: the instruction fails once more, and we are back here.
-                Outcome::Lost => return self.settled(own, &slot, page, Outcome::Lost),
-                _ => {}
-            }
-        }
-        if !absent {
-            return Ok(Exit::Pass);
-        }
-        let mut events = self.fd.vcpu_events()?;
-        if events.exception.nr == UD {
-            (events.exception.injected, events.exception.pending) = (0, 0);
-            self.fd.set_vcpu_events(events)?;
-        }
-        Ok(Exit::Handled)
-    }
-}
-
-/// Waits deaf to kicks: for an in-slot MMIO exit of a VMM with its own loop, which would enter KVM_RUN again without coming back.
-struct Deaf<'a>(&'a Sleeper);
-
-impl Waiter for Deaf<'_> {
-    fn sleeper(&self) -> &Sleeper {
-        self.0
-    }
-
-    fn must_leave(&self) -> bool {
-        false
     }
 }
 

@@ -4,7 +4,7 @@ use super::types::*;
 use crate::error::{fail, Error, Result};
 use crate::resolve::seat::Seat;
 use crate::vcpu::Vcpu;
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwapOption, Guard};
 use once_cell::sync::{Lazy, OnceCell};
 use std::cell::UnsafeCell;
 use std::ffi::{c_char, c_int};
@@ -24,9 +24,7 @@ thread_local! {
 /// The string is valid until the next failing call in this thread, or the thread's end. Never NULL. Any thread.
 #[no_mangle]
 pub extern "C" fn kvmfault_last_error() -> *const c_char {
-    MESSAGE
-        .try_with(|message| message.get().cast_const().cast())
-        .unwrap_or(c"".as_ptr())
+    MESSAGE.try_with(|message| message.get().cast_const().cast()).unwrap_or(c"".as_ptr())
 }
 
 fn set_message(text: &str) {
@@ -145,18 +143,12 @@ impl<T> Handle<T> {
         }
     }
 
-    fn inner<O: Opaque<Inner = T>>(&self) -> Result<Arc<T>> {
+    /// What is behind it, for the time of a call. A guard and no count: callbacks of all vCPUs come through here.
+    fn inner<O: Opaque<Inner = T>>(&self) -> Result<Guard<Option<Arc<T>>>> {
         if self.poisoned.load(SeqCst) {
-            fail!(
-                ENOTRECOVERABLE,
-                "{}: an earlier call panicked; only freeing is left",
-                O::NAME
-            );
+            fail!(ENOTRECOVERABLE, "{}: an earlier call panicked; only freeing is left", O::NAME);
         }
-        match self.inner.load_full() {
-            Some(inner) => Ok(inner),
-            None => fail!(EBADF, "{}: this handle was freed", O::NAME),
-        }
+        Ok(self.inner.load())
     }
 
     /// Frees a handle: what it held is dropped when the last call that uses it ends. NULL is nothing; a second time is an error that only
@@ -193,10 +185,7 @@ impl Handle<Vcpu> {
         }
         // SAFETY: as in `find`.
         let handle = unsafe { &*handle };
-        (handle.magic.load(SeqCst) == ALIVE)
-            .then_some(handle.seat.get())
-            .flatten()
-            .copied()
+        (handle.magic.load(SeqCst) == ALIVE).then_some(handle.seat.get()).flatten().copied()
     }
 }
 
@@ -211,7 +200,10 @@ pub fn with_wide<O: Opaque>(name: &str, pointer: *const O, body: impl FnOnce(&Ar
         Ok(handle) => handle,
         Err(error) => return complain(&error).into(),
     };
-    guarded(name, Some(&handle.poisoned), || body(&handle.inner::<O>()?))
+    guarded(name, Some(&handle.poisoned), || match handle.inner::<O>()?.as_ref() {
+        Some(inner) => body(inner),
+        None => fail!(EBADF, "{}: this handle was freed", O::NAME),
+    })
 }
 
 /// The calls that change slots and the like are not for callbacks.
@@ -262,10 +254,7 @@ pub fn read<T: Versioned>(pointer: *const T, name: &str) -> Result<T> {
         std::slice::from_raw_parts(pointer.cast::<u8>().add(known), size - known)
     };
     if tail.iter().any(|&b| b != 0) {
-        fail!(
-            E2BIG,
-            "{name}.size: is {size}, and beyond the {known} bytes that this version knows there are values"
-        );
+        fail!(E2BIG, "{name}.size: is {size}, and beyond the {known} bytes that this version knows there are values");
     }
     Ok(value)
 }
@@ -321,11 +310,7 @@ macro_rules! versioned {
     };
 }
 
-versioned!(kvmfault_vm_options {
-    kvm_fd: -1,
-    vm_fd: -1,
-    uffd: -1
-});
+versioned!(kvmfault_vm_options { kvm_fd: -1, vm_fd: -1, uffd: -1 });
 versioned!(kvmfault_memslot { fd: -1 });
 versioned!(kvmfault_region {});
 versioned!(kvmfault_vcpu_options { fd: -1 });
@@ -371,47 +356,26 @@ mod tests {
         short.size = 16; // up to and with vm_fd
         (short.kvm_fd, short.vm_fd, short.uffd) = (3, 4, 77);
         let got = read(&short, "options").unwrap();
-        assert_eq!(
-            (got.kvm_fd, got.vm_fd, got.uffd),
-            (3, 4, -1),
-            "what C didn't pass has its initial value"
-        );
+        assert_eq!((got.kvm_fd, got.vm_fd, got.uffd), (3, 4, -1), "what C didn't pass has its initial value");
 
         #[repr(C)]
         struct Longer {
             known: kvmfault_file_range,
             tail: [u8; 8],
         }
-        let mut longer = Longer {
-            known: kvmfault_file_range::INIT,
-            tail: [0; 8],
-        };
+        let mut longer = Longer { known: kvmfault_file_range::INIT, tail: [0; 8] };
         longer.known.size = size_of::<Longer>();
         let pointer = (&raw const longer).cast();
         assert!(read::<kvmfault_file_range>(pointer, "range").is_ok());
-        let mut longer = Longer {
-            tail: [0, 0, 0, 0, 0, 0, 0, 1],
-            ..longer
-        };
-        assert_eq!(
-            read::<kvmfault_file_range>((&raw const longer).cast(), "range")
-                .unwrap_err()
-                .errno,
-            libc::E2BIG
-        );
+        let mut longer = Longer { tail: [0, 0, 0, 0, 0, 0, 0, 1], ..longer };
+        assert_eq!(read::<kvmfault_file_range>((&raw const longer).cast(), "range").unwrap_err().errno, libc::E2BIG);
         write((&raw mut longer).cast(), "range", &kvmfault_file_range::INIT).unwrap();
         assert_eq!((longer.tail, longer.known.size), ([0; 8], size_of::<Longer>()));
 
         for size in [0, 8, LONGEST + 1, usize::MAX] {
-            let bad = kvmfault_file_range {
-                size,
-                ..kvmfault_file_range::INIT
-            };
+            let bad = kvmfault_file_range { size, ..kvmfault_file_range::INIT };
             assert_eq!(read(&bad, "range").unwrap_err().errno, libc::EINVAL);
         }
-        assert!(read::<kvmfault_file_range>(std::ptr::null(), "range")
-            .unwrap_err()
-            .message
-            .contains("NULL"));
+        assert!(read::<kvmfault_file_range>(std::ptr::null(), "range").unwrap_err().message.contains("NULL"));
     }
 }

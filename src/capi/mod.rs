@@ -3,7 +3,7 @@
 
 #![allow(non_camel_case_types)]
 
-pub mod boundary;
+mod boundary;
 pub mod pages;
 pub mod probe;
 pub mod source;

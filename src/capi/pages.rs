@@ -41,9 +41,7 @@ pub unsafe extern "C" fn kvmfault_pages_install(
 /// `vm` is NULL or a handle of this library.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_pages_zero(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
-    with("kvmfault_pages_zero", vm, |vm| {
-        vm.install(gpa, len, Source::Zero).map(|()| 0)
-    })
+    with("kvmfault_pages_zero", vm, |vm| vm.install(gpa, len, Source::Zero).map(|()| 0))
 }
 
 /// The same for shared memory whose bytes are in the page cache already: written through another mapping, or by another process. Until
@@ -53,9 +51,7 @@ pub unsafe extern "C" fn kvmfault_pages_zero(vm: *const kvmfault_vm, gpa: u64, l
 /// `vm` is NULL or a handle of this library.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_pages_map(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
-    with("kvmfault_pages_map", vm, |vm| {
-        vm.install(gpa, len, Source::Map).map(|()| 0)
-    })
+    with("kvmfault_pages_map", vm, |vm| vm.install(gpa, len, Source::Map).map(|()| 0))
 }
 
 /// Gives absent pages up: they are LOST. vCPUs that touch them (or wait for them) get KVMFAULT_MEMORY_ERROR; host threads get SIGBUS

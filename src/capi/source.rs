@@ -38,21 +38,14 @@ pub unsafe extern "C" fn kvmfault_file_source_new(
     enter("kvmfault_file_source_new", || {
         clear_out(source, "source")?;
         if ranges.is_null() || count == 0 || count > MOST_RANGES {
-            fail!(
-                EINVAL,
-                "ranges: must be 1 to {MOST_RANGES} elements, not {count} at {ranges:p}"
-            );
+            fail!(EINVAL, "ranges: must be 1 to {MOST_RANGES} elements, not {count} at {ranges:p}");
         }
         let stride = boundary::read(ranges, "ranges[0]").and_then(|_| boundary::stated_size(ranges))?;
         let mut list = Vec::with_capacity(count);
         for n in 0..count {
             let range = boundary::read(ranges.cast::<u8>().wrapping_add(n * stride).cast(), "ranges")?;
             let range: kvmfault_file_range = range;
-            list.push(FileRange {
-                gpa: range.gpa,
-                len: range.len,
-                offset: range.offset,
-            });
+            list.push(FileRange { gpa: range.gpa, len: range.len, offset: range.offset });
         }
         put(source, Handle::expose(FileSource::new(fd, &list)?));
         Ok(0)
@@ -70,47 +63,42 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
     vm: *mut kvmfault_vm,
     fault: *const kvmfault_fault,
 ) -> c_int {
-    with(
-        "kvmfault_file_source_resolve",
-        opaque.cast::<kvmfault_file_source>().cast_const(),
-        |source| {
-            if fault.is_null() {
-                fail!(EINVAL, "fault: is NULL");
-            }
-            // SAFETY: not NULL: what the library passed to the resolver.
-            let fault = unsafe { &*fault };
-            // The page itself first: it may be larger than a piece of the file, and it is what the guest waits for.
-            let (bytes, len) = source.find(fault.gpa, fault.window_gpa + fault.window_len - fault.gpa)?;
-            let len = len / fault.len * fault.len;
-            if len == 0 {
-                fail!(
-                    EINVAL,
-                    "the page of {:#x} bytes at gpa {:#x} is not in one piece in the snapshot",
-                    fault.len,
-                    fault.gpa
-                );
-            }
-            // SAFETY: what the library passed to the resolver, and bytes of the source's mapping.
-            let result = unsafe {
-                match bytes {
-                    Bytes::At(address) => {
-                        super::pages::kvmfault_pages_install(vm, fault.gpa, address as *const c_void, len)
-                    }
-                    Bytes::Hole => super::pages::kvmfault_pages_zero(vm, fault.gpa, len),
+    with("kvmfault_file_source_resolve", opaque.cast::<kvmfault_file_source>().cast_const(), |source| {
+        if fault.is_null() {
+            fail!(EINVAL, "fault: is NULL");
+        }
+        // SAFETY: not NULL: what the library passed to the resolver.
+        let fault = unsafe { &*fault };
+        // The page itself first: it may be larger than a piece of the file, and it is what the guest waits for.
+        let (bytes, len) = source.find(fault.gpa, fault.window_gpa + fault.window_len - fault.gpa)?;
+        let len = len / fault.len * fault.len;
+        if len == 0 {
+            fail!(
+                EINVAL,
+                "the page of {:#x} bytes at gpa {:#x} is not in one piece in the snapshot",
+                fault.len,
+                fault.gpa
+            );
+        }
+        // SAFETY: what the library passed to the resolver, and bytes of the source's mapping.
+        let result = unsafe {
+            match bytes {
+                Bytes::At(address) => {
+                    super::pages::kvmfault_pages_install(vm, fault.gpa, address as *const c_void, len)
                 }
-            };
-            match result {
-                0 => Ok(KVMFAULT_RESOLVED),
-                e if e == -libc::EEXIST => Ok(KVMFAULT_RESOLVED),
-                // The file's own bytes could not be read: the disk failed, or the file was cut short.
-                e if e == -libc::EFAULT => Err(Error::new(
-                    libc::EIO,
-                    format!("the snapshot can't be read for gpa {:#x}", fault.gpa),
-                )),
-                e => Err(Error::new(-e, "installing a page of the snapshot")),
+                Bytes::Hole => super::pages::kvmfault_pages_zero(vm, fault.gpa, len),
             }
-        },
-    )
+        };
+        match result {
+            0 => Ok(KVMFAULT_RESOLVED),
+            e if e == -libc::EEXIST => Ok(KVMFAULT_RESOLVED),
+            // The file's own bytes could not be read: the disk failed, or the file was cut short.
+            e if e == -libc::EFAULT => {
+                Err(Error::new(libc::EIO, format!("the snapshot can't be read for gpa {:#x}", fault.gpa)))
+            }
+            e => Err(Error::new(-e, "installing a page of the snapshot")),
+        }
+    })
 }
 
 /// Frees a source; for `kvmfault_vm_options.finalizer`. The same as `kvmfault_file_source_free`, with a finalizer's argument.
@@ -119,11 +107,7 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
 /// `opaque` is NULL or a source.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_file_source_finalize(opaque: *mut c_void) {
-    Handle::free(
-        "kvmfault_file_source_finalize",
-        opaque.cast::<kvmfault_file_source>(),
-        |_| {},
-    );
+    Handle::free("kvmfault_file_source_finalize", opaque.cast::<kvmfault_file_source>(), |_| {});
 }
 
 /// Frees a source that no VM owns. NULL is allowed.

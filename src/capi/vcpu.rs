@@ -110,12 +110,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_handle_exit(vcpu: *mut kvmfault_vcpu, ret
     let errno = match ret {
         0.. => None,
         // v2 of the flag fails with EPERM, which is 1: then both readings agree.
-        -1 => Some(
-            std::io::Error::last_os_error()
-                .raw_os_error()
-                .filter(|&e| e != 0)
-                .unwrap_or(libc::EPERM),
-        ),
+        -1 => Some(std::io::Error::last_os_error().raw_os_error().filter(|&e| e != 0).unwrap_or(libc::EPERM)),
         _ => Some(ret.wrapping_neg()),
     };
     with("kvmfault_vcpu_handle_exit", vcpu, |vcpu| {
@@ -194,9 +189,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_memory_error(
 ) -> c_int {
     with("kvmfault_vcpu_memory_error", vcpu, |vcpu| -> Result<c_int> {
         check_out(info, "info")?;
-        let error = vcpu
-            .memory_error()?
-            .ok_or_else(|| Error::new(libc::ENODATA, "this vCPU had no memory error"))?;
+        let error = vcpu.memory_error()?.ok_or_else(|| Error::new(libc::ENODATA, "this vCPU had no memory error"))?;
         let c = kvmfault_memory_error_info {
             size: 0,
             gpa: error.gpa.unwrap_or(u64::MAX),

@@ -6,7 +6,8 @@ use crate::error::{fail, Result};
 use crate::mechanism;
 use crate::resolve::{Answer, Fault, Origin, Resolver};
 use crate::stats::Stats;
-use crate::vm::{MemoryKind, Options, SlotRequest, Vm};
+use crate::vm::memslots::{MemoryKind, SlotRequest};
+use crate::vm::{Options, Vm};
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::sync::atomic::{AtomicPtr, Ordering::SeqCst};
 use std::sync::Arc;
@@ -97,11 +98,9 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
         clear_out(vm, "vm")?;
         not_in_callback("kvmfault_vm_new")?;
         let options = boundary::read(options, "options")?;
-        let Some(resolver) = options.resolver else {
-            fail!(EINVAL, "options.resolver: is NULL")
-        };
-        if options.flags != 0 {
-            fail!(EINVAL, "options.flags: {:#x} is not 0", options.flags);
+        let Some(resolver) = options.resolver else { fail!(EINVAL, "options.resolver: is NULL") };
+        if options.flags & !KVMFAULT_VM_PRE_FAULT != 0 {
+            fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
         }
         let (handle, armed) = (Arc::new(AtomicPtr::default()), Arc::new(false.into()));
         let callbacks = Callbacks {
@@ -121,6 +120,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
             abi: abi.as_deref(),
             readers: options.reader_threads,
             readahead: options.readahead,
+            pre_fault: options.flags & KVMFAULT_VM_PRE_FAULT != 0,
         };
         let made = Vm::new(&config, || Box::new(callbacks))?;
         armed.store(true, SeqCst);
@@ -301,9 +301,7 @@ pub unsafe extern "C" fn kvmfault_memslot_set_fast_only(vm: *const kvmfault_vm, 
 /// `vm` is NULL or a handle of this library.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_memslot_mechanism(vm: *const kvmfault_vm, slot: u32) -> c_int {
-    with("kvmfault_memslot_mechanism", vm, |vm| {
-        Ok(vm.slot_mechanism(slot)?.number())
-    })
+    with("kvmfault_memslot_mechanism", vm, |vm| Ok(vm.slot_mechanism(slot)?.number()))
 }
 
 /// The counters of a VM: the sum over its vCPUs, its reader threads, and calls from outside. Any thread, also in callbacks; -EINVAL for a

@@ -148,9 +148,7 @@ impl Abi {
             return None;
         }
         let bits = self.access_bits.iter().enumerate();
-        let access = bits
-            .filter(|(_, &bit)| flags & bit != 0)
-            .fold(0, |access, (n, _)| access | 1 << n);
+        let access = bits.filter(|(_, &bit)| flags & bit != 0).fold(0, |access, (n, _)| access | 1 << n);
         Some(FaultExit { gpa, access })
     }
 

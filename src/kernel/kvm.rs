@@ -59,8 +59,7 @@ impl Descriptor {
     /// Opens /dev/kvm.
     pub fn open() -> Result<Descriptor> {
         let file = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-        file.map(|f| Descriptor(f.into()))
-            .map_err(|e| Error::from_io("/dev/kvm", &e))
+        file.map(|f| Descriptor(f.into())).map_err(|e| Error::from_io("/dev/kvm", &e))
     }
 
     /// Duplicates `fd` after checking that it is what `role` says; errors name it `name`.
@@ -123,10 +122,7 @@ impl Descriptor {
 
     /// KVM_ENABLE_CAP on a VM.
     pub fn enable_cap(&self, cap: u32, arg: u64) -> Result<()> {
-        let mut enable = kb::kvm_enable_cap {
-            cap,
-            ..Default::default()
-        };
+        let mut enable = kb::kvm_enable_cap { cap, ..Default::default() };
         enable.args[0] = arg;
         self.with(KVM_ENABLE_CAP, &mut enable, "KVM_ENABLE_CAP")
     }
@@ -163,10 +159,7 @@ impl Descriptor {
     /// shows in each of its vCPUs' KVM_GET_VCPU_EVENTS: turn it over and look. It decides only whether KVM_GET_VCPU_EVENTS has
     /// a field more, and ends as it was if the vCPU is the VM's, else switched on. True where the kernel lacks it (before 6.0).
     pub fn is_vcpu_of(&self, vm: &Descriptor) -> bool {
-        let shows = || {
-            self.vcpu_events()
-                .is_ok_and(|e| e.flags & kb::KVM_VCPUEVENT_VALID_TRIPLE_FAULT != 0)
-        };
+        let shows = || self.vcpu_events().is_ok_and(|e| e.flags & kb::KVM_VCPUEVENT_VALID_TRIPLE_FAULT != 0);
         let cap = kb::KVM_CAP_X86_TRIPLE_FAULT_EVENT;
         let before = shows();
         if vm.check_extension(cap) <= 0 || vm.enable_cap(cap, !before as u64).is_err() {
@@ -224,21 +217,14 @@ impl Descriptor {
 
     /// Guest virtual to guest physical address, by the vCPU's page tables; None if not mapped.
     pub fn translate(&self, linear: u64) -> Option<u64> {
-        let mut arg = kb::kvm_translation {
-            linear_address: linear,
-            ..Default::default()
-        };
+        let mut arg = kb::kvm_translation { linear_address: linear, ..Default::default() };
         self.with(KVM_TRANSLATE, &mut arg, "KVM_TRANSLATE").ok()?;
         (arg.valid != 0).then_some(arg.physical_address)
     }
 
     /// KVM_PRE_FAULT_MEMORY: maps guest memory in stage 2 without an exit. EAGAIN while the slot moves.
     pub fn pre_fault(&self, gpa: u64, len: u64) -> Result<()> {
-        let mut arg = kb::kvm_pre_fault_memory {
-            gpa,
-            size: len,
-            ..Default::default()
-        };
+        let mut arg = kb::kvm_pre_fault_memory { gpa, size: len, ..Default::default() };
         self.with(KVM_PRE_FAULT_MEMORY, &mut arg, "KVM_PRE_FAULT_MEMORY")
     }
 
@@ -315,15 +301,11 @@ unsafe impl Sync for Run {}
 impl Run {
     /// Maps it.
     pub fn map(system: &Descriptor, vcpu: &Descriptor) -> Result<Run> {
-        let size = system
-            .number(KVM_GET_VCPU_MMAP_SIZE, 0)
-            .map_err(|e| Error::from_io("KVM_GET_VCPU_MMAP_SIZE", &e))?;
+        let size =
+            system.number(KVM_GET_VCPU_MMAP_SIZE, 0).map_err(|e| Error::from_io("KVM_GET_VCPU_MMAP_SIZE", &e))?;
         let mapping = Mapping::shared(vcpu.0.as_raw_fd(), 0, size as u64, true).map_err(|e| e.context("kvm_run"))?;
         let run = NonNull::new(mapping.address() as *mut kb::kvm_run);
-        Ok(Run {
-            run: run.ok_or_else(|| Error::new(libc::EFAULT, "kvm_run"))?,
-            _mapping: Some(mapping),
-        })
+        Ok(Run { run: run.ok_or_else(|| Error::new(libc::EFAULT, "kvm_run"))?, _mapping: Some(mapping) })
     }
 
     /// Uses the VMM's mapping, which must be a kvm_run and outlive this.
@@ -331,10 +313,7 @@ impl Run {
     /// # Safety
     /// `address` is the start of a mapping of the vCPU's descriptor that stays for as long as the result lives.
     pub unsafe fn borrow(address: NonNull<kb::kvm_run>) -> Run {
-        Run {
-            run: address,
-            _mapping: None,
-        }
+        Run { run: address, _mapping: None }
     }
 
     /// Why KVM_RUN returned.
@@ -365,23 +344,14 @@ impl Run {
     /// The first three words of the exit's own data: flags, gpa and size in all ABIs of memory-fault exits.
     pub fn words(&self) -> [u64; 3] {
         // SAFETY: as in `exit_reason`; the union is 256 bytes of plain data.
-        unsafe {
-            (&raw const (*self.run.as_ptr()).__bindgen_anon_1)
-                .cast::<[u64; 3]>()
-                .read_volatile()
-        }
+        unsafe { (&raw const (*self.run.as_ptr()).__bindgen_anon_1).cast::<[u64; 3]>().read_volatile() }
     }
 
     /// The access of a KVM_EXIT_MMIO.
     pub fn mmio(&self) -> Mmio {
         // SAFETY: as in `exit_reason`; all bit patterns are valid for this member.
         let mmio = unsafe { (&raw const (*self.run.as_ptr()).__bindgen_anon_1.mmio).read_volatile() };
-        Mmio {
-            gpa: mmio.phys_addr,
-            data: mmio.data,
-            len: (mmio.len as usize).min(8),
-            write: mmio.is_write != 0,
-        }
+        Mmio { gpa: mmio.phys_addr, data: mmio.data, len: (mmio.len as usize).min(8), write: mmio.is_write != 0 }
     }
 
     /// The bytes that the guest's read gets.
@@ -429,24 +399,11 @@ mod tests {
         let raw = |d: &Descriptor| d.0.as_raw_fd();
         assert!(Descriptor::duplicate(raw(&kvm), Role::System, "kvm_fd").is_ok());
         assert!(Descriptor::duplicate(raw(&vm), Role::Vm, "vm_fd").is_ok());
-        assert_eq!(
-            Descriptor::duplicate(raw(&vcpu), Role::Vcpu, "fd")
-                .unwrap()
-                .vcpu_number(),
-            Some(3)
-        );
-        for (fd, role) in [
-            (raw(&vm), Role::System),
-            (raw(&kvm), Role::Vm),
-            (raw(&vm), Role::Vcpu),
-            (0, Role::Vm),
-        ] {
+        assert_eq!(Descriptor::duplicate(raw(&vcpu), Role::Vcpu, "fd").unwrap().vcpu_number(), Some(3));
+        for (fd, role) in [(raw(&vm), Role::System), (raw(&kvm), Role::Vm), (raw(&vm), Role::Vcpu), (0, Role::Vm)] {
             assert_eq!(Descriptor::duplicate(fd, role, "x").unwrap_err().errno, libc::EINVAL);
         }
-        assert_eq!(
-            Descriptor::duplicate(-1, Role::Vm, "vm_fd").unwrap_err().errno,
-            libc::EBADF
-        );
+        assert_eq!(Descriptor::duplicate(-1, Role::Vm, "vm_fd").unwrap_err().errno, libc::EBADF);
     }
 
     #[test]

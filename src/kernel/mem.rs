@@ -21,15 +21,7 @@ impl Mapping {
     /// Anonymous zeroed memory, not reserved in advance: only touched pages cost anything.
     pub fn anonymous(len: u64) -> Result<Mapping> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        Mapping::map(
-            0,
-            len,
-            libc::PROT_READ | libc::PROT_WRITE,
-            flags,
-            -1,
-            0,
-            "mmap of anonymous memory",
-        )
+        Mapping::map(0, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0, "mmap of anonymous memory")
     }
 
     /// A shared mapping of `fd`.
@@ -44,10 +36,7 @@ impl Mapping {
         if address == libc::MAP_FAILED {
             return Err(Error::last_os(what));
         }
-        Ok(Mapping {
-            address: address as u64,
-            len,
-        })
+        Ok(Mapping { address: address as u64, len })
     }
 
     /// A second mapping of the shared memory at `hva`, without knowing its file: mremap(2) with an old size of 0.
@@ -58,10 +47,7 @@ impl Mapping {
         if address == libc::MAP_FAILED {
             return Err(Error::last_os("mremap to a second mapping"));
         }
-        Ok(Mapping {
-            address: address as u64,
-            len,
-        })
+        Ok(Mapping { address: address as u64, len })
     }
 
     /// Where it begins.
@@ -94,11 +80,7 @@ pub fn advise(hva: u64, len: u64, advice: i32, what: &str) -> Result<()> {
 
 /// Makes guest memory accessible or not (mprotect(2)).
 pub fn protect(hva: u64, len: u64, accessible: bool) -> Result<()> {
-    let rights = if accessible {
-        libc::PROT_READ | libc::PROT_WRITE
-    } else {
-        libc::PROT_NONE
-    };
+    let rights = if accessible { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_NONE };
     // SAFETY: the range is guest memory, which Rust holds no reference to.
     match unsafe { libc::mprotect(hva as *mut _, len as usize, rights) } {
         0 => Ok(()),
@@ -117,14 +99,8 @@ pub fn write(hva: u64, bytes: &[u8]) -> Result<()> {
 }
 
 fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<()> {
-    let local = libc::iovec {
-        iov_base: local.cast(),
-        iov_len: len,
-    };
-    let remote = libc::iovec {
-        iov_base: hva as *mut _,
-        iov_len: len,
-    };
+    let local = libc::iovec { iov_base: local.cast(), iov_len: len };
+    let remote = libc::iovec { iov_base: hva as *mut _, iov_len: len };
     // SAFETY: `local` is a live buffer of `len` bytes (only read when storing); the kernel checks the remote address, which is
     // guest memory that Rust holds no reference to.
     let done = unsafe {
@@ -137,11 +113,7 @@ fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<()> {
     };
     match done {
         n if n == len as isize => Ok(()),
-        n if n < 0 => Err(Error::last_os(if store {
-            "process_vm_writev"
-        } else {
-            "process_vm_readv"
-        })),
+        n if n < 0 => Err(Error::last_os(if store { "process_vm_writev" } else { "process_vm_readv" })),
         _ => fail!(EFAULT, "only part of guest memory at hva {hva:#x} is accessible"),
     }
 }
@@ -214,34 +186,18 @@ pub fn inspect(hva: u64, len: u64) -> Result<Backing> {
             break;
         }
         if !map.readable || !map.writable {
-            fail!(
-                EACCES,
-                "hva: [{:#x}, {:#x}) is not mapped readable and writable",
-                map.start,
-                map.end
-            );
+            fail!(EACCES, "hva: [{:#x}, {:#x}) is not mapped readable and writable", map.start, map.end);
         }
         let kind = kind_of(&map)?;
         if found.is_some_and(|(first, _)| first != kind.0) {
-            fail!(
-                EINVAL,
-                "hva: [{hva:#x}, {:#x}) is memory of more than one kind",
-                hva + len
-            );
+            fail!(EINVAL, "hva: [{hva:#x}, {:#x}) is memory of more than one kind", hva + len);
         }
         found.get_or_insert(kind);
         at = map.end;
     }
     match found {
-        Some((kind, page)) if at >= hva + len => Ok(Backing {
-            kind,
-            page: page.unwrap_or(PAGE),
-        }),
-        _ => fail!(
-            EFAULT,
-            "hva: nothing is mapped at {at:#x}, inside [{hva:#x}, {:#x})",
-            hva + len
-        ),
+        Some((kind, page)) if at >= hva + len => Ok(Backing { kind, page: page.unwrap_or(PAGE) }),
+        _ => fail!(EFAULT, "hva: nothing is mapped at {at:#x}, inside [{hva:#x}, {:#x})", hva + len),
     }
 }
 
@@ -263,10 +219,7 @@ fn parse_maps_line(line: &str) -> Option<MapsLine<'_>> {
     let rights = fields.next()?.as_bytes();
     let _offset = fields.next()?;
     let (major, minor) = fields.next()?.split_once(':')?;
-    let device = libc::makedev(
-        u32::from_str_radix(major, 16).ok()?,
-        u32::from_str_radix(minor, 16).ok()?,
-    );
+    let device = libc::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
     Some(MapsLine {
         start: u64::from_str_radix(start, 16).ok()?,
         end: u64::from_str_radix(end, 16).ok()?,
@@ -288,11 +241,7 @@ fn kind_of(map: &MapsLine<'_>) -> Result<(Kind, Option<u64>)> {
     // KernelPageSize in smaps doesn't.
     let page = kernel_page_size(map.start)?;
     if page > PAGE {
-        let kind = if map.shared {
-            Kind::HugetlbShared
-        } else {
-            Kind::HugetlbPrivate
-        };
+        let kind = if map.shared { Kind::HugetlbShared } else { Kind::HugetlbPrivate };
         return Ok((kind, Some(page)));
     }
     let shmem = map.name.starts_with("/memfd:")
@@ -307,11 +256,7 @@ fn kind_of(map: &MapsLine<'_>) -> Result<(Kind, Option<u64>)> {
             "hva: {} is a shared file mapping; userfaultfd serves memfd, tmpfs and hugetlb only",
             map.name
         ),
-        (false, _) => fail!(
-            EINVAL,
-            "hva: {} is a private file mapping; use MAP_SHARED or anonymous memory",
-            map.name
-        ),
+        (false, _) => fail!(EINVAL, "hva: {} is a private file mapping; use MAP_SHARED or anonymous memory", map.name),
     }
 }
 
@@ -349,25 +294,15 @@ pub fn duplicate_by_file(hva: u64, len: u64, fd: Option<(RawFd, u64)>) -> Result
         return Mapping::shared(fd, offset, len, true);
     }
     let maps = std::fs::read_to_string("/proc/self/maps").map_err(|e| Error::from_io("/proc/self/maps", &e))?;
-    let line = maps
-        .lines()
-        .find(|l| parse_maps_line(l).is_some_and(|m| m.start <= hva && hva < m.end));
-    let Some(line) = line else {
-        fail!(EFAULT, "hva: nothing is mapped at {hva:#x}")
-    };
+    let line = maps.lines().find(|l| parse_maps_line(l).is_some_and(|m| m.start <= hva && hva < m.end));
+    let Some(line) = line else { fail!(EFAULT, "hva: nothing is mapped at {hva:#x}") };
     let range = line.split(' ').next().unwrap_or_default();
-    let (start, offset) = (
-        range.split('-').next().unwrap_or_default(),
-        line.split(' ').nth(2).unwrap_or_default(),
-    );
+    let (start, offset) = (range.split('-').next().unwrap_or_default(), line.split(' ').nth(2).unwrap_or_default());
     let (start, offset) = match (u64::from_str_radix(start, 16), u64::from_str_radix(offset, 16)) {
         (Ok(start), Ok(offset)) => (start, offset),
         _ => fail!(EIO, "/proc/self/maps: can't read {line:?}"),
     };
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .open(format!("/proc/self/map_files/{range}"));
+    let file = File::options().read(true).write(true).open(format!("/proc/self/map_files/{range}"));
     let file = file.map_err(|e| {
         Error::from_io("hugetlb memory can be mapped a second time only with its descriptor (kvmfault_memslot.fd); /proc/self/map_files", &e)
     })?;
@@ -396,13 +331,7 @@ mod tests {
     #[test]
     fn kinds_are_told_apart() {
         let anon = Mapping::anonymous(4 * PAGE).unwrap();
-        assert_eq!(
-            inspect(anon.address(), 4 * PAGE).unwrap(),
-            Backing {
-                kind: Kind::Anon,
-                page: PAGE
-            }
-        );
+        assert_eq!(inspect(anon.address(), 4 * PAGE).unwrap(), Backing { kind: Kind::Anon, page: PAGE });
         let text = inspect(kinds_are_told_apart as *const () as u64 & !(PAGE - 1), PAGE).unwrap_err();
         assert_eq!(text.errno, libc::EACCES);
         assert_eq!(inspect(PAGE, PAGE).unwrap_err().errno, libc::EFAULT);

@@ -21,8 +21,7 @@ const DATA_LEN: u64 = 16 * PAGE;
 pub fn prove(system: &Descriptor, abi: &Abi) -> Result<()> {
     let vm = system.create_vm()?;
     if let Some((cap, arg)) = abi.enable {
-        vm.enable_cap(cap, arg)
-            .map_err(|e| e.context(format!("enabling capability {cap} as {} does", abi.name)))?;
+        vm.enable_cap(cap, arg).map_err(|e| e.context(format!("enabling capability {cap} as {} does", abi.name)))?;
     }
     let code = Mapping::anonymous(PAGE)?;
     let data = Mapping::anonymous(DATA_LEN)?;
@@ -37,14 +36,8 @@ pub fn prove(system: &Descriptor, abi: &Abi) -> Result<()> {
         ..Default::default()
     })?;
 
-    let mut region = Region {
-        version: 1,
-        slot: 1,
-        gpa: DATA_GPA,
-        len: DATA_LEN,
-        hva: data.address(),
-        ..Default::default()
-    };
+    let mut region =
+        Region { version: 1, slot: 1, gpa: DATA_GPA, len: DATA_LEN, hva: data.address(), ..Default::default() };
     bitmap.atomics()[0].store(!0, std::sync::atomic::Ordering::Release);
     abi.arm(&mut region, bitmap.address());
     vm.set_region(&region)
@@ -56,24 +49,14 @@ pub fn prove(system: &Descriptor, abi: &Abi) -> Result<()> {
     (sregs.cs.base, sregs.cs.selector) = (CODE_GPA, (CODE_GPA >> 4) as u16);
     (sregs.ds.base, sregs.ds.selector) = (DATA_GPA, (DATA_GPA >> 4) as u16);
     vcpu.set_sregs(sregs)?;
-    vcpu.set_regs(kb::kvm_regs {
-        rflags: 2,
-        ..Default::default()
-    })?;
+    vcpu.set_regs(kb::kvm_regs { rflags: 2, ..Default::default() })?;
 
     run.clear_exit_reason();
     match vcpu.run() {
-        Ok(()) => fail!(
-            EOPNOTSUPP,
-            "the flag is accepted, but a guest that touches an absent page does not exit"
-        ),
+        Ok(()) => fail!(EOPNOTSUPP, "the flag is accepted, but a guest that touches an absent page does not exit"),
         Err(errno) => match abi.decode(errno, &run) {
             Some(exit) if exit.gpa & !(PAGE - 1) == DATA_GPA => {}
-            Some(exit) => fail!(
-                EOPNOTSUPP,
-                "the exit names address {:#x} instead of {DATA_GPA:#x}",
-                exit.gpa
-            ),
+            Some(exit) => fail!(EOPNOTSUPP, "the exit names address {:#x} instead of {DATA_GPA:#x}", exit.gpa),
             None => {
                 let error = std::io::Error::from_raw_os_error(errno);
                 fail!(
@@ -114,10 +97,7 @@ pub fn attempts(system: &Descriptor) -> Vec<Attempt> {
         let result = if abi.is_reported(|cap| system.check_extension(cap)) {
             prove(system, abi)
         } else {
-            Err(Error::new(
-                libc::EOPNOTSUPP,
-                format!("KVM_CHECK_EXTENSION does not report all of {:?}", abi.caps),
-            ))
+            Err(Error::new(libc::EOPNOTSUPP, format!("KVM_CHECK_EXTENSION does not report all of {:?}", abi.caps)))
         };
         let proven = result.is_ok();
         attempts.push(Attempt { abi, result });

@@ -30,19 +30,10 @@ pub enum Wake {
 
 /// Sleeps while `word` is `expected`, at most `timeout`.
 pub fn futex_wait(word: &AtomicU32, expected: u32, timeout: Duration) -> Wake {
-    let timeout = libc::timespec {
-        tv_sec: timeout.as_secs() as i64,
-        tv_nsec: timeout.subsec_nanos().into(),
-    };
+    let timeout = libc::timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
     // SAFETY: the word and the timeout live during the call; FUTEX_WAIT only reads them.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_futex,
-            word.as_ptr(),
-            libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
-            expected,
-            &timeout,
-        )
+        libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, expected, &timeout)
     };
     match (result, std::io::Error::last_os_error().raw_os_error()) {
         (0, _) => Wake::Woken,
@@ -55,14 +46,7 @@ pub fn futex_wait(word: &AtomicU32, expected: u32, timeout: Duration) -> Wake {
 /// Wakes all that sleep on `word`; async-signal-safe.
 pub fn futex_wake_all(word: &AtomicU32) {
     // SAFETY: FUTEX_WAKE uses the address as a key and does not access it.
-    unsafe {
-        libc::syscall(
-            libc::SYS_futex,
-            word.as_ptr(),
-            libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
-            i32::MAX,
-        )
-    };
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX) };
 }
 
 /// A set of signals, as the kernel has it: bit (n - 1) is signal n.
@@ -109,11 +93,7 @@ pub fn take_signal(set: SignalSet) -> Option<Pending> {
     unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         let signal = libc::syscall(libc::SYS_rt_sigtimedwait, &set.0, &mut info, &none, 8usize) as i32;
-        (signal > 0).then(|| Pending {
-            signal,
-            code: info.si_code,
-            address: info.si_addr() as u64,
-        })
+        (signal > 0).then(|| Pending { signal, code: info.si_code, address: info.si_addr() as u64 })
     }
 }
 
@@ -160,11 +140,7 @@ impl AsRawFd for Flag {
 
 /// Waits until one of the descriptors is readable (or broken); tells which are.
 pub fn poll<const N: usize>(fds: [i32; N], timeout: Option<Duration>) -> [bool; N] {
-    let mut set = fds.map(|fd| libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    });
+    let mut set = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     let millis = timeout.map_or(-1, |t| t.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32);
     // SAFETY: `set` is a live array of N pollfds. EINTR leaves all revents 0.
     let ready = unsafe { libc::poll(set.as_mut_ptr(), N as _, millis) };

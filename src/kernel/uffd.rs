@@ -129,10 +129,7 @@ impl Uffd {
                 return Ok(Uffd { uffd, features: wish });
             }
         }
-        Ok(Uffd {
-            uffd,
-            features: WISHES[0] & !FEATURE_THREAD_ID,
-        })
+        Ok(Uffd { uffd, features: WISHES[0] & !FEATURE_THREAD_ID })
     }
 
     /// The UFFD_FEATURE_* bits in force.
@@ -142,11 +139,7 @@ impl Uffd {
 
     /// Registers a range for missing faults, and for minor faults too if asked.
     pub fn register(&self, hva: u64, len: u64, minor: bool) -> Result<()> {
-        let mode = if minor {
-            RegisterMode::MISSING | RegisterMode::MINOR
-        } else {
-            RegisterMode::MISSING
-        };
+        let mode = if minor { RegisterMode::MISSING | RegisterMode::MINOR } else { RegisterMode::MISSING };
         match self.uffd.register_with_mode(hva as *mut _, len as usize, mode) {
             Ok(_) => Ok(()),
             Err(e) => Err(from_crate("UFFDIO_REGISTER", e)),
@@ -155,16 +148,12 @@ impl Uffd {
 
     /// Unregisters a range; whoever waits there wakes and takes the fault without userfaultfd.
     pub fn unregister(&self, hva: u64, len: u64) -> Result<()> {
-        self.uffd
-            .unregister(hva as *mut _, len as usize)
-            .map_err(|e| from_crate("UFFDIO_UNREGISTER", e))
+        self.uffd.unregister(hva as *mut _, len as usize).map_err(|e| from_crate("UFFDIO_UNREGISTER", e))
     }
 
     /// Wakes whoever waits for a page of the range.
     pub fn wake(&self, hva: u64, len: u64) -> Result<()> {
-        self.uffd
-            .wake(hva as *mut _, len as usize)
-            .map_err(|e| from_crate("UFFDIO_WAKE", e))
+        self.uffd.wake(hva as *mut _, len as usize).map_err(|e| from_crate("UFFDIO_WAKE", e))
     }
 
     /// Copies bytes of this process into absent pages. A `source` that can't be read is EFAULT.
@@ -198,12 +187,7 @@ impl Uffd {
     /// The next fault, if there is one.
     pub fn next(&self) -> Result<Option<Message>> {
         match self.uffd.read_event() {
-            Ok(Some(Event::Pagefault {
-                kind,
-                rw,
-                addr,
-                thread_id,
-            })) => Ok(Some(Message {
+            Ok(Some(Event::Pagefault { kind, rw, addr, thread_id })) => Ok(Some(Message {
                 hva: addr as u64,
                 write: rw == ReadWrite::Write,
                 minor: kind == FaultKind::Minor,
@@ -265,19 +249,10 @@ mod tests {
         let source = Mapping::anonymous(4 * PAGE).unwrap();
         mem::write(source.address(), &[7; 4 * PAGE as usize]).unwrap();
         uffd.register(memory.address(), 4 * PAGE, false).unwrap();
-        assert_eq!(
-            uffd.copy(memory.address() + 2 * PAGE, source.address(), PAGE),
-            Ok(Step::Done(PAGE))
-        );
-        assert_eq!(
-            uffd.copy(memory.address(), source.address(), 4 * PAGE),
-            Ok(Step::Done(2 * PAGE))
-        );
+        assert_eq!(uffd.copy(memory.address() + 2 * PAGE, source.address(), PAGE), Ok(Step::Done(PAGE)));
+        assert_eq!(uffd.copy(memory.address(), source.address(), 4 * PAGE), Ok(Step::Done(2 * PAGE)));
         assert_eq!(uffd.copy(memory.address(), source.address(), PAGE), Ok(Step::Exists));
-        assert_eq!(
-            uffd.copy(memory.address() + 3 * PAGE, PAGE, PAGE).unwrap_err().errno,
-            libc::EFAULT
-        );
+        assert_eq!(uffd.copy(memory.address() + 3 * PAGE, PAGE, PAGE).unwrap_err().errno, libc::EFAULT);
         let mut byte = [0];
         mem::read(memory.address() + PAGE, &mut byte).unwrap();
         assert_eq!(byte, [7]);

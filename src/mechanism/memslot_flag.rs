@@ -28,32 +28,19 @@ impl Mechanism for MemslotFlag {
 
     fn check(&self, host: &Host, _kind: Kind, wish: &Wish) -> Result<()> {
         let Some(abi) = host.abi else {
-            fail!(
-                EOPNOTSUPP,
-                "this kernel's KVM has none of the known fast-only memslot flags (see kvmfault_explain)"
-            );
+            fail!(EOPNOTSUPP, "this kernel's KVM has none of the known fast-only memslot flags (see kvmfault_explain)");
         };
         if abi.refuses_readonly && wish.readonly {
-            fail!(
-                EOPNOTSUPP,
-                "the kernel refuses the flag of {} together with KVM_MEM_READONLY",
-                abi.name
-            );
+            fail!(EOPNOTSUPP, "the kernel refuses the flag of {} together with KVM_MEM_READONLY", abi.name);
         }
         if abi.bitmap && wish.offset % (8 * PAGE) != 0 {
-            fail!(
-                EOPNOTSUPP,
-                "with {} a slot must begin at a multiple of 32 KiB in its block",
-                abi.name
-            );
+            fail!(EOPNOTSUPP, "with {} a slot must begin at a multiple of 32 KiB in its block", abi.name);
         }
         Ok(())
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        memory
-            .uffd
-            .register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
+        memory.uffd.register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
         let bitmap = host.abi.is_some_and(|abi| abi.bitmap);
         Block::new(shape, None, bitmap, wish.present)
     }
@@ -77,11 +64,7 @@ impl Mechanism for MemslotFlag {
             super::map_vmm(memory, block, page)?;
         }
         let only_read = access != 0 && access & !(READ | EXEC) == 0;
-        let advice = if only_read {
-            libc::MADV_POPULATE_READ
-        } else {
-            libc::MADV_POPULATE_WRITE
-        };
+        let advice = if only_read { libc::MADV_POPULATE_READ } else { libc::MADV_POPULATE_WRITE };
         match advise(hva, len, advice, "madvise(MADV_POPULATE)") {
             // Before Linux 5.14: the same by touching.
             Err(e) if e.errno == libc::EINVAL => {

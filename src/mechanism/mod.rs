@@ -60,20 +60,14 @@ pub trait Mechanism: Sync + fmt::Debug {
 }
 
 /// All mechanisms, best first.
-pub static MECHANISMS: [&dyn Mechanism; 3] = [
-    &memslot_flag::MemslotFlag,
-    &poison_trap::PoisonTrap,
-    &userfaultfd::Userfaultfd,
-];
+pub static MECHANISMS: [&dyn Mechanism; 3] =
+    [&memslot_flag::MemslotFlag, &poison_trap::PoisonTrap, &userfaultfd::Userfaultfd];
 
 /// The place in the table of a C API number; None for AUTO, an error for what is no mechanism.
 pub fn choice(number: i32) -> Result<Option<usize>> {
     match MECHANISMS.iter().position(|m| m.number() == number) {
         None if number == 0 => Ok(None),
-        None => Err(Error::new(
-            libc::EINVAL,
-            format!("mechanism: {number} is not a KVMFAULT_MECHANISM_*"),
-        )),
+        None => Err(Error::new(libc::EINVAL, format!("mechanism: {number} is not a KVMFAULT_MECHANISM_*"))),
         found => Ok(found),
     }
 }

@@ -59,21 +59,14 @@ impl Mechanism for PoisonTrap {
     }
 
     fn set_fast(&self, memory: &Memory, block: &Block, on: bool) -> Result<()> {
-        if on == block.is_marked() {
-            return Ok(());
-        }
         if let (Some(alias), Kind::Shared | Kind::HugetlbShared) = (&block.alias, block.kind) {
             // Without markers, absent pages whose bytes are in the page cache are minor faults.
-            memory.uffd.register(
-                alias.address(),
-                block.len,
-                !on && has_minor(memory.uffd.features(), block.kind),
-            )?;
+            memory.uffd.register(alias.address(), block.len, !on && has_minor(memory.uffd.features(), block.kind))?;
         }
-        if on {
-            discard::mark(memory, block)
-        } else {
-            discard::unmark(memory, block)
+        match (on, block.is_marked()) {
+            (true, false) => discard::mark(memory, block),
+            (false, true) => discard::unmark(memory, block),
+            _ => Ok(()),
         }
     }
 

@@ -45,20 +45,14 @@ impl Report {
 
     /// Does the hardware walk the guest's page tables? What the module parameters of kvm_intel and kvm_amd say; other KVMs (pvm) shadow.
     pub fn two_dimensional_paging(&self) -> bool {
-        [
-            "/sys/module/kvm_intel/parameters/ept",
-            "/sys/module/kvm_amd/parameters/npt",
-        ]
-        .iter()
-        .any(|path| std::fs::read_to_string(path).is_ok_and(|value| matches!(value.trim(), "Y" | "1")))
+        ["/sys/module/kvm_intel/parameters/ept", "/sys/module/kvm_amd/parameters/npt"]
+            .iter()
+            .any(|path| std::fs::read_to_string(path).is_ok_and(|value| matches!(value.trim(), "Y" | "1")))
     }
 
     fn host(&self) -> Host {
         let abi = self.attempts.iter().find(|a| a.result.is_ok()).map(|a| a.abi);
-        Host {
-            abi,
-            features: self.features(),
-        }
+        Host { abi, features: self.features() }
     }
 
     /// Can a mechanism (by its place) serve this kind of memory?
@@ -66,13 +60,7 @@ impl Report {
         if let Err(e) = &self.uffd {
             return Err(Error::new(e.errno, "no userfaultfd"));
         }
-        let wish = Wish {
-            vcpu_only: true,
-            readonly: false,
-            present: false,
-            offset: 0,
-            file: None,
-        };
+        let wish = Wish { vcpu_only: true, readonly: false, present: false, offset: 0, file: None };
         MECHANISMS[mechanism].check(&self.host(), kind, &wish)
     }
 
@@ -114,11 +102,8 @@ impl Report {
                     false => format!("{name} no (Linux {since})"),
                 };
                 let poison = has(FEATURE_POISON, "UFFDIO_POISON", "6.6");
-                let _ = writeln!(
-                    text,
-                    "  can be opened; {poison}, {}",
-                    has(FEATURE_MINOR_SHMEM, "minor faults", "5.14")
-                );
+                let _ =
+                    writeln!(text, "  can be opened; {poison}, {}", has(FEATURE_MINOR_SHMEM, "minor faults", "5.14"));
             }
             Err(e) => {
                 let _ = writeln!(text, "  can't be opened: {e}");
@@ -128,15 +113,10 @@ impl Report {
     }
 
     fn explain_kvm(&self, text: &mut String) {
-        let _ = writeln!(
-            text,
-            "\nKVM, the fast-only memslot flag (never merged into mainline; revisions by name):"
-        );
+        let _ = writeln!(text, "\nKVM, the fast-only memslot flag (never merged into mainline; revisions by name):");
         for attempt in &self.attempts {
-            let verdict = attempt
-                .result
-                .as_ref()
-                .map_or_else(|e| format!("no: {e}"), |()| "proven in a scratch VM".into());
+            let verdict =
+                attempt.result.as_ref().map_or_else(|e| format!("no: {e}"), |()| "proven in a scratch VM".into());
             let _ = writeln!(text, "  {:<13} {}: {verdict}", attempt.abi.name, attempt.abi.title);
         }
         if self.abi().is_none() {
@@ -194,23 +174,13 @@ mod tests {
             assert!(text.contains(mechanism.name()), "{text}");
         }
         let tried = ABIS.iter().take_while(|abi| Some(abi.name) != report.abi());
-        tried.for_each(|abi| {
-            assert!(
-                text.contains(&format!("{:<13} {}: no: ", abi.name, abi.title)),
-                "{text}"
-            )
-        });
+        tried.for_each(|abi| assert!(text.contains(&format!("{:<13} {}: no: ", abi.name, abi.title)), "{text}"));
     }
 
     #[test]
     fn a_refused_userfaultfd_comes_with_a_remedy() {
         let uffd = Err(Error::new(libc::EPERM, "userfaultfd(2): not permitted"));
-        let report = Report {
-            uffd,
-            attempts: Vec::new(),
-            pre_fault: false,
-            fault_info: false,
-        };
+        let report = Report { uffd, attempts: Vec::new(), pre_fault: false, fault_info: false };
         let text = report.explain();
         assert!(
             text.contains("vm.unprivileged_userfaultfd=1") && text.contains("userfaultfd   does not work"),

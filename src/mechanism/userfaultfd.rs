@@ -25,9 +25,7 @@ impl Mechanism for Userfaultfd {
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        memory
-            .uffd
-            .register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
+        memory.uffd.register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
         Block::new(shape, None, false, wish.present)
     }
 

@@ -49,41 +49,19 @@ pub struct Block {
 impl Block {
     /// A block whose pages are all absent (or all present).
     pub fn new(shape: Shape, alias: Option<Mapping>, bitmap: bool, present: bool) -> Result<Block> {
-        let Shape {
-            hva,
-            len,
-            page,
-            kind,
-            mechanism,
-        } = shape;
+        let Shape { hva, len, page, kind, mechanism } = shape;
         let pages = Pages::new(len / page)?;
         let bitmap = match bitmap {
-            true => Some(Mapping::anonymous(
-                (len / PAGE).div_ceil(64).wrapping_mul(8).next_multiple_of(PAGE),
-            )?),
+            true => Some(Mapping::anonymous((len / PAGE).div_ceil(64).wrapping_mul(8).next_multiple_of(PAGE))?),
             false => None,
         };
         if present {
             pages.fill(State::Present);
         } else if let Some(bitmap) = &bitmap {
-            bitmap
-                .atomics()
-                .iter()
-                .for_each(|word| word.store(!0, Ordering::Release));
+            bitmap.atomics().iter().for_each(|word| word.store(!0, Ordering::Release));
         }
         let (marked, gone) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Block {
-            hva,
-            len,
-            page,
-            kind,
-            mechanism,
-            pages,
-            alias,
-            marked,
-            bitmap,
-            gone,
-        })
+        Ok(Block { hva, len, page, kind, mechanism, pages, alias, marked, bitmap, gone })
     }
 
     /// Where KVM finds the block.
@@ -153,52 +131,26 @@ mod tests {
 
     #[test]
     fn the_bitmap_follows_in_base_pages() {
-        let shape = Shape {
-            hva: 0x20_0000,
-            len: 8 << 20,
-            page: 2 << 20,
-            kind: Kind::HugetlbShared,
-            mechanism: 0,
-        };
+        let shape = Shape { hva: 0x20_0000, len: 8 << 20, page: 2 << 20, kind: Kind::HugetlbShared, mechanism: 0 };
         let block = Block::new(shape, None, true, false).unwrap();
         block.set_exits(1..2, false);
-        let words: Vec<u64> = block.bitmap.as_ref().unwrap().atomics()[..32]
-            .iter()
-            .map(|w| w.load(Ordering::Relaxed))
-            .collect();
+        let words: Vec<u64> =
+            block.bitmap.as_ref().unwrap().atomics()[..32].iter().map(|w| w.load(Ordering::Relaxed)).collect();
         assert!(words[..8].iter().all(|&w| w == !0) && words[8..16].iter().all(|&w| w == 0));
         block.set_exits(1..2, true);
         assert_eq!(block.bitmap_at(2 << 20), block.bitmap.as_ref().unwrap().address() + 64);
-        let shape = Shape {
-            hva: 0x1000,
-            len: 0x10_0000,
-            page: PAGE,
-            kind: Kind::Anon,
-            mechanism: 0,
-        };
+        let shape = Shape { hva: 0x1000, len: 0x10_0000, page: PAGE, kind: Kind::Anon, mechanism: 0 };
         let block = Block::new(shape, None, true, false).unwrap();
         block.set_exits(60..70, false);
-        assert_eq!(
-            block.bitmap.as_ref().unwrap().atomics()[0].load(Ordering::Relaxed),
-            (1 << 60) - 1
-        );
-        assert_eq!(
-            block.bitmap.as_ref().unwrap().atomics()[1].load(Ordering::Relaxed),
-            !0x3f
-        );
+        assert_eq!(block.bitmap.as_ref().unwrap().atomics()[0].load(Ordering::Relaxed), (1 << 60) - 1);
+        assert_eq!(block.bitmap.as_ref().unwrap().atomics()[1].load(Ordering::Relaxed), !0x3f);
     }
 
     #[test]
     fn addresses_of_both_mappings_name_the_same_page() {
         let alias = Mapping::anonymous(4 * PAGE).unwrap();
         let at = alias.address();
-        let shape = Shape {
-            hva: 0x1000,
-            len: 4 * PAGE,
-            page: PAGE,
-            kind: Kind::Shared,
-            mechanism: 0,
-        };
+        let shape = Shape { hva: 0x1000, len: 4 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
         let block = Block::new(shape, Some(alias), false, true).unwrap();
         assert_eq!((block.page_at(0x3abc), block.page_at(at + 0x2abc)), (Some(2), Some(2)));
         assert_eq!((block.page_at(0xfff), block.page_at(0x5000)), (None, None));

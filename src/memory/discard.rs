@@ -97,9 +97,7 @@ pub fn lose(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
             let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
             if memory.uffd.features() & FEATURE_POISON != 0 {
                 mark_all(memory, hva, len)?;
-                block
-                    .alias_of(run.start)
-                    .map_or(Ok(true), |alias| mark_all(memory, alias, len))?;
+                block.alias_of(run.start).map_or(Ok(true), |alias| mark_all(memory, alias, len))?;
             } else {
                 protect(hva, len, false)?;
             }
@@ -134,16 +132,9 @@ pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
 pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
     for group in gate_groups(0..block.pages.len()) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
-        for run in runs(group, |page| {
-            matches!(block.pages.get(page), State::Absent | State::Resolving)
-        }) {
+        for run in runs(group, |page| matches!(block.pages.get(page), State::Absent | State::Resolving)) {
             let at = block.kvm_hva() + run.start * block.page;
-            advise(
-                at,
-                (run.end - run.start) * block.page,
-                libc::MADV_DONTNEED,
-                "madvise(MADV_DONTNEED)",
-            )?;
+            advise(at, (run.end - run.start) * block.page, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
         }
     }
     block.marked.store(false, Ordering::SeqCst);
@@ -154,9 +145,7 @@ pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
 pub fn wake(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     let len = (run.end - run.start) * block.page;
     memory.uffd.wake(block.hva_of(run.start), len)?;
-    block
-        .alias_of(run.start)
-        .map_or(Ok(()), |alias| memory.uffd.wake(alias, len))
+    block.alias_of(run.start).map_or(Ok(()), |alias| memory.uffd.wake(alias, len))
 }
 
 fn gate_groups(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
@@ -205,10 +194,7 @@ mod tests {
 
     #[test]
     fn groups_cover_the_range() {
-        assert_eq!(
-            gate_groups(500..1100).collect::<Vec<_>>(),
-            [500..512, 512..1024, 1024..1100]
-        );
+        assert_eq!(gate_groups(500..1100).collect::<Vec<_>>(), [500..512, 512..1024, 1024..1100]);
         assert_eq!(gate_groups(512..1024).collect::<Vec<_>>(), [512..1024]);
         assert_eq!(gate_groups(7..7).filter(|g| !g.is_empty()).count(), 0);
     }

@@ -41,11 +41,7 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
     while page < pages.end {
         match block.pages.get(page) {
             State::Present => page += 1,
-            State::Lost => fail!(
-                EHWPOISON,
-                "the page at hva {:#x} is lost; discard it first",
-                block.hva_of(page)
-            ),
+            State::Lost => fail!(EHWPOISON, "the page at hva {:#x} is lost; discard it first", block.hva_of(page)),
             _ => {
                 let gate_end = (page / GATE_PAGES + 1) * GATE_PAGES;
                 let end = (page + 1..pages.end.min(gate_end))
@@ -95,10 +91,7 @@ fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source, offset
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     match source {
         Source::Copy(bytes) => memory.uffd.copy(hva, bytes + offset, len).map_err(|e| match e.errno {
-            libc::EFAULT => Error::new(
-                libc::EFAULT,
-                format!("src: the bytes at {:#x} can't be read", bytes + offset),
-            ),
+            libc::EFAULT => Error::new(libc::EFAULT, format!("src: the bytes at {:#x} can't be read", bytes + offset)),
             _ => explain(e, block, hva),
         }),
         // UFFDIO_ZEROPAGE doesn't replace a marker in private memory, and doesn't know hugetlb.
@@ -108,16 +101,10 @@ fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source, offset
         Source::Zero => {
             let zeros = ZEROS.as_ref().map_err(Clone::clone)?;
             let len = len.min((1 << 30) / block.page * block.page).max(block.page);
-            memory
-                .uffd
-                .copy(hva, zeros.address(), len)
-                .map_err(|e| explain(e, block, hva))
+            memory.uffd.copy(hva, zeros.address(), len).map_err(|e| explain(e, block, hva))
         }
         Source::Map => memory.uffd.map(hva, len).map_err(|e| match e.errno {
-            libc::EFAULT => Error::new(
-                libc::ENOENT,
-                format!("the page at hva {hva:#x} is not in the page cache"),
-            ),
+            libc::EFAULT => Error::new(libc::ENOENT, format!("the page at hva {hva:#x} is not in the page cache")),
             _ => explain(e, block, hva),
         }),
     }
@@ -158,11 +145,7 @@ pub fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats)
     let mut at = alias;
     let mut deadline = None;
     while at < end {
-        match memory
-            .uffd
-            .map(at, end - at)
-            .map_err(|e| e.context("mapping a page for KVM"))?
-        {
+        match memory.uffd.map(at, end - at).map_err(|e| e.context("mapping a page for KVM"))? {
             Step::Done(bytes) => at += bytes,
             Step::Exists => {
                 memory.uffd.wake(at, block.page)?;
@@ -199,13 +182,7 @@ mod tests {
         let memory = Memory::new(Uffd::open().expect("userfaultfd"));
         let ram = Mapping::anonymous(pages * PAGE).unwrap();
         memory.uffd.register(ram.address(), pages * PAGE, false).unwrap();
-        let shape = Shape {
-            hva: ram.address(),
-            len: pages * PAGE,
-            page: PAGE,
-            kind: Kind::Anon,
-            mechanism: 0,
-        };
+        let shape = Shape { hva: ram.address(), len: pages * PAGE, page: PAGE, kind: Kind::Anon, mechanism: 0 };
         let block = Block::new(shape, None, false, false).unwrap();
         (memory, ram, block)
     }
@@ -223,18 +200,9 @@ mod tests {
         let bytes = Mapping::anonymous(1030 * PAGE).unwrap();
         mem::write(bytes.address(), &[1; 1030 * PAGE as usize]).unwrap();
         assert_eq!(install(&memory, &block, 600..601, Source::Zero, &stats), Ok(1));
-        assert_eq!(
-            install(&memory, &block, 0..1030, Source::Copy(bytes.address()), &stats),
-            Ok(1029)
-        );
-        assert_eq!(
-            install(&memory, &block, 0..1030, Source::Copy(bytes.address()), &stats),
-            Ok(0)
-        );
-        assert_eq!(
-            (byte(ram.address() + 600 * PAGE), byte(ram.address() + 601 * PAGE)),
-            (0, 1)
-        );
+        assert_eq!(install(&memory, &block, 0..1030, Source::Copy(bytes.address()), &stats), Ok(1029));
+        assert_eq!(install(&memory, &block, 0..1030, Source::Copy(bytes.address()), &stats), Ok(0));
+        assert_eq!((byte(ram.address() + 600 * PAGE), byte(ram.address() + 601 * PAGE)), (0, 1));
         assert_eq!((stats.pages_copied.get(), stats.pages_zeroed.get()), (1029, 1));
     }
 
@@ -260,9 +228,6 @@ mod tests {
         assert!(error.message.starts_with("src:"), "{error}");
         assert_eq!(block.pages.get(0), State::Absent);
         block.pages.change(2, State::Absent, State::Lost).unwrap();
-        assert_eq!(
-            install(&memory, &block, 2..3, Source::Zero, &stats).unwrap_err().errno,
-            libc::EHWPOISON
-        );
+        assert_eq!(install(&memory, &block, 2..3, Source::Zero, &stats).unwrap_err().errno, libc::EHWPOISON);
     }
 }

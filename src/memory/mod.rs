@@ -11,7 +11,7 @@ pub mod slots;
 pub mod wait;
 
 use crate::kernel::uffd::Uffd;
-use crate::stats::Stats;
+use crate::stats::Shards;
 use arc_swap::{ArcSwap, Guard};
 use slots::Slots;
 use std::sync::Arc;
@@ -24,19 +24,14 @@ pub struct Memory {
     /// Keeps discards and installs of a page apart.
     pub gates: Gates,
     /// What nobody else's counters cover: reader threads and calls from outside.
-    pub stats: Stats,
+    pub stats: Shards,
     slots: ArcSwap<Slots>,
 }
 
 impl Memory {
     /// No slots yet.
     pub fn new(uffd: Uffd) -> Memory {
-        Memory {
-            uffd,
-            gates: Gates::new(),
-            stats: Stats::default(),
-            slots: ArcSwap::from_pointee(Slots::default()),
-        }
+        Memory { uffd, gates: Gates::new(), stats: Shards::default(), slots: ArcSwap::from_pointee(Slots::default()) }
     }
 
     /// The slots as they are now. Lock-free: a fault never waits for somebody who edits slots, nor for another vCPU.

@@ -49,10 +49,7 @@ impl Pages {
     /// `len` absent pages.
     pub fn new(len: u64) -> Result<Pages> {
         let bytes = len.div_ceil(PER_WORD) * 8;
-        Ok(Pages {
-            words: Mapping::anonymous(bytes.next_multiple_of(PAGE))?,
-            len,
-        })
+        Ok(Pages { words: Mapping::anonymous(bytes.next_multiple_of(PAGE))?, len })
     }
 
     /// How many there are.
@@ -142,9 +139,7 @@ mod tests {
             let racers: Vec<_> = (0..8)
                 .map(|_| {
                     scope.spawn(|| {
-                        (0..100)
-                            .filter(|&p| pages.change(p, State::Absent, State::Resolving).is_ok())
-                            .count()
+                        (0..100).filter(|&p| pages.change(p, State::Absent, State::Resolving).is_ok()).count()
                     })
                 })
                 .collect();
@@ -161,10 +156,7 @@ mod tests {
         assert!(pages.make_present(33));
         assert!(!pages.make_present(33));
         assert_eq!(pages.change(33, State::Absent, State::Lost), Err(State::Present));
-        assert_eq!(
-            (pages.get(32), pages.get(33), pages.get(34)),
-            (State::Absent, State::Present, State::Absent)
-        );
+        assert_eq!((pages.get(32), pages.get(33), pages.get(34)), (State::Absent, State::Present, State::Absent));
         assert_eq!(pages.count(0..70, State::Absent), 69);
         assert_eq!(pages.count(33..34, State::Present), 1);
         pages.fill(State::Present);

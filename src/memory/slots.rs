@@ -73,9 +73,7 @@ pub struct Slots {
 impl Slots {
     /// The slot of a guest physical address in an address space.
     pub fn at(&self, space: u32, gpa: u64) -> Option<&Arc<Slot>> {
-        let after = self
-            .slots
-            .partition_point(|s| (s.space(), s.region.gpa) <= (space, gpa));
+        let after = self.slots.partition_point(|s| (s.space(), s.region.gpa) <= (space, gpa));
         let slot = &self.slots[after.checked_sub(1)?];
         (slot.space() == space && slot.holds(gpa)).then_some(slot)
     }
@@ -88,10 +86,7 @@ impl Slots {
     /// The slot that KVM maps from this address of this process.
     pub fn at_kvm_hva(&self, hva: u64) -> Option<&Arc<Slot>> {
         let after = self.by_kvm_hva.partition_point(|s| s.region.hva <= hva);
-        self.by_kvm_hva[..after]
-            .iter()
-            .rev()
-            .find(|s| hva - s.region.hva < s.region.len)
+        self.by_kvm_hva[..after].iter().rev().find(|s| hva - s.region.hva < s.region.len)
     }
 
     /// The block and page of an address in either mapping.
@@ -99,17 +94,13 @@ impl Slots {
         let after = self.blocks.partition_point(|b| b.hva <= hva);
         let own = after.checked_sub(1).map(|n| &self.blocks[n]);
         let found = |b: &Arc<Block>| b.page_at(hva).is_some();
-        let block = own
-            .filter(|b| found(b))
-            .or_else(|| self.blocks.iter().find(|b| found(b)))?;
+        let block = own.filter(|b| found(b)).or_else(|| self.blocks.iter().find(|b| found(b)))?;
         Some((block, block.page_at(hva)?))
     }
 
     /// A slot that shows a block's page to the guest.
     pub fn showing(&self, block: &Arc<Block>, page: u64) -> Option<&Arc<Slot>> {
-        self.slots
-            .iter()
-            .find(|s| Arc::ptr_eq(&s.block, block) && s.covers(page))
+        self.slots.iter().find(|s| Arc::ptr_eq(&s.block, block) && s.covers(page))
     }
 
     /// The slot of KVM's number.
@@ -129,9 +120,7 @@ impl Slots {
 
     /// Blocks that overlap a host range.
     pub fn blocks_in(&self, hva: u64, len: u64) -> impl Iterator<Item = &Arc<Block>> {
-        self.blocks
-            .iter()
-            .filter(move |b| b.hva < hva + len && hva < b.hva + b.len)
+        self.blocks.iter().filter(move |b| b.hva < hva + len && hva < b.hva + b.len)
     }
 
     /// All slots.
@@ -177,10 +166,7 @@ impl Slots {
     /// Pages of all blocks that are neither PRESENT nor LOST.
     pub fn absent(&self) -> u64 {
         let count = |b: &Arc<Block>, state| b.pages.count(0..b.pages.len(), state);
-        self.blocks
-            .iter()
-            .map(|b| count(b, State::Absent) + count(b, State::Resolving))
-            .sum()
+        self.blocks.iter().map(|b| count(b, State::Absent) + count(b, State::Resolving)).sum()
     }
 }
 
@@ -191,38 +177,25 @@ mod tests {
     use crate::memory::block::Shape;
 
     fn slot(number: u32, gpa: u64, block: &Arc<Block>, offset: u64, len: u64) -> Slot {
-        let region = Region {
-            slot: number,
-            gpa,
-            len,
-            hva: block.kvm_hva() + offset,
-            ..Default::default()
-        };
-        Slot {
-            region,
-            block: block.clone(),
-            offset,
-            fast_only: true,
-        }
+        let region = Region { slot: number, gpa, len, hva: block.kvm_hva() + offset, ..Default::default() };
+        Slot { region, block: block.clone(), offset, fast_only: true }
     }
 
     fn block(hva: u64, pages: u64) -> Arc<Block> {
-        let shape = Shape {
-            hva,
-            len: pages * PAGE,
-            page: PAGE,
-            kind: Kind::Shared,
-            mechanism: 0,
-        };
+        let shape = Shape { hva, len: pages * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
         Arc::new(Block::new(shape, None, false, false).unwrap())
     }
 
     #[test]
     fn two_slots_on_one_host_range_share_page_states() {
         let ram = block(0x10_0000, 16);
-        let slots = Slots::default()
-            .with(slot(0, 0x4000_0000, &ram, 0, 16 * PAGE))
-            .with(slot(1 << 16, 0, &ram, 4 * PAGE, 8 * PAGE));
+        let slots = Slots::default().with(slot(0, 0x4000_0000, &ram, 0, 16 * PAGE)).with(slot(
+            1 << 16,
+            0,
+            &ram,
+            4 * PAGE,
+            8 * PAGE,
+        ));
         assert_eq!(slots.at(0, 0x4000_5000).unwrap().page_of(0x4000_5000), 5);
         assert_eq!(slots.at(1, 0x1000).unwrap().page_of(0x1000), 5);
         assert!(slots.at(0, 0x1000).is_none() && slots.at(1, 8 * PAGE).is_none());
@@ -239,18 +212,10 @@ mod tests {
     fn overlap_is_within_an_address_space() {
         let ram = block(0x10_0000, 16);
         let slots = Slots::default().with(slot(3, 0x1000, &ram, 0, 4 * PAGE));
-        let region = |slot, gpa| Region {
-            slot,
-            gpa,
-            len: PAGE,
-            ..Default::default()
-        };
+        let region = |slot, gpa| Region { slot, gpa, len: PAGE, ..Default::default() };
         assert!(slots.overlapping(&region(4, 0x4000)).is_some());
         assert!(slots.overlapping(&region(4, 0x5000)).is_none());
-        assert!(
-            slots.overlapping(&region(3, 0x4000)).is_none(),
-            "a slot may move over itself"
-        );
+        assert!(slots.overlapping(&region(3, 0x4000)).is_none(), "a slot may move over itself");
         assert!(slots.overlapping(&region(1 << 16 | 4, 0x4000)).is_none());
     }
 }

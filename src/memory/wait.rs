@@ -40,13 +40,7 @@ pub struct Sleeper {
 impl WaitTable {
     /// An empty table.
     pub const fn new() -> WaitTable {
-        const EMPTY: Bucket = Bucket {
-            sequence: AtomicU32::new(0),
-            sleepers: AtomicU32::new(0),
-        };
-        WaitTable {
-            buckets: [EMPTY; BUCKETS],
-        }
+        WaitTable { buckets: [const { Bucket { sequence: AtomicU32::new(0), sleepers: AtomicU32::new(0) } }; BUCKETS] }
     }
 
     /// Sleeps until the page may have changed; `still` says whether there is anything to wait for, and is asked after the
@@ -57,11 +51,7 @@ impl WaitTable {
         bucket.sleepers.fetch_add(1, SeqCst);
         let sequence = bucket.sequence.load(SeqCst);
         sleeper.bucket.store(number as u32 + 1, SeqCst);
-        let wake = if still() {
-            futex_wait(&bucket.sequence, sequence, at_most)
-        } else {
-            Wake::Woken
-        };
+        let wake = if still() { futex_wait(&bucket.sequence, sequence, at_most) } else { Wake::Woken };
         sleeper.bucket.store(0, SeqCst);
         bucket.sleepers.fetch_sub(1, SeqCst);
         wake
@@ -128,9 +118,7 @@ impl Drop for Pass<'_> {
 impl Gates {
     /// Open gates.
     pub fn new() -> Gates {
-        Gates {
-            gates: (0..BUCKETS).map(|_| Gate::default()).collect(),
-        }
+        Gates { gates: (0..BUCKETS).map(|_| Gate::default()).collect() }
     }
 
     fn gate(&self, key: u64) -> &Gate {

@@ -44,11 +44,7 @@ impl FileSource {
         let file = File::open(format!("/proc/self/fd/{fd}")).map_err(|e| Error::from_io("fd", &e))?;
         let meta = file.metadata().map_err(|e| Error::from_io("fd", &e))?;
         if !meta.is_file() {
-            let kind = if meta.file_type().is_block_device() {
-                "a block device"
-            } else {
-                "not a file"
-            };
+            let kind = if meta.file_type().is_block_device() { "a block device" } else { "not a file" };
             fail!(EINVAL, "fd: a snapshot is a regular file; {fd} is {kind}");
         }
         let size = meta.size();
@@ -85,13 +81,8 @@ impl FileSource {
     /// The longest piece from `gpa` on, up to `len` bytes, that is all data or all hole.
     pub fn find(&self, gpa: u64, len: u64) -> Result<(Bytes, u64)> {
         let after = self.ranges.partition_point(|r| r.gpa <= gpa);
-        let range = after
-            .checked_sub(1)
-            .map(|n| &self.ranges[n])
-            .filter(|r| gpa - r.gpa < r.len);
-        let Some(range) = range else {
-            fail!(ENXIO, "the snapshot has no page for gpa {gpa:#x}")
-        };
+        let range = after.checked_sub(1).map(|n| &self.ranges[n]).filter(|r| gpa - r.gpa < r.len);
+        let Some(range) = range else { fail!(ENXIO, "the snapshot has no page for gpa {gpa:#x}") };
         let offset = range.offset + (gpa - range.gpa);
         let len = len.min(range.len - (gpa - range.gpa));
         let next = self.data.partition_point(|d| d.end <= offset);
@@ -133,13 +124,7 @@ mod tests {
             std::process::id(),
             std::thread::current().id()
         ));
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
-            .unwrap();
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
         std::fs::remove_file(path).unwrap();
         file
     }
@@ -149,11 +134,7 @@ mod tests {
         let file = temporary();
         file.set_len(64 * PAGE).unwrap();
         file.write_all_at(&[9; PAGE as usize], 16 * PAGE).unwrap();
-        let range = FileRange {
-            gpa: 0x4000_0000,
-            len: 32 * PAGE,
-            offset: 8 * PAGE,
-        };
+        let range = FileRange { gpa: 0x4000_0000, len: 32 * PAGE, offset: 8 * PAGE };
         let source = FileSource::new(file.as_raw_fd(), &[range]).unwrap();
         let (bytes, len) = source.find(0x4000_0000, 32 * PAGE).unwrap();
         assert_eq!((bytes, len), (Bytes::Hole, 8 * PAGE));
@@ -162,15 +143,9 @@ mod tests {
         let mut byte = [0];
         mem::read(address, &mut byte).unwrap();
         assert_eq!((byte, len), ([9], PAGE));
-        assert_eq!(
-            source.find(0x4000_0000 + 9 * PAGE, 64 * PAGE).unwrap(),
-            (Bytes::Hole, 23 * PAGE)
-        );
+        assert_eq!(source.find(0x4000_0000 + 9 * PAGE, 64 * PAGE).unwrap(), (Bytes::Hole, 23 * PAGE));
         assert_eq!(source.find(0x3fff_f000, PAGE).unwrap_err().errno, libc::ENXIO);
-        assert_eq!(
-            source.find(0x4000_0000 + 32 * PAGE, PAGE).unwrap_err().errno,
-            libc::ENXIO
-        );
+        assert_eq!(source.find(0x4000_0000 + 32 * PAGE, PAGE).unwrap_err().errno, libc::ENXIO);
     }
 
     #[test]
@@ -180,12 +155,7 @@ mod tests {
         let new = |ranges: &[FileRange]| FileSource::new(file.as_raw_fd(), ranges).map_err(|e| e.errno).err();
         let range = |gpa, len, offset| FileRange { gpa, len, offset };
         assert_eq!(new(&[range(0, 4 * PAGE, 0)]), None);
-        for bad in [
-            range(0, 5 * PAGE, 0),
-            range(0, PAGE, u64::MAX - PAGE + 1),
-            range(1, PAGE, 0),
-            range(0, 0, 0),
-        ] {
+        for bad in [range(0, 5 * PAGE, 0), range(0, PAGE, u64::MAX - PAGE + 1), range(1, PAGE, 0), range(0, 0, 0)] {
             assert_eq!(new(&[bad]), Some(libc::EINVAL), "{bad:?}");
         }
         assert_eq!(new(&[range(0, 2 * PAGE, 0), range(PAGE, PAGE, 0)]), Some(libc::EINVAL));

@@ -218,10 +218,7 @@ impl Engine {
         let mut waited = false;
         loop {
             if self.is_shut_down() {
-                fail!(
-                    ESHUTDOWN,
-                    "the VM was freed while a fault at hva {hva:#x} was under way"
-                );
+                fail!(ESHUTDOWN, "the VM was freed while a fault at hva {hva:#x} was under way");
             }
             if block.gone.load(SeqCst) {
                 return Ok(Outcome::Gone);
@@ -251,11 +248,7 @@ impl Engine {
                     if block.pages.change(page, State::Absent, State::Resolving).is_err() {
                         continue;
                     }
-                    let ours = Ours {
-                        engine: self,
-                        block,
-                        page,
-                    };
+                    let ours = Ours { engine: self, block, page };
                     let Some(fault) = self.fault(block, page, who, access) else {
                         return Ok(Outcome::Gone);
                     };
@@ -292,11 +285,7 @@ impl Engine {
                 Ok(Some(if lost { Outcome::Lost } else { Outcome::Installed }))
             }
             Answer::Retry => Ok(Some(Outcome::Retry)),
-            Answer::Resolved => fail!(
-                EPROTO,
-                "the resolver said KVMFAULT_RESOLVED but installed nothing at {}",
-                at()
-            ),
+            Answer::Resolved => fail!(EPROTO, "the resolver said KVMFAULT_RESOLVED but installed nothing at {}", at()),
             Answer::Failed(errno) => {
                 let error = std::io::Error::from_raw_os_error(errno);
                 Err(Error::new(errno, format!("the resolver failed at {}: {error}", at())))
@@ -319,15 +308,7 @@ impl Engine {
         let start = (gpa / size * size).max(slot.region.gpa);
         let end = (gpa / size * size + size).min(slot.region.gpa + slot.region.len);
         let hva = block.hva_of(page);
-        Some(Fault {
-            slot: slot.region.slot,
-            gpa,
-            len,
-            hva,
-            access,
-            origin,
-            window: (start, end - start),
-        })
+        Some(Fault { slot: slot.region.slot, gpa, len, hva, access, origin, window: (start, end - start) })
     }
 
     /// Another failed try for a host thread at this page: which one in a row.
@@ -363,12 +344,7 @@ struct Ours<'a> {
 
 impl Drop for Ours<'_> {
     fn drop(&mut self) {
-        if self
-            .block
-            .pages
-            .change(self.page, State::Resolving, State::Absent)
-            .is_ok()
-        {
+        if self.block.pages.change(self.page, State::Resolving, State::Absent).is_ok() {
             WAITS.wake(self.block.hva_of(self.page));
             // Whoever sleeps in userfaultfd looks again, and so asks the resolver anew. Nothing to do if the memory is gone.
             let _ = discard::wake(&self.engine.memory, self.block, &(self.page..self.page + 1));

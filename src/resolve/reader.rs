@@ -37,10 +37,7 @@ fn read(engine: &Engine, stop: &Flag) {
     block_all_signals();
     let mut later: Vec<Again> = Vec::new();
     loop {
-        let timeout = later
-            .iter()
-            .map(|a| a.due.saturating_duration_since(Instant::now()))
-            .min();
+        let timeout = later.iter().map(|a| a.due.saturating_duration_since(Instant::now())).min();
         let [readable, stopped] = poll([engine.memory.uffd.as_raw_fd(), stop.as_raw_fd()], timeout);
         if stopped {
             return;
@@ -58,11 +55,7 @@ fn read(engine: &Engine, stop: &Flag) {
                         libc::ENOTRECOVERABLE,
                         "a bug in libkvmfault: a reader thread panicked (see stderr)",
                     );
-                    engine
-                        .seats
-                        .all()
-                        .iter()
-                        .for_each(|s| s.tell(News::Failed(error.clone())));
+                    engine.seats.all().iter().for_each(|s| s.tell(News::Failed(error.clone())));
                 }
             }
             Ok(None) => {}                                           // another reader was faster
@@ -91,7 +84,7 @@ fn serve(engine: &Engine, message: &Message, later: &mut Vec<Again>) {
     let seat = message.thread.and_then(|t| engine.seats.of_thread(t));
     // A vCPU's thread may also fault as a host thread, in a device model; what it touches is the same page either way.
     let origin = seat.as_ref().map_or(Origin::Host, |seat| Origin::Vcpu(seat.number));
-    let stats = seat.as_ref().map_or(&engine.memory.stats, |seat| &seat.stats);
+    let stats = seat.as_ref().map_or(engine.memory.stats.here(), |seat| &seat.stats);
     let access = if message.write { 1 << 1 } else { 1 << 0 };
 
     let outcome = engine.resolve(&block, page, origin, access, None, stats);
@@ -115,11 +108,7 @@ fn serve(engine: &Engine, message: &Message, later: &mut Vec<Again>) {
                     format!("the resolver has asked for {tries} retries of the page at hva {hva:#x}"),
                 ))
             } else {
-                later.push(Again {
-                    due: Instant::now() + pause_before(tries),
-                    block,
-                    page,
-                });
+                later.push(Again { due: Instant::now() + pause_before(tries), block, page });
                 return;
             }
         }
@@ -132,11 +121,7 @@ fn serve(engine: &Engine, message: &Message, later: &mut Vec<Again>) {
     // A host thread has no error to return: it waits on, and the resolver is asked again, less and less often.
     let tries = engine.count_failure(hva);
     let pause = Duration::from_millis(1 << tries.min(10)).min(Duration::from_secs(1));
-    later.push(Again {
-        due: Instant::now() + pause,
-        block,
-        page,
-    });
+    later.push(Again { due: Instant::now() + pause, block, page });
     if let Some(seat) = seat {
         seat.tell(News::Failed(error));
     }
@@ -147,7 +132,7 @@ fn map(engine: &Engine, block: &Block, page: u64, touched: u64) -> Result<()> {
     let in_vmm = touched.wrapping_sub(block.hva) < block.len;
     match block.alias_of(page) {
         Some(alias) if !in_vmm => {
-            install::map_alias(&engine.memory, block, page..page + 1, &engine.memory.stats)?;
+            install::map_alias(&engine.memory, block, page..page + 1, engine.memory.stats.here())?;
             engine.memory.uffd.wake(alias, block.page)
         }
         _ => mechanism::map_vmm(&engine.memory, block, page),

@@ -164,29 +164,18 @@ pub struct Seats {
 impl Seats {
     /// Adds one.
     pub fn add(&self, seat: &'static Seat) {
-        self.seats
-            .rcu(|seats| seats.iter().copied().chain([seat]).collect::<Vec<_>>());
+        self.seats.rcu(|seats| seats.iter().copied().chain([seat]).collect::<Vec<_>>());
     }
 
     /// Removes one; its counts stay.
     pub fn remove(&self, seat: &'static Seat) {
         self.gone.absorb(&seat.stats);
-        self.seats.rcu(|seats| {
-            seats
-                .iter()
-                .copied()
-                .filter(|s| !std::ptr::eq(*s, seat))
-                .collect::<Vec<_>>()
-        });
+        self.seats.rcu(|seats| seats.iter().copied().filter(|s| !std::ptr::eq(*s, seat)).collect::<Vec<_>>());
     }
 
     /// The one whose thread this is.
     pub fn of_thread(&self, thread: i32) -> Option<&'static Seat> {
-        self.seats
-            .load()
-            .iter()
-            .find(|s| s.thread.load(SeqCst) == thread)
-            .copied()
+        self.seats.load().iter().find(|s| s.thread.load(SeqCst) == thread).copied()
     }
 
     /// All of them now.

@@ -1,0 +1,342 @@
+//! Slots as the VMM sets them: everything is checked before anything changes, and faults never wait for it.
+
+use super::Vm;
+use crate::error::{fail, Result};
+use crate::kernel::kvm::Region;
+use crate::kernel::mem::{self, Kind, PAGE};
+use crate::mechanism::{self, Wish, MECHANISMS};
+use crate::memory::block::{Block, Shape};
+use crate::memory::discard;
+use crate::memory::slots::{Slot, Slots};
+use crate::memory::wait::WAITS;
+use std::os::fd::RawFd;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::Arc;
+
+/// A memslot as the VMM asks for it.
+#[derive(Debug, Clone, Copy)]
+pub struct SlotRequest {
+    /// Id and address space.
+    pub slot: u32,
+    /// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY.
+    pub kvm_flags: u32,
+    /// First guest physical address.
+    pub gpa: u64,
+    /// Bytes; 0 deletes.
+    pub len: u64,
+    /// The memory.
+    pub hva: u64,
+    /// The block that it is a window of: start and bytes.
+    pub block: Option<(u64, u64)>,
+    /// What the VMM says the memory is.
+    pub memory: MemoryKind,
+    /// The block's file, and where the block begins in it.
+    pub file: Option<(RawFd, u64)>,
+    /// Only vCPUs touch absent pages.
+    pub vcpu_only: bool,
+    /// All pages are present at the start.
+    pub present: bool,
+    /// When deleting: keep the page states.
+    pub keep: bool,
+    /// Begin with the fast path off.
+    pub slow: bool,
+}
+
+/// What the VMM says that memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// Whatever it is.
+    Auto,
+    /// Private anonymous.
+    Anon,
+    /// memfd, tmpfs, shared anonymous.
+    Shared,
+    /// hugetlb.
+    Hugetlb,
+}
+
+impl MemoryKind {
+    fn admits(self, kind: Kind) -> bool {
+        match self {
+            MemoryKind::Auto => true,
+            MemoryKind::Anon => kind == Kind::Anon,
+            MemoryKind::Shared => kind == Kind::Shared,
+            MemoryKind::Hugetlb => matches!(kind, Kind::HugetlbPrivate | Kind::HugetlbShared),
+        }
+    }
+}
+
+/// Who does the ioctl.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ioctl {
+    Library,
+    Vmm,
+}
+
+/// KVM_MEM_* bits that a VMM may pass: LOG_DIRTY_PAGES and READONLY.
+const KVM_FLAGS: u32 = kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES | kvm_bindings::KVM_MEM_READONLY;
+
+impl Vm {
+    /// Creates, moves or deletes a slot, and tells KVM.
+    pub fn memslot_set(&self, request: &SlotRequest) -> Result<()> {
+        self.edit(request, Ioctl::Library).map(|_| ())
+    }
+
+    /// The same without telling KVM; returns what the VMM is to tell it.
+    pub fn memslot_prepare(&self, request: &SlotRequest) -> Result<Region> {
+        self.edit(request, Ioctl::Vmm)
+    }
+
+    fn edit(&self, request: &SlotRequest, ioctl: Ioctl) -> Result<Region> {
+        let _editing = self.start_editing()?;
+        let slots = self.engine.memory.slots();
+        if request.len == 0 {
+            return self.delete(&slots, request, ioctl);
+        }
+        let slot = self.plan(&slots, request)?;
+        let old = slots.numbered(request.slot).cloned();
+        let region = slot.region;
+        let new = slots.with(slot);
+        drop(slots);
+        // Published first: a vCPU may fault the moment KVM knows the slot.
+        let before = self.engine.memory.slots().clone();
+        self.publish(new);
+        if ioctl == Ioctl::Library {
+            if let Err(e) = self.set_region(old.as_deref(), &region) {
+                self.publish((*before).clone());
+                return Err(e);
+            }
+        }
+        Ok(region)
+    }
+
+    /// KVM moves a slot (guest address, flags) in place, but takes another size or host address only after a delete.
+    fn set_region(&self, old: Option<&Slot>, region: &Region) -> Result<()> {
+        if let Some(old) = old.filter(|o| o.region.len != region.len || o.region.hva != region.hva) {
+            self.vm.set_region(&Region { len: 0, ..old.region })?;
+            return self.vm.set_region(region).inspect_err(|_| {
+                let _ = self.vm.set_region(&old.region); // as it was
+            });
+        }
+        self.vm.set_region(region)
+    }
+
+    fn delete(&self, slots: &Slots, request: &SlotRequest, ioctl: Ioctl) -> Result<Region> {
+        let Some(old) = slots.numbered(request.slot).cloned() else {
+            fail!(ENOENT, "slot: {:#x} is not set", request.slot);
+        };
+        let region = Region { len: 0, ..old.region };
+        if ioctl == Ioctl::Library {
+            self.vm.set_region(&region)?;
+        }
+        self.publish(slots.without(request.slot, request.keep));
+        Ok(region)
+    }
+
+    /// Replaces the slots; blocks that are no longer among them release their sleepers.
+    fn publish(&self, new: Slots) {
+        let memory = &self.engine.memory;
+        let before = memory.slots().clone();
+        let kept = |b: &Arc<Block>| new.blocks().any(|n| Arc::ptr_eq(n, b));
+        let gone: Vec<_> = before.blocks().filter(|b| !kept(b)).cloned().collect();
+        memory.replace_slots(new);
+        gone.iter().for_each(|block| self.retire(block));
+    }
+
+    /// Makes a block's memory ordinary again: whoever waits goes on, and absent pages read as zeros.
+    fn retire(&self, block: &Block) {
+        let memory = &self.engine.memory;
+        block.gone.store(true, SeqCst);
+        WAITS.wake_all();
+        if block.alias.is_none() && block.is_marked() {
+            let _ = discard::unmark(memory, block);
+        }
+        let _ = memory.uffd.unregister(block.hva, block.len);
+    }
+
+    /// The slot to be. Checks everything before anything changes.
+    fn plan(&self, slots: &Slots, request: &SlotRequest) -> Result<Slot> {
+        let SlotRequest { slot: number, gpa, len, hva, .. } = *request;
+        self.check_number(number)?;
+        if request.kvm_flags & !KVM_FLAGS != 0 {
+            fail!(EINVAL, "kvm_flags: {:#x} has bits besides LOG_DIRTY_PAGES and READONLY", request.kvm_flags);
+        }
+        if request.keep {
+            fail!(EINVAL, "flags: KVMFAULT_MEMSLOT_KEEP is for deleting");
+        }
+        if hva == 0 {
+            fail!(EINVAL, "hva: is NULL");
+        }
+        check_range("gpa", gpa, len, 1 << 52)?;
+        check_range("hva", hva, len, 1 << 47)?;
+        let (block_hva, block_len) = request.block.unwrap_or((hva, len));
+        check_range("block_hva", block_hva, block_len, 1 << 47)?;
+        if hva < block_hva || hva + len > block_hva + block_len {
+            fail!(EINVAL, "block_hva: [{block_hva:#x}, +{block_len:#x}) does not hold the slot's memory at {hva:#x}");
+        }
+        let wanted = Region { slot: number, gpa, len, ..Default::default() };
+        if let Some(other) = slots.overlapping(&wanted) {
+            fail!(
+                EEXIST,
+                "gpa: [{gpa:#x}, +{len:#x}) overlaps slot {:#x} at {:#x}",
+                other.region.slot,
+                other.region.gpa
+            );
+        }
+        let mut over = slots.blocks_in(block_hva, block_len);
+        let existing = over.next().cloned();
+        let offset = hva - block_hva;
+        let (block, fresh) = match existing {
+            Some(block) if block.hva <= hva && hva + len <= block.hva + block.len => (block, false),
+            Some(block) => fail!(
+                EINVAL,
+                "hva: [{hva:#x}, +{len:#x}) overlaps memory registered as [{:#x}, +{:#x}) without lying in it; name the whole as block_hva and block_len",
+                block.hva,
+                block.len
+            ),
+            None => (Arc::new(self.new_block(block_hva, block_len, offset, request)?), true),
+        };
+        let slot = self.slot_on(&block, &wanted, request, fresh);
+        if slot.is_err() && fresh {
+            self.retire(&block);
+        }
+        slot
+    }
+
+    /// The slot as a window of its block, armed.
+    fn slot_on(&self, block: &Arc<Block>, wanted: &Region, request: &SlotRequest, fresh: bool) -> Result<Slot> {
+        let Region { gpa, len, .. } = *wanted;
+        let hva = request.hva;
+        let offset = hva - block.hva;
+        for (name, value) in [("gpa", gpa), ("len", len), ("hva", offset)] {
+            if value % block.page != 0 {
+                fail!(EINVAL, "{name}: is not a multiple of the memory's page size {:#x}", block.page);
+            }
+        }
+        if !request.memory.admits(block.kind) {
+            fail!(
+                EINVAL,
+                "memory: the slot is declared {:?}, but the memory at hva {hva:#x} is {:?}",
+                request.memory,
+                block.kind
+            );
+        }
+        let mechanism = MECHANISMS[block.mechanism];
+        if !fresh {
+            mechanism.check(&self.host, block.kind, &wish_of(request, offset))?;
+        }
+        let region = Region { version: 1, flags: request.kvm_flags, hva: block.kvm_hva() + offset, ..*wanted };
+        let mut slot = Slot { region, block: block.clone(), offset, fast_only: !request.slow };
+        if slot.fast_only {
+            self.enable_fault_exits()?;
+            mechanism.arm(&self.host, &slot.clone(), &mut slot.region);
+        }
+        if slot.fast_only || fresh {
+            mechanism.set_fast(&self.engine.memory, &slot.block, slot.fast_only)?;
+        }
+        Ok(slot)
+    }
+
+    fn check_number(&self, number: u32) -> Result<()> {
+        let (space, id) = (number >> 16, number & 0xffff);
+        let slots = self.vm.check_extension(kvm_bindings::KVM_CAP_NR_MEMSLOTS).max(32) as u32;
+        let spaces = self.vm.check_extension(kvm_bindings::KVM_CAP_MULTI_ADDRESS_SPACE).max(1) as u32;
+        if id >= slots {
+            fail!(EINVAL, "slot: id {id} is not below the kernel's limit of {slots}");
+        }
+        if space >= spaces {
+            fail!(EINVAL, "slot: address space {space} is not below the kernel's limit of {spaces}");
+        }
+        Ok(())
+    }
+
+    fn new_block(&self, hva: u64, len: u64, offset: u64, request: &SlotRequest) -> Result<Block> {
+        let backing = mem::inspect(hva, len)?;
+        if hva % backing.page != 0 || len % backing.page != 0 {
+            fail!(
+                EINVAL,
+                "hva: {hva:#x} and len {len:#x} must be multiples of the memory's page size {:#x}",
+                backing.page
+            );
+        }
+        if !request.memory.admits(backing.kind) {
+            fail!(
+                EINVAL,
+                "memory: the slot is declared {:?}, but the memory at hva {hva:#x} is {:?}",
+                request.memory,
+                backing.kind
+            );
+        }
+        if backing.kind == Kind::Anon && !request.present {
+            if let Some(at) = mem::first_resident(hva, len)? {
+                fail!(
+                    EEXIST,
+                    "hva: the page at {at:#x} has content already: MADV_DONTNEED it, or use KVMFAULT_MEMSLOT_PRESENT"
+                );
+            }
+        }
+        let wish = wish_of(request, offset);
+        let n = mechanism::choose(&self.host, self.forced, backing.kind, &wish)?;
+        let shape = Shape { hva, len, page: backing.page, kind: backing.kind, mechanism: n };
+        let memory = &self.engine.memory;
+        let made = MECHANISMS[n].new_block(&self.host, memory, shape, &wish);
+        made.inspect_err(|_| {
+            let _ = memory.uffd.unregister(hva, len);
+        })
+    }
+
+    /// Turns the fast path of a live slot on or off.
+    pub fn memslot_set_fast_only(&self, number: u32, on: bool) -> Result<()> {
+        let _editing = self.start_editing()?;
+        let memory = &self.engine.memory;
+        let old = self.slot(number)?;
+        if old.fast_only == on {
+            return Ok(());
+        }
+        let mechanism = MECHANISMS[old.block.mechanism];
+        let mut slot = (*old).clone();
+        slot.fast_only = on;
+        slot.region = Region { version: 1, flags: old.region.flags & KVM_FLAGS, bitmap: 0, ..old.region };
+        if on {
+            self.enable_fault_exits()?;
+            mechanism.arm(&self.host, &slot.clone(), &mut slot.region);
+        }
+        // Markers belong to the block: they stay while another slot of it is fast.
+        let others =
+            memory.slots().iter().any(|s| s.region.slot != number && s.fast_only && Arc::ptr_eq(&s.block, &old.block));
+        let region = slot.region;
+        if region != old.region {
+            // The same ioctl that is good for the flag is good for its removal.
+            self.vm.set_region(&Region { version: region.version.max(old.region.version), ..region })?;
+        }
+        if on || !others {
+            mechanism.set_fast(memory, &slot.block, on)?;
+        }
+        let new = memory.slots().with(slot);
+        memory.replace_slots(new);
+        Ok(())
+    }
+}
+
+fn wish_of(request: &SlotRequest, offset: u64) -> Wish {
+    Wish {
+        vcpu_only: request.vcpu_only,
+        readonly: request.kvm_flags & kvm_bindings::KVM_MEM_READONLY != 0,
+        present: request.present,
+        offset,
+        file: request.file,
+    }
+}
+
+fn check_range(name: &str, start: u64, len: u64, limit: u64) -> Result<()> {
+    if start % PAGE != 0 {
+        fail!(EINVAL, "{name}: {start:#x} is not a multiple of 4096");
+    }
+    if len == 0 || len % PAGE != 0 {
+        fail!(EINVAL, "len: {len:#x} is not a multiple of 4096, or 0");
+    }
+    if start.checked_add(len).is_none_or(|end| end > limit) {
+        fail!(EINVAL, "{name}: [{start:#x}, +{len:#x}) goes beyond {limit:#x}");
+    }
+    Ok(())
+}
