@@ -1,0 +1,308 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * Lazy restore, the example to start from: a VM runs at once, and its memory comes from a snapshot file page by page, as the
+ * guest touches it. The guest checks every page and measures how long each first touch takes.
+ *
+ *   cc lazy-restore.c restore-options.c tiny-vm.c guest.S $(pkg-config --cflags --libs kvmfault) -pthread -o lazy-restore
+ *
+ * What a VMM needs of libkvmfault is in restore() and run_vcpu().
+ */
+#define _GNU_SOURCE
+#include "restore-options.h"
+#include "tiny-vm.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <kvmfault.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+/* guest.S */
+extern const uint8_t guest_start[], guest_end[];
+#define FACTOR 0x9e3779b97f4a7c15ul /* any odd number with many bits */
+#define DONE_PORT 0x10
+#define RAM_SLOT 1
+
+/* ---- the snapshot ---- */
+
+static bool is_zero_page(uint64_t page)
+{
+	return (page & 0x70) == 0x70;
+}
+
+/* Writes what guest.S expects; the zero pages become holes of the file. The file has no name, and goes with its descriptor. */
+static int write_snapshot(uint64_t size)
+{
+	const char *directory = getenv("TMPDIR");
+	char path[4096];
+	snprintf(path, sizeof(path), "%s/lazy-restore-XXXXXX", directory ? directory : "/var/tmp");
+	int fd = mkostemp(path, O_CLOEXEC);
+	if (fd < 0)
+		die(errno, "%s can't be created (TMPDIR says where)", path);
+	unlink(path);
+	if (ftruncate(fd, size))
+		die(errno, "a snapshot of %lu MiB", (unsigned long)(size >> 20));
+	for (uint64_t page = 0; page < size / PAGE_SIZE; page++) {
+		uint64_t words[PAGE_SIZE / 8];
+		for (uint64_t w = 0; w < PAGE_SIZE / 8; w++)
+			words[w] = (page + 1) * FACTOR + w;
+		if (!is_zero_page(page) && pwrite(fd, words, PAGE_SIZE, page * PAGE_SIZE) != PAGE_SIZE)
+			die(errno, "writing the snapshot (TMPDIR names a directory with more room)");
+	}
+	return fd;
+}
+
+/* ---- the guest's order of touching pages ---- */
+
+static void write_order(uint32_t *order, uint64_t pages, bool shuffled)
+{
+	uint64_t random = 88172645463325252ull;
+	for (uint64_t i = 0; i < pages; i++)
+		order[i] = i;
+	for (uint64_t i = pages - 1; shuffled && i > 0; i--) {
+		random ^= random << 13, random ^= random >> 7, random ^= random << 17; /* xorshift: the same in each run */
+		uint64_t other = random % (i + 1);
+		uint32_t swap = order[i];
+		order[i] = order[other];
+		order[other] = swap;
+	}
+}
+
+/* ---- a vCPU ---- */
+
+struct vcpu {
+	struct tiny_vcpu tiny;
+	struct kvmfault_vm *memory;
+	pthread_barrier_t *start;
+	pthread_t thread;
+	int number;
+	bool right; /* the guest found every page as it should be */
+};
+
+static void *run_vcpu(void *arg)
+{
+	struct vcpu *v = arg;
+	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
+	struct kvmfault_vcpu *handle;
+
+	/* On the thread that will run it: by default the library blocks SIGBUS in this thread, and lets it end KVM_RUN only. */
+	options.fd = v->tiny.fd;
+	options.run = v->tiny.run;
+	if (kvmfault_vcpu_new(v->memory, &options, &handle))
+		die(0, "vCPU %d: %s", v->number, kvmfault_last_error());
+	pthread_barrier_wait(v->start);
+
+	for (;;) {
+		/* Instead of ioctl(fd, KVM_RUN): returns when there is something that isn't the library's. */
+		int ret = kvmfault_vcpu_run(handle);
+		if (ret < 0)
+			die(0, "vCPU %d: %s", v->number, kvmfault_last_error());
+		if (ret == KVMFAULT_INTERRUPTED)
+			continue; /* a kick, or a signal; nobody here sends any */
+		if (ret == KVMFAULT_MEMORY_ERROR)
+			die(0, "vCPU %d: a page of its memory is broken", v->number);
+		if (v->tiny.run->exit_reason == KVM_EXIT_IO && v->tiny.run->io.port == DONE_PORT)
+			break;
+		die(0, "vCPU %d: unexpected exit %u", v->number, v->tiny.run->exit_reason);
+	}
+	struct kvm_regs regs;
+	v->right = *(uint32_t *)((uint8_t *)v->tiny.run + v->tiny.run->io.data_offset) == 0;
+	if (!v->right && !ioctl(v->tiny.fd, KVM_GET_REGS, &regs))
+		fprintf(stderr, "vCPU %d: the word at guest address %#llx is not %#llx\n", v->number, regs.rdi, regs.rdx);
+	kvmfault_vcpu_free(handle);
+	return NULL;
+}
+
+/* ---- one restore ---- */
+
+static double now(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+struct progress {
+	const struct kvmfault_vm *memory;
+	uint64_t pages;
+	atomic_bool done;
+};
+
+/* A line that is written over, on a terminal. */
+static void *show_progress(void *arg)
+{
+	struct progress *p = arg;
+	while (!p->done) {
+		uint64_t present = p->pages - kvmfault_pages_absent(p->memory);
+		fprintf(stderr, "\r%3d %% of %llu pages", (int)(present * 100 / p->pages), (unsigned long long)p->pages);
+		usleep(50000);
+	}
+	fprintf(stderr, "\r%*s\r", 40, "");
+	return NULL;
+}
+
+static int compare(const void *a, const void *b)
+{
+	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+	return (x > y) - (x < y);
+}
+
+/* The host's own look: is all of the memory what the snapshot says? */
+static bool equals_snapshot(const uint8_t *ram, int snapshot, uint64_t size)
+{
+	uint8_t *file = mmap(NULL, size, PROT_READ, MAP_SHARED, snapshot, 0);
+	if (file == MAP_FAILED)
+		die(errno, "mapping the snapshot");
+	bool equal = !memcmp(ram, file, size);
+	munmap(file, size);
+	return equal;
+}
+
+static void restore(const struct options *o, const struct mechanism *mechanism, int cpl, int snapshot, struct result *result)
+{
+	uint64_t pages = o->size / PAGE_SIZE, order_address, ticks_address;
+	struct tiny_vm vm;
+	tiny_vm_create(&vm, pages * (4 + 8), guest_start, guest_end - guest_start);
+	uint32_t *order = tiny_vm_share(&vm, pages * 4, &order_address);
+	uint64_t *ticks = tiny_vm_share(&vm, pages * 8, &ticks_address);
+	write_order(order, pages, o->shuffled);
+
+	/* The resolver: the library's own, on a snapshot file. A VMM that gets pages from elsewhere has a function of its own here. */
+	struct kvmfault_file_range range = KVMFAULT_FILE_RANGE_INIT;
+	struct kvmfault_file_source *source;
+	range.gpa = TINY_VM_RAM;
+	range.len = o->size;
+	if (kvmfault_file_source_new(snapshot, &range, 1, &source))
+		die(0, "the snapshot: %s", kvmfault_last_error());
+
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	struct kvmfault_vm *memory;
+	options.kvm_fd = vm.kvm;
+	options.vm_fd = vm.vm;
+	options.mechanism = mechanism->number; /* usually KVMFAULT_MECHANISM_AUTO */
+	options.readahead = o->readahead;
+	options.resolver = kvmfault_file_source_resolve;
+	options.opaque = source;
+	options.finalizer = kvmfault_file_source_finalize;
+	if (kvmfault_vm_new(&options, &memory))
+		die(0, "%s: %s", mechanism->name, kvmfault_last_error());
+
+	/* Shared memory suits all mechanisms, and may be touched by the VMM at any time. It is empty, and stays so until touched. */
+	int fd = memfd_create("guest memory", MFD_CLOEXEC);
+	if (fd < 0 || ftruncate(fd, o->size))
+		die(errno, "a memfd for the guest's memory");
+	uint8_t *ram = mmap(NULL, o->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (ram == MAP_FAILED)
+		die(errno, "%lu MiB of guest memory", (unsigned long)(o->size >> 20));
+	struct kvmfault_memslot slot = KVMFAULT_MEMSLOT_INIT;
+	slot.slot = RAM_SLOT;
+	slot.gpa = TINY_VM_RAM;
+	slot.len = o->size;
+	slot.hva = ram;
+	if (kvmfault_memslot_set(memory, &slot))
+		die(0, "%s: %s", mechanism->name, kvmfault_last_error());
+
+	pthread_barrier_t start;
+	pthread_barrier_init(&start, NULL, o->vcpus + 1);
+	struct vcpu *vcpus = calloc(o->vcpus, sizeof(*vcpus));
+	if (!vcpus)
+		die(errno, "memory for %u vCPUs", o->vcpus);
+	for (unsigned i = 0; i < o->vcpus; i++) {
+		uint64_t first = pages * i / o->vcpus, end = pages * (i + 1) / o->vcpus;
+		struct kvm_regs regs = {
+			.rdi = TINY_VM_RAM,
+			.rsi = order_address + first * 4,
+			.rcx = end - first,
+			.r8 = ticks_address + first * 8,
+			.r9 = FACTOR,
+			.r10 = cpl == 3 ? 1 : 73, /* some KVMs emulate CPL 0 instruction by instruction; see guest.S */
+		};
+		vcpus[i] = (struct vcpu){ .memory = memory, .start = &start, .number = i };
+		tiny_vcpu_create(&vm, i, cpl, &regs, &vcpus[i].tiny);
+		int error = pthread_create(&vcpus[i].thread, NULL, run_vcpu, &vcpus[i]);
+		if (error)
+			die(error, "a thread for vCPU %u", i);
+	}
+	pthread_t progress_thread;
+	struct progress progress = { .memory = memory, .pages = pages };
+	bool terminal = isatty(2) && !pthread_create(&progress_thread, NULL, show_progress, &progress);
+	pthread_barrier_wait(&start);
+	double began = now();
+	result->verified = true;
+	for (unsigned i = 0; i < o->vcpus; i++) {
+		pthread_join(vcpus[i].thread, NULL);
+		result->verified &= vcpus[i].right;
+	}
+	result->seconds = now() - began;
+	progress.done = true;
+	if (terminal)
+		pthread_join(progress_thread, NULL);
+
+	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
+	if (kvmfault_vm_stats(memory, &stats))
+		die(0, "%s", kvmfault_last_error());
+	qsort(ticks, pages, sizeof(*ticks), compare);
+	double microsecond = tiny_vcpu_tsc_khz(&vcpus[0].tiny) / 1000.0;
+	result->mechanism = mechanism->name;
+	result->cpl = cpl;
+	result->vcpus = o->vcpus;
+	result->pages = pages;
+	result->faults = stats.faults_vcpu;
+	result->resolver_calls = stats.resolver_calls;
+	result->p50_us = ticks[(pages - 1) / 2] / microsecond;
+	result->p99_us = ticks[(pages - 1) * 99 / 100] / microsecond;
+	result->verified &= kvmfault_pages_absent(memory) == 0 && equals_snapshot(ram, snapshot, o->size);
+
+	kvmfault_vm_free(memory); /* the guest has stopped */
+	for (unsigned i = 0; i < o->vcpus; i++)
+		tiny_vcpu_destroy(&vcpus[i].tiny);
+	free(vcpus);
+	pthread_barrier_destroy(&start);
+	tiny_vm_destroy(&vm);
+	munmap(ram, o->size);
+	close(fd);
+}
+
+int main(int argc, char **argv)
+{
+	struct options o;
+	parse_options(argc, argv, &o);
+
+	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
+	if (kvmfault_probe(-1, &probe))
+		die(0, "lazy-restore: %s", kvmfault_last_error());
+
+	struct result results[MECHANISMS * 2];
+	size_t count = 0;
+	bool all_right = true;
+	int snapshot = write_snapshot(o.size);
+	print_heading(&o);
+	for (int m = 0; m < MECHANISMS; m++) {
+		bool chosen = !strcmp(o.mechanism, mechanisms[m].name);
+		bool works = probe.mechanisms_shared & 1u << mechanisms[m].number;
+		/* One that was asked for is tried in any case: the error says why it doesn't work. */
+		if (!chosen && !(works && !strcmp(o.mechanism, "all")))
+			continue;
+		for (int cpl = 3; cpl >= 0; cpl -= 3) {
+			if (o.cpl != -1 && o.cpl != cpl)
+				continue;
+			struct result *r = &results[count++];
+			restore(&o, &mechanisms[m], cpl, snapshot, r);
+			print_result(r);
+			all_right &= r->verified;
+		}
+	}
+	if (!count)
+		die(0, "lazy-restore: no mechanism works here; `explain` says why");
+	if (o.json)
+		write_json(o.json, results, count);
+	return all_right ? 0 : 1;
+}

@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * As little of a virtual machine as a guest in 64-bit mode needs. Nothing here has to do with lazy memory: it is what a VMM
+ * has anyway.
+ *
+ *   0x00001000  page tables: addresses are the same virtually and physically, in large pages
+ *   0x00010000  the guest's code
+ *   0x00020000  tables that host and guest share (tiny_vm_share), up to low_size
+ *   0x40000000  the memory that is restored: the caller's memslot
+ */
+#ifndef TINY_VM_H
+#define TINY_VM_H
+
+#include <linux/kvm.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define PAGE_SIZE 4096ul
+#define TINY_VM_CODE 0x10000ul
+#define TINY_VM_RAM 0x40000000ul
+#define TINY_VM_RAM_MAX (7ul << 30) /* as far as the page tables go */
+
+struct tiny_vm {
+	int kvm; /* /dev/kvm */
+	int vm;
+	uint8_t *low; /* ordinary memory at guest address 0: memslot 0 */
+	uint64_t low_size;
+	uint64_t low_used;
+};
+
+struct tiny_vcpu {
+	int fd;
+	struct kvm_run *run;
+	size_t run_size;
+};
+
+/* Ends the program with a message, and with what errno means if it isn't 0. */
+void die(int error, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
+
+/* A VM with `shared` bytes for tiny_vm_share, and `code` in place. Ends the program if that can't be. */
+void tiny_vm_create(struct tiny_vm *vm, uint64_t shared, const void *code, size_t code_size);
+/* Also closes what its vCPUs are made of; call it when no vCPU runs. */
+void tiny_vm_destroy(struct tiny_vm *vm);
+
+/* Memory for host and guest: stores its guest address, returns the host's. */
+void *tiny_vm_share(struct tiny_vm *vm, uint64_t size, uint64_t *guest_address);
+
+/* vCPU `number`, about to run the code with these registers (rip, rflags and rsp are filled in) at privilege level 0 or 3. */
+void tiny_vcpu_create(const struct tiny_vm *vm, int number, int cpl, struct kvm_regs *regs, struct tiny_vcpu *vcpu);
+void tiny_vcpu_destroy(struct tiny_vcpu *vcpu);
+
+/* Ticks of the guest's time stamp counter in a millisecond. */
+uint64_t tiny_vcpu_tsc_khz(const struct tiny_vcpu *vcpu);
+
+#endif
