@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+#
+# `make help` lists the targets. GNU make; each target sets up what it needs (scripts/setup).
+
+PREFIX = /usr/local
+LIBDIR = $(PREFIX)/lib
+INCLUDEDIR = $(PREFIX)/include
+DESTDIR =
+CC = cc
+CXX = c++
+CFLAGS = -O2 -g
+CXXFLAGS = $(CFLAGS)
+
+export PATH := $(PATH):$(HOME)/.cargo/bin
+export CARGO_TARGET_DIR := $(CURDIR)/target
+unexport CARGO_BUILD_TARGET
+export CC CXX
+
+# The version has one home, Cargo.toml; the SONAME follows from it here.
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+SONAME := libkvmfault.so.$(firstword $(subst ., ,$(VERSION)))
+
+T = target
+ARCHIVE = $T/release/libkvmfault.a
+STATIC_LIBS = $T/release/native-static-libs
+SHARED = $T/release/libkvmfault.so.$(VERSION)
+STAGE = $T/stage
+PROGRAMS = $T/programs
+PKG_CONFIG = PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config
+
+.DEFAULT_GOAL = build
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.SECONDARY:
+.PHONY: FORCE
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf 'make %-10s %s\n' "$$target" "$$text"; done
+
+.PHONY: build
+build: $(SHARED) ## the library (default)
+
+.PHONY: demo
+demo: examples ## a VM restored lazily from a file, by each mechanism that works here; table, and target/demo.json
+	$T/examples/lazy-restore --json $T/demo.json
+
+.PHONY: test
+test: programs examples | setup-test ## everything that can be tested here; ends with `N passed, N failed, N skipped`
+	@scripts/test all
+
+.PHONY: test-vm
+test-vm: programs ## the test programs on other kernels, in emulated machines [KERNEL=... ABI=... FILTER=...]
+	c-tests/vm/tier --programs $(PROGRAMS)
+
+.PHONY: bench
+bench: examples ## pages a second of each mechanism beside plain userfaultfd; CSV under target/
+	$T/examples/bench --csv $T/bench.csv
+
+.PHONY: check
+check: stage ## formatting, lints, header and exported symbols
+	scripts/check
+
+.PHONY: header
+header: setup-build ## writes include/kvmfault.h from src/capi
+	KVMFAULT_WRITE_HEADER=1 cargo test --locked --quiet --test header
+
+.PHONY: clean
+clean: ## removes target/ (with the caches of the kernels)
+	rm -rf $T
+
+.PHONY: setup-build setup-test
+setup-build:
+	@scripts/setup build
+setup-test: setup-build
+	@scripts/setup test
+
+# ---- the library -------------------------------------------------------------------------------------------------
+
+# cargo knows what is out of date. rustc's own shared library would have no symbol versions: the linker makes ours.
+$(ARCHIVE): FORCE | setup-build
+	cargo rustc --release --locked --lib --crate-type staticlib -- --print native-static-libs=$(STATIC_LIBS)
+
+$(SHARED): $(ARCHIVE) src/capi/kvmfault.map Makefile
+	$(CC) -shared -o $@ -Wl,-soname,$(SONAME) \
+		-Wl,--version-script=src/capi/kvmfault.map,--no-undefined-version \
+		-Wl,--whole-archive $(ARCHIVE) -Wl,--no-whole-archive $$(cat $(STATIC_LIBS)) \
+		-Wl,--gc-sections,--as-needed,-z,defs,-z,relro,-z,now $(LDFLAGS)
+
+.PHONY: install
+install: $(SHARED) ## installs to $(DESTDIR)$(PREFIX), default /usr/local [LIBDIR=... INCLUDEDIR=...]
+	install -d "$(DESTDIR)$(LIBDIR)/pkgconfig" "$(DESTDIR)$(INCLUDEDIR)"
+	install -C -m 644 include/kvmfault.h "$(DESTDIR)$(INCLUDEDIR)/"
+	install -C -m 644 $(ARCHIVE) "$(DESTDIR)$(LIBDIR)/"
+	install -C -m 755 $(SHARED) "$(DESTDIR)$(LIBDIR)/"
+	ln -sf libkvmfault.so.$(VERSION) "$(DESTDIR)$(LIBDIR)/$(SONAME)"
+	ln -sf $(SONAME) "$(DESTDIR)$(LIBDIR)/libkvmfault.so"
+	@# Every compiler driver brings its own libgcc; naming the shared one would forbid -static.
+	sed -e 's|@PREFIX@|$(PREFIX)|; s|@LIBDIR@|$(LIBDIR:$(PREFIX)/%=$${prefix}/%)|; s|@INCLUDEDIR@|$(INCLUDEDIR:$(PREFIX)/%=$${prefix}/%)|' \
+		-e "s|@VERSION@|$(VERSION)|; s|@STATIC_LIBS@|$$(sed 's/-lgcc_s *//' $(STATIC_LIBS))|" \
+		pkgconfig/kvmfault.pc.in >"$(DESTDIR)$(LIBDIR)/pkgconfig/kvmfault.pc"
+	[ -n "$(DESTDIR)" ] || [ "$$(id -u)" != 0 ] || ldconfig
+
+# ---- C programs, all built against an installed tree -------------------------------------------------------------
+
+.PHONY: stage
+stage: $(SHARED)
+	@$(MAKE) --no-print-directory -s -o $(ARCHIVE) install DESTDIR= PREFIX=$(CURDIR)/$(STAGE) \
+		LIBDIR=$(CURDIR)/$(STAGE)/lib INCLUDEDIR=$(CURDIR)/$(STAGE)/include
+# Programs are built anew when what is installed has changed, not whenever it was looked at.
+INSTALLED = $(STAGE)/include/kvmfault.h $(STAGE)/lib/libkvmfault.so.$(VERSION)
+$(INSTALLED): stage ;
+
+C_FLAGS = -std=gnu11 -Wall -Wextra -Werror -pthread $(CFLAGS) -MMD -MP
+C_LIBS = $$($(PKG_CONFIG) --libs kvmfault) -Wl,-rpath,'$$ORIGIN' -pthread $(LDFLAGS)
+
+# A C file with a header of its own name is part of every program; guest code (.S) is, too. The other C files are programs.
+programs_in = $(filter-out $(addprefix $1/,header_% $(notdir $(patsubst %.h,%.c,$(wildcard $1/*.h)))),$(wildcard $1/*.c))
+parts_of = $(patsubst %,$T/objects/%.o,$(wildcard $(patsubst %.h,%.c,$(wildcard $1/*.h))) $(wildcard $1/*.S $1/guest/*.S))
+EXAMPLES = $(patsubst %.c,$T/%,$(call programs_in,examples))
+TESTS = $(patsubst c-tests/%.c,$(PROGRAMS)/%,$(filter-out c-tests/runner.c,$(call programs_in,c-tests)))
+
+.PHONY: examples programs
+examples: $(EXAMPLES) $T/examples/$(SONAME)
+programs: $(TESTS) $(TESTS:$(PROGRAMS)/%=$T/programs-static/%) $(PROGRAMS)/kvmfault-runner $(PROGRAMS)/$(SONAME)
+
+$T/objects/%.c.o: %.c $(INSTALLED) Makefile
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) $$($(PKG_CONFIG) --cflags kvmfault) -I$(<D) -c -o $@ $<
+$T/objects/%.S.o: %.S Makefile
+	@mkdir -p $(@D)
+	$(CC) -MMD -MP -I$(<D) -c -o $@ $<
+
+$(EXAMPLES): $T/examples/%: $T/objects/examples/%.c.o $(call parts_of,examples)
+	@mkdir -p $(@D)
+	$(CC) -o $@ $^ $(C_LIBS)
+$(TESTS): $(PROGRAMS)/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests)
+	@mkdir -p $(@D)
+	$(CC) -o $@ $^ $(C_LIBS)
+$T/programs-static/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests) $(SHARED)
+	@mkdir -p $(@D)
+	$(CC) -static -o $@ $(filter %.o,$^) $$($(PKG_CONFIG) --static --libs kvmfault) -pthread $(LDFLAGS)
+$(PROGRAMS)/kvmfault-runner: $T/objects/c-tests/runner.c.o
+	@mkdir -p $(@D)
+	$(CC) -o $@ $^ -pthread $(LDFLAGS)
+%/$(SONAME): $(INSTALLED)
+	@mkdir -p $(@D)
+	install -C -m 755 $(STAGE)/lib/$(SONAME) $@
+
+-include $(shell find $T/objects -name '*.d' 2>/dev/null)
