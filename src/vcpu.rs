@@ -1,6 +1,8 @@
 //! The vCPU's exit loop: which exits are faults, and what becomes of them.
 
 mod emulated;
+#[cfg(test)]
+mod tests;
 
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::Access;

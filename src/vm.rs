@@ -143,6 +143,12 @@ impl Vm {
         Ok(())
     }
 
+    /// For a test of what faults must not wait for.
+    #[cfg(test)]
+    pub fn hold_editing(&self) -> MutexGuard<'_, ()> {
+        self.start_editing().unwrap()
+    }
+
     /// For one editor of the slots at a time.
     fn start_editing(&self) -> Result<MutexGuard<'_, ()>> {
         self.editing

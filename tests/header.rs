@@ -80,8 +80,5 @@ fn the_header_is_up_to_date() {
         std::fs::write(&path, &fresh).expect("writing the header");
     }
     let committed = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(
-        committed == fresh,
-        "include/kvmfault.h is out of date: run `make header` and commit it"
-    );
+    assert!(committed == fresh, "include/kvmfault.h is out of date: run `make header` and commit it");
 }

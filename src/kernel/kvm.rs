@@ -254,6 +254,12 @@ impl Descriptor {
     }
 }
 
+impl AsRawFd for Descriptor {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 /// A memslot as KVM gets it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Region {

@@ -311,6 +311,12 @@ impl Engine {
         Some(Fault { slot: slot.region.slot, gpa, len, hva, access, origin, window: (start, end - start) })
     }
 
+    /// For a test of what faults must not wait for.
+    #[cfg(test)]
+    pub fn hold_failing(&self) -> std::sync::MutexGuard<'_, HashMap<u64, u32>> {
+        self.failing.lock().unwrap()
+    }
+
     /// Another failed try for a host thread at this page: which one in a row.
     fn count_failure(&self, hva: u64) -> u32 {
         let Ok(mut failing) = self.failing.lock() else {

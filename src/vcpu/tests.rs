@@ -1,0 +1,143 @@
+//! A real vCPU on a tiny real-mode guest: store a byte into each of some pages, halt.
+
+use super::*;
+use crate::kernel::kvm::Region;
+use crate::kernel::mem::{Mapping, PAGE};
+use crate::memory::install::Source;
+use crate::resolve::{Answer, Fault, Resolver};
+use crate::vm::memslots::{MemoryKind, SlotRequest};
+use std::os::fd::AsRawFd;
+use std::sync::mpsc;
+use std::sync::{OnceLock, Weak};
+use std::time::Duration;
+
+/// mov byte [bx], 0x5a; add bx, 4096; dec cx; jnz the first; hlt
+const CODE: [u8; 11] = [0xc6, 0x07, 0x5a, 0x81, 0xc3, 0x00, 0x10, 0x49, 0x75, 0xf6, 0xf4];
+const CODE_GPA: u64 = 0x1000;
+const DATA_GPA: u64 = 0x20000;
+const PAGES: u64 = 8;
+
+struct Sevens {
+    bytes: Mapping,
+    vm: Arc<OnceLock<Weak<Vm>>>,
+}
+
+impl Resolver for Sevens {
+    fn resolve(&self, fault: &Fault) -> Answer {
+        let vm = self.vm.get().and_then(Weak::upgrade).expect("the VM");
+        match vm.install(fault.gpa, fault.len, Source::Copy(self.bytes.address())) {
+            Ok(()) => Answer::Resolved,
+            Err(e) => Answer::Failed(e.errno),
+        }
+    }
+}
+
+struct Machine {
+    vm: Arc<Vm>,
+    vcpus: Vec<Descriptor>,
+    data: Mapping,
+    _code: Mapping,
+}
+
+impl Machine {
+    /// A VM with so many vCPUs, each of which has PAGES pages of its own.
+    fn new(mechanism: Option<usize>, vcpus: u64) -> Machine {
+        let system = Descriptor::open().expect("/dev/kvm");
+        let vm = system.create_vm().unwrap();
+        let code = Mapping::anonymous(PAGE).unwrap();
+        mem::write(code.address(), &CODE).unwrap();
+        vm.set_region(&Region { version: 1, gpa: CODE_GPA, len: PAGE, hva: code.address(), ..Default::default() })
+            .unwrap();
+        let data = shared(vcpus * PAGES * PAGE);
+        let bytes = Mapping::anonymous(PAGE).unwrap();
+        mem::write(bytes.address(), &[7; PAGE as usize]).unwrap();
+        let myself = Arc::new(OnceLock::new());
+        let resolver = Sevens { bytes, vm: myself.clone() };
+        let options = crate::vm::Options {
+            kvm_fd: system.as_raw_fd(),
+            vm_fd: vm.as_raw_fd(),
+            mechanism,
+            uffd: None,
+            abi: None,
+            readers: 0,
+            readahead: 0,
+            pre_fault: false,
+        };
+        let kf = Arc::new(Vm::new(&options, || Box::new(resolver)).unwrap());
+        let _ = myself.set(Arc::downgrade(&kf));
+        kf.memslot_set(&SlotRequest {
+            slot: 1,
+            kvm_flags: 0,
+            gpa: DATA_GPA,
+            len: vcpus * PAGES * PAGE,
+            hva: data.address(),
+            block: None,
+            memory: MemoryKind::Shared,
+            file: None,
+            vcpu_only: false,
+            present: false,
+            keep: false,
+            slow: false,
+        })
+        .unwrap();
+        let vcpus = (0..vcpus).map(|n| vcpu(&vm, n)).collect();
+        Machine { vm: kf, vcpus, data, _code: code }
+    }
+
+    /// Runs one vCPU to its end on the calling thread.
+    fn run(&self, n: usize) -> Result<Exit> {
+        let options =
+            Options { fd: self.vcpus[n].as_raw_fd(), run: None, sigbus: Sigbus::ByMask, signal: None, resumes: false };
+        let vcpu = Vcpu::new(&self.vm, options)?;
+        let exit = vcpu.run()?;
+        assert_eq!(vcpu.run.exit_reason(), kb::KVM_EXIT_HLT);
+        Ok(exit)
+    }
+
+    fn bytes(&self, page: u64) -> [u8; 2] {
+        let mut bytes = [0; 2];
+        mem::read(self.data.address() + page * PAGE, &mut bytes).unwrap();
+        bytes
+    }
+}
+
+fn shared(len: u64) -> Mapping {
+    let path = format!("/dev/shm/kvmfault-test-{}-{:?}", std::process::id(), std::thread::current().id());
+    let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    file.set_len(len).unwrap();
+    Mapping::shared(file.as_raw_fd(), 0, len, true).unwrap()
+}
+
+fn vcpu(vm: &Descriptor, n: u64) -> Descriptor {
+    let vcpu = vm.create_vcpu(n).unwrap();
+    let base = DATA_GPA + n * PAGES * PAGE;
+    let mut sregs = vcpu.sregs().unwrap();
+    (sregs.cs.base, sregs.cs.selector) = (CODE_GPA, (CODE_GPA >> 4) as u16);
+    (sregs.ds.base, sregs.ds.selector) = (base, (base >> 4) as u16);
+    vcpu.set_sregs(sregs).unwrap();
+    vcpu.set_regs(kb::kvm_regs { rflags: 2, rcx: PAGES, ..Default::default() }).unwrap();
+    vcpu
+}
+
+/// What the fault path must not take: every lock of the library that two vCPUs could meet at is held by another thread meanwhile.
+#[test]
+fn faults_take_no_lock_that_vcpus_share() {
+    let machine = Machine::new(None, 2);
+    let (done, all_done) = mpsc::channel();
+    let slots = machine.vm.hold_editing();
+    let failing = machine.vm.engine.hold_failing();
+    std::thread::scope(|scope| {
+        for n in 0..2 {
+            let (machine, done) = (&machine, done.clone());
+            scope.spawn(move || done.send(machine.run(n)).unwrap());
+        }
+        let exits: Vec<_> = (0..2).map(|_| all_done.recv_timeout(Duration::from_secs(10))).collect();
+        drop((slots, failing)); // a vCPU that does wait can end now, and the test with it
+        for exit in exits {
+            assert_eq!(exit.expect("a vCPU waits for a lock").unwrap(), Exit::Pass);
+        }
+    });
+    (0..2 * PAGES).for_each(|page| assert_eq!(machine.bytes(page), [0x5a, 7]));
+    assert_eq!(machine.vm.stats().resolver_calls.get(), 2 * PAGES);
+}
