@@ -186,12 +186,12 @@
 #define KVMFAULT_MEMORY_HUGETLB 3
 
 /*
- * `kvmfault_vm_options.flags`: after serving a vCPU's fault, map the page in stage 2 with
- * KVM_PRE_FAULT_MEMORY (where KVM has it: Linux 6.11, x86 with EPT or NPT) instead of letting the
- * guest's retry exit for that. One system call more and one guest exit less; whether that is faster
- * depends on the machine: measure.
+ * `kvmfault_vm_options.flags`: don't use KVM_PRE_FAULT_MEMORY. Where KVM has it (Linux 6.11, x86
+ * with EPT or NPT) the library calls it after serving a vCPU's fault, for the page and what the
+ * resolver installed behind it in the readahead window: one system call instead of a guest exit a
+ * page.
  */
-#define KVMFAULT_VM_PRE_FAULT (1 << 0)
+#define KVMFAULT_VM_NO_PRE_FAULT (1 << 0)
 
 /*
  * `kvmfault_memslot.flags`: nothing but vCPUs touches absent pages of this memory: no thread of the

@@ -11,6 +11,7 @@ use crate::kernel::mem;
 use crate::kernel::thread::{self, SignalSet};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
+use crate::memory::pages::State;
 use crate::memory::slots::Slot;
 use crate::memory::wait::{LOOK_AROUND, WAITS};
 use crate::resolve::seat::{News, Seat};
@@ -349,12 +350,16 @@ impl Vcpu {
         }
     }
 
-    /// Maps a page that has just become present in stage 2. A help and no more: if it fails, the guest's retry does the same.
+    /// Maps in stage 2 what has just become present: the page, and what the resolver installed behind it. A help and no more: if it fails,
+    /// the guest's retry does the same.
     fn pre_fault(&self, own: &mut Own, slot: &Slot, page: u64) {
         if own.no_pre_fault {
             return;
         }
-        match self.fd.pre_fault(slot.gpa_of(page), slot.block.page) {
+        let pages = &slot.block.pages;
+        let end = slot.page_of(self.vm.engine.window(slot, page).end - 1) + 1;
+        let end = (page + 1..end).find(|&p| pages.get(p) != State::Present).unwrap_or(end);
+        match self.fd.pre_fault(slot.gpa_of(page), (end - page) * slot.block.page) {
             Err(e) if ![libc::EAGAIN, libc::EINTR, libc::EFAULT, libc::ENOENT].contains(&e.errno) => {
                 own.no_pre_fault = true
             }

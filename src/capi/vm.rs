@@ -50,8 +50,8 @@ impl Resolver for Callbacks {
             access: fault.access,
             origin,
             vcpu,
-            window_gpa: fault.window.0,
-            window_len: fault.window.1,
+            window_gpa: fault.window.start,
+            window_len: fault.window.end - fault.window.start,
         };
         // SAFETY: the VMM's function, called as the header says; `fault` lives during the call.
         let answer = unsafe { (self.resolver)(self.opaque, self.vm.load(SeqCst), &fault) };
@@ -99,7 +99,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
         not_in_callback("kvmfault_vm_new")?;
         let options = boundary::read(options, "options")?;
         let Some(resolver) = options.resolver else { fail!(EINVAL, "options.resolver: is NULL") };
-        if options.flags & !KVMFAULT_VM_PRE_FAULT != 0 {
+        if options.flags & !KVMFAULT_VM_NO_PRE_FAULT != 0 {
             fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
         }
         let (handle, armed) = (Arc::new(AtomicPtr::default()), Arc::new(false.into()));
@@ -120,7 +120,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
             abi: abi.as_deref(),
             readers: options.reader_threads,
             readahead: options.readahead,
-            pre_fault: options.flags & KVMFAULT_VM_PRE_FAULT != 0,
+            pre_fault: options.flags & KVMFAULT_VM_NO_PRE_FAULT == 0,
         };
         let made = Vm::new(&config, || Box::new(callbacks))?;
         armed.store(true, SeqCst);

@@ -87,7 +87,8 @@ impl Report {
                     let _ = writeln!(text, "  {:<13} works{note}", mechanism.name());
                 }
                 Err(e) => {
-                    let _ = writeln!(text, "  {:<13} does not work: {e}", mechanism.name());
+                    let reason = e.message.replace(" (see kvmfault_explain)", "");
+                    let _ = writeln!(text, "  {:<13} does not work: {reason}", mechanism.name());
                 }
             }
         }

@@ -9,12 +9,14 @@ use crate::kernel::abi::Access;
 use crate::kernel::thread::Wake;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
+use crate::memory::slots::Slot;
 use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
 use crate::memory::{discard, Memory};
 use crate::stats::Stats;
 use seat::Seats;
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -31,7 +33,7 @@ pub enum Origin {
 }
 
 /// A fault, as the resolver sees it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Fault {
     /// KVM's number of the slot.
     pub slot: u32,
@@ -45,8 +47,8 @@ pub struct Fault {
     pub access: Access,
     /// Who needs it.
     pub origin: Origin,
-    /// Readahead window: start and bytes.
-    pub window: (u64, u64),
+    /// Readahead window: guest addresses.
+    pub window: Range<u64>,
 }
 
 /// What a resolver answers.
@@ -304,11 +306,15 @@ impl Engine {
         let slots = self.memory.slots();
         let slot = slots.showing(block, page)?;
         let (gpa, len) = (slot.gpa_of(page), block.page);
-        let size = self.readahead * len;
-        let start = (gpa / size * size).max(slot.region.gpa);
-        let end = (gpa / size * size + size).min(slot.region.gpa + slot.region.len);
         let hva = block.hva_of(page);
-        Some(Fault { slot: slot.region.slot, gpa, len, hva, access, origin, window: (start, end - start) })
+        Some(Fault { slot: slot.region.slot, gpa, len, hva, access, origin, window: self.window(slot, page) })
+    }
+
+    /// The guest addresses of a page's readahead window: aligned, and inside the slot.
+    pub fn window(&self, slot: &Slot, page: u64) -> Range<u64> {
+        let size = self.readahead * slot.block.page;
+        let start = slot.gpa_of(page) / size * size;
+        start.max(slot.region.gpa)..(start + size).min(slot.region.gpa + slot.region.len)
     }
 
     /// For a test of what faults must not wait for.
