@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn groups_cover_the_range() {
         assert_eq!(gate_groups(500..1100).collect::<Vec<_>>(), [500..512, 512..1024, 1024..1100]);
-        assert_eq!(gate_groups(512..1024).collect::<Vec<_>>(), [512..1024]);
+        assert_eq!((gate_groups(512..1024).next(), gate_groups(512..1024).count()), (Some(512..1024), 1));
         assert_eq!(gate_groups(7..7).filter(|g| !g.is_empty()).count(), 0);
     }
 }
