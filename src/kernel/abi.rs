@@ -26,8 +26,9 @@ pub struct Abi {
     pub region: u32,
     /// The slot carries a bitmap: bit set = exit.
     pub bitmap: bool,
-    /// The flag is refused together with KVM_MEM_READONLY.
-    pub refuses_readonly: bool,
+    /// The flag is no good for KVM_MEM_READONLY: v7 refuses it; v2 to v4 accept it, and then exit for ever, because the fast path
+    /// looks at writable mappings only.
+    pub no_readonly: bool,
     /// `kvm_run.exit_reason`.
     pub exit: u32,
     /// KVM_RUN's errno.
@@ -53,7 +54,7 @@ pub static ABIS: &[Abi] = &[
         slot_flag: 1 << 2,
         region: 1,
         bitmap: false,
-        refuses_readonly: false,
+        no_readonly: true,
         exit: EXIT_38,
         errno: libc::EPERM, // KVM_RUN returns -1
         flags_set: 1 << 1,  // the reason
@@ -67,7 +68,7 @@ pub static ABIS: &[Abi] = &[
         slot_flag: 1 << 2,
         region: 1,
         bitmap: false,
-        refuses_readonly: false,
+        no_readonly: true,
         exit: EXIT_38,
         errno: libc::EFAULT,
         flags_set: 0,
@@ -81,7 +82,7 @@ pub static ABIS: &[Abi] = &[
         slot_flag: 1 << 2,
         region: 1,
         bitmap: false,
-        refuses_readonly: false,
+        no_readonly: true,
         exit: EXIT_38,
         errno: libc::EFAULT,
         flags_set: 0,
@@ -95,7 +96,7 @@ pub static ABIS: &[Abi] = &[
         slot_flag: 1 << 3,
         region: 1,
         bitmap: false,
-        refuses_readonly: true,
+        no_readonly: true,
         exit: EXIT_39,
         errno: libc::EFAULT,
         flags_set: 0,
@@ -109,7 +110,7 @@ pub static ABIS: &[Abi] = &[
         slot_flag: 1 << 3,
         region: 2,
         bitmap: true,
-        refuses_readonly: false,
+        no_readonly: false,
         exit: EXIT_39,
         errno: libc::EFAULT,
         flags_set: 1 << 4,

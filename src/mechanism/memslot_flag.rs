@@ -30,8 +30,8 @@ impl Mechanism for MemslotFlag {
         let Some(abi) = host.abi else {
             fail!(EOPNOTSUPP, "this kernel's KVM has none of the known fast-only memslot flags (see kvmfault_explain)");
         };
-        if abi.refuses_readonly && wish.readonly {
-            fail!(EOPNOTSUPP, "the kernel refuses the flag of {} together with KVM_MEM_READONLY", abi.name);
+        if abi.no_readonly && wish.readonly {
+            fail!(EOPNOTSUPP, "the flag of {} does not work together with KVM_MEM_READONLY", abi.name);
         }
         if abi.bitmap && wish.offset % (8 * PAGE) != 0 {
             fail!(EOPNOTSUPP, "with {} a slot must begin at a multiple of 32 KiB in its block", abi.name);
