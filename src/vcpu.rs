@@ -117,9 +117,7 @@ impl Vcpu {
             fail!(EEXIST, "fd: vCPU {number} has a handle already");
         }
         let signal = match (options.signal, options.sigbus) {
-            (Some(signal), _)
-                if !(1..=64).contains(&signal) || [libc::SIGKILL, libc::SIGSTOP, libc::SIGBUS].contains(&signal) =>
-            {
+            (Some(signal), _) if !thread::is_usable_signal(signal) || signal == libc::SIGBUS => {
                 fail!(EINVAL, "kick_signal: {signal} is not a signal that can be used for kicks")
             }
             (Some(signal), Sigbus::ByHandler) if !thread::has_handler(signal) => {

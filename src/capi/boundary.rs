@@ -80,11 +80,12 @@ pub fn enter(name: &str, body: impl FnOnce() -> Result<c_int>) -> c_int {
     guarded(name, None, || body().map(i64::from)) as c_int
 }
 
-const ALIVE: u64 = 0x6b76_6d66_6175_6c74; // "kvmfault"
 const FREED: u64 = 0x6b76_6d66_6672_6565; // "kvmffree"
 
 /// What an opaque pointer points to. Never freed itself: using or freeing a handle after it was freed is an error, not a crash.
+#[repr(C)]
 pub struct Handle<T> {
+    /// [`Opaque::MAGIC`] or [`FREED`]; first, so that a handle of another type is recognised too.
     magic: AtomicU64,
     poisoned: AtomicBool,
     inner: ArcSwapOption<T>,
@@ -101,6 +102,8 @@ pub trait Opaque {
     type Inner;
     /// What messages call the argument.
     const NAME: &'static str;
+    /// What tells a live handle of this type from all else.
+    const MAGIC: u64;
 }
 
 impl<T> Handle<T> {
@@ -112,7 +115,7 @@ impl<T> Handle<T> {
     fn expose_with<O: Opaque<Inner = T>>(inner: T, seat: OnceCell<&'static Seat>) -> *mut O {
         let inner = Arc::new(inner);
         let handle = Handle {
-            magic: AtomicU64::new(ALIVE),
+            magic: AtomicU64::new(O::MAGIC),
             poisoned: AtomicBool::new(false),
             inner: ArcSwapOption::new(Some(inner)),
             seat,
@@ -137,7 +140,7 @@ impl<T> Handle<T> {
         // beyond what can be checked, as with free(3); most are caught by the magic number.
         let handle = unsafe { &*handle };
         match handle.magic.load(SeqCst) {
-            ALIVE => Ok(handle),
+            magic if magic == O::MAGIC => Ok(handle),
             FREED => fail!(EBADF, "{}: this handle was freed", O::NAME),
             _ => fail!(EBADF, "{}: {pointer:p} is not a handle of this library", O::NAME),
         }
@@ -185,7 +188,7 @@ impl Handle<Vcpu> {
         }
         // SAFETY: as in `find`.
         let handle = unsafe { &*handle };
-        (handle.magic.load(SeqCst) == ALIVE).then_some(handle.seat.get()).flatten().copied()
+        (handle.magic.load(SeqCst) == kvmfault_vcpu::MAGIC).then_some(handle.seat.get()).flatten().copied()
     }
 }
 

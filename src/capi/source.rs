@@ -9,6 +9,7 @@ use std::ffi::{c_int, c_void};
 impl Opaque for kvmfault_file_source {
     type Inner = FileSource;
     const NAME: &'static str = "source";
+    const MAGIC: u64 = 0x6b76_6d66_7372_6365; // "kvmfsrce"
 }
 
 /// Most ranges that a source takes.

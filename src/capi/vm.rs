@@ -15,6 +15,7 @@ use std::sync::Arc;
 impl Opaque for kvmfault_vm {
     type Inner = Vm;
     const NAME: &'static str = "vm";
+    const MAGIC: u64 = 0x6b76_6d66_0000_766d; // "kvmf", "vm"
 }
 
 /// The VMM's callbacks.

@@ -97,6 +97,14 @@ pub fn take_signal(set: SignalSet) -> Option<Pending> {
     }
 }
 
+/// Can a program send and block `signal`? Not the two that nothing blocks, nor those that the C library keeps for itself.
+pub fn is_usable_signal(signal: i32) -> bool {
+    const FIRST_REALTIME: i32 = 32;
+    (1..=libc::SIGRTMAX()).contains(&signal)
+        && ![libc::SIGKILL, libc::SIGSTOP].contains(&signal)
+        && !(FIRST_REALTIME..libc::SIGRTMIN()).contains(&signal)
+}
+
 /// Has the VMM a handler for `signal`? (Neither the default action nor ignored.)
 pub fn has_handler(signal: i32) -> bool {
     // SAFETY: an all-zero sigaction is valid; a null new action only queries.

@@ -101,7 +101,8 @@ impl Uffd {
 
     /// Takes one that somebody else opened; `fd` is duplicated.
     pub fn adopt(fd: RawFd) -> Result<Uffd> {
-        let link = std::fs::read_link(format!("/proc/self/fd/{fd}")).map_err(|e| Error::from_io("uffd", &e))?;
+        let link = std::fs::read_link(format!("/proc/self/fd/{fd}"))
+            .map_err(|e| Error::new(libc::EBADF, format!("uffd: descriptor {fd} is not open: {e}")))?;
         if link.to_str() != Some("anon_inode:[userfaultfd]") {
             return Err(Error::new(
                 libc::EINVAL,
@@ -260,7 +261,7 @@ mod tests {
 
     #[test]
     fn an_adopted_descriptor_must_be_a_userfaultfd() {
-        assert_eq!(Uffd::adopt(-1).unwrap_err().errno, libc::ENOENT);
+        assert_eq!(Uffd::adopt(-1).unwrap_err().errno, libc::EBADF);
         let file = std::fs::File::open("/dev/null").unwrap();
         assert_eq!(Uffd::adopt(file.as_raw_fd()).unwrap_err().errno, libc::EINVAL);
         let first = Uffd::open().unwrap();
