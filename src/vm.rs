@@ -257,8 +257,7 @@ impl Vm {
     pub fn stats(&self) -> Stats {
         let sum = Stats::default();
         self.engine.memory.stats.iter().for_each(|shard| sum.absorb(shard));
-        sum.absorb(&self.engine.seats.gone);
-        self.engine.seats.all().iter().for_each(|seat| sum.absorb(&seat.stats));
+        self.engine.seats.count(&sum);
         sum
     }
 

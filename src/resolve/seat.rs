@@ -157,8 +157,8 @@ impl Waiter for Seat {
 #[derive(Default)]
 pub struct Seats {
     seats: ArcSwap<Vec<&'static Seat>>,
-    /// Counters of vCPUs that are gone.
-    pub gone: Stats,
+    /// Those that are gone. Their counters still count: a reader may be about to book a fault of theirs.
+    gone: ArcSwap<Vec<&'static Seat>>,
 }
 
 impl Seats {
@@ -169,13 +169,22 @@ impl Seats {
 
     /// Removes one; its counts stay.
     pub fn remove(&self, seat: &'static Seat) {
-        self.gone.absorb(&seat.stats);
+        self.gone.rcu(|gone| gone.iter().copied().chain([seat]).collect::<Vec<_>>());
         self.seats.rcu(|seats| seats.iter().copied().filter(|s| !std::ptr::eq(*s, seat)).collect::<Vec<_>>());
     }
 
     /// The one whose thread this is.
     pub fn of_thread(&self, thread: i32) -> Option<&'static Seat> {
         self.seats.load().iter().find(|s| s.thread.load(SeqCst) == thread).copied()
+    }
+
+    /// Adds up the counters of all that are here or gone.
+    pub fn count(&self, sum: &Stats) {
+        // In this order: a seat that leaves meanwhile is in both, and counted once.
+        let here = self.all();
+        let gone = self.gone.load();
+        let left = gone.iter().filter(|g| !here.iter().any(|h| std::ptr::eq(*h, **g)));
+        here.iter().chain(left).for_each(|seat| sum.absorb(&seat.stats));
     }
 
     /// All of them now.
