@@ -1,0 +1,518 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+#define _GNU_SOURCE
+#include "machine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define PAGE_TABLES 0x1000ul
+#define CODE 0x10000ul
+#define SHARED 0x20000ul
+#define MFD_HUGETLB_2MB (MFD_HUGETLB | 21u << 26)
+
+extern const uint8_t guest_verify_start[], guest_verify_end[];
+extern const uint8_t guest_touch_start[], guest_touch_end[];
+extern const uint8_t guest_script_start[], guest_script_end[];
+
+static const struct {
+	const uint8_t *start, *end;
+} guests[] = {
+	{ guest_verify_start, guest_verify_end },
+	{ guest_touch_start, guest_touch_end },
+	{ guest_script_start, guest_script_end },
+};
+enum { VERIFY, TOUCH, SCRIPT, GUESTS };
+
+static uint64_t round_up(uint64_t n, uint64_t to)
+{
+	return (n + to - 1) / to * to;
+}
+
+/* ---- memory under test ---- */
+
+#define NR_HUGEPAGES "/proc/sys/vm/nr_hugepages"
+static long huge_pages_before = -1;
+
+static long number_in(const char *path)
+{
+	long n = -1;
+	FILE *file = fopen(path, "r");
+	if (file && fscanf(file, "%ld", &n) != 1)
+		n = -1;
+	if (file)
+		fclose(file);
+	return n;
+}
+
+static void set_huge_pages(long n)
+{
+	FILE *file = fopen(NR_HUGEPAGES, "w");
+	if (file) {
+		fprintf(file, "%ld\n", n);
+		fclose(file);
+	}
+}
+
+static void put_huge_pages_back(void)
+{
+	set_huge_pages(huge_pages_before);
+}
+
+const char *backing_name(enum backing backing)
+{
+	return (const char *const[]){ "anon", "memfd", "hugetlb" }[backing];
+}
+
+static void *map_shared(int fd, uint64_t len)
+{
+	return mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+}
+
+void ram_create(struct ram *ram, enum backing backing, uint64_t len)
+{
+	*ram = (struct ram){ .backing = backing, .page = backing == HUGETLB ? HUGE_PAGE : PAGE, .fd = -1 };
+	ram->len = round_up(len, ram->page);
+	if (backing == ANON) {
+		ram->hva = mmap(NULL, ram->len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		CHECK(ram->hva != MAP_FAILED, "mmap: %s", strerror(errno));
+		/* Transparent huge pages would turn one absent page into none of 512. */
+		madvise(ram->hva, ram->len, MADV_NOHUGEPAGE);
+		return;
+	}
+	ram->fd = SYS(memfd_create("test memory", MFD_CLOEXEC | (backing == HUGETLB ? MFD_HUGETLB_2MB : 0)));
+	SYS(ftruncate(ram->fd, ram->len));
+	ram->hva = map_shared(ram->fd, ram->len);
+	if (ram->hva == MAP_FAILED && backing == HUGETLB) {
+		huge_pages_before = number_in(NR_HUGEPAGES);
+		test_cleanup(put_huge_pages_back);
+		set_huge_pages(huge_pages_before + (long)(ram->len / HUGE_PAGE));
+		ram->hva = map_shared(ram->fd, ram->len);
+		if (ram->hva == MAP_FAILED)
+			skip("%lu huge pages of 2 MiB can't be had (%ld in vm.nr_hugepages; raising it needs root)",
+			     (unsigned long)(ram->len / HUGE_PAGE), huge_pages_before);
+	}
+	CHECK(ram->hva != MAP_FAILED, "mmap: %s", strerror(errno));
+}
+
+void ram_destroy(struct ram *ram)
+{
+	munmap(ram->hva, ram->len);
+	if (ram->fd >= 0)
+		close(ram->fd);
+}
+
+/* ---- what is in it ---- */
+
+static bool is_zero(const struct pattern *p, uint64_t page)
+{
+	return p->zero_mask && (page & p->zero_mask) == p->zero_mask;
+}
+
+uint64_t pattern_word(const struct pattern *p, uint64_t page, unsigned word)
+{
+	return is_zero(p, page) ? 0 : (page + 1) * p->factor + word;
+}
+
+void pattern_fill(const struct pattern *p, uint64_t page, void *to)
+{
+	uint64_t *words = to;
+	for (unsigned w = 0; w < PAGE / 8; w++)
+		words[w] = pattern_word(p, page, w);
+}
+
+void pattern_check(const struct pattern *p, const void *memory, uint64_t first, uint64_t count)
+{
+	const uint64_t *words = memory;
+	for (uint64_t page = first; page < first + count; page++)
+		for (unsigned w = 0; w < PAGE / 8; w++, words++)
+			CHECK(*words == pattern_word(p, page, w), "page %#lx word %u is %#lx, not %#lx", page, w, *words,
+			      pattern_word(p, page, w));
+}
+
+void source_create(struct source *s, uint64_t gpa, uint64_t len, struct pattern pattern)
+{
+	memset(s, 0, sizeof(*s));
+	s->pattern = pattern;
+	s->gpa = gpa;
+	s->pages = len / PAGE;
+	s->calls = calloc(s->pages, sizeof(*s->calls));
+	CHECK(s->calls, "no memory");
+}
+
+void source_destroy(struct source *s)
+{
+	free((void *)s->calls);
+}
+
+int source_install(const struct source *s, struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
+{
+	static _Thread_local uint8_t page[PAGE] __attribute__((aligned(PAGE)));
+	uint8_t *bytes = page;
+	if (len > PAGE) {
+		bytes = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		CHECK(bytes != MAP_FAILED, "mmap: %s", strerror(errno));
+	}
+	for (uint64_t at = 0; at < len; at += PAGE)
+		pattern_fill(&s->pattern, (gpa - s->gpa + at) / PAGE, bytes + at);
+	int ret = kvmfault_pages_install(vm, gpa, bytes, len);
+	if (len > PAGE)
+		munmap(bytes, len);
+	return ret;
+}
+
+int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	struct source *s = opaque;
+	CHECK(fault->gpa >= s->gpa && fault->gpa + fault->len <= s->gpa + s->pages * PAGE && fault->gpa % fault->len == 0,
+	      "the resolver is asked for [%#lx, +%#lx)", fault->gpa, fault->len);
+	s->calls[(fault->gpa - s->gpa) / PAGE]++;
+	s->total++;
+	*(fault->origin == KVMFAULT_ORIGIN_VCPU ? &s->vcpu : fault->origin == KVMFAULT_ORIGIN_HOST ? &s->host : &s->prefetch) += 1;
+	int ret = s->window ? source_install(s, vm, fault->window_gpa, fault->window_len) :
+			      source_install(s, vm, fault->gpa, fault->len);
+	/* With windows another vCPU may have been first: the library is to take that from a resolver. */
+	if (!(s->window && ret == -EEXIST))
+		OK(ret);
+	return ret;
+}
+
+/* ---- the machine ---- */
+
+static void write_page_tables(struct machine *m)
+{
+	enum { ALL = 7 /* present, writable, user */, LARGE = 0x80 };
+	uint64_t *pml4 = (uint64_t *)(m->low + PAGE_TABLES), *pdpt = pml4 + 512, *directory = pdpt + 512;
+
+	pml4[0] = (PAGE_TABLES + PAGE) | ALL;
+	for (uint64_t i = 0; i < GUEST_LIMIT >> 30; i++)
+		pdpt[i] = (PAGE_TABLES + (2 + i) * PAGE) | ALL;
+	for (uint64_t i = 0; i < GUEST_LIMIT >> 21; i++)
+		directory[i] = i << 21 | ALL | LARGE;
+}
+
+void machine_create(struct machine *m, uint64_t shared)
+{
+	memset(m, 0, sizeof(*m));
+	m->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+	if (m->kvm < 0)
+		skip("/dev/kvm: %s", strerror(errno));
+	m->vm = SYS(ioctl(m->kvm, KVM_CREATE_VM, 0));
+	/* A stack for each vCPU, and room for rounding. */
+	m->low_len = round_up(SHARED + shared + (MOST_VCPUS + 64) * PAGE, HUGE_PAGE);
+	m->low_used = SHARED;
+	m->low = mmap(NULL, m->low_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	CHECK(m->low != MAP_FAILED && m->low_len <= RAM_GPA, "%lu bytes of low memory: %s", m->low_len, strerror(errno));
+	struct kvm_userspace_memory_region low = { .memory_size = m->low_len, .userspace_addr = (uintptr_t)m->low };
+	SYS(ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &low));
+	write_page_tables(m);
+	for (int i = 0; i < GUESTS; i++) {
+		CHECK(guests[i].end - guests[i].start <= (long)PAGE, "guest %d is longer than a page", i);
+		memcpy(m->low + CODE + i * PAGE, guests[i].start, guests[i].end - guests[i].start);
+	}
+}
+
+void machine_destroy(struct machine *m)
+{
+	long run_size = ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+	kvmfault_vm_free(m->library);
+	for (unsigned i = 0; i < m->vcpus; i++) {
+		kvmfault_vcpu_free(m->vcpu[i]->handle);
+		munmap(m->vcpu[i]->run, run_size);
+		close(m->vcpu[i]->fd);
+		free(m->vcpu[i]);
+	}
+	close(m->vm);
+	close(m->kvm);
+	munmap(m->low, m->low_len);
+}
+
+void *machine_share(struct machine *m, uint64_t len, uint64_t *gpa)
+{
+	CHECK(m->low_used + len <= m->low_len, "machine_create was told less than machine_share is asked for");
+	*gpa = m->low_used;
+	m->low_used += round_up(len, PAGE);
+	return m->low + *gpa;
+}
+
+void machine_attach(struct machine *m, struct source *source, const struct kvmfault_vm_options *given)
+{
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	if (given)
+		options = *given;
+	options.kvm_fd = m->kvm;
+	options.vm_fd = m->vm;
+	if (!options.mechanism)
+		options.mechanism = test_mechanism();
+	if (!options.resolver) {
+		options.resolver = source_resolve;
+		options.opaque = source;
+	}
+	OK(kvmfault_vm_new(&options, &m->library));
+}
+
+struct kvmfault_memslot slot_on(const struct ram *ram, uint32_t number, uint64_t gpa)
+{
+	struct kvmfault_memslot slot = KVMFAULT_MEMSLOT_INIT;
+	slot.slot = number;
+	slot.gpa = gpa;
+	slot.len = ram->len;
+	slot.hva = ram->hva;
+	slot.memory = (const int[]){ KVMFAULT_MEMORY_ANON, KVMFAULT_MEMORY_SHARED, KVMFAULT_MEMORY_HUGETLB }[ram->backing];
+	slot.fd = ram->fd;
+	slot.flags = ram->backing == ANON ? KVMFAULT_MEMSLOT_VCPU_ONLY : 0;
+	return slot;
+}
+
+void machine_set_slot(struct machine *m, const struct ram *ram, uint32_t number, uint64_t gpa)
+{
+	struct kvmfault_memslot slot = slot_on(ram, number, gpa);
+	OK(kvmfault_memslot_set(m->library, &slot));
+	if (test_mechanism())
+		EQUAL("the slot's mechanism", kvmfault_memslot_mechanism(m->library, number), test_mechanism());
+}
+
+struct kvmfault_stats machine_stats(const struct machine *m)
+{
+	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
+	OK(kvmfault_vm_stats(m->library, &stats));
+	return stats;
+}
+
+struct kvmfault_stats machine_settled_stats(const struct machine *m)
+{
+	struct kvmfault_stats stats;
+	uint64_t faults, served;
+	double deadline = now() + 5;
+	do {
+		stats = machine_stats(m);
+		faults = stats.faults_vcpu + stats.faults_host + stats.faults_prefetch;
+		served = 0;
+		for (int i = 0; i < KVMFAULT_LATENCY_BUCKETS; i++)
+			served += stats.latency_us_log2[i];
+		CHECK(now() < deadline, "%lu faults, but %lu in the histogram", faults, served);
+	} while (faults != served);
+	/* Counters are read one after the other: those before the histogram may be older than it. */
+	return machine_stats(m);
+}
+
+/* ---- vCPUs ---- */
+
+static void set_mode(struct vcpu *v)
+{
+	struct kvm_sregs s;
+	struct kvm_segment code = {
+		.limit = 0xfffff, .selector = v->cpl ? 0x33 : 0x10, .type = 11, .present = 1, .dpl = v->cpl, .s = 1, .l = 1, .g = 1,
+	};
+	struct kvm_segment data = {
+		.limit = 0xfffff, .selector = v->cpl ? 0x2b : 0x18, .type = 3, .present = 1, .dpl = v->cpl, .s = 1, .db = 1, .g = 1,
+	};
+	SYS(ioctl(v->fd, KVM_GET_SREGS, &s));
+	s.cs = code;
+	s.ds = s.es = s.fs = s.gs = s.ss = data;
+	memset(&s.ldt, 0, sizeof(s.ldt));
+	s.tr.present = 1;
+	s.tr.type = 11;
+	s.cr3 = PAGE_TABLES;
+	s.cr4 = 0x620; /* PAE, and SSE as the operating system allows it */
+	s.cr0 = 0x80050033;
+	s.efer = 0xd01;
+	SYS(ioctl(v->fd, KVM_SET_SREGS, &s));
+}
+
+struct vcpu *machine_add_vcpu(struct machine *m, int cpl)
+{
+	static struct {
+		struct kvm_cpuid2 head;
+		struct kvm_cpuid_entry2 entries[256];
+	} cpuid;
+	CHECK(m->vcpus < MOST_VCPUS, "too many vCPUs");
+	struct vcpu *v = calloc(1, sizeof(*v));
+	CHECK(v, "no memory");
+	v->machine = m;
+	v->number = (int)m->vcpus;
+	v->cpl = cpl;
+	v->fd = SYS(ioctl(m->vm, KVM_CREATE_VCPU, v->number));
+	v->run = mmap(NULL, SYS(ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0)), PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, 0);
+	CHECK(v->run != MAP_FAILED, "kvm_run: %s", strerror(errno));
+	cpuid.head.nent = 256;
+	SYS(ioctl(m->kvm, KVM_GET_SUPPORTED_CPUID, &cpuid));
+	SYS(ioctl(v->fd, KVM_SET_CPUID2, &cpuid));
+	set_mode(v);
+	machine_share(m, PAGE, &v->stack);
+	m->vcpu[m->vcpus++] = v;
+	return v;
+}
+
+void vcpu_attach(struct vcpu *v)
+{
+	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
+	options.fd = v->fd;
+	options.run = v->run;
+	OK(kvmfault_vcpu_new(v->machine->library, &options, &v->handle));
+}
+
+void vcpu_detach(struct vcpu *v)
+{
+	kvmfault_vcpu_free(v->handle);
+	v->handle = NULL;
+}
+
+bool vcpu_stopped(const struct vcpu *v, uint32_t *value)
+{
+	if (v->run->exit_reason != KVM_EXIT_IO || v->run->io.port != STOP_PORT)
+		return false;
+	memcpy(value, (uint8_t *)v->run + v->run->io.data_offset, sizeof(*value));
+	return true;
+}
+
+const char *vcpu_describe(const struct vcpu *v, int ret)
+{
+	static _Thread_local char text[512];
+	struct kvmfault_memory_error_info info = KVMFAULT_MEMORY_ERROR_INFO_INIT;
+	struct kvm_regs regs;
+	unsigned long long rip = ioctl(v->fd, KVM_GET_REGS, &regs) ? 0 : regs.rip;
+	if (ret < 0)
+		snprintf(text, sizeof(text), "vCPU %d at %#llx: %s (%s)", v->number, rip, strerror(-ret), kvmfault_last_error());
+	else if (ret == KVMFAULT_MEMORY_ERROR && !kvmfault_vcpu_memory_error(v->handle, &info))
+		snprintf(text, sizeof(text), "vCPU %d: memory error at gpa %#llx, lost %d", v->number,
+			 (unsigned long long)info.gpa, info.lost);
+	else if (v->run->exit_reason == KVM_EXIT_MMIO)
+		snprintf(text, sizeof(text), "vCPU %d at %#llx: returned %d, MMIO exit at %#llx, %u bytes, write %u", v->number,
+			 rip, ret, v->run->mmio.phys_addr, v->run->mmio.len, v->run->mmio.is_write);
+	else if (v->run->exit_reason == KVM_EXIT_INTERNAL_ERROR)
+		snprintf(text, sizeof(text), "vCPU %d at %#llx: returned %d, internal error %u", v->number, rip, ret,
+			 v->run->internal.suberror);
+	else
+		snprintf(text, sizeof(text), "vCPU %d at %#llx: returned %d, exit reason %u", v->number, rip, ret,
+			 v->run->exit_reason);
+	return text;
+}
+
+uint32_t vcpu_run(struct vcpu *v)
+{
+	uint32_t value;
+	int ret;
+	do
+		ret = kvmfault_vcpu_run(v->handle);
+	while (ret == KVMFAULT_INTERRUPTED);
+	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
+	return value;
+}
+
+static void *vcpu_thread(void *arg)
+{
+	struct vcpu *v = arg;
+	return v->main(v);
+}
+
+void vcpu_start(struct vcpu *v, void *(*main)(struct vcpu *), void *opaque)
+{
+	v->main = main;
+	v->opaque = opaque;
+	int error = pthread_create(&v->thread, NULL, vcpu_thread, v);
+	CHECK(!error, "pthread_create: %s", strerror(error));
+}
+
+void vcpu_join(struct vcpu *v)
+{
+	pthread_join(v->thread, NULL);
+}
+
+/* ---- guests ---- */
+
+static void load(struct vcpu *v, int guest, struct kvm_regs *regs)
+{
+	regs->rip = CODE + guest * PAGE;
+	regs->rsp = v->stack + PAGE;
+	regs->rflags = 0x3002; /* I/O privilege level 3 */
+	SYS(ioctl(v->fd, KVM_SET_REGS, regs));
+}
+
+void vcpu_load_verify(struct vcpu *v, uint64_t gpa, uint64_t list, uint64_t count, const struct pattern *pattern, int mode)
+{
+	struct kvm_regs regs = {
+		.rdi = gpa,
+		.rsi = list,
+		.rcx = count,
+		.r8 = pattern->factor,
+		.r9 = pattern->zero_mask,
+		.r10 = v->cpl == 3 ? 1 : 73, /* emulation is slow */
+		.r12 = mode,
+	};
+	load(v, VERIFY, &regs);
+}
+
+void vcpu_verify(struct vcpu *v)
+{
+	struct kvm_regs r;
+	if (vcpu_run(v) == 0)
+		return;
+	SYS(ioctl(v->fd, KVM_GET_REGS, &r));
+	FAIL("vCPU %d (CPL %d) found %#llx at %#llx, not %#llx", v->number, v->cpl, r.rbx, r.rdi, r.rdx);
+}
+
+void vcpu_load_touch(struct vcpu *v, uint64_t gpa, uint64_t pages, uint64_t step)
+{
+	struct kvm_regs regs = { .rdi = gpa, .rcx = pages, .rdx = step };
+	load(v, TOUCH, &regs);
+}
+
+void vcpu_load_script(struct vcpu *v, uint64_t first_step)
+{
+	struct kvm_regs regs = { .rdi = first_step };
+	load(v, SCRIPT, &regs);
+}
+
+void list_sequential(uint32_t *list, uint64_t count)
+{
+	for (uint64_t i = 0; i < count; i++)
+		list[i] = (uint32_t)i;
+}
+
+void list_shuffle(uint32_t *list, uint64_t count, uint64_t seed)
+{
+	list_sequential(list, count);
+	for (uint64_t i = count - 1; i > 0; i--) {
+		uint64_t other = random_number(&seed) % (i + 1);
+		uint32_t swap = list[i];
+		list[i] = list[other];
+		list[other] = swap;
+	}
+}
+
+/* ---- what KVM does here ---- */
+
+bool cpl0_comes_as_mmio(void)
+{
+	static int known = -1;
+	if (known >= 0)
+		return known;
+	struct machine m;
+	struct ram ram;
+	struct source source;
+	uint64_t steps_gpa;
+	machine_create(&m, PAGE);
+	ram_create(&ram, MEMFD, PAGE);
+	source_create(&source, RAM_GPA, ram.len, PATTERN);
+	machine_attach(&m, &source, NULL);
+	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
+	struct step *steps = machine_share(&m, PAGE, &steps_gpa);
+	steps[0] = (struct step){ READ64, RAM_GPA, 0, 0 };
+	steps[1] = (struct step){ STOP, 0, 0, 0 };
+	struct vcpu *v = machine_add_vcpu(&m, 0);
+	vcpu_load_script(v, steps_gpa);
+	vcpu_attach(v);
+	vcpu_run(v);
+	known = machine_stats(&m).mmio_reads > 0;
+	vcpu_detach(v);
+	machine_destroy(&m);
+	ram_destroy(&ram);
+	source_destroy(&source);
+	return known;
+}

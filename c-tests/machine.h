@@ -1,0 +1,153 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * A small virtual machine for tests: ordinary low memory for page tables, code and lists; test memory that the library looks
+ * after; vCPUs in long mode at CPL 0 or 3; and guests that check what they find (guest/ *.S).
+ *
+ * On KVMs without hardware virtualisation CPL 3 runs natively and CPL 0 is emulated instruction by instruction. Both are paths that
+ * guests take through KVM, so most tests do both.
+ */
+#ifndef MACHINE_H
+#define MACHINE_H
+
+#include "harness.h"
+
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+#define PAGE 4096ul
+#define HUGE_PAGE (2ul << 20)
+#define RAM_GPA 0x40000000ul      /* where test memory usually is */
+#define GUEST_LIMIT 0x200000000ul /* the guest's page tables end here: 8 GiB, addresses equal physical ones */
+#define NOWHERE_GPA 0x180000000ul /* reachable, and no memory is there */
+#define RAM_SLOT 1
+#define STOP_PORT 0x10
+enum { MOST_VCPUS = 256 };
+
+/* ---- memory under test ---- */
+
+enum backing { ANON, MEMFD, HUGETLB };
+struct ram {
+	enum backing backing;
+	uint8_t *hva;
+	uint64_t len, page; /* bytes; of one of its pages, too */
+	int fd;             /* -1 for ANON */
+};
+const char *backing_name(enum backing backing);
+/* Skips the case if there are no huge pages and none can be had. */
+void ram_create(struct ram *ram, enum backing backing, uint64_t len);
+void ram_destroy(struct ram *ram);
+
+/* ---- what is in it ---- */
+
+/* Word w of page p (4 KiB, 512 words) is (p + 1) * factor + w, or zero if zero_mask != 0 and (p & zero_mask) == zero_mask. */
+struct pattern {
+	uint64_t factor, zero_mask;
+};
+#define PATTERN ((struct pattern){ .factor = 0x9e3779b97f4a7c15ul, .zero_mask = 0 })
+uint64_t pattern_word(const struct pattern *pattern, uint64_t page, unsigned word);
+void pattern_fill(const struct pattern *pattern, uint64_t page, void *to);
+/* Fails the case at the first word of the 4 KiB pages [first, first + count) that isn't the pattern's. */
+void pattern_check(const struct pattern *pattern, const void *memory, uint64_t first, uint64_t count);
+
+/* A resolver that brings the pattern, and counts its calls. `opaque` of kvmfault_vm_options. */
+struct source {
+	struct pattern pattern;
+	uint64_t gpa; /* of page 0 */
+	uint64_t pages;
+	bool window;              /* install all of the readahead window */
+	_Atomic uint32_t *calls;  /* of each page, by the page that was asked for */
+	atomic_ulong total, vcpu, host, prefetch; /* calls; by origin */
+};
+void source_create(struct source *source, uint64_t gpa, uint64_t len, struct pattern pattern);
+void source_destroy(struct source *source);
+int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault);
+/* Installs what the fault asks for, without counting: for resolvers of a test's own. Returns what kvmfault_pages_install does. */
+int source_install(const struct source *source, struct kvmfault_vm *vm, uint64_t gpa, uint64_t len);
+
+/* ---- the machine ---- */
+
+struct machine {
+	int kvm, vm;
+	uint8_t *low; /* guest address 0 */
+	uint64_t low_len, low_used;
+	struct kvmfault_vm *library;
+	unsigned vcpus;
+	struct vcpu *vcpu[MOST_VCPUS];
+};
+/* `shared` bytes will be asked for with machine_share. */
+void machine_create(struct machine *machine, uint64_t shared);
+/* Frees the library's VM too, and the vCPUs. */
+void machine_destroy(struct machine *machine);
+/* Memory for host and guest, zeros; *gpa is its guest address. */
+void *machine_share(struct machine *machine, uint64_t len, uint64_t *gpa);
+/* kvmfault_vm_new with the case's mechanism. `options` may be NULL; what is 0 there (mechanism, resolver) has the usual value. */
+void machine_attach(struct machine *machine, struct source *source, const struct kvmfault_vm_options *options);
+/* A slot on all of `ram`, ready for kvmfault_memslot_set. Private memory is declared as touched by vCPUs only. */
+struct kvmfault_memslot slot_on(const struct ram *ram, uint32_t slot, uint64_t gpa);
+void machine_set_slot(struct machine *machine, const struct ram *ram, uint32_t slot, uint64_t gpa);
+struct kvmfault_stats machine_stats(const struct machine *machine);
+/*
+ * The same when all faults have been served. With userfaultfd the kernel lets a vCPU go on the moment its page is there: the guest
+ * may be done with all of its memory while a reader thread is still booking the last page.
+ */
+struct kvmfault_stats machine_settled_stats(const struct machine *machine);
+
+/* Do accesses at CPL 0 to absent pages come as MMIO exits, with the case's mechanism? (Where KVM emulates CPL 0.) */
+bool cpl0_comes_as_mmio(void);
+
+/* ---- vCPUs ---- */
+
+struct vcpu {
+	struct machine *machine;
+	int number, cpl, fd;
+	struct kvm_run *run;
+	struct kvmfault_vcpu *handle; /* NULL until vcpu_attach */
+	uint64_t stack;
+	pthread_t thread;
+	void *(*main)(struct vcpu *);
+	void *opaque; /* the case's */
+};
+struct vcpu *machine_add_vcpu(struct machine *machine, int cpl);
+/* kvmfault_vcpu_new with the usual options; on the thread that will run it. */
+void vcpu_attach(struct vcpu *vcpu);
+void vcpu_detach(struct vcpu *vcpu);
+/* Runs until the guest stops, and returns the value that it stops with; anything else fails the case. */
+uint32_t vcpu_run(struct vcpu *vcpu);
+/* After KVMFAULT_PASS: did the guest stop? */
+bool vcpu_stopped(const struct vcpu *vcpu, uint32_t *value);
+/* What a return value of run or handle_exit that wasn't expected means. */
+const char *vcpu_describe(const struct vcpu *vcpu, int ret);
+void vcpu_start(struct vcpu *vcpu, void *(*main)(struct vcpu *), void *opaque);
+void vcpu_join(struct vcpu *vcpu);
+
+/* ---- guests ---- */
+
+enum { READ_FIRST = 0, WRITE_FIRST = 1 };
+/* guest/verify.S: checks `count` pages of the list at guest address `list`, pages counted from `gpa`. */
+void vcpu_load_verify(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, const struct pattern *pattern, int mode);
+/* Runs it, and fails the case with what the guest found if that is wrong. */
+void vcpu_verify(struct vcpu *vcpu);
+/* guest/touch.S */
+void vcpu_load_touch(struct vcpu *vcpu, uint64_t gpa, uint64_t pages, uint64_t step);
+
+/* guest/script.S */
+enum {
+	STOP, READ8, READ16, READ32, READ64, WRITE8, WRITE16, WRITE32, WRITE64,
+	JUMP,     /* to the step at `address` */
+	ADD64,    /* atomically; `value` becomes what was there */
+	CALL,     /* the code at `address`, with `value` in %rax; `value` becomes %rax */
+	COPY,     /* `more` bytes from guest address `value`, with a string instruction */
+	READ128, WRITE128, /* `value` and `more`; an SSE instruction */
+	FILL,     /* `more` words of 64 bits */
+};
+struct step {
+	uint64_t operation, address, value, more;
+};
+void vcpu_load_script(struct vcpu *vcpu, uint64_t first_step);
+
+/* Lists of page numbers. */
+void list_sequential(uint32_t *list, uint64_t count);
+void list_shuffle(uint32_t *list, uint64_t count, uint64_t seed);
+
+#endif
