@@ -246,6 +246,9 @@ static void restore(const struct options *o, const struct mechanism *mechanism, 
 	if (terminal)
 		pthread_join(progress_thread, NULL);
 
+	/* The library may still be booking the last page: with userfaultfd the kernel lets a vCPU go on the moment its page is there. */
+	for (int i = 0; i < 1000 && kvmfault_pages_absent(memory) > 0; i++)
+		usleep(1000);
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
 	if (kvmfault_vm_stats(memory, &stats))
 		die(0, "%s", kvmfault_last_error());
