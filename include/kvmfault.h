@@ -860,8 +860,9 @@ int kvmfault_vm_enable(const struct kvmfault_vm *vm,
  *
  * Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another
  * slot, or private memory has content already), -EFAULT and -EACCES (hva isn't mapped, or not
- * readable and writable), -ENOENT (deleting what is not set), -EOPNOTSUPP (the forced mechanism
- * can't serve this memory), or KVM's errno. Any thread; calls take turns; not from callbacks.
+ * readable and writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another
+ * userfaultfd), -ENOENT (deleting what is not set), -EOPNOTSUPP (the forced mechanism can't serve
+ * this memory), or KVM's errno. Any thread; calls take turns; not from callbacks.
  */
 int kvmfault_memslot_set(const struct kvmfault_vm *vm,
                          const struct kvmfault_memslot *slot);

@@ -196,8 +196,8 @@ pub unsafe extern "C" fn kvmfault_vm_enable(vm: *const kvmfault_vm, caps: u64) -
 /// memory again, in which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP).
 ///
 /// Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another slot, or private memory has
-/// content already), -EFAULT and -EACCES (hva isn't mapped, or not readable and writable), -ENOENT (deleting what is not set), -EOPNOTSUPP
-/// (the forced mechanism can't serve this memory), or KVM's errno. Any thread; calls take turns; not from callbacks.
+/// content already), -EFAULT and -EACCES (hva isn't mapped, or not readable and writable), -EBADF (`fd` is closed), -EBUSY (the memory is
+/// registered with another userfaultfd), -ENOENT (deleting what is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory), or KVM's errno. Any thread; calls take turns; not from callbacks.
 ///
 /// # Safety
 /// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.

@@ -189,7 +189,7 @@ pub fn inspect(hva: u64, len: u64) -> Result<Backing> {
             fail!(EACCES, "hva: [{:#x}, {:#x}) is not mapped readable and writable", map.start, map.end);
         }
         let kind = kind_of(&map)?;
-        if found.is_some_and(|(first, _)| first != kind.0) {
+        if found.is_some_and(|first| first != kind) {
             fail!(EINVAL, "hva: [{hva:#x}, {:#x}) is memory of more than one kind", hva + len);
         }
         found.get_or_insert(kind);
@@ -208,6 +208,7 @@ struct MapsLine<'a> {
     readable: bool,
     writable: bool,
     shared: bool,
+    offset: u64,
     inode: u64,
     device: u64,
     name: &'a str,
@@ -217,7 +218,7 @@ fn parse_maps_line(line: &str) -> Option<MapsLine<'_>> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let rights = fields.next()?.as_bytes();
-    let _offset = fields.next()?;
+    let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
     let (major, minor) = fields.next()?.split_once(':')?;
     let device = libc::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
     Some(MapsLine {
@@ -226,6 +227,7 @@ fn parse_maps_line(line: &str) -> Option<MapsLine<'_>> {
         readable: rights.first() == Some(&b'r'),
         writable: rights.get(1) == Some(&b'w'),
         shared: rights.get(3) == Some(&b's'),
+        offset,
         inode: fields.next()?.parse().ok()?,
         device,
         name: fields.next().unwrap_or("").trim_start(),
@@ -248,6 +250,7 @@ fn kind_of(map: &MapsLine<'_>) -> Result<(Kind, Option<u64>)> {
         || map.name.starts_with("/dev/zero")
         || map.name.starts_with("/SYSV")
         || map.name.starts_with("/dev/shm/")
+        || map.name.starts_with("[anon_shmem:") // named by prctl(PR_SET_VMA_ANON_NAME)
         || is_tmpfs(map.name);
     match (map.shared, shmem) {
         (true, true) => Ok((Kind::Shared, None)),
@@ -290,18 +293,13 @@ fn kernel_page_size(start: u64) -> Result<u64> {
 /// /proc/self/map_files is tried, which needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
 pub fn duplicate_by_file(hva: u64, len: u64, fd: Option<(RawFd, u64)>) -> Result<Mapping> {
     if let Some((fd, offset)) = fd {
-        check_file(hva, fd)?;
+        check_file(hva, fd, offset)?;
         return Mapping::shared(fd, offset, len, true);
     }
     let maps = std::fs::read_to_string("/proc/self/maps").map_err(|e| Error::from_io("/proc/self/maps", &e))?;
-    let line = maps.lines().find(|l| parse_maps_line(l).is_some_and(|m| m.start <= hva && hva < m.end));
-    let Some(line) = line else { fail!(EFAULT, "hva: nothing is mapped at {hva:#x}") };
-    let range = line.split(' ').next().unwrap_or_default();
-    let (start, offset) = (range.split('-').next().unwrap_or_default(), line.split(' ').nth(2).unwrap_or_default());
-    let (start, offset) = match (u64::from_str_radix(start, 16), u64::from_str_radix(offset, 16)) {
-        (Ok(start), Ok(offset)) => (start, offset),
-        _ => fail!(EIO, "/proc/self/maps: can't read {line:?}"),
-    };
+    let map = maps.lines().filter_map(parse_maps_line).find(|m| m.start <= hva && hva < m.end);
+    let Some(MapsLine { start, end, offset, .. }) = map else { fail!(EFAULT, "hva: nothing is mapped at {hva:#x}") };
+    let range = format!("{start:x}-{end:x}");
     let file = File::options().read(true).write(true).open(format!("/proc/self/map_files/{range}"));
     let file = file.map_err(|e| {
         Error::from_io("hugetlb memory can be mapped a second time only with its descriptor (kvmfault_memslot.fd); /proc/self/map_files", &e)
@@ -309,19 +307,21 @@ pub fn duplicate_by_file(hva: u64, len: u64, fd: Option<(RawFd, u64)>) -> Result
     Mapping::shared(file.as_raw_fd(), offset + (hva - start), len, true)
 }
 
-/// Is the memory at `hva` a mapping of the file `fd`?
-fn check_file(hva: u64, fd: RawFd) -> Result<()> {
-    let link = format!("/proc/self/fd/{fd}");
-    let file = std::fs::metadata(&link).map_err(|e| Error::from_io("fd", &e))?;
+/// Is the memory at `hva` a mapping of the file `fd`, from `offset` on?
+fn check_file(hva: u64, fd: RawFd, offset: u64) -> Result<()> {
+    let file = std::fs::metadata(format!("/proc/self/fd/{fd}"))
+        .map_err(|e| Error::new(libc::EBADF, format!("fd: descriptor {fd} is not open: {e}")))?;
     let maps = std::fs::read_to_string("/proc/self/maps").map_err(|e| Error::from_io("/proc/self/maps", &e))?;
-    let same = maps
-        .lines()
-        .filter_map(parse_maps_line)
-        .any(|m| m.start <= hva && hva < m.end && m.inode == file.ino() && m.device == file.dev());
-    if !same {
-        fail!(EINVAL, "fd: {fd} is not the file that is mapped at hva {hva:#x}");
+    let map = maps.lines().filter_map(parse_maps_line).find(|m| m.start <= hva && hva < m.end);
+    match map.filter(|m| m.inode == file.ino() && m.device == file.dev()) {
+        Some(map) if map.offset + (hva - map.start) == offset => Ok(()),
+        Some(map) => fail!(
+            EINVAL,
+            "fd_offset: hva {hva:#x} is a mapping of the file from {:#x} on, not from {offset:#x}",
+            map.offset + (hva - map.start)
+        ),
+        None => fail!(EINVAL, "fd: {fd} is not the file that is mapped at hva {hva:#x}"),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -335,6 +335,15 @@ mod tests {
         let text = inspect(kinds_are_told_apart as *const () as u64 & !(PAGE - 1), PAGE).unwrap_err();
         assert_eq!(text.errno, libc::EACCES);
         assert_eq!(inspect(PAGE, PAGE).unwrap_err().errno, libc::EFAULT);
+    }
+
+    #[test]
+    fn shared_memory_may_have_a_name() {
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        let memory = Mapping::map(0, PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0, "mmap").unwrap();
+        // SAFETY: names a live mapping; EINVAL on kernels that don't do that.
+        unsafe { libc::prctl(libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME, memory.address(), PAGE, c"guest".as_ptr()) };
+        assert_eq!(inspect(memory.address(), PAGE).unwrap().kind, Kind::Shared);
     }
 
     #[test]

@@ -143,7 +143,10 @@ impl Uffd {
         let mode = if minor { RegisterMode::MISSING | RegisterMode::MINOR } else { RegisterMode::MISSING };
         match self.uffd.register_with_mode(hva as *mut _, len as usize, mode) {
             Ok(_) => Ok(()),
-            Err(e) => Err(from_crate("UFFDIO_REGISTER", e)),
+            Err(e) => Err(match from_crate("hva: UFFDIO_REGISTER", e) {
+                e if e.errno == libc::EBUSY => e.context("another userfaultfd has this memory registered"),
+                e => e,
+            }),
         }
     }
 
@@ -235,7 +238,8 @@ fn from_crate(what: &str, error: userfaultfd::Error) -> Error {
         | userfaultfd::Error::ZeropageFailed(e) => *e as i32,
         _ => libc::EIO,
     };
-    Error::new(errno, format!("{what}: {error}"))
+    // The crate's own words leave the errno out.
+    Error::new(errno, format!("{what}: {}", std::io::Error::from_raw_os_error(errno)))
 }
 
 #[cfg(test)]
