@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+#define _GNU_SOURCE
+#include "bad.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { PRESENT_PAGES = 2, LOST_PAGE = 3, FIRST_ABSENT = 4 };
+
+void subject_create(struct subject *s)
+{
+	subject_create_with(s, NULL);
+}
+
+void subject_create_with(struct subject *s, const struct kvmfault_vm_options *options)
+{
+	memset(s, 0, sizeof(*s));
+	machine_create(&s->machine, 4 * PAGE);
+	ram_create(&s->ram, MEMFD, SUBJECT_LEN);
+	source_create(&s->source, SUBJECT_GPA, SUBJECT_LEN, PATTERN);
+	machine_attach(&s->machine, &s->source, options);
+	machine_set_slot(&s->machine, &s->ram, RAM_SLOT, SUBJECT_GPA);
+	s->script = machine_share(&s->machine, PAGE, &s->script_gpa);
+	s->vcpu = machine_add_vcpu(&s->machine, 3);
+	vcpu_attach(s->vcpu);
+
+	OK(source_install(&s->source, s->machine.library, SUBJECT_GPA, PRESENT_PAGES * PAGE));
+	OK(kvmfault_pages_lost(s->machine.library, SUBJECT_GPA + LOST_PAGE * PAGE, PAGE));
+	s->next = FIRST_ABSENT;
+	subject_learn(s);
+}
+
+void subject_destroy(struct subject *s)
+{
+	machine_destroy(&s->machine);
+	ram_destroy(&s->ram);
+	source_destroy(&s->source);
+}
+
+void subject_learn(struct subject *s)
+{
+	for (uint64_t page = 0; page < SUBJECT_PAGES; page++)
+		s->state[page] = OK(kvmfault_pages_state(s->machine.library, SUBJECT_GPA + page * PAGE));
+}
+
+int subject_read(struct subject *s, uint64_t page)
+{
+	s->script[0] = (struct step){ .operation = READ64, .address = SUBJECT_GPA + page * PAGE };
+	s->script[1] = (struct step){ .operation = STOP };
+	vcpu_load_script(s->vcpu, s->script_gpa);
+	return kvmfault_vcpu_run(s->vcpu->handle);
+}
+
+static void expect_states(const struct subject *s)
+{
+	uint64_t absent = 0;
+	for (uint64_t page = 0; page < SUBJECT_PAGES; page++) {
+		int state = OK(kvmfault_pages_state(s->machine.library, SUBJECT_GPA + page * PAGE));
+		CHECK(state == s->state[page], "page %lu: its state was %d and is %d now", page, s->state[page], state);
+		absent += state == KVMFAULT_PAGE_ABSENT || state == KVMFAULT_PAGE_RESOLVING;
+	}
+	EQUAL("absent pages", OK(kvmfault_pages_absent(s->machine.library)), absent);
+}
+
+void subject_unharmed(struct subject *s)
+{
+	uint32_t value;
+	uint64_t page = s->next++;
+
+	expect_states(s);
+	CHECK(page < SUBJECT_PAGES && s->state[page] == KVMFAULT_PAGE_ABSENT, "page %lu isn't absent", page);
+	int ret = subject_read(s, page);
+	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(s->vcpu, &value), "%s", vcpu_describe(s->vcpu, ret));
+	EQUAL("what the guest read", s->script[0].value, pattern_word(&s->source.pattern, page, 0));
+	EQUAL("calls of the resolver for the page", s->source.calls[page], 1);
+	s->state[page] = KVMFAULT_PAGE_PRESENT;
+	expect_states(s);
+}
+
+int closed_fd(void)
+{
+	int fd = SYS(open("/dev/null", O_RDONLY | O_CLOEXEC));
+	int high = SYS(fcntl(fd, F_DUPFD_CLOEXEC, 500)); /* a number that nothing takes meanwhile */
+	close(high);
+	close(fd);
+	return high;
+}
+
+int new_uffd(void)
+{
+	int fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	if (fd < 0)
+		skip("userfaultfd(2): %s", strerror(errno));
+	return fd;
+}
+
+uint8_t *map_memfd(uint64_t len)
+{
+	int fd = SYS(memfd_create("bad", MFD_CLOEXEC));
+	SYS(ftruncate(fd, len));
+	void *memory = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	CHECK(memory != MAP_FAILED, "mmap: %s", strerror(errno));
+	close(fd);
+	return memory;
+}
+
+uint8_t *map_anon(uint64_t len)
+{
+	void *memory = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	CHECK(memory != MAP_FAILED, "mmap: %s", strerror(errno));
+	madvise(memory, len, MADV_NOHUGEPAGE);
+	return memory;
+}
