@@ -133,9 +133,10 @@ impl Slots {
         self.blocks.iter()
     }
 
-    /// With one slot more (or another of its number).
-    pub fn with(&self, slot: Slot) -> Slots {
-        let mut new = self.without(slot.region.slot, false);
+    /// With one slot more (or another of its number). The block of a slot that it replaces stays too if asked, as long as KVM may
+    /// refuse the new one.
+    pub fn with(&self, slot: Slot, keep: bool) -> Slots {
+        let mut new = self.without(slot.region.slot, keep);
         if !new.blocks.iter().any(|b| Arc::ptr_eq(b, &slot.block)) {
             new.blocks.push(slot.block.clone());
         }
@@ -189,13 +190,9 @@ mod tests {
     #[test]
     fn two_slots_on_one_host_range_share_page_states() {
         let ram = block(0x10_0000, 16);
-        let slots = Slots::default().with(slot(0, 0x4000_0000, &ram, 0, 16 * PAGE)).with(slot(
-            1 << 16,
-            0,
-            &ram,
-            4 * PAGE,
-            8 * PAGE,
-        ));
+        let whole = slot(0, 0x4000_0000, &ram, 0, 16 * PAGE);
+        let part = slot(1 << 16, 0, &ram, 4 * PAGE, 8 * PAGE);
+        let slots = Slots::default().with(whole, false).with(part, false);
         assert_eq!(slots.at(0, 0x4000_5000).unwrap().page_of(0x4000_5000), 5);
         assert_eq!(slots.at(1, 0x1000).unwrap().page_of(0x1000), 5);
         assert!(slots.at(0, 0x1000).is_none() && slots.at(1, 8 * PAGE).is_none());
@@ -211,7 +208,7 @@ mod tests {
     #[test]
     fn overlap_is_within_an_address_space() {
         let ram = block(0x10_0000, 16);
-        let slots = Slots::default().with(slot(3, 0x1000, &ram, 0, 4 * PAGE));
+        let slots = Slots::default().with(slot(3, 0x1000, &ram, 0, 4 * PAGE), false);
         let region = |slot, gpa| Region { slot, gpa, len: PAGE, ..Default::default() };
         assert!(slots.overlapping(&region(4, 0x4000)).is_some());
         assert!(slots.overlapping(&region(4, 0x5000)).is_none());

@@ -96,17 +96,18 @@ impl Vm {
         let slot = self.plan(&slots, request)?;
         let old = slots.numbered(request.slot).cloned();
         let region = slot.region;
-        let new = slots.with(slot);
+        let (before, meanwhile) = ((**slots).clone(), slots.with(slot.clone(), true));
+        let after = slots.with(slot, false);
         drop(slots);
-        // Published first: a vCPU may fault the moment KVM knows the slot.
-        let before = self.engine.memory.slots().clone();
-        self.publish(new);
+        // Published first: a vCPU may fault the moment KVM knows the slot. What goes is retired last: KVM may refuse.
+        self.publish(meanwhile);
         if ioctl == Ioctl::Library {
             if let Err(e) = self.set_region(old.as_deref(), &region) {
-                self.publish((*before).clone());
+                self.publish(before);
                 return Err(e);
             }
         }
+        self.publish(after);
         Ok(region)
     }
 
@@ -312,7 +313,7 @@ impl Vm {
         if on || !others {
             mechanism.set_fast(memory, &slot.block, on)?;
         }
-        let new = memory.slots().with(slot);
+        let new = memory.slots().with(slot, false);
         memory.replace_slots(new);
         Ok(())
     }
