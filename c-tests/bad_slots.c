@@ -438,6 +438,42 @@ static void taken_already(void)
 	subject_destroy(&s);
 }
 
+/* A live slot is to become something that KVM refuses: it stays what it was, with its pages. */
+static void changes_that_fail(void)
+{
+	struct subject s;
+	subject_create(&s);
+	struct kvm_userspace_memory_region own = {
+		.slot = SPARE_SLOT + 1, .guest_phys_addr = SPARE_GPA, .memory_size = SPARE_LEN, .userspace_addr = (uintptr_t)map_anon(SPARE_LEN),
+	};
+	SYS(ioctl(s.machine.vm, KVM_SET_USER_MEMORY_REGION, &own));
+	const struct kvmfault_memslot as_it_is = slot_on(&s.ram, RAM_SLOT, SUBJECT_GPA);
+	struct kvmfault_memslot slot;
+
+	slot = as_it_is; /* moved */
+	slot.gpa = SPARE_GPA;
+	REFUSED(kvmfault_memslot_set(s.machine.library, &slot), EEXIST, "KVM_SET_USER_MEMORY_REGION");
+	subject_unharmed(&s);
+	slot = as_it_is; /* a part of it, moved */
+	slot.gpa = SPARE_GPA;
+	slot.len = SPARE_LEN;
+	slot.block_hva = s.ram.hva;
+	slot.block_len = s.ram.len;
+	REFUSED(kvmfault_memslot_set(s.machine.library, &slot), EEXIST, "KVM_SET_USER_MEMORY_REGION");
+	subject_unharmed(&s);
+	slot = spare_on(map_memfd(SPARE_LEN)); /* other memory */
+	slot.slot = RAM_SLOT;
+	REFUSED(kvmfault_memslot_set(s.machine.library, &slot), EEXIST, "KVM_SET_USER_MEMORY_REGION");
+	subject_unharmed(&s);
+
+	/* Host threads still wait for absent pages, too. */
+	unsigned page = s.next++;
+	EQUAL("what a host thread reads", *(volatile uint64_t *)(s.ram.hva + page * PAGE), pattern_word(&s.source.pattern, page, 0));
+	subject_learn(&s);
+	subject_unharmed(&s);
+	subject_destroy(&s);
+}
+
 /* A forced mechanism that can serve some memory, but not this. */
 static void forced_mechanism(void)
 {
@@ -491,6 +527,7 @@ static const struct test_case cases[] = {
 	{ "wrong-memory", wrong_memory, false },
 	{ "wrong-hugetlb", wrong_hugetlb, false },
 	{ "taken-already", taken_already, false },
+	{ "changes-that-fail", changes_that_fail, false },
 	{ "forced-mechanism", forced_mechanism, false },
 	{ "slots-that-are-not-there", slots_that_are_not_there, false },
 };
