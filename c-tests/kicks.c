@@ -1,0 +1,231 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * kvmfault_vcpu_kick makes a vCPU's loop return KVMFAULT_INTERRUPTED, once, wherever the vCPU is: no kick is lost, none is
+ * invented. Each kick comes at a random moment, and the next one only after it was seen.
+ *
+ * By handler, the kick's signal may come after the kick was seen, and ends a wait or KVM_RUN once more: there INTERRUPTED may
+ * come without a kick, and what is counted is kvmfault_stats.kicks.
+ */
+#define _GNU_SOURCE
+#include "machine.h"
+
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { KICKS = 100000, PAGES = 256, IN_TIME_MS = 100 };
+
+/* What the vCPU is doing when it is kicked. */
+enum what { RUNNING, WAITING, FAULTING };
+
+static struct machine m;
+static struct ram ram;
+static struct source source;
+static enum what what;
+static bool by_handler;
+static uint64_t list_gpa, steps_gpa;
+
+static atomic_ulong interrupted; /* KVMFAULT_INTERRUPTED so far */
+static atomic_ulong seen;        /* kicks among them */
+static _Atomic double seen_at;   /* when the last of them came */
+static atomic_int tid;
+static atomic_bool stop;
+static atomic_ulong sweeps; /* FAULTING: how often all pages were brought */
+
+static int pending(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque, (void)vm, (void)fault;
+	return KVMFAULT_PENDING;
+}
+
+/* For how long a thread was ready to run and had no CPU, in seconds: nobody's fault but the machine's. */
+static double starved(int fd)
+{
+	char text[128] = "";
+	unsigned long long ran, waited = 0;
+	if (fd < 0 || pread(fd, text, sizeof(text) - 1, 0) <= 0 || sscanf(text, "%llu %llu", &ran, &waited) != 2)
+		return 0;
+	return waited * 1e-9;
+}
+
+static int open_schedstat(int thread)
+{
+	char path[64];
+	snprintf(path, sizeof(path), "/proc/self/task/%d/schedstat", thread);
+	return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+static void load(struct vcpu *v)
+{
+	if (what == FAULTING)
+		vcpu_load_verify(v, RAM_GPA, list_gpa, PAGES, &source.pattern, READ_FIRST);
+	else
+		vcpu_load_script(v, steps_gpa);
+}
+
+static struct vcpu *the_vcpu;
+
+static void on_kick(int signal)
+{
+	(void)signal;
+}
+
+static void on_sigbus(int signal, siginfo_t *info, void *context)
+{
+	(void)signal, (void)context;
+	if (kvmfault_vcpu_on_sigbus(the_vcpu->handle, info->si_code, info->si_addr) != 1)
+		_exit(99);
+}
+
+static void *vcpu_main(struct vcpu *v)
+{
+	uint32_t value;
+	if (by_handler) {
+		struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
+		struct sigaction kick = { .sa_handler = on_kick };
+		struct sigaction bus = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO };
+		SYS(sigaction(SIGUSR1, &kick, NULL));
+		SYS(sigaction(SIGBUS, &bus, NULL));
+		options.fd = v->fd;
+		options.run = v->run;
+		options.sigbus = KVMFAULT_SIGBUS_BY_HANDLER;
+		options.kick_signal = SIGUSR1;
+		OK(kvmfault_vcpu_new(m.library, &options, &v->handle));
+	} else {
+		vcpu_attach(v);
+	}
+	load(v);
+	tid = (int)syscall(SYS_gettid);
+	for (;;) {
+		int ret = kvmfault_vcpu_run(v->handle);
+		if (ret == KVMFAULT_INTERRUPTED) {
+			struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
+			interrupted++;
+			OK(kvmfault_vcpu_stats(v->handle, &stats));
+			if (stats.kicks != seen) {
+				seen_at = now();
+				seen = stats.kicks;
+				if (stop)
+					return NULL;
+			}
+			continue;
+		}
+		CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value) && value == 0 && what == FAULTING, "%s", vcpu_describe(v, ret));
+		sweeps++;
+		OK(kvmfault_pages_discard(m.library, RAM_GPA, ram.len));
+		load(v);
+	}
+}
+
+/* Some time that nobody can foresee: mostly as long as an exit takes, sometimes as a fault takes. */
+static void pass_time(uint64_t *seed)
+{
+	uint64_t n = random_number(seed);
+	double until = now() + (n % 8 ? n / 8 % 20 : n / 8 % 200) * 1e-6;
+	if (n % 3)
+		while (now() < until)
+			;
+}
+
+static void kicks(enum what w, bool handler, unsigned long count)
+{
+	uint64_t seed = 99;
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	what = w;
+	by_handler = handler;
+	machine_create(&m, 4 * PAGE);
+	ram_create(&ram, MEMFD, PAGES * PAGE);
+	source_create(&source, RAM_GPA, ram.len, PATTERN);
+	if (what == WAITING)
+		options.resolver = pending;
+	machine_attach(&m, &source, &options);
+	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
+	list_shuffle(machine_share(&m, PAGES * sizeof(uint32_t), &list_gpa), PAGES, 1);
+	struct step *steps = machine_share(&m, PAGE, &steps_gpa);
+	steps[0] = (struct step){ what == WAITING ? READ64 : JUMP, what == WAITING ? RAM_GPA : steps_gpa, 0, 0 };
+	steps[1] = (struct step){ STOP, 0, 1, 0 };
+	struct vcpu *v = the_vcpu = machine_add_vcpu(&m, 3);
+	vcpu_start(v, vcpu_main, NULL);
+	while (!tid)
+		usleep(1000);
+
+	int vcpu_stat = open_schedstat(tid), own_stat = open_schedstat((int)syscall(SYS_gettid));
+	double slowest = 0;
+	for (unsigned long n = 0; n < count; n++) {
+		pass_time(&seed);
+		unsigned long before = seen;
+		EQUAL("kicks seen before a kick", before, n);
+		if (!by_handler)
+			EQUAL("INTERRUPTED before a kick", interrupted, n);
+		stop = n == count - 1;
+		double waited = starved(vcpu_stat) + starved(own_stat);
+		double sent = now();
+		EQUAL("kvmfault_vcpu_kick", kvmfault_vcpu_kick(v->handle), 0);
+		while (seen == before) {
+			CHECK(now() - sent < 10, "kick %lu of %lu was lost: nothing for 10 s", n, count);
+			sched_yield();
+		}
+		double took = seen_at - sent;
+		if (took > IN_TIME_MS * 1e-3) {
+			double idle = starved(vcpu_stat) + starved(own_stat) - waited;
+			CHECK(took - idle < IN_TIME_MS * 1e-3, "kick %lu of %lu was seen after %.0f ms (of which %.0f without a CPU)", n,
+			      count, took * 1e3, idle * 1e3);
+		}
+		slowest = took > slowest ? took : slowest;
+	}
+	vcpu_join(v);
+	EQUAL("kicks seen in all", seen, count);
+	if (!by_handler)
+		EQUAL("INTERRUPTED in all", interrupted, count);
+	struct kvmfault_stats stats = machine_stats(&m);
+	printf("%lu kicks, INTERRUPTED %lu times, the slowest seen after %.1f ms; %lu faults, %lu of them left, %lu sweeps\n", count,
+	       interrupted, slowest * 1e3, stats.faults_vcpu, stats.outcome_interrupted, sweeps);
+	if (what == FAULTING)
+		CHECK(sweeps > 0, "the vCPU never finished a sweep between kicks");
+	machine_destroy(&m);
+	ram_destroy(&ram);
+	source_destroy(&source);
+}
+
+static void running(void)
+{
+	kicks(RUNNING, false, scaled(KICKS * 2 / 10));
+}
+
+static void waiting(void)
+{
+	kicks(WAITING, false, scaled(KICKS * 4 / 10));
+}
+
+static void faulting(void)
+{
+	kicks(FAULTING, false, scaled(KICKS * 4 / 10));
+}
+
+static void running_by_handler(void)
+{
+	kicks(RUNNING, true, scaled(KICKS * 2 / 10));
+}
+
+static void waiting_by_handler(void)
+{
+	kicks(WAITING, true, scaled(KICKS * 4 / 10));
+}
+
+static void faulting_by_handler(void)
+{
+	kicks(FAULTING, true, scaled(KICKS * 4 / 10));
+}
+
+static const struct test_case cases[] = {
+	{ "running", running, true },
+	{ "waiting", waiting, true },
+	{ "faulting", faulting, true },
+	{ "running-by-handler", running_by_handler, true },
+	{ "waiting-by-handler", waiting_by_handler, true },
+	{ "faulting-by-handler", faulting_by_handler, true },
+};
+TEST_MAIN(cases)
