@@ -484,6 +484,8 @@ struct kvmfault_memslot {
   uint32_t slot;
   /*
    * KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY or 0. The fast-only flag is the library's to set.
+   * (With `poison-trap` the kernel does not tell where in read-only slots a fault is: the first
+   * fault brings all that is absent in them.)
    */
   uint32_t kvm_flags;
   /*

@@ -12,7 +12,7 @@ use crate::kernel::thread::{self, SignalSet};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
-use crate::memory::slots::Slot;
+use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{LOOK_AROUND, WAITS};
 use crate::resolve::seat::{News, Seat};
 use crate::resolve::{pause_before, Origin, Outcome, Waiter, MOST_RETRIES};
@@ -27,6 +27,9 @@ use std::time::Instant;
 const MOST_MAPS: u32 = 64;
 /// The same for a broken page (SIGBUS): one signal may be stale, and one more may follow an unlucky race.
 const MOST_BROKEN: u32 = 3;
+
+/// Addresses from here on are the kernel's.
+const KERNEL_SPACE: u64 = 1 << 63;
 
 /// How SIGBUS comes to the library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -317,12 +320,37 @@ impl Vcpu {
     /// SIGBUS with an address: a marker of ours, or memory that is really broken.
     fn broken_page(&self, own: &mut Own, code: i32, address: u64) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
-        let Some(slot) = slots.at_kvm_hva(address).filter(|_| code == libc::BUS_MCEERR_AR) else {
+        let required = code == libc::BUS_MCEERR_AR;
+        let Some(slot) = slots.at_kvm_hva(address).filter(|_| required) else {
+            if required && address >= KERNEL_SPACE {
+                return self.broken_somewhere(own, &slots, address);
+            }
             let error = MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false };
             return Ok(self.report(own, error));
         };
         let gpa = slot.region.gpa + (address - slot.region.hva);
         self.fault(own, slot, gpa, 0, true)
+    }
+
+    /// For a read-only slot KVM signals an address that is none: gfn_to_hva_memslot answers KVM_HVA_ERR_RO_BAD, as if for a write
+    /// (kvm_send_hwpoison_signal). So whatever is absent in such slots is brought; they are ROMs, and small.
+    fn broken_somewhere(&self, own: &mut Own, slots: &Slots, address: u64) -> Result<Exit> {
+        let mut brought = false;
+        for slot in slots.iter().filter(|s| s.is_readonly() && s.block.is_marked()) {
+            for page in slot.pages().filter(|&p| matches!(slot.block.pages.get(p), State::Absent | State::Resolving)) {
+                match self.bring(&slot.block, page, 0, self.seat)? {
+                    Outcome::Retry => return self.again(own, slot, page),
+                    Outcome::Interrupted => return self.look_up(own),
+                    Outcome::Lost => {} // perhaps not the one that the guest wants
+                    _ => brought = true,
+                }
+            }
+        }
+        if !brought && self.stuck_at(own, address) >= MOST_BROKEN {
+            own.stuck = 0;
+            return Ok(self.report(own, MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false }));
+        }
+        Ok(Exit::Handled)
     }
 
     fn fault_at_gpa(&self, own: &mut Own, gpa: u64, access: Access) -> Result<Exit> {

@@ -216,7 +216,8 @@ pub struct kvmfault_memslot {
     pub size: usize,
     /// KVM's number of the memslot: id in bits 0-15, address space in bits 16-31.
     pub slot: u32,
-    /// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY or 0. The fast-only flag is the library's to set.
+    /// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY or 0. The fast-only flag is the library's to set. (With `poison-trap` the kernel does not
+    /// tell where in read-only slots a fault is: the first fault brings all that is absent in them.)
     pub kvm_flags: u32,
     /// Guest physical address of the first byte; aligned to the memory's page size.
     pub gpa: u64,
