@@ -124,6 +124,11 @@ double now(void)
 	return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
+void wait_a_little(void)
+{
+	usleep(500);
+}
+
 uint64_t random_number(uint64_t *state)
 {
 	*state ^= *state << 13;

@@ -57,6 +57,12 @@ void skip(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn
 			FAIL("%s: is %lld (%#llx), not %lld (%#llx)", what, got_, (unsigned long long)got_, expected_, \
 			     (unsigned long long)expected_);                                                        \
 	} while (0)
+/* Waits for something that other threads do; 10 seconds at most. */
+#define UNTIL(condition)                                                         \
+	do {                                                                     \
+		for (double end_ = now() + 10; !(condition); wait_a_little())    \
+			CHECK(now() < end_, "not within 10 s: " #condition);     \
+	} while (0)
 /* A call to the library succeeds (with 0 or more, and tells what); else the case ends with the library's message. */
 #define OK(call) expect_ok(__FILE__, __LINE__, #call, (call))
 /* A call to the library fails with -errno, and its message has `words` in it (an argument's name, for example). */
@@ -74,7 +80,8 @@ void test_cleanup(void (*cleanup)(void));
 /* `n`, or less if KVMFAULT_TEST_SCALE says so; at least 1. */
 unsigned long scaled(unsigned long n);
 
-double now(void);                     /* seconds, monotonic */
+double now(void); /* seconds, monotonic */
+void wait_a_little(void);
 uint64_t random_number(uint64_t *state); /* *state is any number but 0 */
 
 #endif

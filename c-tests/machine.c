@@ -182,6 +182,64 @@ int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	return ret;
 }
 
+static void *later_main(void *arg)
+{
+	struct later *l = arg;
+	uint64_t seed = 5;
+	pthread_mutex_lock(&l->lock);
+	for (;;) {
+		while (l->head == l->tail && !l->stop)
+			pthread_cond_wait(&l->news, &l->lock);
+		if (l->head == l->tail)
+			break;
+		uint64_t gpa = l->queue[l->head++ % 4096];
+		pthread_mutex_unlock(&l->lock);
+		if (l->most_us)
+			usleep(random_number(&seed) % l->most_us);
+		OK(source_install(l->source, l->vm, gpa, PAGE));
+		pthread_mutex_lock(&l->lock);
+	}
+	pthread_mutex_unlock(&l->lock);
+	return NULL;
+}
+
+void later_create(struct later *l, struct source *source, unsigned every, unsigned most_us)
+{
+	memset(l, 0, sizeof(*l));
+	l->source = source;
+	l->every = every;
+	l->most_us = most_us;
+	pthread_mutex_init(&l->lock, NULL);
+	pthread_cond_init(&l->news, NULL);
+	CHECK(!pthread_create(&l->thread, NULL, later_main, l), "pthread_create");
+}
+
+void later_stop(struct later *l)
+{
+	pthread_mutex_lock(&l->lock);
+	l->stop = true;
+	pthread_cond_broadcast(&l->news);
+	pthread_mutex_unlock(&l->lock);
+	pthread_join(l->thread, NULL);
+}
+
+int later_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	struct later *l = opaque;
+	uint64_t page = (fault->gpa - l->source->gpa) / PAGE;
+	if (page % l->every)
+		return source_resolve(l->source, vm, fault);
+	l->source->calls[page]++;
+	l->source->total++;
+	pthread_mutex_lock(&l->lock);
+	CHECK(l->tail - l->head < 4096, "too many pages are pending");
+	l->vm = vm;
+	l->queue[l->tail++ % 4096] = fault->gpa;
+	pthread_cond_signal(&l->news);
+	pthread_mutex_unlock(&l->lock);
+	return KVMFAULT_PENDING;
+}
+
 /* ---- the machine ---- */
 
 static void write_page_tables(struct machine *m)

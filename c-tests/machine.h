@@ -65,6 +65,26 @@ int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 /* Installs what the fault asks for, without counting: for resolvers of a test's own. Returns what kvmfault_pages_install does. */
 int source_install(const struct source *source, struct kvmfault_vm *vm, uint64_t gpa, uint64_t len);
 
+/*
+ * A resolver that answers KVMFAULT_PENDING for some pages: another thread installs them after a while. `opaque` is the struct.
+ * Start and stop it around the vCPUs' run.
+ */
+struct later {
+	struct source *source;
+	unsigned every; /* one page in so many is left to the thread */
+	unsigned most_us; /* it waits up to so many microseconds before each */
+	struct kvmfault_vm *vm;
+	pthread_t thread;
+	pthread_mutex_t lock;
+	pthread_cond_t news;
+	uint64_t queue[4096];
+	unsigned head, tail;
+	bool stop;
+};
+void later_create(struct later *later, struct source *source, unsigned every, unsigned most_us);
+void later_stop(struct later *later);
+int later_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault);
+
 /* ---- the machine ---- */
 
 struct machine {
