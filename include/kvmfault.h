@@ -1085,16 +1085,16 @@ int kvmfault_vcpu_memory_error(const struct kvmfault_vcpu *vcpu,
 int kvmfault_vcpu_stats(const struct kvmfault_vcpu *vcpu, struct kvmfault_stats *stats);
 
 /*
- * Opens a snapshot: `count` ranges of guest memory in the regular file `fd`. Holes of the file are
- * zero pages, without any I/O. The file must not change while the source lives; the descriptor may
- * be closed at once. Use it as the resolver:
+ * Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in the regular file
+ * `fd`. Holes of the file are zero pages, without any I/O. The file must not change while the
+ * source lives; the descriptor may be closed at once. Use it as the resolver:
  *
  * struct kvmfault_file_source *source; kvmfault_file_source_new(fd, &range, 1, &source);
  * options.resolver = kvmfault_file_source_resolve; options.opaque = source; options.finalizer =
  * kvmfault_file_source_finalize;
  *
  * On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names
- * it), -EBADF or -ENOENT (`fd`), -EACCES (not readable), -ENOMEM. Any thread.
+ * it), -EBADF (`fd` is closed), -EACCES (not readable), -ENOMEM. Any thread.
  */
 int kvmfault_file_source_new(int fd,
                              const struct kvmfault_file_range *ranges,

@@ -28,8 +28,12 @@ pub unsafe extern "C" fn kvmfault_pages_install(
         if src.is_null() {
             fail!(EINVAL, "src: is NULL");
         }
-        if (src as u64).checked_add(len).is_none() {
-            fail!(EINVAL, "len: src {src:p} plus {len:#x} wraps around");
+        match (src as u64).checked_add(len) {
+            None => fail!(EINVAL, "len: src {src:p} plus {len:#x} wraps around"),
+            Some(end) if end > crate::kernel::mem::ADDRESSES => {
+                fail!(EFAULT, "src: {src:p} is no address of a process")
+            }
+            Some(_) => {}
         }
         vm.install(gpa, len, Source::Copy(src as u64)).map(|()| 0)
     })

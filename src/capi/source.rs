@@ -15,7 +15,7 @@ impl Opaque for kvmfault_file_source {
 /// Most ranges that a source takes.
 const MOST_RANGES: usize = 4096;
 
-/// Opens a snapshot: `count` ranges of guest memory in the regular file `fd`. Holes of the file are zero pages, without any I/O. The
+/// Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in the regular file `fd`. Holes of the file are zero pages, without any I/O. The
 /// file must not change while the source lives; the descriptor may be closed at once. Use it as the resolver:
 ///
 ///     struct kvmfault_file_source *source;
@@ -24,7 +24,7 @@ const MOST_RANGES: usize = 4096;
 ///     options.opaque = source;
 ///     options.finalizer = kvmfault_file_source_finalize;
 ///
-/// On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names it), -EBADF or -ENOENT (`fd`), -EACCES (not
+/// On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names it), -EBADF (`fd` is closed), -EACCES (not
 /// readable), -ENOMEM. Any thread.
 ///
 /// # Safety
@@ -46,6 +46,9 @@ pub unsafe extern "C" fn kvmfault_file_source_new(
         for n in 0..count {
             let range = boundary::read(ranges.cast::<u8>().wrapping_add(n * stride).cast(), "ranges")?;
             let range: kvmfault_file_range = range;
+            if range.size != stride {
+                fail!(EINVAL, "ranges[{n}].size: is {}, but that of ranges[0] is {stride}", range.size);
+            }
             list.push(FileRange { gpa: range.gpa, len: range.len, offset: range.offset });
         }
         put(source, Handle::expose(FileSource::new(fd, &list)?));

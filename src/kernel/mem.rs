@@ -9,6 +9,8 @@ use std::sync::atomic::AtomicU64;
 
 /// The base page size of x86-64.
 pub const PAGE: u64 = 4096;
+/// Where a process's addresses end, unless it asks for more.
+pub const ADDRESSES: u64 = 1 << 47;
 
 /// A mapping that this library made; unmapped on drop.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use super::Vm;
 use crate::error::{fail, Result};
 use crate::kernel::kvm::Region;
-use crate::kernel::mem::{self, Kind, PAGE};
+use crate::kernel::mem::{self, Kind, ADDRESSES, PAGE};
 use crate::mechanism::{self, Wish, MECHANISMS};
 use crate::memory::block::{Block, Shape};
 use crate::memory::discard;
@@ -169,9 +169,9 @@ impl Vm {
             fail!(EINVAL, "hva: is NULL");
         }
         check_range("gpa", gpa, len, 1 << 52)?;
-        check_range("hva", hva, len, 1 << 47)?;
+        check_range("hva", hva, len, ADDRESSES)?;
         let (block_hva, block_len) = request.block.unwrap_or((hva, len));
-        check_range("block_hva", block_hva, block_len, 1 << 47)?;
+        check_range("block_hva", block_hva, block_len, ADDRESSES)?;
         if hva < block_hva || hva + len > block_hva + block_len {
             fail!(EINVAL, "block_hva: [{block_hva:#x}, +{block_len:#x}) does not hold the slot's memory at {hva:#x}");
         }
