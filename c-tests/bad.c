@@ -71,7 +71,7 @@ static void expect_states(const struct subject *s)
 void subject_unharmed(struct subject *s)
 {
 	uint32_t value;
-	uint64_t page = s->next++;
+	uint64_t page = s->next++, gpa = SUBJECT_GPA + page * PAGE;
 
 	expect_states(s);
 	CHECK(page < SUBJECT_PAGES && s->state[page] == KVMFAULT_PAGE_ABSENT, "page %lu isn't absent", page);
@@ -79,6 +79,9 @@ void subject_unharmed(struct subject *s)
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(s->vcpu, &value), "%s", vcpu_describe(s->vcpu, ret));
 	EQUAL("what the guest read", s->script[0].value, pattern_word(&s->source.pattern, page, 0));
 	EQUAL("calls of the resolver for the page", s->source.calls[page], 1);
+	/* With userfaultfd the guest goes on as soon as the page is there, and the reader thread books it after that. */
+	for (double end = now() + 5; now() < end && OK(kvmfault_pages_state(s->machine.library, gpa)) == KVMFAULT_PAGE_RESOLVING;)
+		usleep(100);
 	s->state[page] = KVMFAULT_PAGE_PRESENT;
 	expect_states(s);
 }
