@@ -71,6 +71,8 @@ impl Mechanism for MemslotFlag {
                 let mut byte = [0];
                 crate::kernel::mem::read(hva, &mut byte)
             }
+            // Not mapped (EFAULT says so better), or indeed no memory.
+            Err(e) if e.errno == libc::ENOMEM => crate::kernel::mem::read(hva, &mut [0]).and(Err(e)),
             other => other,
         }
     }
