@@ -56,6 +56,8 @@ static void wrong_arguments(void)
 	refuse(INT_MIN, &good, 1, EBADF, "fd");
 	refuse(directory, &good, 1, EINVAL, "fd");
 	refuse(pipes[0], &good, 1, EINVAL, "fd");
+	close(pipes[1]); /* opening its other end would wait for a writer now */
+	refuse(pipes[0], &good, 1, EINVAL, "fd");
 	refuse(SYS(open("/dev/null", O_RDONLY | O_CLOEXEC)), &good, 1, EINVAL, "fd");
 	refuse(new_uffd(), &good, 1, EINVAL, "fd");
 	OK(kvmfault_file_source_new(fd, &good, 1, &source));

@@ -3,6 +3,7 @@
 use super::boundary::{not_in_callback, with, with_wide};
 use super::types::*;
 use crate::error::{fail, Error, Result};
+use crate::kernel::mem::ADDRESSES;
 use crate::memory::install::Source;
 use std::ffi::{c_int, c_void};
 
@@ -30,7 +31,8 @@ pub unsafe extern "C" fn kvmfault_pages_install(
         }
         match (src as u64).checked_add(len) {
             None => fail!(EINVAL, "len: src {src:p} plus {len:#x} wraps around"),
-            Some(end) if end > crate::kernel::mem::ADDRESSES => {
+            // A `len` that is far too long is for the check of the guest's range.
+            Some(end) if end > ADDRESSES && len <= ADDRESSES => {
                 fail!(EFAULT, "src: {src:p} is no address of a process")
             }
             Some(_) => {}

@@ -40,16 +40,18 @@ pub struct FileSource {
 impl FileSource {
     /// Maps the file, which must stay as it is. `fd` isn't needed afterwards.
     pub fn new(fd: RawFd, ranges: &[FileRange]) -> Result<FileSource> {
-        // Opened anew: looking for holes moves the file position, which a duplicate would share with the VMM.
-        let file = File::open(format!("/proc/self/fd/{fd}")).map_err(|e| match e.kind() {
+        let path = format!("/proc/self/fd/{fd}");
+        // Looked at before it is opened: that could wait for ever (a pipe), or have effects (a device).
+        let meta = std::fs::metadata(&path).map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => Error::new(libc::EBADF, format!("fd: descriptor {fd} is not open")),
             _ => Error::from_io("fd", &e),
         })?;
-        let meta = file.metadata().map_err(|e| Error::from_io("fd", &e))?;
         if !meta.is_file() {
             let kind = if meta.file_type().is_block_device() { "a block device" } else { "not a file" };
             fail!(EINVAL, "fd: a snapshot is a regular file; {fd} is {kind}");
         }
+        // Opened anew: looking for holes moves the file position, which a duplicate would share with the VMM.
+        let file = File::open(&path).map_err(|e| Error::from_io("fd", &e))?;
         let size = meta.size();
         let mut ranges = ranges.to_vec();
         ranges.sort_by_key(|r| r.gpa);
