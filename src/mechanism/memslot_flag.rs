@@ -14,9 +14,6 @@ use crate::stats::Stats;
 #[derive(Debug)]
 pub struct MemslotFlag;
 
-const READ: Access = 1 << 0;
-const EXEC: Access = 1 << 2;
-
 impl Mechanism for MemslotFlag {
     fn number(&self) -> i32 {
         1
@@ -55,24 +52,17 @@ impl Mechanism for MemslotFlag {
         }
     }
 
-    /// The flag only forbids the slow path: the page may be present and not mapped, or mapped and not writable (KVM's fast path asks
-    /// for write access where the guest writes). Populating does what the slow path would have done.
-    fn map_present(&self, memory: &Memory, block: &Block, page: u64, access: Access, _stats: &Stats) -> Result<()> {
+    /// The flag only forbids the slow path: the page may be present and not mapped, or mapped and not writable, and KVM's fast path asks
+    /// for write access even where the guest reads (hva_to_pfn_fast in virt/kvm). Populating for write does what the slow path would
+    /// have done; of a page of zeros it makes a page of its own.
+    fn map_present(&self, memory: &Memory, block: &Block, page: u64, _access: Access, _stats: &Stats) -> Result<()> {
         let (hva, len) = (block.hva_of(page), block.page);
         if matches!(block.kind, Kind::Shared | Kind::HugetlbShared) {
             // Where minor faults are registered, populating would wait for them.
             super::map_vmm(memory, block, page)?;
         }
-        let only_read = access != 0 && access & !(READ | EXEC) == 0;
-        let advice = if only_read { libc::MADV_POPULATE_READ } else { libc::MADV_POPULATE_WRITE };
-        match advise(hva, len, advice, "madvise(MADV_POPULATE)") {
-            // Before Linux 5.14: the same by touching.
-            Err(e) if e.errno == libc::EINVAL => {
-                let mut byte = [0];
-                crate::kernel::mem::read(hva, &mut byte)
-            }
-            // Not mapped (EFAULT says so better), or indeed no memory.
-            Err(e) if e.errno == libc::ENOMEM => crate::kernel::mem::read(hva, &mut [0]).and(Err(e)),
+        match advise(hva, len, libc::MADV_POPULATE_WRITE, "madvise(MADV_POPULATE_WRITE)") {
+            Err(e) if e.errno == libc::ENOMEM => fail!(EFAULT, "the memory at hva {hva:#x} is no longer mapped"),
             other => other,
         }
     }
