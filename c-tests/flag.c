@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #define CAP_PRE_FAULT_MEMORY 236 /* v7's EXIT_ON_MISSING, too */
+#define EXIT_MEMORY_FAULT 39      /* newer than some headers */
 
 /* ---- which ABI the kernel has ---- */
 
@@ -132,6 +133,7 @@ static void scene_attach(struct scene *s, enum backing backing, uint64_t len, in
 	options.resolver = scene_resolve;
 	options.written = scene_written;
 	options.opaque = s;
+	options.flags = KVMFAULT_VM_NO_PRE_FAULT; /* has a group of its own */
 	machine_attach(&s->m, &s->source, &options);
 }
 
@@ -411,6 +413,23 @@ static void access_told(void)
 	vcpu_run(v);
 	EQUAL("access of an instruction fetch", seen.access, some ? KVMFAULT_ACCESS_EXEC : 0);
 	scene_destroy(&s);
+}
+
+/* A VM ends and the next one begins at the same addresses: what is left of the first (a reader on its way out) doesn't touch it. */
+static void next_vm(void)
+{
+	unsigned long rounds = scaled(200);
+	uint8_t *last = NULL;
+	unsigned same = 0;
+	for (unsigned long round = 0; round < rounds; round++) {
+		struct scene s;
+		scene_create(&s, round % 2 ? MEMFD : ANON, 16 * PAGE, 0, 0);
+		same += s.ram.hva == last;
+		last = s.ram.hva;
+		visit(&s, add_vcpu(&s, 3), 0, s.pages, READ_FIRST);
+		scene_destroy(&s);
+	}
+	printf("%lu VMs, %u at the addresses of the one before\n", rounds, same);
 }
 
 /* ---- on and off under a live slot ---- */
@@ -812,6 +831,13 @@ static void dropped_mappings(void)
  * The VMM took memory away behind the library's back. KVM fails with an EFAULT that says nothing (or, by some ABIs, says where): the
  * vCPU's loop ends with an error, soon. A memfd's poison-trap alias doesn't suffer from what happens to the VMM's mapping.
  */
+static bool told_where(struct vcpu *v, int ret, uint64_t address)
+{
+	/* v7 tells of every access that failed. Where the library doesn't use the flag, that exit is the VMM's. */
+	return ret == KVMFAULT_PASS && v->run->exit_reason == EXIT_MEMORY_FAULT &&
+	       ((uint64_t *)&v->run->hw)[1] / PAGE == address / PAGE;
+}
+
 static void taken_away(bool unmapped)
 {
 	static const char *const what[] = { "absent", "present" };
@@ -838,11 +864,12 @@ static void taken_away(bool unmapped)
 					int ret = kvmfault_vcpu_run(v->handle);
 					alarm(0);
 					double took = now() - start;
+					if (told_where(v, ret, address))
+						ret = -EFAULT;
 					CHECK(ret < 0 || alias, "%s page, %s, write %d, CPL %d: %s", what[present],
 					      backing_name(backing), write, cpl, vcpu_describe(v, ret));
 					if (ret < 0) {
 						CHECK(ret == -EFAULT || ret == -ELOOP || ret == -ENOENT, "%s", vcpu_describe(v, ret));
-						CHECK(strlen(kvmfault_last_error()) > 10, "no message");
 						printf("%s, %s, %s, CPL %d: %s\n", backing_name(backing), what[present],
 						       write ? "write" : "read", cpl, kvmfault_last_error());
 					} else if (!write) {
@@ -890,7 +917,7 @@ static void not_writable(void)
 	alarm(60);
 	int ret = kvmfault_vcpu_run(v->handle);
 	alarm(0);
-	CHECK(ret == -EFAULT || ret == -ELOOP, "%s", vcpu_describe(v, ret));
+	CHECK(ret == -EFAULT || ret == -ELOOP || told_where(v, ret, RAM_GPA), "%s", vcpu_describe(v, ret));
 	CHECK(now() - start < 10, "it took %.1f s", now() - start);
 	printf("%s\n", kvmfault_last_error());
 	SYS(mprotect(s.ram.hva, s.ram.len, PROT_READ | PROT_WRITE));
@@ -1063,6 +1090,7 @@ static const struct test_case cases[] = {
 	{ "anon", on_thread_anon, true },
 	{ "memfd", on_thread_memfd, true },
 	{ "hugetlb", on_thread_hugetlb, true },
+	{ "next-vm", next_vm, true },
 	{ "access[memslot-flag]", access_told, false },
 	{ "on-and-off", on_and_off, true },
 	{ "toggled-anon", toggled_anon, true },

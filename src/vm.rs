@@ -267,8 +267,12 @@ impl Vm {
     }
 
     /// Ends everything without waiting for anything: reader threads go when their resolver call is over; vCPUs that wait are told.
+    /// Once: whoever drops the VM last may do so when its memory is the VMM's to use for something else, and UFFDIO_UNREGISTER (before Linux
+    /// 6.17) doesn't ask whose registration it ends.
     pub fn shut_down(&self) {
-        self.engine.shut_down();
+        if !self.engine.shut_down() {
+            return;
+        }
         self.stop.raise();
         for seat in self.engine.seats.all().iter() {
             seat.kick();

@@ -150,10 +150,11 @@ impl Engine {
         }
     }
 
-    /// No more resolver calls; whoever waits goes with ESHUTDOWN.
-    pub fn shut_down(&self) {
-        self.shutdown.store(true, SeqCst);
+    /// No more resolver calls; whoever waits goes with ESHUTDOWN. False if it was so already.
+    pub fn shut_down(&self) -> bool {
+        let first = !self.shutdown.swap(true, SeqCst);
         WAITS.wake_all();
+        first
     }
 
     /// Was it shut down?
