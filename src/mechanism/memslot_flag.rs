@@ -63,6 +63,12 @@ impl Mechanism for MemslotFlag {
         }
         match advise(hva, len, libc::MADV_POPULATE_WRITE, "madvise(MADV_POPULATE_WRITE)") {
             Err(e) if e.errno == libc::ENOMEM => fail!(EFAULT, "the memory at hva {hva:#x} is no longer mapped"),
+            Err(e) if e.errno == libc::EINVAL => {
+                fail!(
+                    EFAULT,
+                    "the memory at hva {hva:#x} is not writable (or the kernel has no MADV_POPULATE_WRITE: Linux 5.14)"
+                )
+            }
             other => other,
         }
     }
