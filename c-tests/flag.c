@@ -418,7 +418,7 @@ static void access_told(void)
 /* A VM ends and the next one begins at the same addresses: what is left of the first (a reader on its way out) doesn't touch it. */
 static void next_vm(void)
 {
-	unsigned long rounds = scaled(200);
+	unsigned long rounds = scaled(24);
 	uint8_t *last = NULL;
 	unsigned same = 0;
 	for (unsigned long round = 0; round < rounds; round++) {
