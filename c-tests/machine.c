@@ -546,11 +546,10 @@ void list_shuffle(uint32_t *list, uint64_t count, uint64_t seed)
 
 /* ---- what KVM does here ---- */
 
-bool cpl0_comes_as_mmio(void)
+/* Reads an absent page at CPL 0, and asks the library how it came to know. */
+static bool reads_by_mmio(int mechanism)
 {
-	static int known = -1;
-	if (known >= 0)
-		return known;
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct machine m;
 	struct ram ram;
 	struct source source;
@@ -558,8 +557,10 @@ bool cpl0_comes_as_mmio(void)
 	machine_create(&m, PAGE);
 	ram_create(&ram, MEMFD, PAGE);
 	source_create(&source, RAM_GPA, ram.len, PATTERN);
-	machine_attach(&m, &source, NULL);
-	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
+	options.mechanism = mechanism;
+	machine_attach(&m, &source, &options);
+	struct kvmfault_memslot slot = slot_on(&ram, RAM_SLOT, RAM_GPA);
+	OK(kvmfault_memslot_set(m.library, &slot));
 	struct step *steps = machine_share(&m, PAGE, &steps_gpa);
 	steps[0] = (struct step){ READ64, RAM_GPA, 0, 0 };
 	steps[1] = (struct step){ STOP, 0, 0, 0 };
@@ -567,10 +568,22 @@ bool cpl0_comes_as_mmio(void)
 	vcpu_load_script(v, steps_gpa);
 	vcpu_attach(v);
 	vcpu_run(v);
-	known = machine_stats(&m).mmio_reads > 0;
+	bool by_mmio = machine_stats(&m).mmio_reads > 0;
 	vcpu_detach(v);
 	machine_destroy(&m);
 	ram_destroy(&ram);
 	source_destroy(&source);
-	return known;
+	return by_mmio;
+}
+
+bool cpl0_comes_as_mmio(void)
+{
+	return reads_by_mmio(test_mechanism());
+}
+
+bool cpl0_is_emulated(void)
+{
+	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
+	OK(kvmfault_probe(-1, &probe));
+	return probe.mechanisms_shared & 1u << KVMFAULT_MECHANISM_POISON_TRAP && reads_by_mmio(KVMFAULT_MECHANISM_POISON_TRAP);
 }

@@ -113,7 +113,9 @@ struct kvmfault_stats machine_stats(const struct machine *machine);
  */
 struct kvmfault_stats machine_settled_stats(const struct machine *machine);
 
-/* Do accesses at CPL 0 to absent pages come as MMIO exits, with the case's mechanism? (Where KVM emulates CPL 0.) */
+/* Does KVM emulate CPL 0 here? (As far as can be told: with the mechanism poison-trap.) */
+bool cpl0_is_emulated(void);
+/* Do accesses at CPL 0 to absent pages come as MMIO exits, with the case's mechanism? */
 bool cpl0_comes_as_mmio(void);
 
 /* ---- vCPUs ---- */
