@@ -257,6 +257,10 @@ impl Engine {
                     };
                     stats.resolver_calls.add(1);
                     let answer = self.callback(|| self.resolver.resolve(&fault));
+                    if self.is_shut_down() {
+                        // Whatever the resolver says: with its VM freed it could not do what it meant to.
+                        continue;
+                    }
                     match self.conclude(ours, answer, &fault)? {
                         Some(outcome) => return Ok(outcome),
                         None => waited = true, // pending
