@@ -311,7 +311,11 @@ static void read_only(void)
 		EQUAL("the first read", steps[0].value, pattern_word(p, 0, 1));
 		EQUAL("a read after the write that didn't happen", steps[3].value, pattern_word(p, 5, 0));
 		EQUAL("another", steps[4].value, pattern_word(p, 0, 2));
-		EQUAL("resolver calls", readonly_source.total, 2);
+		/* poison-trap isn't told which page of a read-only slot it is, and brings them all. */
+		if (test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP)
+			EQUAL("resolver calls", readonly_source.total, 2);
+		for (int page = 0; page < PAGES; page++)
+			CHECK(readonly_source.calls[page] <= 1, "%u calls for page %d", readonly_source.calls[page], page);
 		pattern_check(p, readonly.hva, 0, 1);
 		pattern_check(p, readonly.hva + 5 * PAGE, 5, 1);
 		tear_down();
