@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * The kernel's own measure beside ours: demand_paging_test -u MISSING (tools/testing/selftests/kvm) and the library, in turns, in the same
+ * boot: one vCPU at CPL 0 that writes to each page once, private anonymous memory, one page a fault, a resolver that copies it.
+ *
+ * KVMFAULT_PEER names the selftest; else it is looked for beside this program. KVMFAULT_PEER_ROUNDS is how often (7).
+ */
+#define _GNU_SOURCE
+#include "machine.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { MEBIBYTES = 16, MOST_ROUNDS = 100, SKIPPED_BY_SELFTEST = 4 };
+
+/* At least so many times the selftest's rate. */
+static double required(void)
+{
+	switch (test_mechanism()) {
+	case KVMFAULT_MECHANISM_MEMSLOT_FLAG:
+		return 2.0;
+	case KVMFAULT_MECHANISM_POISON_TRAP:
+		return 1.4;
+	default:
+		return 0; /* it is what the selftest does, too: for comparison only */
+	}
+}
+
+/* ---- the selftest ---- */
+
+static const char *find_peer(void)
+{
+	static char path[4096];
+	const char *named = getenv("KVMFAULT_PEER");
+	if (named && *named) {
+		snprintf(path, sizeof(path), "%s", named);
+	} else {
+		ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 64);
+		path[length > 0 ? length : 0] = 0;
+		char *slash = strrchr(path, '/');
+		strcpy(slash ? slash + 1 : path, "demand_paging_test");
+	}
+	if (access(path, X_OK) != 0)
+		skip("no selftest to compare with: %s: %s (c-tests/vm/selftest builds it; KVMFAULT_PEER names it)", path, strerror(errno));
+	return path;
+}
+
+/* Pages a second. */
+static double run_peer(const char *path, const char *type)
+{
+	char command[5000], line[512], last[512] = "it said nothing";
+	double rate = 0;
+	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
+	snprintf(command, sizeof(command), "exec '%s' -u MISSING -b %dM -v 1 -s %s 2>&1", path, MEBIBYTES, type);
+	FILE *output = popen(command, "r");
+	CHECK(output, "popen: %s", strerror(errno));
+	while (fgets(line, sizeof(line), output)) {
+		sscanf(line, "Overall demand paging rate: %lf", &rate);
+		memcpy(last, line, sizeof(last));
+	}
+	int status = pclose(output);
+	if (status == 0 && rate > 0)
+		return rate;
+	OK(kvmfault_probe(-1, &probe));
+	if (!probe.two_dimensional_paging || WEXITSTATUS(status) == SKIPPED_BY_SELFTEST)
+		skip("the selftest doesn't run on this KVM: status %#x, %s", status, last);
+	FAIL("the selftest failed: status %#x, %s", status, last);
+}
+
+/* ---- the library ---- */
+
+static uint8_t bytes[PAGE] __attribute__((aligned(PAGE)));
+
+static int copy_page(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque;
+	return kvmfault_pages_install(vm, fault->gpa, bytes, fault->len);
+}
+
+static double run_ours(enum backing backing)
+{
+	struct machine m;
+	struct ram ram;
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	uint64_t pages = ((uint64_t)MEBIBYTES << 20) / PAGE;
+	ram_create(&ram, backing, pages * PAGE);
+	machine_create(&m, 0);
+	options.resolver = copy_page;
+	machine_attach(&m, NULL, &options);
+	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
+	struct vcpu *v = machine_add_vcpu(&m, 0);
+	vcpu_load_touch(v, RAM_GPA, pages, PAGE);
+	vcpu_attach(v);
+	double start = now();
+	vcpu_run(v);
+	double seconds = now() - start;
+	struct kvmfault_stats stats = machine_stats(&m);
+	EQUAL("resolver calls", stats.resolver_calls, pages);
+	CHECK(ram.hva[0] == 0x5a && ram.hva[pages * PAGE - PAGE] == 0x5a && ram.hva[1] == bytes[1], "the memory is wrong");
+	vcpu_detach(v);
+	machine_destroy(&m);
+	ram_destroy(&ram);
+	return pages / seconds;
+}
+
+/* ---- in turns ---- */
+
+static int ascending(const void *a, const void *b)
+{
+	double x = *(const double *)a, y = *(const double *)b;
+	return (x > y) - (x < y);
+}
+
+struct spread {
+	double least, median, most;
+};
+
+static struct spread spread_of(double *values, int count)
+{
+	qsort(values, count, sizeof(*values), ascending);
+	double median = count % 2 ? values[count / 2] : (values[count / 2 - 1] + values[count / 2]) / 2;
+	return (struct spread){ values[0], median, values[count - 1] };
+}
+
+/* Each of ours stands between two of theirs, and is compared with their mean: what slows the machine down for longer slows both down. */
+static struct spread compare(const char *path, enum backing backing, int rounds)
+{
+	const char *type = backing == ANON ? "anonymous" : "shmem";
+	double theirs[MOST_ROUNDS + 1], ours[MOST_ROUNDS], ratios[MOST_ROUNDS];
+	theirs[0] = run_peer(path, type);
+	for (int i = 0; i < rounds; i++) {
+		ours[i] = run_ours(backing);
+		theirs[i + 1] = run_peer(path, type);
+		ratios[i] = ours[i] / ((theirs[i] + theirs[i + 1]) / 2);
+	}
+	struct spread t = spread_of(theirs, rounds + 1), o = spread_of(ours, rounds), r = spread_of(ratios, rounds);
+	printf("%s, %d MiB, %d rounds: selftest %.0f pages/s (%.0f to %.0f), %s %.0f (%.0f to %.0f), ratio %.2f (%.2f to %.2f)\n", type,
+	       MEBIBYTES, rounds, t.median, t.least, t.most, mechanism_name(test_mechanism()), o.median, o.least, o.most, r.median, r.least,
+	       r.most);
+	return r;
+}
+
+static int rounds_wanted(void)
+{
+	const char *told = getenv("KVMFAULT_PEER_ROUNDS");
+	int rounds = told ? atoi(told) : 7;
+	return rounds < 1 ? 1 : rounds > MOST_ROUNDS ? MOST_ROUNDS : rounds;
+}
+
+static void private_memory(void)
+{
+	const char *path = find_peer();
+	memset(bytes, 0xab, sizeof(bytes));
+	struct spread ratio = compare(path, ANON, rounds_wanted());
+	CHECK(ratio.median >= required(), "%s restores %.2f times as fast as the kernel's selftest, not %.1f (%.2f to %.2f in %d rounds)",
+	      mechanism_name(test_mechanism()), ratio.median, required(), ratio.least, ratio.most, rounds_wanted());
+}
+
+/* The same with shared memory, which costs poison-trap a second mapping of each page: told, not judged. */
+static void shared_memory(void)
+{
+	const char *path = find_peer();
+	memset(bytes, 0xab, sizeof(bytes));
+	compare(path, MEMFD, (rounds_wanted() + 1) / 2);
+}
+
+static const struct test_case cases[] = {
+	{ "anon", private_memory, true },
+	{ "memfd", shared_memory, true },
+};
+TEST_MAIN(cases)
