@@ -68,6 +68,28 @@ pub struct Uffd {
     features: u64,
 }
 
+/// A range's registration that isn't final yet.
+#[must_use = "a registration that is dropped is undone"]
+#[derive(Debug)]
+pub struct Registration<'a> {
+    uffd: &'a Uffd,
+    hva: u64,
+    len: u64,
+}
+
+impl Registration<'_> {
+    /// It is to last.
+    pub fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Registration<'_> {
+    fn drop(&mut self) {
+        let _ = self.uffd.unregister(self.hva, self.len);
+    }
+}
+
 impl Uffd {
     /// Opens one with the best features that the kernel has, for kernel-mode faults too (KVM's are such).
     pub fn open() -> Result<Uffd> {
@@ -148,6 +170,12 @@ impl Uffd {
                 e => e,
             }),
         }
+    }
+
+    /// Registers a range that is unregistered again unless the registration is kept. A failure must not be followed by a plain
+    /// `unregister`: before Linux 6.17 the kernel lets any userfaultfd undo what another one has registered.
+    pub fn try_register(&self, hva: u64, len: u64, minor: bool) -> Result<Registration<'_>> {
+        self.register(hva, len, minor).map(|()| Registration { uffd: self, hva, len })
     }
 
     /// Unregisters a range; whoever waits there wakes and takes the fault without userfaultfd.

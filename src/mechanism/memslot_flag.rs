@@ -37,9 +37,11 @@ impl Mechanism for MemslotFlag {
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        memory.uffd.register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
+        let registration = memory.uffd.try_register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
         let bitmap = host.abi.is_some_and(|abi| abi.bitmap);
-        Block::new(shape, None, bitmap, wish.present)
+        let block = Block::new(shape, None, bitmap, wish.present)?;
+        registration.keep();
+        Ok(block)
     }
 
     fn set_fast(&self, _memory: &Memory, _block: &Block, _on: bool) -> Result<()> {

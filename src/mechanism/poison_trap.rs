@@ -47,7 +47,7 @@ impl Mechanism for PoisonTrap {
             Kind::HugetlbShared => Some(mem::duplicate_by_file(hva, len, wish.file)?),
             Kind::Anon | Kind::HugetlbPrivate => None,
         };
-        memory.uffd.register(hva, len, has_minor(host.features, kind))?;
+        let registration = memory.uffd.try_register(hva, len, has_minor(host.features, kind))?;
         if let Some(alias) = &alias {
             // Neither forked children nor core dumps have any business there.
             advise(alias.address(), len, libc::MADV_DONTFORK, "madvise(MADV_DONTFORK)")?;
@@ -55,7 +55,9 @@ impl Mechanism for PoisonTrap {
             // Not for minor faults: a PRESENT page that isn't mapped yet needs no help, and an absent one has its marker.
             memory.uffd.register(alias.address(), len, false)?;
         }
-        Block::new(shape, alias, false, wish.present)
+        let block = Block::new(shape, alias, false, wish.present)?;
+        registration.keep();
+        Ok(block)
     }
 
     fn set_fast(&self, memory: &Memory, block: &Block, on: bool) -> Result<()> {

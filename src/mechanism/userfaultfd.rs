@@ -25,8 +25,10 @@ impl Mechanism for Userfaultfd {
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        memory.uffd.register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
-        Block::new(shape, None, false, wish.present)
+        let registration = memory.uffd.try_register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
+        let block = Block::new(shape, None, false, wish.present)?;
+        registration.keep();
+        Ok(block)
     }
 
     fn set_fast(&self, _memory: &Memory, _block: &Block, _on: bool) -> Result<()> {

@@ -279,11 +279,7 @@ impl Vm {
         let wish = wish_of(request, offset);
         let n = mechanism::choose(&self.host, self.forced, backing.kind, &wish)?;
         let shape = Shape { hva, len, page: backing.page, kind: backing.kind, mechanism: n };
-        let memory = &self.engine.memory;
-        let made = MECHANISMS[n].new_block(&self.host, memory, shape, &wish);
-        made.inspect_err(|_| {
-            let _ = memory.uffd.unregister(hva, len);
-        })
+        MECHANISMS[n].new_block(&self.host, &self.engine.memory, shape, &wish)
     }
 
     /// Turns the fast path of a live slot on or off.
