@@ -122,7 +122,8 @@ TESTS = $(patsubst c-tests/%.c,$(PROGRAMS)/%,$(filter-out c-tests/runner.c,$(cal
 
 .PHONY: examples programs
 examples: $(EXAMPLES) $T/examples/$(SONAME)
-programs: $(TESTS) $(TESTS:$(PROGRAMS)/%=$T/programs-static/%) $(PROGRAMS)/kvmfault-runner $(PROGRAMS)/$(SONAME)
+programs: $(TESTS) $(TESTS:$(PROGRAMS)/%=$T/programs-static/%) $(PROGRAMS)/$(SONAME) \
+	$(PROGRAMS)/kvmfault-runner $T/programs-static/kvmfault-runner
 
 $T/objects/%.c.o: %.c $(INSTALLED) Makefile
 	@mkdir -p $(@D)
@@ -140,7 +141,7 @@ $(TESTS): $(PROGRAMS)/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests)
 $T/programs-static/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests) $(SHARED)
 	@mkdir -p $(@D)
 	$(CC) -static -o $@ $(filter %.o,$^) $$($(PKG_CONFIG) --static --libs kvmfault) -pthread $(LDFLAGS)
-$(PROGRAMS)/kvmfault-runner: $T/objects/c-tests/runner.c.o
+$(PROGRAMS)/kvmfault-runner $T/programs-static/kvmfault-runner: $T/objects/c-tests/runner.c.o
 	@mkdir -p $(@D)
 	$(CC) -o $@ $^ -pthread $(LDFLAGS)
 %/$(SONAME): $(INSTALLED)

@@ -419,6 +419,7 @@ static void taken_already(void)
 	SYS(ioctl(uffd, UFFDIO_API, &api));
 	SYS(ioctl(uffd, UFFDIO_REGISTER, &registration));
 	refuse(&s, &slot, EBUSY, "userfaultfd");
+	refuse(&s, &slot, EBUSY, "userfaultfd"); /* its registration was left alone */
 	close(uffd);
 	accept(&s, &slot);
 
