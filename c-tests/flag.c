@@ -133,7 +133,6 @@ static void scene_attach(struct scene *s, enum backing backing, uint64_t len, in
 	options.resolver = scene_resolve;
 	options.written = scene_written;
 	options.opaque = s;
-	options.flags = KVMFAULT_VM_NO_PRE_FAULT; /* has a group of its own */
 	machine_attach(&s->m, &s->source, &options);
 }
 
@@ -1067,7 +1066,7 @@ static void pre_fault(void)
 			kvmfault_vm_free(s.m.library);
 			struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 			options.mechanism = KVMFAULT_MECHANISM_MEMSLOT_FLAG;
-			options.flags = off ? KVMFAULT_VM_NO_PRE_FAULT : 0;
+			options.flags = off ? 0 : KVMFAULT_VM_PRE_FAULT;
 			options.readahead = 8;
 			s.source.window = true;
 			machine_attach(&s.m, &s.source, &options);

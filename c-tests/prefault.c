@@ -98,7 +98,7 @@ static void exits(void)
 	require_pre_fault();
 	for (int backing = ANON; backing <= MEMFD; backing++) {
 		for (int mode = READ_FIRST; mode <= WRITE_FIRST; mode++) {
-			struct result on = restore(backing, 0, mode), off = restore(backing, KVMFAULT_VM_NO_PRE_FAULT, mode);
+			struct result on = restore(backing, KVMFAULT_VM_PRE_FAULT, mode), off = restore(backing, 0, mode);
 			double pages = (4ul << 20) / PAGE;
 			printf("%s, %s: on %.0f pages/s, %lld exits; off %.0f pages/s, %lld exits\n", backing_name(backing),
 			       modes[mode], pages / on.seconds, on.exits, pages / off.seconds, off.exits);
@@ -155,7 +155,7 @@ static void *watch(void *unused)
 /*
  * Deleting a memslot makes KVM forget all of its page tables. A KVM_PRE_FAULT_MEMORY that is under way (or, before Linux 6.15, comes before the
  * next KVM_RUN) then tries again and again until a signal ends it, and meanwhile keeps the next change of memslots waiting. A VMM changes memslots
- * at any time, so the library must not get there.
+ * at any time, so the library must not get there unless it was asked to (KVMFAULT_VM_PRE_FAULT).
  */
 static void slot_changes(void)
 {

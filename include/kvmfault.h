@@ -186,12 +186,15 @@
 #define KVMFAULT_MEMORY_HUGETLB 3
 
 /*
- * `kvmfault_vm_options.flags`: don't use KVM_PRE_FAULT_MEMORY. Where KVM has it (Linux 6.11, x86
- * with EPT or NPT) the library calls it after serving a vCPU's fault, for the page and what the
- * resolver installed behind it in the readahead window: one system call instead of a guest exit a
- * page.
+ * `kvmfault_vm_options.flags`: after serving a vCPU's fault, call KVM_PRE_FAULT_MEMORY (Linux 6.11,
+ * x86 with EPT or NPT) for the page and for what the resolver installed behind it in the readahead
+ * window: one system call instead of a guest exit a page.
+ *
+ * Only for a VMM that changes no memslot of the VM (through the library or by itself) while a vCPU
+ * with absent pages runs: all kernels to 7.3 may then retry inside that call without end, and with
+ * it the change of memslots waits.
  */
-#define KVMFAULT_VM_NO_PRE_FAULT (1 << 0)
+#define KVMFAULT_VM_PRE_FAULT (1 << 0)
 
 /*
  * `kvmfault_memslot.flags`: nothing but vCPUs touches absent pages of this memory: no thread of the

@@ -100,7 +100,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
         not_in_callback("kvmfault_vm_new")?;
         let options = boundary::read(options, "options")?;
         let Some(resolver) = options.resolver else { fail!(EINVAL, "options.resolver: is NULL") };
-        if options.flags & !KVMFAULT_VM_NO_PRE_FAULT != 0 {
+        if options.flags & !KVMFAULT_VM_PRE_FAULT != 0 {
             fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
         }
         let (handle, armed) = (Arc::new(AtomicPtr::default()), Arc::new(false.into()));
@@ -121,7 +121,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
             abi: abi.as_deref(),
             readers: options.reader_threads,
             readahead: options.readahead,
-            pre_fault: options.flags & KVMFAULT_VM_NO_PRE_FAULT == 0,
+            pre_fault: options.flags & KVMFAULT_VM_PRE_FAULT != 0,
         };
         let made = Vm::new(&config, || Box::new(callbacks))?;
         armed.store(true, SeqCst);

@@ -226,7 +226,11 @@ impl Descriptor {
         (arg.valid != 0).then_some(arg.physical_address)
     }
 
-    /// KVM_PRE_FAULT_MEMORY: maps guest memory in stage 2 without an exit. EAGAIN while the slot moves.
+    /// KVM_PRE_FAULT_MEMORY: maps guest memory in stage 2 without an exit.
+    ///
+    /// Never while a memslot of the VM may change: deleting one makes the vCPU's page-table root obsolete, a fault on an obsolete root is
+    /// retried (is_page_fault_stale), only KVM_RUN replaces the root, and kvm_tdp_map_page retries until a signal. Seen to 7.3, in spite of
+    /// "Check and free obsolete roots in kvm_mmu_reload()" (6.15), which helps only before the first try.
     pub fn pre_fault(&self, gpa: u64, len: u64) -> Result<()> {
         let mut arg = kb::kvm_pre_fault_memory { gpa, size: len, ..Default::default() };
         self.with(KVM_PRE_FAULT_MEMORY, &mut arg, "KVM_PRE_FAULT_MEMORY")
