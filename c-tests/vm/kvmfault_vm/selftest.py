@@ -2,7 +2,9 @@
 """The kernel's own demand_paging_test, as a peer to compare with."""
 
 import os
+import pathlib
 import shutil
+import subprocess
 import sys
 
 from . import cache, kernels, machine, source
@@ -31,11 +33,25 @@ def fill(kernel, work):
         shutil.rmtree(directory)
 
 
+def program():
+    """Its path; built if it isn't in the cache."""
+    kernel = kernels.find(kernels.PATCHED)
+    return cache.entry(f"selftest/{kernel.version}", lambda work: fill(kernel, work)) / PROGRAM
+
+
+def set_up_and_build():
+    """The same for who isn't started by the `selftest` script: with what the build needs installed first."""
+    setup = pathlib.Path(__file__).resolve().parent.parent / "setup"
+    said = subprocess.run([setup, "selftest"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if said.returncode:
+        raise Unavailable(f"the kernel's selftest can't be built here: {said.stderr.strip()}")
+    return program()
+
+
 def main():
     machine.die_cleanly()
     try:
-        kernel = kernels.find(kernels.PATCHED)
-        print(cache.entry(f"selftest/{kernel.version}", lambda work: fill(kernel, work)) / PROGRAM)
+        print(program())
     except (Unavailable, OSError) as error:
         print(f"selftest: {error}", file=sys.stderr)
         return 122
