@@ -147,7 +147,7 @@ static void *verify(struct vcpu *v)
 
 static void *watch(void *unused)
 {
-	poll(NULL, 0, 45000);
+	poll(NULL, 0, 25000);
 	FAIL("vCPUs are stuck after %lu changes of another memslot", (unsigned long)changes);
 	return unused;
 }
