@@ -43,10 +43,20 @@ void subject_destroy(struct subject *s)
 	source_destroy(&s->source);
 }
 
+/* Who waits in userfaultfd goes on as soon as the page is there, and the reader thread books it after that. */
+static int settled_state(const struct subject *s, uint64_t page)
+{
+	int state;
+	double end = now() + 5;
+	while ((state = OK(kvmfault_pages_state(s->machine.library, SUBJECT_GPA + page * PAGE))) == KVMFAULT_PAGE_RESOLVING && now() < end)
+		usleep(100);
+	return state;
+}
+
 void subject_learn(struct subject *s)
 {
 	for (uint64_t page = 0; page < SUBJECT_PAGES; page++)
-		s->state[page] = OK(kvmfault_pages_state(s->machine.library, SUBJECT_GPA + page * PAGE));
+		s->state[page] = settled_state(s, page);
 }
 
 int subject_read(struct subject *s, uint64_t page)
@@ -80,7 +90,7 @@ static void expect_states(const struct subject *s)
 void subject_unharmed(struct subject *s)
 {
 	uint32_t value;
-	uint64_t page = s->next++, gpa = SUBJECT_GPA + page * PAGE;
+	uint64_t page = s->next++;
 
 	expect_states(s);
 	CHECK(page < SUBJECT_PAGES && s->state[page] == KVMFAULT_PAGE_ABSENT, "page %lu isn't absent", page);
@@ -88,9 +98,7 @@ void subject_unharmed(struct subject *s)
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(s->vcpu, &value), "%s", vcpu_describe(s->vcpu, ret));
 	EQUAL("what the guest read", s->script[0].value, pattern_word(&s->source.pattern, page, 0));
 	EQUAL("calls of the resolver for the page", s->source.calls[page], 1);
-	/* With userfaultfd the guest goes on as soon as the page is there, and the reader thread books it after that. */
-	for (double end = now() + 5; now() < end && OK(kvmfault_pages_state(s->machine.library, gpa)) == KVMFAULT_PAGE_RESOLVING;)
-		usleep(100);
+	EQUAL("the page's state", settled_state(s, page), KVMFAULT_PAGE_PRESENT);
 	s->state[page] = KVMFAULT_PAGE_PRESENT;
 	expect_states(s);
 }
