@@ -54,8 +54,9 @@ test-vm: programs ## the test programs on other kernels, in emulated machines [K
 	c-tests/vm/tier --programs $(PROGRAMS)
 
 .PHONY: bench
-bench: examples ## pages a second of each mechanism beside plain userfaultfd; CSV under target/
-	$T/examples/bench --csv $T/bench.csv
+bench: programs | setup-test ## pages a second of each mechanism beside plain userfaultfd; CSV, JSON and a plot under target/
+	$(PROGRAMS)/compare --csv $T/bench.csv --json $T/bench.json
+	scripts/plot $T/bench.json $T/bench.svg
 
 .PHONY: check
 check: stage ## formatting, lints, header and exported symbols
