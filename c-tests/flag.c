@@ -724,6 +724,42 @@ static void read_only_automatic(void)
 	}
 }
 
+/* A read-only window of memory that is writable elsewhere, as QEMU's PAM regions are: where the flag doesn't go with READONLY, the window goes
+ * without, and is served all the same. */
+static void read_only_window(void)
+{
+	for (int backing = ANON; backing <= MEMFD; backing++) {
+		struct scene s;
+		const struct abi *abi = expected_abi();
+		bool able = test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG || abi->readonly;
+		scene_attach(&s, backing, 64 * PAGE, test_mechanism(), NULL);
+		struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
+		slot.block_hva = s.ram.hva;
+		slot.block_len = s.ram.len;
+		slot.len = 32 * PAGE;
+		OK(kvmfault_memslot_set(s.m.library, &slot));
+		slot.slot = RAM_SLOT + 1;
+		slot.gpa += slot.len;
+		slot.hva = s.ram.hva + slot.len;
+		slot.kvm_flags = KVM_MEM_READONLY;
+		OK(kvmfault_memslot_set(s.m.library, &slot));
+		struct vcpu *v = add_vcpu(&s, 3);
+		visit(&s, v, 0, 32, WRITE_FIRST);
+		visit(&s, v, 32, 16, READ_FIRST);
+		if (able)
+			OK(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT + 1, 1));
+		else
+			REFUSED(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT + 1, 1), EOPNOTSUPP, "READONLY");
+		one_step(&s, v, (struct step){ WRITE64, slot.gpa + 16, 42, 0 });
+		int ret = kvmfault_vcpu_run(v->handle);
+		CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.is_write, "%s", vcpu_describe(v, ret));
+		vcpu_run(v);
+		visit(&s, v, 32, 32, READ_FIRST);
+		vcpu_detach(v);
+		scene_destroy(&s);
+	}
+}
+
 /* ---- present, but not as the access wants it ---- */
 
 /* Zeros are the shared zero page in private memory, which can't be written: KVM's fast path fails though nothing is absent. */
@@ -1098,6 +1134,7 @@ static const struct test_case cases[] = {
 	{ "dirty-log-toggled", dirty_log_toggled, true },
 	{ "read-only", read_only, true },
 	{ "read-only-automatic", read_only_automatic, false },
+	{ "read-only-window", read_only_window, true },
 	{ "zero-page", zero_page, true },
 	{ "forked", forked, true },
 	{ "protected-once", protected_once, true },

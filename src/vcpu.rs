@@ -442,16 +442,20 @@ impl Vcpu {
             );
         }
         let mechanism = MECHANISMS[block.mechanism];
-        mechanism.map_present(&self.vm.engine.memory, block, page, access, &self.seat.stats).map_err(|e| {
-            match e.errno {
-                libc::EFAULT => e.context(format!(
-                    "gpa {:#x} is present but its memory is gone (dropped without kvmfault_pages_discard?)",
-                    slot.gpa_of(page)
-                )),
-                _ => e,
+        match mechanism.map_present(&self.vm.engine.memory, block, page, access, &self.seat.stats) {
+            Ok(()) => Ok(Exit::Handled),
+            // Broken hardware that no SIGBUS told of: with the flag KVM doesn't look at why the page can't be had.
+            Err(e) if e.errno == libc::EHWPOISON => {
+                own.stuck = 0;
+                let gpa = Some(slot.gpa_of(page));
+                Ok(self.report(own, MemoryError { gpa, hva, len: block.page, lost: false }))
             }
-        })?;
-        Ok(Exit::Handled)
+            Err(e) if e.errno == libc::EFAULT => Err(e.context(format!(
+                "gpa {:#x} is present but its memory is gone (dropped without kvmfault_pages_discard?)",
+                slot.gpa_of(page)
+            ))),
+            Err(e) => Err(e),
+        }
     }
 
     /// The resolver wants to be asked again: after a pause that a kick ends.

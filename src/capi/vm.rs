@@ -150,6 +150,8 @@ fn string(pointer: *const c_char, name: &str) -> Result<Option<String>> {
 /// when they end. The finalizer runs after the last of them, on whichever thread that is; only then may `opaque` go. vCPU handles stay valid and
 /// return -ESHUTDOWN; free them too, before or after.
 ///
+/// The memory of its slots must stay mapped until then too: an install under way writes to it.
+///
 /// Free it when the guest has stopped, or after deleting the slots: absent pages are no longer brought, and KVM's slots that use the
 /// library's private alias lose their memory. Any thread; also from callbacks.
 ///

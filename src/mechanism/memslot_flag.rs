@@ -48,6 +48,10 @@ impl Mechanism for MemslotFlag {
         Ok(()) // the slot's flag is all
     }
 
+    fn is_per_slot(&self) -> bool {
+        true
+    }
+
     fn arm(&self, host: &Host, slot: &Slot, region: &mut Region) {
         if let Some(abi) = host.abi {
             abi.arm(region, slot.block.bitmap_at(slot.offset));

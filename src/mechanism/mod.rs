@@ -53,6 +53,10 @@ pub trait Mechanism: Sync + fmt::Debug {
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block>;
     /// Turns the fast path of a block on or off, as far as that isn't the slot flag's doing.
     fn set_fast(&self, memory: &Memory, block: &Block, on: bool) -> Result<()>;
+    /// Is the fast path each slot's own (a flag of the slot), so that slots on one block may differ?
+    fn is_per_slot(&self) -> bool {
+        false
+    }
     /// What KVM is told of a slot whose fast path is on.
     fn arm(&self, _host: &Host, _slot: &Slot, _region: &mut Region) {}
     /// A PRESENT page faults: it needs mapping, not bytes.

@@ -223,11 +223,16 @@ impl Vm {
             );
         }
         let mechanism = MECHANISMS[block.mechanism];
+        let mut fast_only = !request.slow;
         if !fresh {
-            mechanism.check(&self.host, block.kind, &wish_of(request, offset))?;
+            match mechanism.check(&self.host, block.kind, &wish_of(request, offset)) {
+                // A window that can't have the flag (read-only ones: QEMU's PAM regions) does without, on the classic path.
+                Err(_) if mechanism.is_per_slot() => fast_only = false,
+                checked => checked?,
+            }
         }
         let region = Region { version: 1, flags: request.kvm_flags, hva: block.kvm_hva() + offset, ..*wanted };
-        let mut slot = Slot { region, block: block.clone(), offset, fast_only: !request.slow };
+        let mut slot = Slot { region, block: block.clone(), offset, fast_only };
         if slot.fast_only {
             self.enable_fault_exits()?;
             mechanism.arm(&self.host, &slot.clone(), &mut slot.region);
@@ -295,6 +300,11 @@ impl Vm {
         slot.fast_only = on;
         slot.region = Region { version: 1, flags: old.region.flags & KVM_FLAGS, bitmap: 0, ..old.region };
         if on {
+            if mechanism.is_per_slot() {
+                let readonly = old.is_readonly();
+                let wish = Wish { vcpu_only: true, readonly, present: false, offset: old.offset, file: None };
+                mechanism.check(&self.host, old.block.kind, &wish)?;
+            }
             self.enable_fault_exits()?;
             mechanism.arm(&self.host, &slot.clone(), &mut slot.region);
         }
