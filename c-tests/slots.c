@@ -367,8 +367,9 @@ static void discarded(enum backing backing)
 	set_up(backing, MANY);
 	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
 	start_vcpus();
+	UNTIL(source.total > MANY / 2);
 	unsigned long most = scaled(3000);
-	for (double end = now() + 10; discards < most && now() < end; discards++) {
+	for (double end = now() + 10; (discards < most || source.total < MANY + 100) && now() < end; discards++) {
 		uint64_t first = random_number(&seed) % MANY, count = 1 + random_number(&seed) % 64;
 		if (first + count > MANY)
 			count = MANY - first;
