@@ -13,6 +13,7 @@ use crate::kernel::mem::{Kind, Mapping, PAGE};
 use crate::kernel::uffd::Step;
 use crate::stats::Stats;
 use once_cell::sync::Lazy;
+use std::cell::Cell;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,41 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Zeros to copy where UFFDIO_ZEROPAGE doesn't work: as long as the largest page, and costing nothing, for it is only read.
 static ZEROS: Lazy<Result<Mapping>> = Lazy::new(|| Mapping::anonymous(1 << 30));
 
+thread_local! {
+    /// The page that a resolver is bringing on this thread (its address, 0 for none), and whether an install of this thread saw it present.
+    static WATCHED: Cell<(u64, bool)> = const { Cell::new((0, false)) };
+}
+
+/// Watches one page for as long as a resolver is called for it. Its state alone doesn't tell whether the resolver brought it: it may
+/// have been discarded since, and somebody else may be bringing it anew.
+pub struct Watch((u64, bool));
+
+impl Watch {
+    /// Begins.
+    pub fn new(block: &Block, page: u64) -> Watch {
+        Watch(WATCHED.replace((block.hva_of(page), false)))
+    }
+
+    /// Was the page present at some time since?
+    pub fn saw_it(&self) -> bool {
+        WATCHED.get().1
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        WATCHED.set(self.0);
+    }
+}
+
+/// These pages are present at this moment.
+fn see(block: &Block, pages: Range<u64>) {
+    let (hva, seen) = WATCHED.get();
+    if !seen && (block.hva_of(pages.start)..block.hva_of(pages.end)).contains(&hva) {
+        WATCHED.set((hva, true));
+    }
+}
+
 /// Makes pages of a block present; pages that are so already are skipped. Returns how many became present by this call.
 /// On an error the pages before the failing one stay installed.
 pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
@@ -40,7 +76,10 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
     let mut page = pages.start;
     while page < pages.end {
         match block.pages.get(page) {
-            State::Present => page += 1,
+            State::Present => {
+                see(block, page..page + 1);
+                page += 1;
+            }
             State::Lost => fail!(EHWPOISON, "the page at hva {:#x} is lost; discard it first", block.hva_of(page)),
             _ => {
                 let gate_end = (page / GATE_PAGES + 1) * GATE_PAGES;
@@ -124,10 +163,12 @@ fn publish(memory: &Memory, block: &Block, run: Range<u64>, source: Source, stat
     map_alias(memory, block, run.clone(), stats)?;
     block.set_exits(run.clone(), false);
     let mut installed = 0;
+    let watched = run.clone();
     for page in run {
         installed += block.pages.make_present(page) as u64;
         WAITS.wake(block.hva_of(page));
     }
+    see(block, watched);
     match source {
         Source::Copy(_) => stats.pages_copied.add(installed),
         Source::Zero => stats.pages_zeroed.add(installed),

@@ -11,7 +11,7 @@ use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::Slot;
 use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
-use crate::memory::{discard, Memory};
+use crate::memory::{discard, install, Memory};
 use crate::stats::Stats;
 use seat::Seats;
 use std::cell::Cell;
@@ -256,12 +256,15 @@ impl Engine {
                         return Ok(Outcome::Gone);
                     };
                     stats.resolver_calls.add(1);
+                    let watch = install::Watch::new(block, page);
                     let answer = self.callback(|| self.resolver.resolve(&fault));
+                    let came = watch.saw_it();
+                    drop(watch);
                     if self.is_shut_down() {
                         // Whatever the resolver says: with its VM freed it could not do what it meant to.
                         continue;
                     }
-                    match self.conclude(ours, answer, &fault)? {
+                    match self.conclude(ours, answer, &fault, came)? {
                         Some(outcome) => return Ok(outcome),
                         None => waited = true, // pending
                     }
@@ -270,10 +273,16 @@ impl Engine {
         }
     }
 
-    /// What the answer means for the page that was ours to bring; None if it is pending.
-    fn conclude(&self, ours: Ours<'_>, answer: Answer, fault: &Fault) -> Result<Option<Outcome>> {
+    /// What the answer means for the page that was ours to bring; None if it is pending. `came`: the resolver installed it for certain,
+    /// whatever has become of it since.
+    fn conclude(&self, ours: Ours<'_>, answer: Answer, fault: &Fault, came: bool) -> Result<Option<Outcome>> {
         let (block, page) = (ours.block, ours.page);
-        let is_present = block.pages.get(page) == State::Present;
+        let is_present = came || block.pages.get(page) == State::Present;
+        let mut ours = Some(ours);
+        if came {
+            // If it is being resolved now, it is by somebody else.
+            std::mem::forget(ours.take());
+        }
         let at = || format!("gpa {:#x} (slot {:#x})", fault.gpa, fault.slot);
         match answer {
             Answer::Resolved | Answer::Failed(libc::EEXIST) if is_present => {

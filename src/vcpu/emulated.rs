@@ -29,10 +29,25 @@ impl Vcpu {
         };
         own.unfinished = true;
         for (slot, gpa, bytes) in pieces.into_iter().flatten() {
-            let page = slot.page_of(gpa);
+            let (page, hva) = (slot.page_of(gpa), slot.vmm_hva(gpa));
             loop {
                 let exit = match self.bring(&slot.block, page, if mmio.write { 2 } else { 1 }, waiter)? {
-                    Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => break,
+                    Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => {
+                        let done = match mmio.write {
+                            true => mem::write(hva, &mmio.data[bytes.clone()]),
+                            false => mem::read(hva, &mut mmio.data[bytes.clone()]),
+                        };
+                        match done {
+                            // Discarded since, and private memory has its marker back.
+                            Err(e) if e.errno == libc::EFAULT && slot.block.pages.get(page) != State::Present => {
+                                continue
+                            }
+                            Err(e) => {
+                                return Err(e.context(format!("completing an access of the guest to gpa {gpa:#x}")))
+                            }
+                            Ok(()) => break,
+                        }
+                    }
                     Outcome::Retry if interruptible => self.again(own, slot, page)?,
                     Outcome::Retry => {
                         std::thread::sleep(pause_before(self.stuck_at(own, slot.block.hva_of(page))));
@@ -55,12 +70,6 @@ impl Vcpu {
                     return Ok(exit);
                 }
             }
-            let hva = slot.vmm_hva(gpa);
-            match mmio.write {
-                true => mem::write(hva, &mmio.data[bytes.clone()]),
-                false => mem::read(hva, &mut mmio.data[bytes.clone()]),
-            }
-            .map_err(|e| e.context(format!("completing an access of the guest to gpa {gpa:#x}")))?;
             if mmio.write {
                 self.vm.engine.written(gpa, bytes.len() as u64);
             }
