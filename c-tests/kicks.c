@@ -136,6 +136,8 @@ static void pass_time(uint64_t *seed)
 
 static void kicks(enum what w, bool handler, unsigned long count)
 {
+	if (w != RUNNING)
+		require_interruptible_sleep();
 	uint64_t seed = 99;
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	what = w;

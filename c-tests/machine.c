@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/utsname.h>
 #include <unistd.h>
 
 #define PAGE_TABLES 0x1000ul
@@ -574,6 +575,16 @@ static bool reads_by_mmio(int mechanism)
 	ram_destroy(&ram);
 	source_destroy(&source);
 	return by_mmio;
+}
+
+void require_interruptible_sleep(void)
+{
+	struct utsname name;
+	int major = 0, minor = 0;
+	SYS(uname(&name));
+	EQUAL("numbers in the kernel's release", sscanf(name.release, "%d.%d", &major, &minor), 2);
+	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD && (major < 6 || (major == 6 && minor < 2)))
+		skip("before Linux 6.2 a vCPU that sleeps in userfaultfd can't be interrupted");
 }
 
 bool cpl0_comes_as_mmio(void)

@@ -115,6 +115,9 @@ struct kvmfault_stats machine_settled_stats(const struct machine *machine);
 
 /* Does KVM emulate CPL 0 here? (As far as can be told: with the mechanism poison-trap.) */
 bool cpl0_is_emulated(void);
+/* Skips the case where a vCPU that sleeps for a page can't be made to leave: in userfaultfd before Linux 6.2. */
+void require_interruptible_sleep(void);
+
 /* Do accesses at CPL 0 to absent pages come as MMIO exits, with the case's mechanism? */
 bool cpl0_comes_as_mmio(void);
 

@@ -64,7 +64,7 @@ static void race(enum backing backing, unsigned long most)
 		pthread_barrier_wait(&end);
 
 		struct kvmfault_stats stats = machine_settled_stats(&m);
-		EQUAL("pages absent after a round", kvmfault_pages_absent(m.library), 0);
+		UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
 		EQUAL("the resolver's own count in a round", source.total, PAGES);
 		EQUAL("resolver calls in all", stats.resolver_calls, (round + 1) * PAGES);
 		EQUAL("pages that arrived in all", stats.pages_copied, (round + 1) * PAGES);

@@ -93,11 +93,11 @@ static void one_range_twice(void)
 	set_up(MEMFD, PAGES);
 	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
 	machine_set_slot(&m, &ram, OTHER_SLOT, OTHER_GPA);
-	EQUAL("absent, counted once", kvmfault_pages_absent(m.library), PAGES);
+	UNTIL(kvmfault_pages_absent(m.library) == PAGES); /* the guest may be ahead of the books */
 	struct vcpu *v = add_vcpu(3);
 	look(v, RAM_GPA, 0, PAGES / 2);
 	look(v, OTHER_GPA, PAGES / 2, PAGES / 2);
-	EQUAL("absent, brought through both", kvmfault_pages_absent(m.library), 0);
+	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
 	look(v, RAM_GPA, 0, PAGES);
 	look(v, OTHER_GPA, 0, PAGES);
 	look(add_vcpu(0), OTHER_GPA, 0, PAGES);
@@ -131,7 +131,7 @@ static void address_spaces(void)
 		skip("KVM_CAP_MULTI_ADDRESS_SPACE is below 2 here");
 	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
 	machine_set_slot(&m, &ram, 1u << 16 | RAM_SLOT, RAM_GPA); /* the same address: no overlap */
-	EQUAL("absent, counted once", kvmfault_pages_absent(m.library), PAGES);
+	UNTIL(kvmfault_pages_absent(m.library) == PAGES); /* the guest may be ahead of the books */
 	struct vcpu *v = add_vcpu(3);
 	look(v, RAM_GPA, 0, PAGES / 2);
 	delete_slot(RAM_SLOT, 0);
@@ -162,7 +162,7 @@ static void windows(void)
 	look(v, RAM_GPA - 40 * PAGE, 40, 16);
 	look(v, OTHER_GPA - 8 * PAGE, 8, 16);
 	EQUAL("resolver calls", source.total, 32);
-	EQUAL("absent: what no window shows", kvmfault_pages_absent(m.library), PAGES - 32);
+	UNTIL(kvmfault_pages_absent(m.library) == PAGES - 32); /* the guest may be ahead of the books */
 	EQUAL("beyond a window", kvmfault_pages_state(m.library, RAM_GPA + 16 * PAGE), -ENOENT);
 	REFUSED(kvmfault_pages_discard(m.library, RAM_GPA + 8 * PAGE, 16 * PAGE), EINVAL, "len");
 	tear_down();
@@ -187,7 +187,7 @@ static void kept(void)
 	slot.gpa += slot.len;
 	slot.hva = ram.hva + slot.len;
 	OK(kvmfault_memslot_set(m.library, &slot));
-	EQUAL("absent", kvmfault_pages_absent(m.library), PAGES / 2);
+	UNTIL(kvmfault_pages_absent(m.library) == PAGES / 2); /* the guest may be ahead of the books */
 	look(v, RAM_GPA, 0, PAGES);
 	EQUAL("resolver calls", source.total, PAGES);
 	for (int page = 0; page < PAGES; page++)
@@ -211,7 +211,7 @@ static void forgotten(enum backing backing)
 			CHECK(!memcmp(ram.hva + list[i] * PAGE, zeros, PAGE), "page %u isn't zero", list[i]);
 	}
 	EQUAL("resolver calls", source.total, PAGES / 2);
-	EQUAL("absent", kvmfault_pages_absent(m.library), 0);
+	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
 	tear_down();
 }
 
@@ -342,7 +342,7 @@ static void toggled(enum backing backing)
 	EQUAL("resolver calls", stats.resolver_calls, MANY);
 	for (int page = 0; page < MANY; page++)
 		EQUAL("calls for a page", source.calls[page], 1);
-	EQUAL("absent", kvmfault_pages_absent(m.library), 0);
+	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
 	pattern_check(&source.pattern, ram.hva, 0, MANY);
 	printf("%u toggles, %lu faults\n", toggles, stats.faults_vcpu);
 	CHECK(toggles > 2, "only %u toggles", toggles);
@@ -410,7 +410,7 @@ static void post_copy(enum backing backing)
 	struct kvmfault_memslot slot = slot_on(&ram, RAM_SLOT, RAM_GPA);
 	slot.flags |= KVMFAULT_MEMSLOT_PRESENT;
 	OK(kvmfault_memslot_set(m.library, &slot));
-	EQUAL("absent at the start", kvmfault_pages_absent(m.library), 0);
+	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
 	struct vcpu *v = add_vcpu(3);
 	struct vcpu *slow = add_vcpu(0);
 	vcpu_load_verify(v, RAM_GPA, list_gpa, MANY, &old, READ_FIRST);
@@ -420,14 +420,14 @@ static void post_copy(enum backing backing)
 	/* The second half of the (shuffled) list has changed. */
 	for (unsigned i = MANY / 2; i < MANY; i++)
 		OK(kvmfault_pages_discard(m.library, RAM_GPA + list[i] * PAGE, PAGE));
-	EQUAL("absent", kvmfault_pages_absent(m.library), MANY / 2);
+	UNTIL(kvmfault_pages_absent(m.library) == MANY / 2); /* the guest may be ahead of the books */
 	vcpu_load_verify(v, RAM_GPA, list_gpa, MANY / 2, &old, READ_FIRST);
 	vcpu_verify(v);
 	EQUAL("resolver calls for what is still present", source.total, 0);
 	look(v, RAM_GPA, MANY / 2, MANY / 4);
 	look(slow, RAM_GPA, MANY / 2, MANY / 2);
 	EQUAL("resolver calls", source.total, MANY / 2);
-	EQUAL("absent at the end", kvmfault_pages_absent(m.library), 0);
+	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
 	for (unsigned i = 0; i < MANY; i++)
 		pattern_check(i < MANY / 2 ? &old : &source.pattern, ram.hva + list[i] * PAGE, list[i], 1);
 	tear_down();

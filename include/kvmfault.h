@@ -716,7 +716,8 @@ struct kvmfault_memory_error_info {
    */
   size_t size;
   /*
-   * Guest physical address, or UINT64_MAX if the address lies in no memslot of the library.
+   * Guest physical address, or UINT64_MAX if the address lies in no memslot of the library, or
+   * (lost pages before Linux 6.6, more than one) is not known.
    */
   uint64_t gpa;
   /*
@@ -1072,8 +1073,10 @@ int kvmfault_vcpu_on_sigbus(const struct kvmfault_vcpu *vcpu,
  * before one is seen count as one. Any thread, any signal handler, also in callbacks:
  * async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL) or -EBADF (freed).
  *
- * Two limits are the kernel's: a resolver that runs on the vCPU's thread is not interrupted; and
- * before Linux 6.2 a vCPU that sleeps in classic userfaultfd is not either, until its page comes.
+ * Three limits: a resolver that runs on the vCPU's thread is not interrupted; with `userfaultfd` a
+ * vCPU whose access KVM emulates (CPL 0 on a KVM without hardware virtualisation) sleeps inside
+ * KVM's copy until its page comes; and before Linux 6.2 a vCPU that sleeps in classic userfaultfd
+ * is not either, nor told of its resolver's failure, until its page comes.
  */
 int kvmfault_vcpu_kick(const struct kvmfault_vcpu *vcpu);
 

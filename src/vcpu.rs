@@ -266,6 +266,9 @@ impl Vcpu {
                 if let Some(news) = self.seat.take_news() {
                     return self.receive(own, news);
                 }
+                if let Some(exit) = (errno == libc::EFAULT).then(|| self.lost_somewhere(own)).flatten() {
+                    return Ok(exit);
+                }
                 match errno {
                     libc::EFAULT if run.exit_reason() != kb::KVM_EXIT_MEMORY_FAULT => fail!(
                         EFAULT,
@@ -285,6 +288,17 @@ impl Vcpu {
                 }
             },
         }
+    }
+
+    /// Without UFFDIO_POISON lost pages are inaccessible, and EFAULT is all that KVM can say. Which page it was is certain if only one is lost.
+    fn lost_somewhere(&self, own: &mut Own) -> Option<Exit> {
+        let slots = self.vm.engine.memory.slots();
+        let (total, page) = slots.lost();
+        let (block, page) = page.filter(|_| !self.vm.has_poison())?;
+        let gpa = slots.showing(block, page).filter(|_| total == 1).map(|slot| slot.gpa_of(page));
+        let hva = if total == 1 { block.hva_of(page) } else { 0 };
+        let _ = self.seat.take_news(); // the reader that lost it may have told the same
+        Some(self.report(own, MemoryError { gpa, hva, len: block.page, lost: true }))
     }
 
     /// KVM_RUN ended with EINTR: for SIGBUS, a kick, news, or somebody else's signal.

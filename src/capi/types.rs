@@ -296,7 +296,8 @@ pub struct kvmfault_vcpu_options {
 pub struct kvmfault_memory_error_info {
     /// Set by KVMFAULT_MEMORY_ERROR_INFO_INIT.
     pub size: usize,
-    /// Guest physical address, or UINT64_MAX if the address lies in no memslot of the library.
+    /// Guest physical address, or UINT64_MAX if the address lies in no memslot of the library, or (lost pages before Linux 6.6, more than
+    /// one) is not known.
     pub gpa: u64,
     /// The address in this process.
     pub hva: *mut c_void,

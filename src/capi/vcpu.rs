@@ -161,8 +161,9 @@ pub unsafe extern "C" fn kvmfault_vcpu_on_sigbus(
 /// a page, or about to enter. Never lost; kicks that come before one is seen count as one. Any thread, any signal handler, also in
 /// callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL) or -EBADF (freed).
 ///
-/// Two limits are the kernel's: a resolver that runs on the vCPU's thread is not interrupted; and before Linux 6.2 a vCPU that sleeps in
-/// classic userfaultfd is not either, until its page comes.
+/// Three limits: a resolver that runs on the vCPU's thread is not interrupted; with `userfaultfd` a vCPU whose access KVM emulates (CPL 0
+/// on a KVM without hardware virtualisation) sleeps inside KVM's copy until its page comes; and before Linux 6.2 a vCPU that sleeps in
+/// classic userfaultfd is not either, nor told of its resolver's failure, until its page comes.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.

@@ -164,6 +164,14 @@ impl Slots {
         self
     }
 
+    /// How many pages are LOST, and one of them.
+    pub fn lost(&self) -> (u64, Option<(&Arc<Block>, u64)>) {
+        let count = |b: &Arc<Block>| b.pages.count(0..b.pages.len(), State::Lost);
+        let total = self.blocks.iter().map(count).sum();
+        let block = self.blocks.iter().find(|b| count(b) > 0);
+        (total, block.and_then(|b| Some((b, (0..b.pages.len()).find(|&p| b.pages.get(p) == State::Lost)?))))
+    }
+
     /// Pages of all blocks that are neither PRESENT nor LOST.
     pub fn absent(&self) -> u64 {
         let count = |b: &Arc<Block>, state| b.pages.count(0..b.pages.len(), state);
@@ -198,7 +206,10 @@ mod tests {
         assert!(slots.at(0, 0x1000).is_none() && slots.at(1, 8 * PAGE).is_none());
         assert_eq!(slots.at_any(0x1000).unwrap().region.slot, 1 << 16);
         assert_eq!(slots.at_kvm_hva(0x10_0000 + 15 * PAGE).unwrap().region.slot, 0);
-        assert_eq!(slots.absent(), 16);
+        assert_eq!((slots.absent(), slots.lost().0), (16, 0));
+        ram.pages.change(9, State::Absent, State::Lost).unwrap();
+        assert!(matches!(slots.lost(), (1, Some((_, 9)))));
+        ram.pages.change(9, State::Lost, State::Absent).unwrap();
         let slots = slots.without(0, false);
         assert_eq!(slots.absent(), 16, "the other slot holds the block");
         assert_eq!(slots.without(1 << 16, true).absent(), 16, "kept");
