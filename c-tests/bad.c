@@ -67,15 +67,6 @@ int subject_read(struct subject *s, uint64_t page)
 	return kvmfault_vcpu_run(s->vcpu->handle);
 }
 
-int result_for_lost(struct subject *s)
-{
-	enum { FEATURE_POISON = 1 << 14 };
-	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
-	bool classic = OK(kvmfault_memslot_mechanism(s->machine.library, RAM_SLOT)) == KVMFAULT_MECHANISM_USERFAULTFD;
-	OK(kvmfault_probe(-1, &probe));
-	return classic && !(probe.uffd_features & FEATURE_POISON) ? -EFAULT : KVMFAULT_MEMORY_ERROR;
-}
-
 static void expect_states(const struct subject *s)
 {
 	uint64_t absent = 0;

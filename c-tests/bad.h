@@ -37,10 +37,6 @@ void subject_learn(struct subject *subject);
 /* The guest reads page `page`; returns what vcpu_run of the library returns. */
 int subject_read(struct subject *subject, uint64_t page);
 
-/* What vcpu_run of the library returns for a lost page. Without UFFDIO_POISON (before Linux 6.6) a vCPU in classic userfaultfd
- * meets memory that may not be accessed, of which KVM doesn't say where it is: -EFAULT. */
-int result_for_lost(struct subject *subject);
-
 /* A descriptor's number that is closed. */
 int closed_fd(void);
 /* A userfaultfd; skips the case where none can be had. */

@@ -179,7 +179,7 @@ static void over_lost_pages(void)
 	REFUSED(map(vm, page, PAGE), EHWPOISON, "lost");
 	REFUSED(resolve(vm, page, PAGE), EHWPOISON, "lost");
 	REFUSED(lost(vm, page, PAGE), EEXIST, "lost");
-	EQUAL("what the vCPU gets", subject_read(&s, 3), result_for_lost(&s));
+	EQUAL("what the vCPU gets", subject_read(&s, 3), KVMFAULT_MEMORY_ERROR);
 	subject_unharmed(&s);
 
 	/* The way back. */

@@ -170,8 +170,6 @@ static void memory_error_and_stats(void)
 	REFUSED(kvmfault_vcpu_memory_error(s.vcpu->handle, &u.info), ENODATA, "memory error");
 	EQUAL("what follows the size", u.bytes[sizeof(size_t)], 0xee);
 
-	if (result_for_lost(&s) != KVMFAULT_MEMORY_ERROR)
-		skip("no memory errors before Linux 6.6 (UFFDIO_POISON)");
 	EQUAL("reading a lost page", subject_read(&s, 3), KVMFAULT_MEMORY_ERROR);
 	for (size_t size = sizeof(size_t) + 1; size < sizeof(u.info) + 16; size++) {
 		memset(&u, 0xee, sizeof(u));

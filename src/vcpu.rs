@@ -339,6 +339,10 @@ impl Vcpu {
             if required && address >= KERNEL_SPACE {
                 return self.broken_somewhere(own, &slots, address);
             }
+            // Its slot may have been deleted since; real trouble comes again.
+            if required && self.stuck_at(own, address) < MOST_BROKEN {
+                return Ok(Exit::Handled);
+            }
             let error = MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false };
             return Ok(self.report(own, error));
         };

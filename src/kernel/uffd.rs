@@ -2,6 +2,7 @@
 //! wrong: it reads a COPY that ends with EAGAIN as a huge count, and has no POISON. See userfaultfd(2),
 //! Documentation/admin-guide/mm/userfaultfd.rst and fs/userfaultfd.c.
 
+use super::mem::{Mapping, PAGE};
 use crate::error::{Error, Result};
 use std::fmt::Write;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
@@ -144,7 +145,7 @@ impl Uffd {
     }
 
     /// UFFDIO_API. Where all wishes are refused it was done before, with features that can't be asked for; then POISON and
-    /// minor faults are assumed and fail at their use, and thread ids are not.
+    /// minor faults are tried or assumed, and thread ids are not.
     fn handshake(uffd: userfaultfd::Uffd) -> Result<Uffd> {
         for wish in WISHES {
             let mut api = [UFFD_API, wish, 0];
@@ -152,7 +153,17 @@ impl Uffd {
                 return Ok(Uffd { uffd, features: wish });
             }
         }
-        Ok(Uffd { uffd, features: WISHES[0] & !FEATURE_THREAD_ID })
+        let adopted = Uffd { uffd, features: WISHES[0] & !FEATURE_THREAD_ID };
+        let features = if adopted.can_poison() { adopted.features } else { adopted.features & !FEATURE_POISON };
+        Ok(Uffd { features, ..adopted })
+    }
+
+    /// Tries UFFDIO_POISON on a page of our own.
+    fn can_poison(&self) -> bool {
+        let Ok(page) = Mapping::anonymous(PAGE) else { return false };
+        let works = self.register(page.address(), PAGE, false).is_ok() && self.poison(page.address(), PAGE).is_ok();
+        let _ = self.unregister(page.address(), PAGE);
+        works
     }
 
     /// The UFFD_FEATURE_* bits in force.
