@@ -195,6 +195,7 @@ impl Vcpu {
     pub fn run(&self) -> Result<Exit> {
         let mut own = self.own()?;
         self.attach(&mut own)?;
+        self.seat.next_turn();
         if own.unfinished {
             match self.finish(&mut own, true)? {
                 Exit::Handled => {}
@@ -515,6 +516,7 @@ impl Vcpu {
     }
 
     fn receive(&self, own: &mut Own, news: News) -> Result<Exit> {
+        self.seat.next_turn();
         match news {
             News::Failed(error) => Err(error),
             News::Lost(hva) => {

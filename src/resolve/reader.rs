@@ -55,7 +55,7 @@ fn read(engine: &Engine, stop: &Flag) {
                         libc::ENOTRECOVERABLE,
                         "a bug in libkvmfault: a reader thread panicked (see stderr)",
                     );
-                    engine.seats.all().iter().for_each(|s| s.tell(News::Failed(error.clone())));
+                    engine.seats.all().iter().for_each(|s| s.tell(s.turn(), News::Failed(error.clone())));
                 }
             }
             Ok(None) => {}                                           // another reader was faster
@@ -82,6 +82,7 @@ fn serve(engine: &Engine, message: &Message, later: &mut Vec<Again>) {
     let (block, hva) = (block.clone(), block.hva_of(page));
     drop(slots);
     let seat = message.thread.and_then(|t| engine.seats.of_thread(t));
+    let turn = seat.map_or(0, |seat| seat.turn());
     // A vCPU's thread may also fault as a host thread, in a device model; what it touches is the same page either way.
     let origin = seat.as_ref().map_or(Origin::Host, |seat| Origin::Vcpu(seat.number));
     let stats = seat.as_ref().map_or(engine.memory.stats.here(), |seat| &seat.stats);
@@ -94,7 +95,7 @@ fn serve(engine: &Engine, message: &Message, later: &mut Vec<Again>) {
             // Markers have told it already where the kernel has them.
             if engine.memory.uffd.features() & FEATURE_POISON == 0 {
                 if let Some(seat) = &seat {
-                    seat.tell(News::Lost(hva));
+                    seat.tell(turn, News::Lost(hva));
                 }
             }
             let _ = discard::wake(&engine.memory, &block, &(page..page + 1));
@@ -123,7 +124,7 @@ fn serve(engine: &Engine, message: &Message, later: &mut Vec<Again>) {
     let pause = Duration::from_millis(1 << tries.min(10)).min(Duration::from_secs(1));
     later.push(Again { due: Instant::now() + pause, block, page });
     if let Some(seat) = seat {
-        seat.tell(News::Failed(error));
+        seat.tell(turn, News::Failed(error));
     }
 }
 

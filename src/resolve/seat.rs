@@ -43,6 +43,7 @@ pub struct Seat {
     /// SIGBUS as the VMM's handler saw it: address, and code + 1 (0 = none).
     bus_address: AtomicU64,
     bus_code: AtomicI32,
+    turn: AtomicU32,
     has_news: AtomicBool,
     news: Mutex<Option<News>>,
 }
@@ -62,6 +63,7 @@ impl Seat {
             seen: AtomicU32::new(0),
             bus_address: AtomicU64::new(0),
             bus_code: AtomicI32::new(0),
+            turn: AtomicU32::new(0),
             has_news: AtomicBool::new(false),
             news: Mutex::new(None),
         }
@@ -120,13 +122,31 @@ impl Seat {
         (code != 0).then(|| (code.wrapping_sub(1), self.bus_address.load(SeqCst)))
     }
 
-    /// Tells the vCPU something and makes its loop look.
-    pub fn tell(&self, news: News) {
+    /// Which of its runs the vCPU is in; for `tell`.
+    pub fn turn(&self) -> u32 {
+        self.turn.load(SeqCst)
+    }
+
+    /// Tells the vCPU something of a fault that it had in this turn, and makes its loop look. Later than that it is no news: the vCPU has
+    /// left that fault, and if it comes to the page again the resolver is asked again.
+    pub fn tell(&self, turn: u32, news: News) {
         if let Ok(mut slot) = self.news.lock() {
+            if turn != self.turn() {
+                return;
+            }
             slot.get_or_insert(news);
             self.has_news.store(true, SeqCst);
         }
         self.interrupt();
+    }
+
+    /// The vCPU leaves the faults that it had.
+    pub fn next_turn(&self) {
+        if let Ok(mut slot) = self.news.lock() {
+            self.turn.fetch_add(1, SeqCst);
+            self.has_news.store(false, SeqCst);
+            *slot = None;
+        }
     }
 
     /// What it was told.
