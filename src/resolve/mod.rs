@@ -106,7 +106,7 @@ pub trait Waiter {
 }
 
 /// After so many KVMFAULT_RETRY in a row for one page the fault is an error.
-pub const MOST_RETRIES: u32 = 2000;
+pub const MOST_RETRIES: u32 = 1000;
 
 /// How long to wait before the n-th try in a row: doubling from 1 us to 10 ms.
 pub fn pause_before(retry: u32) -> Duration {

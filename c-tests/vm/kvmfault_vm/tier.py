@@ -23,7 +23,7 @@ environment (all optional; several values are separated by blanks or commas):
   KERNEL   stock-6.1, stock-6.12, newest, or a kernel release; default: all three, stock and patched
   ABI      kvm.fault_abi values; only the patched kernel is booted then, unless KERNEL asks for more; `stock` = unpatched
   FILTER   handed to the runner, as its argument and in FILTER
-  KVMFAULT_TEST_SCALE   shortens what tests repeat very often (default: 0.02)
+  KVMFAULT_TEST_SCALE   shortens what tests repeat very often (default: 0.01)
 
 exit status: 0 all passed; 1 something failed; 77 nothing could be run here (the reason is on stderr)
 """
@@ -65,7 +65,7 @@ PEER_TRIES = 5
 
 def scale():
     """What is repeated very often is repeated less often in an emulated machine, some forty times slower than the host."""
-    return os.environ.get("KVMFAULT_TEST_SCALE", "0.02")
+    return os.environ.get("KVMFAULT_TEST_SCALE", "0.01")
 
 
 def boot(name, abi, options, reader):
