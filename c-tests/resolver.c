@@ -228,8 +228,10 @@ static void retry_ends(void)
 	struct vcpu *v = lab.m.vcpu[0];
 	vcpu_attach(v);
 	load_read(v, 7);
+	double began = now();
 	REFUSED(kvmfault_vcpu_run(v->handle), ELOOP, test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? "retries" : "0x40007000");
 	CHECK(calls > 100, "only %u tries", calls);
+	CHECK(now() - began > 1, "%u tries in %.3f s: no pauses between", calls, now() - began);
 	tear_down();
 }
 

@@ -251,7 +251,7 @@ impl Engine {
                     if block.pages.change(page, State::Absent, State::Resolving).is_err() {
                         continue;
                     }
-                    let ours = Ours { engine: self, block, page };
+                    let ours = Ours { engine: self, block, page, wakes: waiter.is_some() };
                     let Some(fault) = self.fault(block, page, who, access) else {
                         return Ok(Outcome::Gone);
                     };
@@ -366,12 +366,17 @@ struct Ours<'a> {
     engine: &'a Engine,
     block: &'a Arc<Block>,
     page: u64,
+    /// Whoever sleeps in userfaultfd for the page is to be woken now, and not by the reader thread after a pause.
+    wakes: bool,
 }
 
 impl Drop for Ours<'_> {
     fn drop(&mut self) {
         if self.block.pages.change(self.page, State::Resolving, State::Absent).is_ok() {
             WAITS.wake(self.block.hva_of(self.page));
+            if !self.wakes {
+                return;
+            }
             // Whoever sleeps in userfaultfd looks again, and so asks the resolver anew. Nothing to do if the memory is gone.
             let _ = discard::wake(&self.engine.memory, self.block, &(self.page..self.page + 1));
         }

@@ -51,6 +51,10 @@ fn read(engine: &Engine, stop: &Flag) {
                 // A panic here would leave a thread of the VMM asleep for ever. The page was given back on the way out.
                 let served = catch_unwind(AssertUnwindSafe(|| serve(engine, &message, &mut later)));
                 if served.is_err() {
+                    let slots = engine.memory.slots();
+                    if let Some((block, page)) = slots.at_hva(message.hva) {
+                        later.push(Again { due: Instant::now(), block: block.clone(), page });
+                    }
                     let error = Error::new(
                         libc::ENOTRECOVERABLE,
                         "a bug in libkvmfault: a reader thread panicked (see stderr)",
@@ -112,6 +116,11 @@ fn serve(engine: &Engine, message: &Message, later: &mut Vec<Again>) {
                 later.push(Again { due: Instant::now() + pause_before(tries), block, page });
                 return;
             }
+        }
+        // No slot shows the page: it was deleted, perhaps to be created anew in another shape (KVMFAULT_MEMSLOT_KEEP).
+        Ok(Outcome::Gone) => {
+            later.push(Again { due: Instant::now() + Duration::from_millis(10), block, page });
+            return;
         }
         Ok(_) => None,
         Err(e) => Some(e),
