@@ -384,7 +384,7 @@ impl Vcpu {
         let (block, page) = (&slot.block, slot.page_of(gpa));
         let outcome = self.bring(block, page, access, self.seat)?;
         match outcome {
-            Outcome::WasPresent => self.map(own, slot, page, access, broken),
+            Outcome::WasPresent => self.map(own, slot, page, broken),
             Outcome::Retry => self.again(own, slot, page),
             other => {
                 if self.vm.pre_fault && matches!(other, Outcome::Installed | Outcome::Waited) {
@@ -443,7 +443,7 @@ impl Vcpu {
     }
 
     /// PRESENT and still faulting: map it. Again and again, and it is broken, or somebody works against us.
-    fn map(&self, own: &mut Own, slot: &Slot, page: u64, access: Access, broken: bool) -> Result<Exit> {
+    fn map(&self, own: &mut Own, slot: &Slot, page: u64, broken: bool) -> Result<Exit> {
         let (block, hva) = (&slot.block, slot.block.hva_of(page));
         let times = self.stuck_at(own, hva);
         if broken && times >= MOST_BROKEN {
@@ -461,7 +461,7 @@ impl Vcpu {
             );
         }
         let mechanism = MECHANISMS[block.mechanism];
-        match mechanism.map_present(&self.vm.engine.memory, block, page, access, &self.seat.stats) {
+        match mechanism.map_present(&self.vm.engine.memory, block, page, &self.seat.stats) {
             Ok(()) => Ok(Exit::Handled),
             // Broken hardware that no SIGBUS told of: with the flag KVM doesn't look at why the page can't be had.
             Err(e) if e.errno == libc::EHWPOISON => {

@@ -3,7 +3,6 @@
 
 use super::{has_minor, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
-use crate::kernel::abi::Access;
 use crate::kernel::kvm::Region;
 use crate::kernel::mem::{advise, Kind, PAGE};
 use crate::memory::block::{Block, Shape};
@@ -61,7 +60,7 @@ impl Mechanism for MemslotFlag {
     /// The flag only forbids the slow path: the page may be present and not mapped, or mapped and not writable, and KVM's fast path asks
     /// for write access even where the guest reads (hva_to_pfn_fast in virt/kvm). Populating for write does what the slow path would
     /// have done; of a page of zeros it makes a page of its own.
-    fn map_present(&self, memory: &Memory, block: &Block, page: u64, _access: Access, _stats: &Stats) -> Result<()> {
+    fn map_present(&self, memory: &Memory, block: &Block, page: u64, _stats: &Stats) -> Result<()> {
         let (hva, len) = (block.hva_of(page), block.page);
         if matches!(block.kind, Kind::Shared | Kind::HugetlbShared) {
             // Where minor faults are registered, populating would wait for them.

@@ -7,7 +7,7 @@ pub mod report;
 mod userfaultfd;
 
 use crate::error::{Error, Result};
-use crate::kernel::abi::{Abi, Access};
+use crate::kernel::abi::Abi;
 use crate::kernel::kvm::Region;
 use crate::kernel::mem::Kind;
 use crate::memory::block::{Block, Shape};
@@ -60,7 +60,7 @@ pub trait Mechanism: Sync + fmt::Debug {
     /// What KVM is told of a slot whose fast path is on.
     fn arm(&self, _host: &Host, _slot: &Slot, _region: &mut Region) {}
     /// A PRESENT page faults: it needs mapping, not bytes.
-    fn map_present(&self, memory: &Memory, block: &Block, page: u64, access: Access, stats: &Stats) -> Result<()>;
+    fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()>;
 }
 
 /// All mechanisms, best first.

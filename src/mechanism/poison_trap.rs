@@ -7,7 +7,6 @@
 
 use super::{has_minor, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
-use crate::kernel::abi::Access;
 use crate::kernel::mem::{self, advise, Kind, Mapping};
 use crate::kernel::uffd::FEATURE_POISON;
 use crate::memory::block::{Block, Shape};
@@ -72,7 +71,7 @@ impl Mechanism for PoisonTrap {
         }
     }
 
-    fn map_present(&self, memory: &Memory, block: &Block, page: u64, _access: Access, stats: &Stats) -> Result<()> {
+    fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
         install::map_alias(memory, block, page..page + 1, stats)
     }
 }

@@ -2,7 +2,6 @@
 
 use super::{has_minor, map_vmm, Host, Mechanism, Wish};
 use crate::error::Result;
-use crate::kernel::abi::Access;
 use crate::kernel::mem::Kind;
 use crate::memory::block::{Block, Shape};
 use crate::memory::Memory;
@@ -35,7 +34,7 @@ impl Mechanism for Userfaultfd {
         Ok(()) // there is no fast path to turn
     }
 
-    fn map_present(&self, memory: &Memory, block: &Block, page: u64, _access: Access, _stats: &Stats) -> Result<()> {
+    fn map_present(&self, memory: &Memory, block: &Block, page: u64, _stats: &Stats) -> Result<()> {
         map_vmm(memory, block, page)
     }
 }
