@@ -172,7 +172,7 @@ static void faults(enum backing backing, bool from_file)
 	pthread_barrier_wait(&done);
 	unsigned long during = allocations - before;
 	stats = machine_settled_stats(&m);
-	printf("%lu faults, %lu allocations\n", stats.faults_vcpu - faults, during);
+	note("%lu faults, %lu allocations", stats.faults_vcpu - faults, during);
 	CHECK(stats.faults_vcpu - faults >= PAGES - WARM_UP, "only %lu faults", stats.faults_vcpu - faults);
 	EQUAL("allocations while faults were served", during, 0);
 	for (int i = 0; i < VCPUS; i++)

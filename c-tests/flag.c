@@ -1121,7 +1121,7 @@ static const struct test_case cases[] = {
 	{ "recognised", recognised, false },
 	{ "false-friends", false_friends, false },
 	{ "absent", absent, false },
-	{ "named[memslot-flag]", named, false },
+	{ "named", named, false },
 	{ "anon", on_thread_anon, true },
 	{ "memfd", on_thread_memfd, true },
 	{ "hugetlb", on_thread_hugetlb, true },

@@ -87,6 +87,16 @@ void skip(const char *format, ...)
 	_exit(1);
 }
 
+void note(const char *format, ...)
+{
+	va_list args;
+	va_start(args, format);
+	fputs("NOTE: ", stdout);
+	vprintf(format, args);
+	putchar('\n');
+	va_end(args);
+}
+
 long long expect_ok(const char *file, int line, const char *call, long long result)
 {
 	if (result < 0)

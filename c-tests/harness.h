@@ -3,7 +3,8 @@
  * Test programs: one file, one program, one group of named cases.
  *
  *   PROGRAM --list    the names of the cases
- *   PROGRAM CASE      runs one: exits 0 (passed), 77 (skipped, "SKIP: reason" on stdout) or else (failed, "FAIL: reason")
+ *   PROGRAM CASE      runs one: exits 0 (passed), 77 (skipped, "SKIP: reason" on stdout) or else (failed, "FAIL: reason");
+ *                     "NOTE: figures" is what it measured
  *   PROGRAM           runs all, each in a process of its own
  *
  * How they are built: c-tests/GROUP.c with harness.c, machine.c and guest/ *.S into PROGRAM, against an installed library
@@ -42,6 +43,8 @@ const char *mechanism_name(int mechanism);
 /* End the case; from any thread. */
 void fail(const char *file, int line, const char *format, ...) __attribute__((format(printf, 3, 4), noreturn));
 void skip(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
+/* What the case measured or counted: shown with its result if it passes. Only the last note is kept. */
+void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #define FAIL(...) fail(__FILE__, __LINE__, __VA_ARGS__)
 #define CHECK(condition, ...)                 \

@@ -187,7 +187,7 @@ static void kicks(enum what w, bool handler, unsigned long count)
 	if (!by_handler)
 		EQUAL("INTERRUPTED in all", interrupted, count);
 	struct kvmfault_stats stats = machine_stats(&m);
-	printf("%lu kicks, INTERRUPTED %lu times, the slowest seen after %.1f ms; %lu faults, %lu of them left, %lu sweeps\n", count,
+	note("%lu kicks, INTERRUPTED %lu times, the slowest seen after %.1f ms; %lu faults, %lu of them left, %lu sweeps", count,
 	       interrupted, slowest * 1e3, stats.faults_vcpu, stats.outcome_interrupted, sweeps);
 	if (what == FAULTING)
 		CHECK(sweeps > 0, "the vCPU never finished a sweep between kicks");

@@ -146,11 +146,10 @@ static struct spread compare(const char *path, enum backing backing, int rounds)
 	}
 	struct spread a = spread_of(asked, rounds);
 	struct spread t = spread_of(theirs, rounds + 1), o = spread_of(ours, rounds), r = spread_of(ratios, rounds);
-	printf("%s, %d MiB, %d rounds: selftest %.0f pages/s (%.0f to %.0f), %s %.0f (%.0f to %.0f), ratio %.2f (%.2f to %.2f)\n", type,
-	       MEBIBYTES, rounds, t.median, t.least, t.most, mechanism_name(test_mechanism()), o.median, o.least, o.most, r.median, r.least,
-	       r.most);
-	printf("%s with KVM_PRE_FAULT_MEMORY asked for: %.2f times that (%.2f to %.2f)\n", mechanism_name(test_mechanism()), a.median, a.least,
-	       a.most);
+	note("%s, %d MiB, %d rounds: selftest %.0f pages/s (%.0f to %.0f), %s %.0f (%.0f to %.0f), ratio %.2f (%.2f to %.2f); "
+	     "with KVM_PRE_FAULT_MEMORY %.2f times that (%.2f to %.2f)",
+	     type, MEBIBYTES, rounds, t.median, t.least, t.most, mechanism_name(test_mechanism()), o.median, o.least, o.most, r.median,
+	     r.least, r.most, a.median, a.least, a.most);
 	return r;
 }
 

@@ -95,6 +95,7 @@ static struct result restore(enum backing backing, uint64_t flags, int mode)
 static void exits(void)
 {
 	static const char *const modes[] = { "read", "written" };
+	char ratios[256] = "";
 	require_pre_fault();
 	for (int backing = ANON; backing <= MEMFD; backing++) {
 		for (int mode = READ_FIRST; mode <= WRITE_FIRST; mode++) {
@@ -102,12 +103,16 @@ static void exits(void)
 			double pages = (4ul << 20) / PAGE;
 			printf("%s, %s: on %.0f pages/s, %lld exits; off %.0f pages/s, %lld exits\n", backing_name(backing),
 			       modes[mode], pages / on.seconds, on.exits, pages / off.seconds, off.exits);
+			size_t length = strlen(ratios);
+			snprintf(ratios + length, sizeof(ratios) - length, "%s%s, %s: %.2fx, %lld exits for %lld", *ratios ? "; " : "",
+				 backing_name(backing), modes[mode], off.seconds / on.seconds, on.exits, off.exits);
 			if (on.exits < 0 || test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
 				continue;
 			/* A window costs two or three exits instead of one a page. */
 			CHECK(on.exits < off.exits / 2, "%lld exits with it, %lld without", on.exits, off.exits);
 		}
 	}
+	note("with KVM_PRE_FAULT_MEMORY: %s", ratios);
 }
 
 /* ---- memslots come and go ---- */
@@ -191,7 +196,7 @@ static void slot_changes(void)
 	busy = false;
 	pthread_join(changer, NULL);
 	pattern_check(&source.pattern, ram.hva, 0, pages);
-	printf("%lu changes\n", (unsigned long)changes);
+	note("%lu changes", (unsigned long)changes);
 	machine_destroy(&m);
 	ram_destroy(&ram);
 	ram_destroy(&other);

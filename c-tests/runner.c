@@ -3,7 +3,7 @@
  * kvmfault-runner: runs the cases of test programs, each in a process group of its own and not longer than a given time, and
  * prints a line for each:
  *
- *   PASS group/case seconds
+ *   PASS group/case seconds [what it measured]
  *   FAIL group/case seconds reason
  *   SKIP group/case seconds reason
  *   N passed, N failed, N skipped
@@ -176,7 +176,8 @@ static void run_case(const char *program, const char *group, const char *name)
 	char line[1024];
 	run(program, name, timeout, &o);
 	if (!o.timed_out && WIFEXITED(o.status) && WEXITSTATUS(o.status) == 0) {
-		printf("PASS %s/%s %.2f\n", group, name, o.seconds);
+		bool noted = last_line(o.output, "NOTE: ", line, sizeof(line));
+		printf("PASS %s/%s %.2f%s%s\n", group, name, o.seconds, noted ? " " : "", noted ? line : "");
 		passed++;
 	} else if (!o.timed_out && WIFEXITED(o.status) && WEXITSTATUS(o.status) == SKIPPED &&
 		   last_line(o.output, "SKIP: ", line, sizeof(line))) {

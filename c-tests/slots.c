@@ -344,7 +344,7 @@ static void toggled(enum backing backing)
 		EQUAL("calls for a page", source.calls[page], 1);
 	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
 	pattern_check(&source.pattern, ram.hva, 0, MANY);
-	printf("%u toggles, %lu faults\n", toggles, stats.faults_vcpu);
+	note("%u toggles, %lu faults", toggles, stats.faults_vcpu);
 	CHECK(toggles > 2, "only %u toggles", toggles);
 	tear_down();
 }
@@ -380,7 +380,7 @@ static void discarded(enum backing backing)
 	}
 	join_vcpus();
 	struct kvmfault_stats stats = machine_settled_stats(&m);
-	printf("%lu discards of %lu pages, %lu resolver calls\n", discards, stats.pages_discarded, stats.resolver_calls);
+	note("%lu discards of %lu pages, %lu resolver calls", discards, stats.pages_discarded, stats.resolver_calls);
 	CHECK(stats.pages_discarded > 0 && stats.resolver_calls > MANY, "the vCPUs met no discard");
 	/* What was brought is there, or was taken away. */
 	EQUAL("pages brought", stats.pages_copied - stats.pages_discarded, MANY - kvmfault_pages_absent(m.library));

@@ -11,7 +11,7 @@ use crate::memory::block::Block;
 use crate::memory::{discard, install};
 use std::os::fd::AsRawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::Arc;
+use std::sync::{mpsc, Arc};
 use std::time::{Duration, Instant};
 
 /// A page whose resolver failed: whoever waits in userfaultfd is woken at this time, faults again, and so asks anew.
@@ -21,15 +21,23 @@ struct Again {
     page: u64,
 }
 
-/// Starts `count` threads that read until `stop` is raised.
+/// Starts `count` threads that read until `stop` is raised; returns when they do.
 pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
+    let (ready, all) = mpsc::channel();
     for n in 0..count {
-        let (engine, stop) = (engine.clone(), stop.clone());
+        let (engine, stop, ready) = (engine.clone(), stop.clone(), ready.clone());
         std::thread::Builder::new()
             .name(format!("kvmfault/{n}"))
-            .spawn(move || read(&engine, &stop))
+            .spawn(move || {
+                // What arc-swap allocates for a thread that uses it for the first time is not for a fault to wait for.
+                drop(engine.memory.slots());
+                let _ = ready.send(());
+                read(&engine, &stop)
+            })
             .map_err(|e| Error::from_io("starting a reader thread", &e))?;
     }
+    drop(ready);
+    all.iter().take(count as usize).for_each(drop);
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The lines that a test runner prints:
 
-    PASS group/case seconds
+    PASS group/case seconds [what it measured]
     FAIL group/case[mechanism] seconds reason
     SKIP group/case[mechanism] seconds reason
     N passed, N failed, N skipped

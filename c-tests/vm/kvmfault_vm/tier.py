@@ -23,6 +23,8 @@ environment (all optional; several values are separated by blanks or commas):
   KERNEL   stock-6.1, stock-6.12, newest, or a kernel release; default: all three, stock and patched
   ABI      kvm.fault_abi values; only the patched kernel is booted then, unless KERNEL asks for more; `stock` = unpatched
   FILTER   handed to the runner, as its argument and in FILTER
+  KVMFAULT_PEER_STRICT  asks for more than "no slower" beside the kernel's selftest: 2x memslot-flag, 1.4x poison-trap
+  KVMFAULT_PEER_ROUNDS  how often they take turns (default: 3)
   KVMFAULT_TEST_SCALE   shortens what tests repeat very often (default: 0.01)
 
 exit status: 0 all passed; 1 something failed; 77 nothing could be run here (the reason is on stderr)
@@ -68,6 +70,13 @@ def scale():
     return os.environ.get("KVMFAULT_TEST_SCALE", "0.01")
 
 
+def passed_on(peer):
+    """What the environment says to the comparison."""
+    found = {"KVMFAULT_PEER_ROUNDS": "3"} if peer else {}
+    found.update((key, value) for key, value in os.environ.items() if key in ("KVMFAULT_PEER_ROUNDS", "KVMFAULT_PEER_STRICT"))
+    return [f"{key}={value}" for key, value in found.items()]
+
+
 def boot(name, abi, options, reader):
     """One machine; returns a reason why the run as a whole failed, or None."""
     kernel = kernels.find(name)
@@ -78,7 +87,8 @@ def boot(name, abi, options, reader):
         filters = ["--timeout", "280", f"{PEER}/anon"]
         copies.append((selftest.set_up_and_build(), f"{PROGRAMS}/demand_paging_test"))
     words = ["env", f"FILTER={options.filter}", f"PATH={PROGRAMS}:{PROGRAMS}/bin:/bin:/sbin", f"KVMFAULT_VM_KERNEL={name}",
-             f"KVMFAULT_VM_ABI={abi or ''}", f"KVMFAULT_TEST_SCALE={scale()}", *(["KVMFAULT_PEER_ROUNDS=3"] if options.peer else []), RUNNER, *options.runner_arguments, *filters]
+             f"KVMFAULT_VM_ABI={abi or ''}", f"KVMFAULT_TEST_SCALE={scale()}", *passed_on(options.peer),
+             RUNNER, *options.runner_arguments, *filters]
     outcome = command.run(kernel, words, [(options.programs, PROGRAMS), *copies], abi=abi, module_directory=options.modules,
                           hugepages=options.hugepages, smp=options.smp, memory=options.memory,
                           timeout=options.timeout, output=reader.feed)
@@ -105,7 +115,9 @@ def rows(name, abi, reader, problem):
         groups.setdefault((case.mechanism, case.group), []).append(case)
     found = []
     for (mechanism, group), members in groups.items():
-        reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in members if c.result != "PASS")
+        # Why cases failed or were skipped; if none was, what they measured.
+        reasons = dict.fromkeys(f"{c.name}: {c.reason}" for c in members if c.result != "PASS") or dict.fromkeys(
+            f"{c.name}: {c.reason}" for c in members if c.reason)
         found.append(dict(zip(ROW_KEYS, (
             name, abi, mechanism, group, *(sum(c.result == r for c in members) for r in ("PASS", "FAIL", "SKIP")),
             "; ".join(reasons) or None))))
@@ -136,6 +148,9 @@ def table(entries):
         if e["reason"] and (e["failed"] or e["skipped"]):
             where = "/".join(filter(None, (e["kernel"], e["abi"], e["mechanism"], e["group"])))
             print(f"{'FAIL' if e['failed'] else 'SKIP'} {where}: {e['reason']}")
+    for e in entries:
+        if e["group"] == PEER and e["passed"] and e["reason"] and not e["skipped"]:
+            print(f"NOTE {e['kernel']}/{e['abi']}: {e['reason']}")
     print("%d passed, %d failed, %d skipped" % tuple(total(entries, k) for k in ("passed", "failed", "skipped")))
 
 
@@ -217,14 +232,14 @@ def run_one(name, abi, options):
 
 def run_all(machines, options):
     """[(status, rows)] in the order of `machines`, of which as many run at a time as --jobs says: an emulated machine keeps one CPU
-    busy. What a machine prints comes when it is done. The comparison of speeds runs alone."""
-    results, running, waiting = {}, {}, list(enumerate(machines))
+    busy. What a machine prints comes when it is done. The comparison of speeds runs alone, after the others."""
+    # The longest first, so that no CPU is idle at the end: unpatched kernels run everything.
+    waiting = sorted(enumerate(machines), key=lambda m: (m[1][2], m[1][1] is not None))
+    results, running = {}, {}
     with tempfile.TemporaryDirectory(prefix="kvmfault-tier.") as scratch:
         try:
             while waiting or running:
-                while waiting and len(running) < options.jobs and not any(machines[n][2] for n in running):
-                    if waiting[0][1][2] and running:
-                        break
+                while waiting and len(running) < options.jobs and not (running and waiting[0][1][2]):
                     n, (name, abi, peer) = waiting.pop(0)
                     print(f"# started: {describe(name, abi, peer)}", flush=True)
                     running[n] = start_one(pathlib.Path(scratch), n, name, abi, peer, options)
