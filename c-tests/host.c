@@ -67,8 +67,8 @@ static void *load_all(void *arg)
 	return NULL;
 }
 
-/* vCPUs and host threads go over the same memory, in different orders. */
-static void loads(void)
+/* vCPUs verify all of the memory while host threads, numbered from 0, do something with it. */
+static void verify_beside(void *(*host_thread)(void *))
 {
 	pthread_t threads[THREADS];
 	set_up(PAGES, NULL);
@@ -79,12 +79,18 @@ static void loads(void)
 		vcpu_start(v, verify, NULL);
 	}
 	for (uintptr_t i = 0; i < THREADS; i++)
-		CHECK(!pthread_create(&threads[i], NULL, load_all, (void *)i), "pthread_create");
+		CHECK(!pthread_create(&threads[i], NULL, host_thread, (void *)i), "pthread_create");
 	for (int i = 0; i < THREADS; i++)
 		pthread_join(threads[i], NULL);
 	for (int i = 0; i < VCPUS; i++)
 		vcpu_join(m.vcpu[i]);
 	check_each_page_once(PAGES);
+}
+
+/* Over the same memory, in different orders. */
+static void loads(void)
+{
+	verify_beside(load_all);
 	printf("%lu calls for vCPUs, %lu for the host\n", source.vcpu, source.host);
 	CHECK(source.host > 0 && source.vcpu > 0, "the host or the vCPUs never came first");
 	tear_down();
@@ -204,28 +210,14 @@ static void *resolve_all(void *arg)
 	(void)arg;
 	for (uint64_t page = 0; page < PAGES; page += 64)
 		OK(kvmfault_pages_resolve(m.library, RAM_GPA + page * PAGE, 64 * PAGE));
+	EQUAL("absent after kvmfault_pages_resolve", kvmfault_pages_absent(m.library), 0);
 	return NULL;
 }
 
 /* Pages that are asked for, while vCPUs fault on them. */
 static void prefetch(void)
 {
-	pthread_t threads[THREADS];
-	set_up(PAGES, NULL);
-	list_shuffle(list, PAGES, 3);
-	for (int i = 0; i < VCPUS; i++) {
-		struct vcpu *v = machine_add_vcpu(&m, i % 2 ? 0 : 3);
-		vcpu_load_verify(v, RAM_GPA, list_gpa, PAGES, &source.pattern, READ_FIRST);
-		vcpu_start(v, verify, NULL);
-	}
-	for (int i = 0; i < THREADS; i++)
-		CHECK(!pthread_create(&threads[i], NULL, resolve_all, NULL), "pthread_create");
-	for (int i = 0; i < THREADS; i++)
-		pthread_join(threads[i], NULL);
-	EQUAL("absent after kvmfault_pages_resolve", kvmfault_pages_absent(m.library), 0);
-	for (int i = 0; i < VCPUS; i++)
-		vcpu_join(m.vcpu[i]);
-	check_each_page_once(PAGES);
+	verify_beside(resolve_all);
 	CHECK(source.prefetch > 0, "nothing was prefetched");
 	pattern_check(&source.pattern, ram.hva, 0, PAGES);
 	tear_down();

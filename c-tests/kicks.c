@@ -166,6 +166,8 @@ static void kicks(enum what w, bool handler, unsigned long count)
 		EQUAL("kicks seen before a kick", before, n);
 		if (!by_handler)
 			EQUAL("INTERRUPTED before a kick", interrupted, n);
+		if (n == count - 1 && what == FAULTING)
+			UNTIL(sweeps > 0); /* a few kicks are over before a slow machine has brought all pages */
 		stop = n == count - 1;
 		double waited = starved(vcpu_stat) + starved(own_stat);
 		double sent = now();
@@ -189,8 +191,6 @@ static void kicks(enum what w, bool handler, unsigned long count)
 	struct kvmfault_stats stats = machine_stats(&m);
 	note("%lu kicks, INTERRUPTED %lu times, the slowest seen after %.1f ms; %lu faults, %lu of them left, %lu sweeps", count,
 	       interrupted, slowest * 1e3, stats.faults_vcpu, stats.outcome_interrupted, sweeps);
-	if (what == FAULTING)
-		CHECK(sweeps > 0, "the vCPU never finished a sweep between kicks");
 	machine_destroy(&m);
 	ram_destroy(&ram);
 	source_destroy(&source);

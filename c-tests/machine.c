@@ -336,6 +336,40 @@ void machine_set_slot(struct machine *m, const struct ram *ram, uint32_t number,
 		EQUAL("the slot's mechanism", kvmfault_memslot_mechanism(m->library, number), test_mechanism());
 }
 
+/* KVM_SET_USER_MEMORY_REGION2, which older headers lack. */
+struct region2 {
+	uint32_t slot, flags;
+	uint64_t guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset;
+	uint32_t guest_memfd, pad1;
+	uint64_t userfault_bitmap, pad2[13];
+};
+#define SET_REGION2 _IOW(KVMIO, 0x49, struct region2)
+
+void machine_set_region(const struct machine *m, const struct kvmfault_region *r)
+{
+	if (r->ioctl_version == 1) {
+		struct kvm_userspace_memory_region old = {
+			.slot = r->slot,
+			.flags = r->flags,
+			.guest_phys_addr = r->guest_phys_addr,
+			.memory_size = r->memory_size,
+			.userspace_addr = r->userspace_addr,
+		};
+		SYS(ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &old));
+	} else {
+		struct region2 new = {
+			.slot = r->slot,
+			.flags = r->flags,
+			.guest_phys_addr = r->guest_phys_addr,
+			.memory_size = r->memory_size,
+			.userspace_addr = r->userspace_addr,
+			.userfault_bitmap = r->userfault_bitmap,
+		};
+		EQUAL("ioctl_version", r->ioctl_version, 2);
+		SYS(ioctl(m->vm, SET_REGION2, &new));
+	}
+}
+
 struct kvmfault_stats machine_stats(const struct machine *m)
 {
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;

@@ -106,6 +106,8 @@ void machine_attach(struct machine *machine, struct source *source, const struct
 /* A slot on all of `ram`, ready for kvmfault_memslot_set. Private memory is declared as touched by vCPUs only. */
 struct kvmfault_memslot slot_on(const struct ram *ram, uint32_t slot, uint64_t gpa);
 void machine_set_slot(struct machine *machine, const struct ram *ram, uint32_t slot, uint64_t gpa);
+/* Tells KVM what kvmfault_memslot_prepare said, as a VMM with ioctls of its own does. */
+void machine_set_region(const struct machine *machine, const struct kvmfault_region *region);
 struct kvmfault_stats machine_stats(const struct machine *machine);
 /*
  * The same when all faults have been served. With userfaultfd the kernel lets a vCPU go on the moment its page is there: the guest

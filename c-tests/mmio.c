@@ -35,10 +35,10 @@ static void written(void *opaque, uint64_t gpa, uint64_t len)
 	written_bytes += len;
 }
 
-static struct vcpu *set_up(int cpl)
+static struct vcpu *set_up(kvmfault_resolver resolver, int cpl)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
-	options.resolver = resolve;
+	options.resolver = resolver;
 	options.written = written;
 	options.opaque = &m;
 	ram_create(&ram, MEMFD, PAGES * PAGE);
@@ -79,7 +79,7 @@ static void sizes(bool write, int cpl)
 	enum { N = 16 };
 	uint64_t offsets[N];
 	unsigned sizes[N];
-	struct vcpu *v = set_up(cpl);
+	struct vcpu *v = set_up(resolve, cpl);
 	for (unsigned i = 0; i < N; i++) {
 		uint64_t page = 1 + i * 3;
 		sizes[i] = size_of[i % 4];
@@ -149,7 +149,7 @@ static void instructions(int cpl)
 {
 	/* xor $0x5a, %eax; ret: two bytes of it in one page, and two in the next */
 	static const uint8_t code[] = { 0x83, 0xf0, 0x5a, 0xc3 };
-	struct vcpu *v = set_up(cpl);
+	struct vcpu *v = set_up(resolve, cpl);
 	uint64_t rmw = RAM_GPA + 3 * PAGE + 16, from = RAM_GPA + 6 * PAGE - 50, to = RAM_GPA + 10 * PAGE - 20;
 	uint64_t sse = RAM_GPA + 20 * PAGE - 8, fill = RAM_GPA + 30 * PAGE - 24, call = RAM_GPA + 41 * PAGE - 2;
 	uint64_t sse_written = RAM_GPA + 26 * PAGE - 8;
@@ -216,16 +216,7 @@ static int resolve_code(void *opaque, struct kvmfault_vm *vm, const struct kvmfa
 static void execute(int cpl)
 {
 	enum { N = 16 };
-	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
-	options.resolver = resolve_code;
-	ram_create(&ram, MEMFD, PAGES * PAGE);
-	machine_create(&m, 2 * PAGE);
-	source_create(&source, RAM_GPA, ram.len, PATTERN);
-	machine_attach(&m, NULL, &options);
-	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
-	steps = machine_share(&m, 2 * PAGE, &steps_gpa);
-	struct vcpu *v = machine_add_vcpu(&m, cpl);
-	vcpu_attach(v);
+	struct vcpu *v = set_up(resolve_code, cpl);
 	for (uint64_t i = 0; i < N; i++)
 		steps[i] = (struct step){ CALL, RAM_GPA + i * 4 * PAGE, 0, 0 };
 	steps[N] = (struct step){ STOP, 0, 0, 0 };
@@ -268,7 +259,7 @@ static void expect_mmio(struct vcpu *v, uint64_t gpa, unsigned len, bool write, 
 static void devices(void)
 {
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
-		struct vcpu *v = set_up(cpl);
+		struct vcpu *v = set_up(resolve, cpl);
 		steps[0] = (struct step){ READ32, NOWHERE_GPA + 4, 0, 0 };
 		steps[1] = (struct step){ WRITE64, NOWHERE_GPA + 8, 0x0102030405060708, 0 };
 		steps[2] = (struct step){ READ64, RAM_GPA, 0, 0 };
@@ -288,7 +279,7 @@ static void devices(void)
 static void read_only(void)
 {
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
-		struct vcpu *v = set_up(cpl);
+		struct vcpu *v = set_up(resolve, cpl);
 		ram_create(&readonly, MEMFD, PAGES * PAGE);
 		source_create(&readonly_source, READONLY_GPA, readonly.len, PATTERN);
 		struct kvmfault_memslot slot = slot_on(&readonly, READONLY_SLOT, READONLY_GPA);

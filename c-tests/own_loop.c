@@ -15,40 +15,6 @@
 
 enum { VCPUS = 4, PAGES = 2048 };
 
-/* KVM_SET_USER_MEMORY_REGION2, which older headers lack. */
-struct region2 {
-	uint32_t slot, flags;
-	uint64_t guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset;
-	uint32_t guest_memfd, pad1;
-	uint64_t userfault_bitmap, pad2[13];
-};
-#define SET_REGION2 _IOW(KVMIO, 0x49, struct region2)
-
-static void set_region(const struct machine *m, const struct kvmfault_region *r)
-{
-	if (r->ioctl_version == 1) {
-		struct kvm_userspace_memory_region old = {
-			.slot = r->slot,
-			.flags = r->flags,
-			.guest_phys_addr = r->guest_phys_addr,
-			.memory_size = r->memory_size,
-			.userspace_addr = r->userspace_addr,
-		};
-		SYS(ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &old));
-	} else {
-		struct region2 new = {
-			.slot = r->slot,
-			.flags = r->flags,
-			.guest_phys_addr = r->guest_phys_addr,
-			.memory_size = r->memory_size,
-			.userspace_addr = r->userspace_addr,
-			.userfault_bitmap = r->userfault_bitmap,
-		};
-		EQUAL("ioctl_version", r->ioctl_version, 2);
-		SYS(ioctl(m->vm, SET_REGION2, &new));
-	}
-}
-
 static void prepare_slot(const struct machine *m, const struct ram *ram)
 {
 	struct kvmfault_memslot slot = slot_on(ram, RAM_SLOT, RAM_GPA);
@@ -56,7 +22,7 @@ static void prepare_slot(const struct machine *m, const struct ram *ram)
 	OK(kvmfault_memslot_prepare(m->library, &slot, &region));
 	CHECK(region.slot == RAM_SLOT && region.guest_phys_addr == RAM_GPA && region.memory_size == ram->len,
 	      "the region is not the slot's: %u, %#lx, %#lx", region.slot, region.guest_phys_addr, region.memory_size);
-	set_region(m, &region);
+	machine_set_region(m, &region);
 }
 
 /* First KVM, then the library. */

@@ -54,7 +54,7 @@ def matrix(environment):
 
 # What is run where, unless FILTER says otherwise. The stock kernels run everything; of the patched ones, those that differ in the
 # flag only run what the flag has to do with.
-FLAG_CASES = ("memslot-flag", "flag/")
+FLAG_CASES = ("memslot-flag", "flag/", "toggle/")
 FILTERS = {**dict.fromkeys(("v2", "v3", "v4", "v7", "userfault"), FLAG_CASES), "none": ("flag/",), "falsefriend": ("flag/",)}
 
 # A machine of its own for the comparison with the kernel's selftest, with an emulated CPU on each of the host's: in single-threaded

@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* Pages that can't be had any more: KVMFAULT_LOST and kvmfault_pages_lost, for vCPUs, for the host, and after a discard. */
+#define _GNU_SOURCE
+#include "lab.h"
+
+#include <errno.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static int answer_lost(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque;
+	lab.calls++;
+	if (lab_page_of(fault) == 9)
+		return KVMFAULT_LOST;
+	OK(source_install(&lab.source, vm, fault->gpa, fault->len));
+	return KVMFAULT_RESOLVED;
+}
+
+static sigjmp_buf back;
+static volatile sig_atomic_t bus_code;
+static void *volatile bus_address;
+
+static void on_bus(int signal, siginfo_t *info, void *context)
+{
+	(void)signal, (void)context;
+	bus_code = info->si_code;
+	bus_address = info->si_addr;
+	siglongjmp(back, 1);
+}
+
+/* A thread of the host's that isn't a vCPU's. */
+static void *touch_lost(void *page)
+{
+	struct sigaction action = { .sa_sigaction = on_bus, .sa_flags = SA_SIGINFO }, before;
+	sigset_t bus;
+	SYS(sigaction(SIGBUS, &action, &before));
+	/* The vCPU's thread, which made this one, blocks it. */
+	sigemptyset(&bus);
+	sigaddset(&bus, SIGBUS);
+	pthread_sigmask(SIG_UNBLOCK, &bus, NULL);
+	if (sigsetjmp(back, 1) == 0) {
+		uint8_t byte = *(volatile uint8_t *)page;
+		FAIL("the host read %#x from a lost page", byte);
+	}
+	SYS(sigaction(SIGBUS, &before, NULL));
+	return NULL;
+}
+
+static void expect_lost(struct vcpu *v, uint64_t page)
+{
+	struct kvmfault_memory_error_info info = KVMFAULT_MEMORY_ERROR_INFO_INIT;
+	int ret = kvmfault_vcpu_run(v->handle);
+	CHECK(ret == KVMFAULT_MEMORY_ERROR, "%s", vcpu_describe(v, ret));
+	OK(kvmfault_vcpu_memory_error(v->handle, &info));
+	EQUAL("gpa", info.gpa, RAM_GPA + page * PAGE);
+	EQUAL("hva", (uint8_t *)info.hva - lab.ram.hva, page * PAGE);
+	EQUAL("len", info.len, PAGE);
+	EQUAL("lost", info.lost, 1);
+	EQUAL("state", kvmfault_pages_state(lab.m.library, RAM_GPA + page * PAGE), KVMFAULT_PAGE_LOST);
+}
+
+static void lost(enum backing backing, int cpl)
+{
+	struct kvmfault_memory_error_info info = KVMFAULT_MEMORY_ERROR_INFO_INIT;
+	lab_set_up(backing, answer_lost, 1, cpl);
+	struct vcpu *v = lab.m.vcpu[0];
+	vcpu_attach(v);
+	EQUAL("memory_error before there is one", kvmfault_vcpu_memory_error(v->handle, &info), -ENODATA);
+	lab_read(v, 8);
+
+	lab_load_read(v, 9);
+	expect_lost(v, 9);
+	EQUAL("calls", lab.calls, 2);
+	/* With userfaultfd the vCPU is told by a marker, which counts as a fault of its own. */
+	CHECK(machine_settled_stats(&lab.m).outcome_lost >= 1, "outcome_lost is 0");
+	if (cpl == 0 && cpl0_is_emulated()) {
+		/* KVM's emulator has its access answered in any case; it reads ones, as from where no device is. */
+		EQUAL("stop", vcpu_run(v), 0);
+		EQUAL("what the guest read", lab.steps[0].value, -1);
+	} else {
+		/* The guest repeats the access, and it is still lost; the resolver isn't asked again. */
+		expect_lost(v, 9);
+		lab_load_read(v, 9);
+		expect_lost(v, 9);
+	}
+	EQUAL("calls", lab.calls, 2);
+	/* Neighbours are not concerned, and others find the page lost, too. */
+	lab_read(v, 10);
+	REFUSED(kvmfault_pages_install(lab.m.library, RAM_GPA + 9 * PAGE, lab.ram.hva + 10 * PAGE, PAGE), EHWPOISON, "lost");
+	REFUSED(kvmfault_pages_resolve(lab.m.library, RAM_GPA + 9 * PAGE, PAGE), EHWPOISON, "lost");
+	UNTIL(kvmfault_pages_absent(lab.m.library) == LAB_PAGES - 3); /* the guest may be ahead of the books */
+
+	/* A host thread gets SIGBUS at the address, a system call EFAULT. */
+	pthread_t toucher;
+	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
+	OK(kvmfault_probe(-1, &probe));
+	if (probe.mechanisms_anon & 1u << KVMFAULT_MECHANISM_POISON_TRAP) { /* before Linux 6.6 it is SIGSEGV */
+		CHECK(!pthread_create(&toucher, NULL, touch_lost, lab.ram.hva + 9 * PAGE + 123), "pthread_create");
+		pthread_join(toucher, NULL);
+		EQUAL("the address of SIGBUS", ((uintptr_t)bus_address & -PAGE) - (uintptr_t)lab.ram.hva, 9 * PAGE);
+	}
+	int fd = SYS(memfd_create("output", MFD_CLOEXEC));
+	CHECK(write(fd, lab.ram.hva + 9 * PAGE, 8) == -1 && errno == EFAULT, "write(2) from a lost page: %s", strerror(errno));
+
+	/* A discard makes it absent again, and then it can come. */
+	OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + 9 * PAGE, PAGE));
+	EQUAL("state", kvmfault_pages_state(lab.m.library, RAM_GPA + 9 * PAGE), KVMFAULT_PAGE_ABSENT);
+	lab_install(9);
+	lab_read(v, 9);
+	lab_tear_down();
+}
+
+static void lost_memfd(void)
+{
+	lost(MEMFD, 3);
+}
+
+static void lost_anon(void)
+{
+	lost(ANON, 3);
+}
+
+static void lost_cpl0(void)
+{
+	lost(MEMFD, 0);
+}
+
+static void *expect_lost_page_3(struct vcpu *v)
+{
+	vcpu_attach(v);
+	expect_lost(v, 3);
+	lab.finished++;
+	return NULL;
+}
+
+/* A vCPU that waits for a pending page is told that it is lost. */
+static void lost_while_pending(void)
+{
+	lab_set_up(MEMFD, lab_answer_pending, 2, 3);
+	for (int i = 0; i < 2; i++) {
+		lab_load_read(lab.m.vcpu[i], 3);
+		vcpu_start(lab.m.vcpu[i], expect_lost_page_3, NULL);
+	}
+	UNTIL(lab.calls == 1);
+	usleep(50000);
+	EQUAL("vCPUs that have gone on", lab.finished, 0);
+	OK(kvmfault_pages_lost(lab.m.library, RAM_GPA + 3 * PAGE, PAGE));
+	UNTIL(lab.finished == 2);
+	for (int i = 0; i < 2; i++)
+		vcpu_join(lab.m.vcpu[i]);
+	EQUAL("calls", lab.calls, 1);
+	lab_tear_down();
+}
+
+static const struct test_case cases[] = {
+	{ "memfd", lost_memfd, true },
+	{ "anon", lost_anon, true },
+	{ "cpl0", lost_cpl0, true },
+	{ "while-pending", lost_while_pending, true },
+};
+TEST_MAIN(cases)

@@ -1,0 +1,178 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* Resolvers that don't bring the page yet: KVMFAULT_PENDING, and KVMFAULT_RETRY. */
+#define _GNU_SOURCE
+#include "lab.h"
+
+#include <errno.h>
+#include <unistd.h>
+
+/* ---- PENDING ---- */
+
+static atomic_int order[LAB_PAGES];
+
+static void *run_and_note(struct vcpu *v)
+{
+	vcpu_attach(v);
+	vcpu_run(v);
+	order[lab.finished++] = v->number;
+	return NULL;
+}
+
+/* Eight vCPUs wait for eight pages; these come from another thread, last first, and each wakes its vCPU and no other. */
+static void pending_out_of_order(void)
+{
+	enum { N = 8 };
+	lab_set_up(MEMFD, lab_answer_pending, N, 3);
+	for (int i = 0; i < N; i++) {
+		lab_load_read(lab.m.vcpu[i], i);
+		vcpu_start(lab.m.vcpu[i], run_and_note, NULL);
+	}
+	UNTIL(lab.calls == N);
+	for (int i = N - 1; i >= 0; i--) {
+		EQUAL("vCPUs that have gone on", lab.finished, N - 1 - i);
+		EQUAL("state", kvmfault_pages_state(lab.m.library, RAM_GPA + i * PAGE), KVMFAULT_PAGE_RESOLVING);
+		lab_install(i);
+		UNTIL(lab.finished == N - i);
+		EQUAL("the vCPU that went on", order[N - 1 - i], i);
+	}
+	for (int i = 0; i < N; i++) {
+		vcpu_join(lab.m.vcpu[i]);
+		lab_check_read(lab.m.vcpu[i], i);
+		EQUAL("calls for a page", lab.calls_for[i], 1);
+	}
+	EQUAL("outcome_failed", machine_settled_stats(&lab.m).outcome_failed, 0);
+	lab_tear_down();
+}
+
+/* Eight vCPUs wait for one page: one call, and all go on. */
+static void pending_shared(void)
+{
+	enum { N = 8 };
+	lab_set_up(MEMFD, lab_answer_pending, N, 3);
+	for (int i = 0; i < N; i++) {
+		lab_load_read(lab.m.vcpu[i], 5);
+		vcpu_start(lab.m.vcpu[i], lab_run_to_stop, NULL);
+	}
+	UNTIL(lab.calls == 1);
+	usleep(100000); /* the others come, too */
+	EQUAL("calls while the page is pending", lab.calls, 1);
+	lab_install(5);
+	for (int i = 0; i < N; i++) {
+		vcpu_join(lab.m.vcpu[i]);
+		lab_check_read(lab.m.vcpu[i], 5);
+	}
+	EQUAL("calls in all", lab.calls, 1);
+	lab_tear_down();
+}
+
+/* The page comes, or turns out to be lost, before the resolver that says PENDING has returned. */
+static int pending_too_late(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque;
+	lab.calls++;
+	OK(source_install(&lab.source, vm, fault->gpa, fault->len));
+	return KVMFAULT_PENDING;
+}
+
+static void pending_already_there(void)
+{
+	lab_set_up(MEMFD, pending_too_late, 1, 3);
+	struct vcpu *v = lab.m.vcpu[0];
+	vcpu_attach(v);
+	lab_read_all(v);
+	EQUAL("calls", lab.calls, LAB_PAGES);
+	lab_tear_down();
+}
+
+/* ---- RETRY ---- */
+
+enum { TRIES = 5 };
+
+static int answer_retry(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque;
+	lab.calls++;
+	if (++lab.calls_for[lab_page_of(fault)] < TRIES)
+		return KVMFAULT_RETRY;
+	OK(source_install(&lab.source, vm, fault->gpa, fault->len));
+	return KVMFAULT_RESOLVED;
+}
+
+static void retry(int cpl)
+{
+	lab_set_up(MEMFD, answer_retry, 1, cpl);
+	struct vcpu *v = lab.m.vcpu[0];
+	vcpu_attach(v);
+	lab_read_all(v);
+	struct kvmfault_stats stats = machine_settled_stats(&lab.m);
+	EQUAL("calls", lab.calls, LAB_PAGES * TRIES);
+	EQUAL("resolver_calls", stats.resolver_calls, LAB_PAGES * TRIES);
+	EQUAL("outcome_retried", stats.outcome_retried, LAB_PAGES * (TRIES - 1));
+	lab_tear_down();
+}
+
+static void retry_cpl3(void)
+{
+	retry(3);
+}
+
+static void retry_cpl0(void)
+{
+	retry(0);
+}
+
+static int always_retry(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque, (void)vm, (void)fault;
+	lab.calls++;
+	return KVMFAULT_RETRY;
+}
+
+/* Not for ever: in the end there is an error that names the page. (Takes some 20 s, asleep.) */
+static void retry_ends(void)
+{
+	require_interruptible_sleep();
+	lab_set_up(MEMFD, always_retry, 1, 3);
+	struct vcpu *v = lab.m.vcpu[0];
+	vcpu_attach(v);
+	lab_load_read(v, 7);
+	double began = now();
+	REFUSED(kvmfault_vcpu_run(v->handle), ELOOP, test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? "retries" : "0x40007000");
+	CHECK(lab.calls > 100, "only %u tries", lab.calls);
+	CHECK(now() - began > 1, "%u tries in %.3f s: no pauses between", lab.calls, now() - began);
+	lab_tear_down();
+}
+
+/* A kick ends the pause between tries. */
+static void *run_once(struct vcpu *v)
+{
+	vcpu_attach(v);
+	int ret = kvmfault_vcpu_run(v->handle);
+	CHECK(ret == KVMFAULT_INTERRUPTED, "%s", vcpu_describe(v, ret));
+	lab.finished++;
+	return NULL;
+}
+
+static void retry_kicked(void)
+{
+	require_interruptible_sleep();
+	lab_set_up(MEMFD, always_retry, 1, 3);
+	lab_load_read(lab.m.vcpu[0], 7);
+	vcpu_start(lab.m.vcpu[0], run_once, NULL);
+	UNTIL(lab.calls > 20);
+	OK(kvmfault_vcpu_kick(lab.m.vcpu[0]->handle));
+	UNTIL(lab.finished == 1);
+	vcpu_join(lab.m.vcpu[0]);
+	lab_tear_down();
+}
+
+static const struct test_case cases[] = {
+	{ "out-of-order", pending_out_of_order, true },
+	{ "shared", pending_shared, true },
+	{ "already-there", pending_already_there, true },
+	{ "retry", retry_cpl3, true },
+	{ "retry-cpl0", retry_cpl0, true },
+	{ "retry-ends", retry_ends, true },
+	{ "retry-kicked", retry_kicked, true },
+};
+TEST_MAIN(cases)

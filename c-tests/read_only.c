@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* KVM_MEM_READONLY: a mechanism serves such a slot, or is refused with the reason; never does a guest exit for ever. */
+#define _GNU_SOURCE
+#include "abi.h"
+#include "scene.h"
+
+#include <errno.h>
+#include <stdio.h>
+
+/* The guest reads what the resolver brought; its writes are the VMM's, as MMIO exits. */
+static void expect_read_only(struct scene *s)
+{
+	struct vcpu *v = scene_add_vcpu(s, 3);
+	scene_visit(s, v, 0, s->pages / 2, READ_FIRST);
+	for (uint64_t page = 0; page < s->pages; page += s->pages - 1) { /* present, and absent */
+		scene_step(s, v, (struct step){ WRITE64, RAM_GPA + page * PAGE + 16, 42, 0 });
+		int ret = kvmfault_vcpu_run(v->handle);
+		CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.is_write, "%s", vcpu_describe(v, ret));
+		EQUAL("the address", v->run->mmio.phys_addr, RAM_GPA + page * PAGE + 16);
+		vcpu_run(v);
+	}
+	scene_visit(s, v, 0, s->pages, READ_FIRST);
+	vcpu_detach(v);
+}
+
+/* With READONLY a mechanism works or is refused with the reason; never does a guest exit for ever. */
+static void read_only(void)
+{
+	for (int backing = ANON; backing <= MEMFD; backing++) {
+		struct scene s;
+		const struct abi *abi = expected_abi();
+		bool able = test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG || abi->readonly;
+		scene_attach(&s, backing, 64 * PAGE, test_mechanism(), NULL);
+		struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
+		slot.kvm_flags = KVM_MEM_READONLY;
+		if (!able) {
+			REFUSED(kvmfault_memslot_set(s.m.library, &slot), EOPNOTSUPP, "READONLY");
+			EQUAL("the slot", kvmfault_memslot_mechanism(s.m.library, RAM_SLOT), -ENOENT);
+			slot.kvm_flags = 0;
+			OK(kvmfault_memslot_set(s.m.library, &slot)); /* the memory is as it was */
+			scene_visit(&s, scene_add_vcpu(&s, 3), 0, s.pages, WRITE_FIRST);
+		} else {
+			OK(kvmfault_memslot_set(s.m.library, &slot));
+			expect_read_only(&s);
+		}
+		scene_destroy(&s);
+	}
+}
+
+/* Without a mechanism forced, a read-only slot gets one that can, beside a writable slot that has the flag. */
+static void read_only_automatic(void)
+{
+	for (int backing = ANON; backing <= MEMFD; backing++) {
+		const struct abi *abi = expected_abi();
+		struct scene s;
+		struct ram other;
+		scene_attach(&s, backing, 64 * PAGE, KVMFAULT_MECHANISM_AUTO, NULL);
+		struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
+		slot.kvm_flags = KVM_MEM_READONLY;
+		OK(kvmfault_memslot_set(s.m.library, &slot));
+		ram_create(&other, backing, 64 * PAGE);
+		slot = slot_on(&other, RAM_SLOT + 1, RAM_GPA + (1ul << 30));
+		OK(kvmfault_memslot_set(s.m.library, &slot));
+		int with = kvmfault_memslot_mechanism(s.m.library, RAM_SLOT);
+		int without = kvmfault_memslot_mechanism(s.m.library, RAM_SLOT + 1);
+		printf("%s: read-only by %s, writable by %s\n", backing_name(backing), mechanism_name(with), mechanism_name(without));
+		EQUAL("the read-only slot has the flag", with == KVMFAULT_MECHANISM_MEMSLOT_FLAG, abi && abi->readonly);
+		EQUAL("the writable slot has the flag", without == KVMFAULT_MECHANISM_MEMSLOT_FLAG, abi != NULL);
+		expect_read_only(&s);
+		scene_destroy(&s);
+		ram_destroy(&other);
+	}
+}
+
+/* A read-only window of memory that is writable elsewhere, as QEMU's PAM regions are: where the flag doesn't go with READONLY, the window goes
+ * without, and is served all the same. */
+static void read_only_window(void)
+{
+	for (int backing = ANON; backing <= MEMFD; backing++) {
+		struct scene s;
+		const struct abi *abi = expected_abi();
+		bool able = test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG || abi->readonly;
+		scene_attach(&s, backing, 64 * PAGE, test_mechanism(), NULL);
+		struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
+		slot.block_hva = s.ram.hva;
+		slot.block_len = s.ram.len;
+		slot.len = 32 * PAGE;
+		OK(kvmfault_memslot_set(s.m.library, &slot));
+		slot.slot = RAM_SLOT + 1;
+		slot.gpa += slot.len;
+		slot.hva = s.ram.hva + slot.len;
+		slot.kvm_flags = KVM_MEM_READONLY;
+		OK(kvmfault_memslot_set(s.m.library, &slot));
+		struct vcpu *v = scene_add_vcpu(&s, 3);
+		scene_visit(&s, v, 0, 32, WRITE_FIRST);
+		scene_visit(&s, v, 32, 16, READ_FIRST);
+		if (able)
+			OK(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT + 1, 1));
+		else
+			REFUSED(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT + 1, 1), EOPNOTSUPP, "READONLY");
+		scene_step(&s, v, (struct step){ WRITE64, slot.gpa + 16, 42, 0 });
+		int ret = kvmfault_vcpu_run(v->handle);
+		CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.is_write, "%s", vcpu_describe(v, ret));
+		vcpu_run(v);
+		scene_visit(&s, v, 32, 32, READ_FIRST);
+		vcpu_detach(v);
+		scene_destroy(&s);
+	}
+}
+
+static const struct test_case cases[] = {
+	{ "slot", read_only, true },
+	{ "automatic", read_only_automatic, false },
+	{ "window", read_only_window, true },
+};
+TEST_MAIN(cases)

@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+#define _GNU_SOURCE
+#include "scene.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+static _Thread_local int my_vcpu = -1;
+
+int scene_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	struct scene *s = opaque;
+	if (my_vcpu >= 0) {
+		EQUAL("the vCPU whose thread the resolver runs on", my_vcpu, fault->vcpu);
+		EQUAL("origin", fault->origin, KVMFAULT_ORIGIN_VCPU);
+		s->here++;
+	} else {
+		s->elsewhere++;
+	}
+	s->source.total++;
+	int ret = source_install(&s->source, vm, s->source.window ? fault->window_gpa : fault->gpa,
+				 s->source.window ? fault->window_len : fault->len);
+	return ret < 0 && ret != -EEXIST ? ret : KVMFAULT_RESOLVED;
+}
+
+static void scene_written(void *opaque, uint64_t gpa, uint64_t len)
+{
+	struct scene *s = opaque;
+	s->written += len;
+	for (uint64_t at = gpa / PAGE * PAGE; at < gpa + len; at += PAGE)
+		s->was_written[(at - RAM_GPA) / PAGE] = 1;
+}
+
+void scene_attach(struct scene *s, enum backing backing, uint64_t len, int mechanism, const char *abi)
+{
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	memset(s, 0, sizeof(*s));
+	ram_create(&s->ram, backing, len);
+	s->pages = s->ram.len / PAGE;
+	machine_create(&s->m, s->pages * sizeof(uint32_t));
+	source_create(&s->source, RAM_GPA, s->ram.len, PATTERN);
+	s->was_written = calloc(s->pages, 1);
+	s->list = machine_share(&s->m, s->pages * sizeof(uint32_t), &s->list_gpa);
+	list_sequential(s->list, s->pages);
+	options.mechanism = mechanism;
+	options.abi = abi;
+	options.resolver = scene_resolve;
+	options.written = scene_written;
+	options.opaque = s;
+	machine_attach(&s->m, &s->source, &options);
+}
+
+void scene_create(struct scene *s, enum backing backing, uint64_t len, uint32_t flags, uint32_t kvm_flags)
+{
+	scene_attach(s, backing, len, test_mechanism(), NULL);
+	struct kvmfault_memslot slot = slot_on(&s->ram, RAM_SLOT, RAM_GPA);
+	slot.flags |= flags;
+	slot.kvm_flags = kvm_flags;
+	OK(kvmfault_memslot_set(s->m.library, &slot));
+	EQUAL("the slot's mechanism", kvmfault_memslot_mechanism(s->m.library, RAM_SLOT), test_mechanism());
+}
+
+void scene_destroy(struct scene *s)
+{
+	machine_destroy(&s->m);
+	ram_destroy(&s->ram);
+	source_destroy(&s->source);
+	free((void *)s->was_written);
+}
+
+struct vcpu *scene_add_vcpu(struct scene *s, int cpl)
+{
+	struct vcpu *v = machine_add_vcpu(&s->m, cpl);
+	my_vcpu = v->number;
+	vcpu_attach(v);
+	return v;
+}
+
+void scene_expect_all_present(struct scene *s)
+{
+	for (double start = now(); kvmfault_pages_absent(s->m.library) && now() - start < 5;)
+		poll(NULL, 0, 1);
+	EQUAL("pages absent", kvmfault_pages_absent(s->m.library), 0);
+}
+
+void scene_visit(struct scene *s, struct vcpu *v, uint64_t first, uint64_t count, int mode)
+{
+	vcpu_load_verify(v, RAM_GPA, s->list_gpa + first * sizeof(*s->list), count, &s->source.pattern, mode);
+	vcpu_verify(v);
+}
+
+struct step *scene_step(struct scene *s, struct vcpu *v, struct step step)
+{
+	struct step *steps = (struct step *)(s->m.low + v->stack);
+	steps[0] = step;
+	steps[1] = (struct step){ STOP, 0, 0, 0 };
+	vcpu_load_script(v, v->stack);
+	return steps;
+}
+
+uint64_t scene_read(struct scene *s, struct vcpu *v, uint64_t address)
+{
+	struct step *steps = scene_step(s, v, (struct step){ READ64, address, 0, 0 });
+	vcpu_run(v);
+	return steps[0].value;
+}
+
+void scene_write(struct scene *s, struct vcpu *v, uint64_t address, uint64_t value)
+{
+	scene_step(s, v, (struct step){ WRITE64, address, value, 0 });
+	vcpu_run(v);
+}
+
+void scene_dirty_log(struct scene *s, uint64_t *log)
+{
+	struct kvm_dirty_log get = { .slot = RAM_SLOT, .dirty_bitmap = log };
+	memset(log, 0, s->pages / 8);
+	SYS(ioctl(s->m.vm, KVM_GET_DIRTY_LOG, &get));
+}
+
+struct visit {
+	struct scene *scene;
+	uint64_t first, count;
+	int mode;
+};
+
+static void *visit_main(struct vcpu *v)
+{
+	struct visit *visit = v->opaque;
+	my_vcpu = v->number;
+	vcpu_attach(v);
+	scene_visit(visit->scene, v, visit->first, visit->count, visit->mode);
+	vcpu_detach(v);
+	free(visit);
+	return NULL;
+}
+
+void scene_start_visit(struct scene *s, struct vcpu *v, uint64_t first, uint64_t count, int mode)
+{
+	struct visit *visit = malloc(sizeof(*visit));
+	CHECK(visit, "no memory");
+	*visit = (struct visit){ s, first, count, mode };
+	vcpu_start(v, visit_main, visit);
+}
