@@ -407,7 +407,7 @@ mod tests {
 
     #[test]
     fn descriptors_are_checked() {
-        let kvm = Descriptor::open().expect("/dev/kvm");
+        let kvm = needs!(Descriptor::open());
         let vm = kvm.create_vm().unwrap();
         let vcpu = vm.create_vcpu(3).unwrap();
         let raw = |d: &Descriptor| d.0.as_raw_fd();
@@ -422,7 +422,7 @@ mod tests {
 
     #[test]
     fn a_vcpu_is_told_from_another_vms() {
-        let kvm = Descriptor::open().expect("/dev/kvm");
+        let kvm = needs!(Descriptor::open());
         let (one, two) = (kvm.create_vm().unwrap(), kvm.create_vm().unwrap());
         let (a, b) = (one.create_vcpu(0).unwrap(), two.create_vcpu(0).unwrap());
         assert!(a.is_vcpu_of(&one) && b.is_vcpu_of(&two));

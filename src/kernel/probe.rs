@@ -120,7 +120,7 @@ mod tests {
     /// On a kernel without the flag every row must fail, also those whose capability numbers mainline uses for other things.
     #[test]
     fn a_row_is_proven_by_behaviour_only() {
-        let system = Descriptor::open().expect("/dev/kvm");
+        let system = needs!(Descriptor::open());
         let found = find(&system).map(|abi| abi.name);
         for abi in ABIS {
             let result = prove(&system, abi);

@@ -288,7 +288,7 @@ mod tests {
 
     #[test]
     fn partial_progress_and_eexist_are_told_apart() {
-        let uffd = Uffd::open().expect("userfaultfd");
+        let uffd = needs!(Uffd::open());
         let memory = Mapping::anonymous(4 * PAGE).unwrap();
         let source = Mapping::anonymous(4 * PAGE).unwrap();
         mem::write(source.address(), &[7; 4 * PAGE as usize]).unwrap();
@@ -307,7 +307,7 @@ mod tests {
         assert_eq!(Uffd::adopt(-1).unwrap_err().errno, libc::EBADF);
         let file = std::fs::File::open("/dev/null").unwrap();
         assert_eq!(Uffd::adopt(file.as_raw_fd()).unwrap_err().errno, libc::EINVAL);
-        let first = Uffd::open().unwrap();
+        let first = needs!(Uffd::open());
         let second = Uffd::adopt(first.as_raw_fd()).unwrap();
         let memory = Mapping::anonymous(PAGE).unwrap();
         second.register(memory.address(), PAGE, false).unwrap();

@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn every_path_is_named_with_its_reason() {
-        let system = Descriptor::open().expect("/dev/kvm");
+        let system = needs!(Descriptor::open());
         let report = Report::new(&system);
         let text = report.explain();
         for mechanism in MECHANISMS {

@@ -219,13 +219,13 @@ mod tests {
     use crate::kernel::uffd::Uffd;
     use crate::memory::block::Shape;
 
-    fn memory_and_block(pages: u64) -> (Memory, Mapping, Block) {
-        let memory = Memory::new(Uffd::open().expect("userfaultfd"));
+    fn memory_and_block(pages: u64) -> Result<(Memory, Mapping, Block)> {
+        let memory = Memory::new(Uffd::open()?);
         let ram = Mapping::anonymous(pages * PAGE).unwrap();
         memory.uffd.register(ram.address(), pages * PAGE, false).unwrap();
         let shape = Shape { hva: ram.address(), len: pages * PAGE, page: PAGE, kind: Kind::Anon, mechanism: 0 };
         let block = Block::new(shape, None, false, false).unwrap();
-        (memory, ram, block)
+        Ok((memory, ram, block))
     }
 
     fn byte(hva: u64) -> u8 {
@@ -236,7 +236,7 @@ mod tests {
 
     #[test]
     fn present_pages_are_skipped_and_keep_their_bytes() {
-        let (memory, ram, block) = memory_and_block(1030);
+        let (memory, ram, block) = needs!(memory_and_block(1030));
         let stats = Stats::default();
         let bytes = Mapping::anonymous(1030 * PAGE).unwrap();
         mem::write(bytes.address(), &[1; 1030 * PAGE as usize]).unwrap();
@@ -249,9 +249,9 @@ mod tests {
 
     #[test]
     fn over_markers_zeros_are_copied() {
-        let (memory, ram, block) = memory_and_block(4);
+        let (memory, ram, block) = needs!(memory_and_block(4));
         if memory.uffd.features() & crate::kernel::uffd::FEATURE_POISON == 0 {
-            return eprintln!("skipped: no UFFDIO_POISON");
+            return eprintln!("skipped: the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
         }
         memory.uffd.poison(ram.address(), 4 * PAGE).unwrap();
         block.marked.store(true, std::sync::atomic::Ordering::SeqCst);
@@ -262,7 +262,7 @@ mod tests {
 
     #[test]
     fn errors_leave_absent_what_they_did_not_bring() {
-        let (memory, _ram, block) = memory_and_block(4);
+        let (memory, _ram, block) = needs!(memory_and_block(4));
         let stats = Stats::default();
         let error = install(&memory, &block, 0..2, Source::Copy(PAGE), &stats).unwrap_err();
         assert_eq!(error.errno, libc::EFAULT);

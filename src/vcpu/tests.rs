@@ -41,8 +41,8 @@ struct Machine {
 
 impl Machine {
     /// A VM with so many vCPUs, each of which has PAGES pages of its own.
-    fn new(mechanism: Option<usize>, vcpus: u64) -> Machine {
-        let system = Descriptor::open().expect("/dev/kvm");
+    fn new(mechanism: Option<usize>, vcpus: u64) -> Result<Machine> {
+        let system = Descriptor::open()?;
         let vm = system.create_vm().unwrap();
         let code = Mapping::anonymous(PAGE).unwrap();
         mem::write(code.address(), &CODE).unwrap();
@@ -63,7 +63,7 @@ impl Machine {
             readahead: 0,
             pre_fault: false,
         };
-        let kf = Arc::new(Vm::new(&options, || Box::new(resolver)).unwrap());
+        let kf = Arc::new(Vm::new(&options, || Box::new(resolver))?);
         let _ = myself.set(Arc::downgrade(&kf));
         kf.memslot_set(&SlotRequest {
             slot: 1,
@@ -81,7 +81,7 @@ impl Machine {
         })
         .unwrap();
         let vcpus = (0..vcpus).map(|n| vcpu(&vm, n)).collect();
-        Machine { vm: kf, vcpus, data, _code: code }
+        Ok(Machine { vm: kf, vcpus, data, _code: code })
     }
 
     /// Runs one vCPU to its end on the calling thread.
@@ -123,7 +123,7 @@ fn vcpu(vm: &Descriptor, n: u64) -> Descriptor {
 /// What the fault path must not take: every lock of the library that two vCPUs could meet at is held by another thread meanwhile.
 #[test]
 fn faults_take_no_lock_that_vcpus_share() {
-    let machine = Machine::new(None, 2);
+    let machine = needs!(Machine::new(None, 2));
     let (done, all_done) = mpsc::channel();
     let slots = machine.vm.hold_editing();
     let failing = machine.vm.engine.hold_failing();
