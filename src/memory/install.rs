@@ -75,23 +75,27 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
     let mut installed = 0;
     let mut page = pages.start;
     while page < pages.end {
-        match block.pages.get(page) {
-            State::Present => {
-                see(block, page..page + 1);
-                page += 1;
-            }
-            State::Lost => fail!(EHWPOISON, "the page at hva {:#x} is lost; discard it first", block.hva_of(page)),
-            _ => {
-                let gate_end = (page / GATE_PAGES + 1) * GATE_PAGES;
-                let end = (page + 1..pages.end.min(gate_end))
-                    .find(|&p| matches!(block.pages.get(p), State::Present | State::Lost))
-                    .unwrap_or(pages.end.min(gate_end));
-                let source = match source {
-                    Source::Copy(bytes) => Source::Copy(bytes + (page - pages.start) * block.page),
-                    other => other,
-                };
-                installed += install_run(memory, block, page..end, source, stats)?;
-                page = end;
+        // While this lasts no page of the gate becomes LOST or is discarded: what the states say below stays true.
+        let _pass = memory.gates.install(block.gate_of(page));
+        let end = pages.end.min((page / GATE_PAGES + 1) * GATE_PAGES);
+        while page < end {
+            match block.pages.get(page) {
+                State::Present => {
+                    see(block, page..page + 1);
+                    page += 1;
+                }
+                State::Lost => fail!(EHWPOISON, "the page at hva {:#x} is lost; discard it first", block.hva_of(page)),
+                _ => {
+                    let run_end = (page + 1..end)
+                        .find(|&p| matches!(block.pages.get(p), State::Present | State::Lost))
+                        .unwrap_or(end);
+                    let source = match source {
+                        Source::Copy(bytes) => Source::Copy(bytes + (page - pages.start) * block.page),
+                        other => other,
+                    };
+                    installed += install_run(memory, block, page..run_end, source, stats)?;
+                    page = run_end;
+                }
             }
         }
     }
@@ -100,7 +104,6 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
 
 /// Pages of one gate that were absent a moment ago.
 fn install_run(memory: &Memory, block: &Block, run: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
-    let _pass = memory.gates.install(block.gate_of(run.start));
     let mut installed = 0;
     let mut at = run.start;
     let mut deadline = None;
@@ -218,6 +221,8 @@ mod tests {
     use crate::kernel::mem;
     use crate::kernel::uffd::Uffd;
     use crate::memory::block::Shape;
+    use crate::memory::discard;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 
     fn memory_and_block(pages: u64) -> Result<(Memory, Mapping, Block)> {
         let memory = Memory::new(Uffd::open()?);
@@ -258,6 +263,77 @@ mod tests {
         assert_eq!(mem::read(ram.address(), &mut [0]).unwrap_err().errno, libc::EFAULT);
         assert_eq!(install(&memory, &block, 0..4, Source::Zero, &Stats::default()), Ok(4));
         assert_eq!(byte(ram.address() + 3 * PAGE), 0);
+    }
+
+    /// Whoever comes first: a LOST page is never readable, and one that came is not called lost.
+    #[test]
+    fn installing_and_losing_exclude_each_other() {
+        let (memory, _ram, block) = needs!(memory_and_block(1));
+        if memory.uffd.features() & crate::kernel::uffd::FEATURE_POISON == 0 {
+            return eprintln!("skipped: the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
+        }
+        let bytes = Mapping::anonymous(PAGE).unwrap();
+        mem::write(bytes.address(), &[1; PAGE as usize]).unwrap();
+        let (stats, stop) = (Stats::default(), AtomicBool::new(false));
+        let (mut lost, mut came, mut wrong) = (0, 0, 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(SeqCst) {
+                    let _ = install(&memory, &block, 0..1, Source::Copy(bytes.address()), &stats);
+                }
+            });
+            let until = Instant::now() + Duration::from_millis(500);
+            while Instant::now() < until {
+                let _ = discard::lose(&memory, &block, 0..1);
+                if block.pages.get(0) == State::Lost {
+                    wrong += mem::read(block.hva, &mut [0]).is_ok() as u32;
+                    lost += 1;
+                } else {
+                    came += 1;
+                }
+                let _ = discard::discard(&memory, &block, 0..1, &stats);
+            }
+            stop.store(true, SeqCst);
+        });
+        assert_eq!(wrong, 0, "{lost} times lost, {came} times there");
+        assert!(lost > 0 && came > 0, "{lost} times lost, {came} times there: they never met");
+    }
+
+    /// A LOST page has its marker, whatever was discarded meanwhile: without it, whoever touches the page would wait for ever.
+    #[test]
+    fn discarding_and_losing_exclude_each_other() {
+        let (memory, _ram, block) = needs!(memory_and_block(1));
+        if memory.uffd.features() & crate::kernel::uffd::FEATURE_POISON == 0 {
+            return eprintln!("skipped: the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
+        }
+        let bytes = Mapping::anonymous(PAGE).unwrap();
+        let (stats, round, done, mut wrong, mut lost) = (Stats::default(), AtomicU32::new(0), AtomicU32::new(0), 0, 0);
+        const ROUNDS: u32 = 20_000;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for n in 1..=ROUNDS {
+                    while round.load(SeqCst) < n {
+                        std::thread::yield_now();
+                    }
+                    let _ = discard::discard(&memory, &block, 0..1, &Stats::default());
+                    done.store(n, SeqCst);
+                }
+            });
+            for n in 1..=ROUNDS {
+                let _ = install(&memory, &block, 0..1, Source::Copy(bytes.address()), &stats);
+                round.store(n, SeqCst);
+                while done.load(SeqCst) < n {
+                    let _ = discard::lose(&memory, &block, 0..1);
+                }
+                if block.pages.get(0) == State::Lost {
+                    lost += 1;
+                    wrong += (memory.uffd.poison(block.hva, PAGE) != Ok(Step::Exists)) as u32;
+                }
+                let _ = discard::discard(&memory, &block, 0..1, &stats);
+            }
+        });
+        assert_eq!(wrong, 0, "of {lost} times lost");
+        assert!(lost > 0, "the discard was always last");
     }
 
     #[test]

@@ -96,12 +96,13 @@ pub const GATE_PAGES: u64 = 512;
 struct Gate {
     /// Installs under way.
     installs: AtomicU32,
-    /// Discards under way or waiting.
+    /// 1 while a discard is under way or waits for installs.
     discards: AtomicU32,
 }
 
-/// Installs of a page may overlap (the kernel arbitrates), but not with a discard of it: an installer that found the old bytes in
-/// place would call them the new page. Installers only count themselves; a discard, which is rare, waits.
+/// Installs of a page may overlap (the kernel arbitrates), but not with a discard of it (an installer that found the old bytes in
+/// place would call them the new page), nor do discards and what else changes markers. Installers only count themselves; a discard, which is
+/// rare, waits.
 pub struct Gates {
     gates: Box<[Gate]>,
 }
@@ -138,11 +139,13 @@ impl Gates {
         }
     }
 
-    /// For discarding pages of one gate's range: no install is under way when this returns, and none begins.
-    /// Each install is a few system calls that end, so this wait ends too.
+    /// For discarding pages of one gate's range: no install or other discard is under way when this returns, and none begins.
+    /// Each of them is a few system calls that end, so this wait ends too.
     pub fn discard(&self, key: u64) -> Pass<'_> {
         let gate = self.gate(key);
-        gate.discards.fetch_add(1, SeqCst);
+        while gate.discards.compare_exchange(0, 1, SeqCst, SeqCst).is_err() {
+            std::thread::yield_now();
+        }
         while gate.installs.load(SeqCst) > 0 {
             std::thread::yield_now();
         }
@@ -192,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_discard_excludes_installs() {
+    fn a_discard_excludes_installs_and_discards() {
         let gates = Gates::new();
         let inside = AtomicU32::new(0);
         std::thread::scope(|scope| {
@@ -202,7 +205,9 @@ mod tests {
                     for _ in 0..2000 {
                         if discard {
                             let _pass = gates.discard(0x20_0000);
-                            assert_eq!(inside.load(SeqCst), 0);
+                            assert_eq!(inside.fetch_add(1, SeqCst), 0, "a discard is not alone");
+                            std::thread::yield_now();
+                            inside.fetch_sub(1, SeqCst);
                         } else {
                             let _pass = gates.install(0x20_0000);
                             inside.fetch_add(1, SeqCst);
