@@ -122,6 +122,9 @@ static void wrong_source(void)
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, (void *)(1ul << 47), PAGE), EFAULT, "src");
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, hole + 2 * PAGE, PAGE), EFAULT, "src");
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, hole + 3 * PAGE, PAGE), EFAULT, "src");
+	/* Guest memory that isn't there itself: who copied from it would wait for a page, or for ever. */
+	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - SUBJECT_GPA) + PAGE, PAGE), EFAULT, "src");
+	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - SUBJECT_GPA) - 1, PAGE), EFAULT, "src");
 	/* Reaches into the hole from the middle of a page: nothing of that page is installed. */
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, hole + PAGE + 1, PAGE), EFAULT, "src");
 	subject_unharmed(&s);

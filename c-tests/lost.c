@@ -156,10 +156,42 @@ static void lost_while_pending(void)
 	lab_tear_down();
 }
 
+static int late_answer;
+
+/* Somebody gives the page up while the resolver is at it. */
+static int answer_too_late(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque;
+	lab.calls++;
+	OK(kvmfault_pages_lost(vm, fault->gpa, fault->len));
+	return late_answer;
+}
+
+/* Then it is lost, whatever the resolver says. */
+static void lost_while_resolving(void)
+{
+	static const int answers[] = { KVMFAULT_RESOLVED, KVMFAULT_PENDING, KVMFAULT_LOST, KVMFAULT_RETRY, -EIO, -EEXIST, 12345 };
+	enum { N = sizeof(answers) / sizeof(*answers) };
+	lab_set_up(MEMFD, answer_too_late, 1, 3);
+	struct vcpu *v = lab.m.vcpu[0];
+	vcpu_attach(v);
+	for (unsigned i = 0; i < N; i++) {
+		late_answer = answers[i];
+		lab_load_read(v, i);
+		expect_lost(v, i);
+		EQUAL("calls", lab.calls, i + 1);
+		/* Before Linux 6.6 the address is told only while one page is lost. */
+		OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + i * PAGE, PAGE));
+	}
+	EQUAL("outcome_failed", machine_settled_stats(&lab.m).outcome_failed, 0);
+	lab_tear_down();
+}
+
 static const struct test_case cases[] = {
 	{ "memfd", lost_memfd, true },
 	{ "anon", lost_anon, true },
 	{ "cpl0", lost_cpl0, true },
 	{ "while-pending", lost_while_pending, true },
+	{ "while-resolving", lost_while_resolving, true },
 };
 TEST_MAIN(cases)

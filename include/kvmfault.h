@@ -386,7 +386,8 @@ struct kvmfault_fault {
  * the page is absent again and the vCPU's loop returns that error (-EEXIST counts as RESOLVED when
  * the page is indeed present); a host thread that waits for the page goes on waiting and the
  * resolver is asked again after a pause that grows to a second. KVMFAULT_RESOLVED without an
- * installed page, and any other value, become -EPROTO.
+ * installed page, and any other value, become -EPROTO. If the page was given up meanwhile
+ * (`kvmfault_pages_lost`), it is LOST whatever the resolver returns.
  */
 typedef int (*kvmfault_resolver)(void *opaque,
                                  struct kvmfault_vm *vm,
@@ -919,10 +920,10 @@ int kvmfault_vm_stats(const struct kvmfault_vm *vm,
  *
  * Returns 0 if at least one page was installed by this call and all of the range is present now.
  * -EEXIST: all were present, nothing changed. -ENOENT: `gpa` is in no slot. -EINVAL: alignment,
- * `len` 0, beyond the slot's end, NULL. -EFAULT: `src` can't be read. -EHWPOISON: a page is lost
- * (discard it first). -ENOMEM, -ENOSPC: no memory, or the huge page pool is empty. -EAGAIN: the
- * address space was being changed for ten seconds. On an error after some pages, those stay
- * installed. Any thread, also in callbacks.
+ * `len` 0, beyond the slot's end, NULL. -EFAULT: `src` can't be read, or is guest memory that isn't
+ * present itself. -EHWPOISON: a page is lost (discard it first). -ENOMEM, -ENOSPC: no memory, or
+ * the huge page pool is empty. -EAGAIN: the address space was being changed for ten seconds. On an
+ * error after some pages, those stay installed. Any thread, also in callbacks.
  */
 int kvmfault_pages_install(const struct kvmfault_vm *vm,
                            uint64_t gpa,

@@ -188,6 +188,12 @@ impl Vm {
         if matches!(source, Source::Map) && !matches!(slot.block.kind, Kind::Shared | Kind::HugetlbShared) {
             fail!(EINVAL, "gpa: {gpa:#x} is private memory, which is in no page cache");
         }
+        if let Source::Copy(src) = source {
+            // Copying from there would wait for the page, and other installs and discards for the copying.
+            if let Some(at) = slots.not_present_in(src, len) {
+                fail!(EFAULT, "src: {at:#x} is guest memory that isn't present itself");
+            }
+        }
         let memory = &self.engine.memory;
         if install(memory, &slot.block, pages, source, memory.stats.here())? == 0 {
             fail!(EEXIST, "gpa: all pages of [{gpa:#x}, +{len:#x}) were present already");

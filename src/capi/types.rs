@@ -161,7 +161,8 @@ pub struct kvmfault_fault {
 /// Returns KVMFAULT_RESOLVED, KVMFAULT_PENDING, KVMFAULT_LOST, KVMFAULT_RETRY or -errno. With -errno the page is absent
 /// again and the vCPU's loop returns that error (-EEXIST counts as RESOLVED when the page is indeed present); a host
 /// thread that waits for the page goes on waiting and the resolver is asked again after a pause that grows to a second.
-/// KVMFAULT_RESOLVED without an installed page, and any other value, become -EPROTO.
+/// KVMFAULT_RESOLVED without an installed page, and any other value, become -EPROTO. If the page was given up meanwhile
+/// (`kvmfault_pages_lost`), it is LOST whatever the resolver returns.
 pub type kvmfault_resolver =
     Option<unsafe extern "C" fn(opaque: *mut c_void, vm: *mut kvmfault_vm, fault: *const kvmfault_fault) -> c_int>;
 

@@ -3,7 +3,7 @@
 
 use super::block::Block;
 use super::pages::State;
-use super::wait::{GATE_PAGES, WAITS};
+use super::wait::{Patience, GATE_PAGES, WAITS};
 use super::Memory;
 use crate::error::{fail, Result};
 use crate::kernel::mem::{advise, protect, Kind};
@@ -70,12 +70,13 @@ fn rearm(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
 
 /// Marks a range that should be empty; false if a page of it isn't.
 fn mark_all(memory: &Memory, at: u64, len: u64) -> Result<bool> {
+    let mut patience = Patience::default();
     let mut done = 0;
     while done < len {
         match memory.uffd.poison(at + done, len - done)? {
             Step::Done(bytes) => done += bytes,
             Step::Exists => return Ok(false),
-            Step::Again => std::thread::yield_now(),
+            Step::Again => patience.wait()?,
         }
     }
     Ok(true)
@@ -114,13 +115,14 @@ pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
     for group in gate_groups(0..block.pages.len()) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
         for run in runs(group, |page| block.pages.get(page) != State::Present) {
+            let mut patience = Patience::default();
             let mut page = run.start;
             while page < run.end {
                 let at = block.kvm_hva() + page * block.page;
                 match memory.uffd.poison(at, (run.end - page) * block.page)? {
                     Step::Done(bytes) => page += bytes / block.page,
                     Step::Exists => page += 1,
-                    Step::Again => std::thread::yield_now(),
+                    Step::Again => patience.wait()?,
                 }
             }
         }

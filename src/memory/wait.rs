@@ -1,8 +1,9 @@
 //! Waiting for a page, and keeping discards and installs apart. Hash tables of futex words: no allocation, no registration.
 
+use crate::error::{fail, Result};
 use crate::kernel::thread::{futex_wait, futex_wake_all, Wake};
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// After this time a sleeper looks around by itself: the way out for what no wake-up announces (a signal that arrived between
 /// the last check and the sleep, and left only `immediate_exit` set).
@@ -88,6 +89,43 @@ impl Default for WaitTable {
     }
 }
 
+/// Lets another thread get on with what is over soon. Yielding alone would not let one of lower priority run (a vCPU's may be real-time).
+#[derive(Default)]
+pub struct Pause(u32);
+
+impl Pause {
+    /// A moment.
+    pub fn a_moment(&mut self) {
+        self.0 += 1;
+        match self.0 {
+            0..16 => std::thread::yield_now(),
+            _ => std::thread::sleep(Duration::from_micros(50)),
+        }
+    }
+}
+
+/// For userfaultfd's EAGAIN: another thread is changing the address space (mmap, fork, mremap with events that a monitor has yet to read).
+#[derive(Default)]
+pub struct Patience {
+    pause: Pause,
+    deadline: Option<Instant>,
+}
+
+impl Patience {
+    /// A moment; an error when it has been enough.
+    pub fn wait(&mut self) -> Result<()> {
+        const ENOUGH: Duration = Duration::from_secs(10);
+        if Instant::now() > *self.deadline.get_or_insert_with(|| Instant::now() + ENOUGH) {
+            fail!(
+                EAGAIN,
+                "the address space has been changing for {ENOUGH:?} (mmap, fork or userfaultfd events under way?)"
+            );
+        }
+        self.pause.a_moment();
+        Ok(())
+    }
+}
+
 /// Pages that share a gate: a discard of one waits for installs of all, so few; an install enters one gate for all, so many.
 pub const GATE_PAGES: u64 = 512;
 
@@ -129,13 +167,14 @@ impl Gates {
     /// For installing pages of one gate's range (see `Block::gate_of`). Waits only while one of them is being discarded.
     pub fn install(&self, key: u64) -> Pass<'_> {
         let gate = self.gate(key);
+        let mut pause = Pause::default();
         loop {
             gate.installs.fetch_add(1, SeqCst);
             if gate.discards.load(SeqCst) == 0 {
                 return Pass(&gate.installs);
             }
             gate.installs.fetch_sub(1, SeqCst);
-            std::thread::yield_now();
+            pause.a_moment();
         }
     }
 
@@ -143,11 +182,12 @@ impl Gates {
     /// Each of them is a few system calls that end, so this wait ends too.
     pub fn discard(&self, key: u64) -> Pass<'_> {
         let gate = self.gate(key);
+        let mut pause = Pause::default();
         while gate.discards.compare_exchange(0, 1, SeqCst, SeqCst).is_err() {
-            std::thread::yield_now();
+            pause.a_moment();
         }
         while gate.installs.load(SeqCst) > 0 {
-            std::thread::yield_now();
+            pause.a_moment();
         }
         Pass(&gate.discards)
     }
@@ -163,7 +203,6 @@ impl Default for Gates {
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicBool;
-    use std::time::Instant;
 
     #[test]
     fn a_wake_or_a_poke_ends_a_wait_at_once() {
@@ -202,7 +241,7 @@ mod tests {
             for discard in [false, false, true, true] {
                 let (gates, inside) = (&gates, &inside);
                 scope.spawn(move || {
-                    for _ in 0..2000 {
+                    for _ in 0..500 {
                         if discard {
                             let _pass = gates.discard(0x20_0000);
                             assert_eq!(inside.fetch_add(1, SeqCst), 0, "a discard is not alone");

@@ -295,6 +295,8 @@ impl Engine {
                 std::mem::forget(ours);
                 Ok(None)
             }
+            // Given up meanwhile (kvmfault_pages_lost), from which everything that the resolver could say follows.
+            _ if block.pages.get(page) == State::Lost => Ok(Some(Outcome::Lost)),
             Answer::Lost => {
                 discard::lose(&self.memory, block, page..page + 1)?;
                 let lost = block.pages.get(page) == State::Lost;
