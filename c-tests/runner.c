@@ -190,12 +190,27 @@ static void run_case(const char *program, const char *group, const char *name)
 	free(o.output);
 }
 
+/* All parts of a filter, which are joined by '+', are in the name. */
+static bool matches(const char *name, const char *filter)
+{
+	char part[256];
+	for (const char *at = filter;; at++) {
+		size_t length = strcspn(at, "+");
+		snprintf(part, sizeof(part), "%.*s", (int)length, at);
+		if (!strstr(name, part))
+			return false;
+		at += length;
+		if (!*at)
+			return true;
+	}
+}
+
 static bool is_wanted(const char *group, const char *name)
 {
 	char full[1024];
 	snprintf(full, sizeof(full), "%s/%s", group, name);
 	for (size_t i = 0; i < filter_count; i++)
-		if (strstr(full, filters[i]))
+		if (matches(full, filters[i]))
 			return true;
 	return filter_count == 0;
 }
@@ -261,7 +276,7 @@ static void usage(FILE *to)
 {
 	fprintf(to, "usage: kvmfault-runner [OPTION]... [PROGRAM | FILTER]...\n"
 		    "Runs the cases of test programs: those that are named, or all in its own directory.\n"
-		    "  --filter SUBSTRING  only cases with SUBSTRING in group/case; a word that is no program is a filter, too\n"
+		    "  --filter SUBSTRING  only cases with SUBSTRING in group/case; A+B: with both; a word that is no program is a filter, too\n"
 		    "  --timeout SECONDS   for each case (default 120)\n"
 		    "  --list              print their names, and run nothing\n"
 		    "Exit status: 0 if none failed, 1 if one did, 2 for wrong use or if there is nothing to run.\n");
