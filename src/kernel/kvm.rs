@@ -110,8 +110,14 @@ impl Descriptor {
         self.create(KVM_CREATE_VCPU, number, "KVM_CREATE_VCPU")
     }
 
+    /// KVM_CREATE_VM fails with EINTR when a signal comes in the middle.
     fn create(&self, request: u64, arg: u64, what: &str) -> Result<Descriptor> {
-        let fd = self.number(request, arg).map_err(|e| Error::from_io(what, &e))?;
+        let fd = loop {
+            match self.number(request, arg) {
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                other => break other.map_err(|e| Error::from_io(what, &e))?,
+            }
+        };
         // SAFETY: the ioctl returned a new descriptor, which is ours alone.
         Ok(Descriptor(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
