@@ -84,6 +84,33 @@ static void pending_already_there(void)
 	lab_tear_down();
 }
 
+static void *install_from_page_5(void *arg)
+{
+	(void)arg;
+	OK(kvmfault_pages_install(lab.m.library, RAM_GPA + 6 * PAGE, lab.ram.hva + 5 * PAGE, PAGE));
+	lab.finished++;
+	return NULL;
+}
+
+/* A pending page is the source of another: that one waits, and gets the bytes. */
+static void pending_source(void)
+{
+	pthread_t thread;
+	lab_set_up(MEMFD, lab_answer_pending, 1, 3);
+	lab_load_read(lab.m.vcpu[0], 5);
+	vcpu_start(lab.m.vcpu[0], lab_run_to_stop, NULL);
+	UNTIL(lab.calls == 1);
+	CHECK(!pthread_create(&thread, NULL, install_from_page_5, NULL), "pthread_create");
+	usleep(50000);
+	EQUAL("installed from a page that isn't there", lab.finished, 0);
+	lab_install(5);
+	pthread_join(thread, NULL);
+	vcpu_join(lab.m.vcpu[0]);
+	EQUAL("state", kvmfault_pages_state(lab.m.library, RAM_GPA + 6 * PAGE), KVMFAULT_PAGE_PRESENT);
+	EQUAL("a word of the copy", *(uint64_t *)(lab.ram.hva + 6 * PAGE), pattern_word(&lab.source.pattern, 5, 0));
+	lab_tear_down();
+}
+
 /* ---- RETRY ---- */
 
 enum { TRIES = 5 };
@@ -170,6 +197,7 @@ static const struct test_case cases[] = {
 	{ "out-of-order", pending_out_of_order, true },
 	{ "shared", pending_shared, true },
 	{ "already-there", pending_already_there, true },
+	{ "source", pending_source, true },
 	{ "retry", retry_cpl3, true },
 	{ "retry-cpl0", retry_cpl0, true },
 	{ "retry-ends", retry_ends, true },

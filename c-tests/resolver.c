@@ -149,6 +149,10 @@ static int call_everything(void *opaque, struct kvmfault_vm *vm, const struct kv
 	EQUAL("fault.vcpu", fault->vcpu, 0);
 	EQUAL("state of the page itself", kvmfault_pages_state(vm, fault->gpa), KVMFAULT_PAGE_RESOLVING);
 
+	/* Not from the page itself, which would be there only afterwards. */
+	REFUSED(kvmfault_pages_install(vm, fault->gpa, fault->hva, PAGE), EFAULT, "src");
+	EQUAL("state of the page itself", kvmfault_pages_state(vm, fault->gpa), KVMFAULT_PAGE_RESOLVING);
+
 	/* Allowed. */
 	OK(kvmfault_pages_zero(vm, other, PAGE));
 	OK(source_install(&lab.source, vm, third, PAGE));

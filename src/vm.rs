@@ -9,10 +9,10 @@ use crate::kernel::thread::Flag;
 use crate::kernel::uffd::{Uffd, FEATURE_POISON};
 use crate::kernel::{abi::Abi, probe};
 use crate::mechanism::{self, Host, Mechanism, Wish, MECHANISMS};
-use crate::memory::install::{install, Source};
+use crate::memory::install::{install, is_watched, Source};
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
-use crate::memory::wait::Sleeper;
+use crate::memory::wait::{Patience, Sleeper};
 use crate::memory::{discard, Memory};
 use crate::resolve::{pause_before, reader, Engine, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
 use crate::stats::Stats;
@@ -189,10 +189,7 @@ impl Vm {
             fail!(EINVAL, "gpa: {gpa:#x} is private memory, which is in no page cache");
         }
         if let Source::Copy(src) = source {
-            // Copying from there would wait for the page, and other installs and discards for the copying.
-            if let Some(at) = slots.not_present_in(src, len) {
-                fail!(EFAULT, "src: {at:#x} is guest memory that isn't present itself");
-            }
+            wait_for_source(&slots, src, len)?;
         }
         let memory = &self.engine.memory;
         if install(memory, &slot.block, pages, source, memory.stats.here())? == 0 {
@@ -296,6 +293,18 @@ impl Drop for Vm {
     fn drop(&mut self) {
         self.shut_down();
     }
+}
+
+/// Guest memory is a source only when it is present: copying from absent pages would wait for them, and other installs and discards for
+/// the copying. A page that somebody is bringing may be so a moment later.
+fn wait_for_source(slots: &Slots, src: u64, len: u64) -> Result<()> {
+    let mut patience = Patience::default();
+    while let Some((page, state)) = slots.not_present_in(src, len) {
+        if state != State::Resolving || is_watched(page) || patience.wait().is_err() {
+            fail!(EFAULT, "src: {page:#x} is guest memory that isn't present itself");
+        }
+    }
+    Ok(())
 }
 
 /// Waits as long as it takes, or until a signal handler runs.

@@ -57,6 +57,11 @@ impl Drop for Watch {
     }
 }
 
+/// Is this thread bringing the page at this address?
+pub fn is_watched(hva: u64) -> bool {
+    WATCHED.get().0 == hva
+}
+
 /// These pages are present at this moment.
 fn see(block: &Block, pages: Range<u64>) {
     let (hva, seen) = WATCHED.get();

@@ -98,15 +98,18 @@ impl Slots {
         Some((block, block.page_at(hva)?))
     }
 
-    /// The first address in a host range that is memory of a block and not PRESENT.
-    pub fn not_present_in(&self, hva: u64, len: u64) -> Option<u64> {
+    /// The first page in a host range that is memory of a block and not PRESENT: its address, and what it is.
+    pub fn not_present_in(&self, hva: u64, len: u64) -> Option<(u64, State)> {
         let end = hva.saturating_add(len);
         let before_end = self.blocks.partition_point(|b| b.hva < end);
         let touched = self.blocks[..before_end].iter().rev().take_while(|b| hva < b.hva + b.len);
         let absent = touched.filter_map(|b| {
             let last = (end.min(b.hva + b.len) - 1 - b.hva) / b.page;
             let mut pages = hva.saturating_sub(b.hva) / b.page..last + 1;
-            pages.find(|&page| b.pages.get(page) != State::Present).map(|page| b.hva_of(page).max(hva))
+            pages.find_map(|page| match b.pages.get(page) {
+                State::Present => None,
+                state => Some((b.hva_of(page), state)),
+            })
         });
         absent.last()
     }
