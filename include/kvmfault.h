@@ -835,8 +835,9 @@ int kvmfault_vm_new(const struct kvmfault_vm_options *options,
  * The memory of its slots must stay mapped until then too: an install under way writes to it.
  *
  * Free it when the guest has stopped, or after deleting the slots: absent pages are no longer
- * brought, and KVM's slots that use the library's private alias lose their memory. Any thread; also
- * from callbacks.
+ * brought (private ones that `poison-trap` has marked stay SIGBUS until they are unmapped), and
+ * KVM's slots that use the library's private alias lose their memory. Any thread; also from
+ * callbacks.
  */
 void kvmfault_vm_free(struct kvmfault_vm *vm);
 

@@ -152,8 +152,9 @@ fn string(pointer: *const c_char, name: &str) -> Result<Option<String>> {
 ///
 /// The memory of its slots must stay mapped until then too: an install under way writes to it.
 ///
-/// Free it when the guest has stopped, or after deleting the slots: absent pages are no longer brought, and KVM's slots that use the
-/// library's private alias lose their memory. Any thread; also from callbacks.
+/// Free it when the guest has stopped, or after deleting the slots: absent pages are no longer brought (private ones that `poison-trap`
+/// has marked stay SIGBUS until they are unmapped), and KVM's slots that use the library's private alias lose their memory. Any thread; also
+/// from callbacks.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
