@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import unittest
 
-from kvmfault_vm import cases, cpio, guestlog, initrd, tier
+from kvmfault_vm import cases, cpio, guestlog, initrd, machine, tier
 
 HEALTHY = """\
 [    0.000000] Linux version 6.12.117+deb12-cloud-amd64
@@ -100,6 +100,11 @@ class Matrix(unittest.TestCase):
         self.assertEqual(tier.matrix({"ABI": "stock v7"}), [("stock-6.12", None), ("stock-6.12", "v7")])
         with self.assertRaises(ValueError):
             tier.matrix({"ABI": "v5"})
+
+
+class Logs(unittest.TestCase):
+    def test_another_machine_may_have_cleared_it_away(self):
+        self.assertEqual(machine.written_at(pathlib.Path("/no/such/log")), 0)
 
 
 class Initrd(unittest.TestCase):

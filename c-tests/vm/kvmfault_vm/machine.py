@@ -106,10 +106,18 @@ def judge(log, qemu_status, complaint, timed_out, timeout, seconds):
                    timed_out=timed_out and status is None and not trouble, seconds=seconds, log=log)
 
 
+def written_at(path):
+    """Machines that start at the same time clear away the same files."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0
+
+
 def new_log(label):
     logs = CACHE / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for old in sorted(logs.glob("*.log"), key=lambda p: p.stat().st_mtime)[:-KEPT_LOGS]:
+    for old in sorted(logs.glob("*.log"), key=written_at)[:-KEPT_LOGS]:
         old.unlink(missing_ok=True)
     return logs / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
 
