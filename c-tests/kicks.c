@@ -190,7 +190,7 @@ static void kicks(enum what w, bool handler, unsigned long count)
 		EQUAL("INTERRUPTED in all", interrupted, count);
 	struct kvmfault_stats stats = machine_stats(&m);
 	note("%lu kicks, INTERRUPTED %lu times, the slowest seen after %.1f ms; %lu faults, %lu of them left, %lu sweeps", count,
-	       interrupted, slowest * 1e3, stats.faults_vcpu, stats.outcome_interrupted, sweeps);
+	     interrupted, slowest * 1e3, stats.faults_vcpu, stats.outcome_interrupted, sweeps);
 	machine_destroy(&m);
 	ram_destroy(&ram);
 	source_destroy(&source);

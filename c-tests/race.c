@@ -74,7 +74,7 @@ static void race(enum backing backing, unsigned long most)
 	}
 	struct kvmfault_stats stats = machine_stats(&m);
 	note("%lu rounds: %lu faults, %lu resolver calls, %lu waited, %lu found the page mapped or there", rounds,
-	       stats.faults_vcpu, stats.resolver_calls, stats.outcome_waited, stats.outcome_mapped);
+	     stats.faults_vcpu, stats.resolver_calls, stats.outcome_waited, stats.outcome_mapped);
 	/* A race in which nobody ever meets proves nothing. */
 	CHECK(stats.outcome_waited + stats.outcome_mapped > 0, "the vCPUs never met");
 	for (int i = 0; i < VCPUS; i++)

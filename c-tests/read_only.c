@@ -7,18 +7,29 @@
 #include <errno.h>
 #include <stdio.h>
 
+/* Can the case's mechanism serve such memory? */
+static bool is_able(void)
+{
+	return test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG || expected_abi()->readonly;
+}
+
+/* The guest writes there: an MMIO exit for the VMM, which lets it go on. */
+static void expect_write_exit(struct scene *s, struct vcpu *v, uint64_t gpa)
+{
+	scene_step(s, v, (struct step){ WRITE64, gpa, 42, 0 });
+	int ret = kvmfault_vcpu_run(v->handle);
+	CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.is_write, "%s", vcpu_describe(v, ret));
+	EQUAL("the address", v->run->mmio.phys_addr, gpa);
+	vcpu_run(v);
+}
+
 /* The guest reads what the resolver brought; its writes are the VMM's, as MMIO exits. */
 static void expect_read_only(struct scene *s)
 {
 	struct vcpu *v = scene_add_vcpu(s, 3);
 	scene_visit(s, v, 0, s->pages / 2, READ_FIRST);
-	for (uint64_t page = 0; page < s->pages; page += s->pages - 1) { /* present, and absent */
-		scene_step(s, v, (struct step){ WRITE64, RAM_GPA + page * PAGE + 16, 42, 0 });
-		int ret = kvmfault_vcpu_run(v->handle);
-		CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.is_write, "%s", vcpu_describe(v, ret));
-		EQUAL("the address", v->run->mmio.phys_addr, RAM_GPA + page * PAGE + 16);
-		vcpu_run(v);
-	}
+	expect_write_exit(s, v, RAM_GPA + 16);                           /* present */
+	expect_write_exit(s, v, RAM_GPA + (s->pages - 1) * PAGE + 16); /* absent */
 	scene_visit(s, v, 0, s->pages, READ_FIRST);
 	vcpu_detach(v);
 }
@@ -28,12 +39,10 @@ static void read_only(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
 		struct scene s;
-		const struct abi *abi = expected_abi();
-		bool able = test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG || abi->readonly;
 		scene_attach(&s, backing, 64 * PAGE, test_mechanism(), NULL);
 		struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
 		slot.kvm_flags = KVM_MEM_READONLY;
-		if (!able) {
+		if (!is_able()) {
 			REFUSED(kvmfault_memslot_set(s.m.library, &slot), EOPNOTSUPP, "READONLY");
 			EQUAL("the slot", kvmfault_memslot_mechanism(s.m.library, RAM_SLOT), -ENOENT);
 			slot.kvm_flags = 0;
@@ -78,8 +87,6 @@ static void read_only_window(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
 		struct scene s;
-		const struct abi *abi = expected_abi();
-		bool able = test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG || abi->readonly;
 		scene_attach(&s, backing, 64 * PAGE, test_mechanism(), NULL);
 		struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
 		slot.block_hva = s.ram.hva;
@@ -94,14 +101,11 @@ static void read_only_window(void)
 		struct vcpu *v = scene_add_vcpu(&s, 3);
 		scene_visit(&s, v, 0, 32, WRITE_FIRST);
 		scene_visit(&s, v, 32, 16, READ_FIRST);
-		if (able)
+		if (is_able())
 			OK(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT + 1, 1));
 		else
 			REFUSED(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT + 1, 1), EOPNOTSUPP, "READONLY");
-		scene_step(&s, v, (struct step){ WRITE64, slot.gpa + 16, 42, 0 });
-		int ret = kvmfault_vcpu_run(v->handle);
-		CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.is_write, "%s", vcpu_describe(v, ret));
-		vcpu_run(v);
+		expect_write_exit(&s, v, slot.gpa + 16);
 		scene_visit(&s, v, 32, 32, READ_FIRST);
 		vcpu_detach(v);
 		scene_destroy(&s);

@@ -81,12 +81,11 @@ pub fn prove(system: &Descriptor, abi: &Abi) -> Result<()> {
 
 /// Until there is an exit: signals of the VMM's (its timer, say) prove nothing. But not for ever.
 fn run_once(vcpu: &Descriptor, run: &Run) -> std::result::Result<(), i32> {
-    let interrupted = |exit: &_| *exit == Err(libc::EINTR);
     let mut tries = (0..1000).map(|_| {
         run.clear_exit_reason();
         vcpu.run()
     });
-    tries.find(|exit| !interrupted(exit)).unwrap_or(Err(libc::EINTR))
+    tries.find(|exit| *exit != Err(libc::EINTR)).unwrap_or(Err(libc::EINTR))
 }
 
 /// What became of one row.
