@@ -40,6 +40,9 @@ static void refuse_vm(struct kvmfault_vm *vm, int error)
 	REFUSED(kvmfault_pages_lost(vm, SUBJECT_GPA, PAGE), error, "vm");
 	REFUSED(kvmfault_pages_discard(vm, SUBJECT_GPA, PAGE), error, "vm");
 	REFUSED(kvmfault_pages_resolve(vm, SUBJECT_GPA, PAGE), error, "vm");
+	REFUSED(kvmfault_pages_arrived(vm, bytes, PAGE), error, "vm");
+	REFUSED(kvmfault_pages_missing(vm, bytes, PAGE), error, "vm");
+	CHECK(!kvmfault_vm_address(vm, bytes), "an address of no VM");
 	REFUSED(kvmfault_pages_state(vm, SUBJECT_GPA), error, "vm");
 	REFUSED(kvmfault_pages_absent(vm), error, "vm");
 	REFUSED(kvmfault_vcpu_new(vm, &options, &vcpu), error, "vm");
@@ -55,6 +58,7 @@ static void refuse_vcpu(struct kvmfault_vcpu *vcpu, int error)
 	REFUSED(kvmfault_vcpu_handle_exit(vcpu, 0), error, "vcpu");
 	REFUSED(kvmfault_vcpu_handle_exit(vcpu, -EINTR), error, "vcpu");
 	REFUSED(kvmfault_vcpu_resume(vcpu), error, "vcpu");
+	REFUSED(kvmfault_vcpu_resolve(vcpu, SUBJECT_GPA, 1), error, "vcpu");
 	REFUSED(kvmfault_vcpu_memory_error(vcpu, &info), error, "vcpu");
 	REFUSED(kvmfault_vcpu_stats(vcpu, &stats), error, "vcpu");
 	EQUAL("kick", kvmfault_vcpu_kick(vcpu), -error);

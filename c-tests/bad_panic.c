@@ -82,6 +82,8 @@ static long long pages_map(void) { return kvmfault_pages_map(VM, 0, PAGE); }
 static long long pages_lost(void) { return kvmfault_pages_lost(VM, 0, PAGE); }
 static long long pages_discard(void) { return kvmfault_pages_discard(VM, 0, PAGE); }
 static long long pages_resolve(void) { return kvmfault_pages_resolve(VM, 0, PAGE); }
+static long long pages_arrived(void) { return kvmfault_pages_arrived(VM, bytes, PAGE); }
+static long long pages_missing(void) { return kvmfault_pages_missing(VM, bytes, PAGE); }
 static long long pages_state(void) { return kvmfault_pages_state(VM, 0); }
 static long long pages_absent(void) { return kvmfault_pages_absent(VM); }
 static long long vcpu_new(void) { return kvmfault_vcpu_new(VM, &vcpu_options, &new_vcpu); }
@@ -104,6 +106,8 @@ static const struct function of_a_vm[] = {
 	{ "kvmfault_pages_lost", pages_lost },
 	{ "kvmfault_pages_discard", pages_discard },
 	{ "kvmfault_pages_resolve", pages_resolve },
+	{ "kvmfault_pages_arrived", pages_arrived },
+	{ "kvmfault_pages_missing", pages_missing },
 	{ "kvmfault_pages_state", pages_state },
 	{ "kvmfault_pages_absent", pages_absent },
 	/* kvmfault_vcpu_new clears its result before: that is an entry without a handle, and poisons nothing. */
@@ -157,6 +161,7 @@ static struct kvmfault_memory_error_info info = KVMFAULT_MEMORY_ERROR_INFO_INIT;
 static long long run(void) { return kvmfault_vcpu_run(vcpu->handle); }
 static long long handle_exit(void) { return kvmfault_vcpu_handle_exit(vcpu->handle, 0); }
 static long long resume(void) { return kvmfault_vcpu_resume(vcpu->handle); }
+static long long resolve_range(void) { return kvmfault_vcpu_resolve(vcpu->handle, RAM_GPA, 1); }
 static long long memory_error(void) { return kvmfault_vcpu_memory_error(vcpu->handle, &info); }
 static long long vcpu_stats(void) { return kvmfault_vcpu_stats(vcpu->handle, &stats); }
 
@@ -164,6 +169,7 @@ static const struct function of_a_vcpu[] = {
 	{ "kvmfault_vcpu_run", run },
 	{ "kvmfault_vcpu_handle_exit", handle_exit },
 	{ "kvmfault_vcpu_resume", resume },
+	{ "kvmfault_vcpu_resolve", resolve_range },
 	{ "kvmfault_vcpu_memory_error", memory_error },
 	{ "kvmfault_vcpu_stats", vcpu_stats },
 };

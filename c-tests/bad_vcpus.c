@@ -214,6 +214,15 @@ static void wrong_results(void)
 	EQUAL("on_sigbus(BUS_ADRALN)", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_ADRALN, NULL), 0);
 	EQUAL("on_sigbus(BUS_MCEERR_AO)", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_MCEERR_AO, s.ram.hva), 0);
 	EQUAL("on_sigbus(INT_MIN)", kvmfault_vcpu_on_sigbus(s.vcpu->handle, INT_MIN, (void *)-1l), 0);
+	/* The same before the first has been seen: not KVM's, but of a thread that touches broken memory again and again. */
+	EQUAL("on_sigbus", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_MCEERR_AR, s.ram.hva), 1);
+	EQUAL("the same again", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_MCEERR_AR, s.ram.hva), 0);
+	EQUAL("another", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_MCEERR_AR, s.ram.hva + PAGE), 1);
+	/* An exit for something else forgets it; what is broken comes again. */
+	s.vcpu->run->exit_reason = KVM_EXIT_HLT;
+	EQUAL("an exit", kvmfault_vcpu_handle_exit(s.vcpu->handle, 0), KVMFAULT_PASS);
+	EQUAL("the same after an exit", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_MCEERR_AR, s.ram.hva + PAGE), 1);
+	EQUAL("an exit", kvmfault_vcpu_handle_exit(s.vcpu->handle, 0), KVMFAULT_PASS);
 	subject_unharmed(&s);
 	subject_destroy(&s);
 }

@@ -197,6 +197,21 @@
 #define KVMFAULT_VM_PRE_FAULT (1 << 0)
 
 /*
+ * `kvmfault_vm_options.flags`: the VMM has a userfaultfd of its own on its memory and serves all
+ * faults there with it, as QEMU's post-copy does; the library serves vCPUs only, and spares them
+ * that way. It registers, installs and drops nothing in the VMM's mappings, has no reader threads,
+ * and learns from the VMM what is there: `kvmfault_pages_missing`, `kvmfault_pages_arrived`. Memory
+ * that no mechanism can take away from userfaultfd (private memory with `poison-trap`) is refused
+ * with -EOPNOTSUPP: leave its slots as they are, and the VMM's userfaultfd serves vCPUs there too.
+ * `kvmfault_vm_new` fails with -EOPNOTSUPP where this is so of all memory.
+ *
+ * The resolver asks for the page and returns KVMFAULT_PENDING (or calls `kvmfault_pages_arrived`
+ * and returns KVMFAULT_RESOLVED). `kvmfault_memslot_set_fast_only(vm, slot, 0)`, for each slot, is
+ * the end of it: with `poison-trap` it needs all pages there.
+ */
+#define KVMFAULT_VM_EXTERNAL_UFFD (1 << 1)
+
+/*
  * `kvmfault_memslot.flags`: nothing but vCPUs touches absent pages of this memory: no thread of the
  * VMM, no system call, no device, no vhost. Lets `poison-trap` work on private anonymous memory. A
  * host access to an absent page then ends in SIGBUS (threads) or EFAULT (system calls) instead of
@@ -848,6 +863,15 @@ void kvmfault_vm_free(struct kvmfault_vm *vm);
 int kvmfault_vm_mechanism(const struct kvmfault_vm *vm);
 
 /*
+ * An address of this process that the kernel named (si_addr of a SIGBUS for broken hardware, say)
+ * as one of the VMM's own mapping: KVM may know the memory by the library's private alias, of which
+ * the VMM knows nothing. NULL if it is in no slot's memory, or `vm` is no VM. Any thread, also in
+ * callbacks.
+ */
+void *kvmfault_vm_address(const struct kvmfault_vm *vm,
+                          const void *address);
+
+/*
  * Enables what KVM's ABI wants enabled before the fast-only flag works; best before the first vCPU
  * runs (KVM's maintainers ask for fault information from the start). Slots enable it as well when
  * they are first set, so calling this is optional. `caps` is a set of KVMFAULT_CAP_* bits, or 0 for
@@ -945,6 +969,38 @@ int kvmfault_pages_zero(const struct kvmfault_vm *vm, uint64_t gpa, uint64_t len
 int kvmfault_pages_map(const struct kvmfault_vm *vm,
                        uint64_t gpa,
                        uint64_t len);
+
+/*
+ * With KVMFAULT_VM_EXTERNAL_UFFD: the VMM's mapping has these pages now (the VMM's UFFDIO_COPY,
+ * _ZEROPAGE or _CONTINUE has returned). vCPUs see them, and those that wait for them go on. Once
+ * for each page that was missing; pages that are present already stay as they are, so a range may
+ * hold such. `hva` is the VMM's address, and `hva` and `len` are multiples of the memory's page
+ * size.
+ *
+ * Returns 0: all of the range is present. -ENOENT: `hva` is in no slot's memory (not an error for a
+ * VMM that calls this for all of its memory), or a page of shared memory is not in the page cache.
+ * -EINVAL: alignment, `len` 0, beyond the memory that was registered. -EHWPOISON: a page is lost.
+ * -EOPNOTSUPP: a VM without KVMFAULT_VM_EXTERNAL_UFFD. Any thread, also in callbacks.
+ */
+int kvmfault_pages_arrived(const struct kvmfault_vm *vm,
+                           const void *hva,
+                           uint64_t len);
+
+/*
+ * With KVMFAULT_VM_EXTERNAL_UFFD: the VMM's mapping doesn't have these pages (any more): a vCPU
+ * that needs one calls the resolver. The VMM has registered them with its userfaultfd and dropped
+ * their bytes, if there were any, before this; the library drops nothing. Pages that are missing
+ * already, or are being brought, stay so. Should a page arrive at the same time, the resolver may
+ * be called for a page that is there: it then calls `kvmfault_pages_arrived` and returns
+ * KVMFAULT_RESOLVED.
+ *
+ * Returns 0; -ENOENT, -EINVAL and -EOPNOTSUPP as `kvmfault_pages_arrived`; -EBUSY if the fast path
+ * of a slot on this memory is off, or if vCPUs use the pages (which then are not missing). Any
+ * thread; not from callbacks.
+ */
+int kvmfault_pages_missing(const struct kvmfault_vm *vm,
+                           const void *hva,
+                           uint64_t len);
 
 /*
  * Gives absent pages up: they are LOST. vCPUs that touch them (or wait for them) get
@@ -1062,19 +1118,21 @@ int kvmfault_vcpu_resume(struct kvmfault_vcpu *vcpu);
 /*
  * With KVMFAULT_SIGBUS_BY_HANDLER: tells the library of a SIGBUS, from the VMM's handler on the
  * vCPU's thread. Returns 1 if the next `run` or `handle_exit` will see to it, 0 if the signal is
- * none of KVM's for a vCPU (its code is not BUS_MCEERR_AR) and is the VMM's to handle, -EINVAL or
- * -EBADF for a bad handle. `si_code` and `si_addr` are those of the handler's siginfo_t.
- * Async-signal-safe; leaves errno alone.
+ * none of KVM's for a vCPU (its code is not BUS_MCEERR_AR; or it is the same as one that neither
+ * has seen yet: the thread touches broken memory itself, and would so for ever) and is the VMM's to
+ * handle, -EINVAL or -EBADF for a bad handle. `code` and `address` are si_code and si_addr of the
+ * handler's siginfo_t. Async-signal-safe; leaves errno alone.
  */
 int kvmfault_vcpu_on_sigbus(const struct kvmfault_vcpu *vcpu,
-                            int si_code,
-                            const void *si_addr);
+                            int code,
+                            const void *address);
 
 /*
  * Makes `run` or `handle_exit` of this vCPU return KVMFAULT_INTERRUPTED once, wherever the vCPU is:
  * in the guest, in KVM_RUN, waiting for a page, or about to enter. Never lost; kicks that come
- * before one is seen count as one. Any thread, any signal handler, also in callbacks:
- * async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL) or -EBADF (freed).
+ * before one is seen count as one. Any thread, any signal handler (that of the kick signal, too),
+ * also in callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL) or -EBADF
+ * (freed).
  *
  * Three limits: a resolver that runs on the vCPU's thread is not interrupted; with `userfaultfd` a
  * vCPU whose access KVM emulates (CPL 0 on a KVM without hardware virtualisation) sleeps inside
@@ -1082,6 +1140,21 @@ int kvmfault_vcpu_on_sigbus(const struct kvmfault_vcpu *vcpu,
  * is not either, nor told of its resolver's failure, until its page comes.
  */
 int kvmfault_vcpu_kick(const struct kvmfault_vcpu *vcpu);
+
+/*
+ * For a VMM with its own loop: brings the pages that hold [gpa, gpa + len), through the resolver,
+ * on the vCPU's thread, as if the guest had touched them; a kick ends the wait. For what KVM itself
+ * accesses outside of guest instructions, see `kvmfault_pages_resolve`: before the vCPU's first
+ * KVM_RUN of a post-copy. Address space 0; the range is rounded outwards to pages, and may span
+ * slots.
+ *
+ * Returns KVMFAULT_HANDLED when all are present, KVMFAULT_INTERRUPTED (call it again),
+ * KVMFAULT_MEMORY_ERROR, or -errno as `kvmfault_vcpu_run`; -ENOENT if a page is in no slot, -EINVAL
+ * for `len`. Not from callbacks.
+ */
+int kvmfault_vcpu_resolve(struct kvmfault_vcpu *vcpu,
+                          uint64_t gpa,
+                          uint64_t len);
 
 /*
  * Tells of the memory error that `run` or `handle_exit` returned last: 0, or -ENODATA if there was

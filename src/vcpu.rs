@@ -244,6 +244,36 @@ impl Vcpu {
         Ok(Exit::Handled)
     }
 
+    /// For a VMM with its own loop: brings the pages that hold a range, as if the guest had touched them.
+    pub fn resolve(&self, gpa: u64, len: u64) -> Result<Exit> {
+        let mut own = self.own()?;
+        self.attach(&mut own)?;
+        self.check_open()?;
+        let end = match gpa.checked_add(len) {
+            Some(end) if len > 0 => end,
+            _ => fail!(EINVAL, "len: is 0, or gpa {gpa:#x} plus {len:#x} wraps around"),
+        };
+        let slots = self.vm.engine.memory.slots();
+        let mut at = gpa;
+        while at < end {
+            let Some(slot) = slots.at(0, at) else { fail!(ENOENT, "gpa: {at:#x} is in no slot") };
+            let page = slot.page_of(at);
+            if slot.block.pages.get(page) != State::Present {
+                let exit = match self.bring(&slot.block, page, 0, self.seat)? {
+                    Outcome::Retry => self.again(&mut own, slot, page)?,
+                    Outcome::Gone => fail!(ENOENT, "slot {:#x} was deleted meanwhile", slot.region.slot),
+                    outcome => self.settled(&mut own, slot, page, outcome)?,
+                };
+                if exit != Exit::Handled {
+                    return Ok(exit);
+                }
+                continue;
+            }
+            at = slot.gpa_of(page) + slot.block.page;
+        }
+        Ok(Exit::Handled)
+    }
+
     /// The last memory error.
     pub fn memory_error(&self) -> Result<Option<MemoryError>> {
         Ok(self.own()?.memory_error)
@@ -258,6 +288,9 @@ impl Vcpu {
 
     fn exit(&self, own: &mut Own, ret: std::result::Result<(), i32>, interruptible: bool) -> Result<Exit> {
         let run = &self.run;
+        if ret != Err(libc::EINTR) {
+            self.seat.forget_bus();
+        }
         match ret {
             Err(libc::EINTR) => self.interrupted(own),
             Err(errno) => {

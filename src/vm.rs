@@ -9,6 +9,7 @@ use crate::kernel::thread::Flag;
 use crate::kernel::uffd::{Uffd, FEATURE_POISON};
 use crate::kernel::{abi::Abi, probe};
 use crate::mechanism::{self, Host, Mechanism, Wish, MECHANISMS};
+use crate::memory::block::Block;
 use crate::memory::install::{install, is_watched, Source};
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
@@ -38,6 +39,8 @@ pub struct Options<'a> {
     pub readahead: u32,
     /// Map pages in stage 2 (KVM_PRE_FAULT_MEMORY) after a vCPU's fault.
     pub pre_fault: bool,
+    /// A userfaultfd of the VMM's own serves everything but vCPUs.
+    pub external: bool,
 }
 
 /// A VM whose memory the library looks after.
@@ -72,6 +75,9 @@ impl Vm {
         if !readahead.is_power_of_two() || readahead > 4096 {
             fail!(EINVAL, "readahead: {readahead} is not a power of two up to 4096");
         }
+        if options.external && options.readers > 0 {
+            fail!(EINVAL, "reader_threads: with KVMFAULT_VM_EXTERNAL_UFFD the library reads no userfaultfd");
+        }
         let uffd = match options.uffd {
             Some(fd) => Uffd::adopt(fd)?,
             None => {
@@ -90,15 +96,15 @@ impl Vm {
             None => None,
         };
         let host = Host { abi, features: uffd.features() };
-        if let Some(forced) = options.mechanism {
-            // With the best memory for it; what a slot's memory rules out is said when the slot is set.
-            let wish = Wish { vcpu_only: true, readonly: false, present: false, offset: 0, file: None };
-            mechanism::choose(&host, Some(forced), Kind::Shared, &wish)?;
-        }
+        // With the best memory for it; what a slot's memory rules out is said when the slot is set.
+        let wish = Wish { external: options.external, vcpu_only: true, ..Wish::default() };
+        mechanism::choose(&host, options.mechanism, Kind::Shared, &wish)?;
         let stop = Arc::new(Flag::new()?);
-        let engine = Arc::new(Engine::new(Memory::new(uffd), resolver(), readahead.into()));
+        let memory = Memory::new(uffd, options.external);
+        let engine = Arc::new(Engine::new(memory, resolver(), readahead.into()));
         let classic = options.mechanism.is_some_and(|m| MECHANISMS[m].number() == 3);
         let readers = match options.readers {
+            _ if options.external => 0,
             0 if classic => 2,
             n => n.max(1),
         };
@@ -121,7 +127,7 @@ impl Vm {
 
     /// What is used, or would be, for shared memory.
     pub fn mechanism(&self) -> &'static dyn Mechanism {
-        let wish = Wish { vcpu_only: false, readonly: false, present: false, offset: 0, file: None };
+        let wish = Wish { external: self.engine.memory.external, ..Wish::default() };
         let best = self.forced.or_else(|| mechanism::choose(&self.host, None, Kind::Shared, &wish).ok());
         MECHANISMS[best.unwrap_or(MECHANISMS.len() - 1)]
     }
@@ -169,10 +175,8 @@ impl Vm {
         if len == 0 {
             fail!(EINVAL, "len: is 0");
         }
+        check_alignment("gpa", gpa, len, slot.block.page)?;
         let page = slot.block.page;
-        if gpa % page != 0 || len % page != 0 {
-            fail!(EINVAL, "gpa: {gpa:#x} and len {len:#x} must be multiples of the page size {page:#x}");
-        }
         if len > slot.region.len - (gpa - slot.region.gpa) {
             fail!(EINVAL, "len: [{gpa:#x}, +{len:#x}) goes beyond slot {:#x}", slot.region.slot);
         }
@@ -180,8 +184,61 @@ impl Vm {
         Ok((slot, first..first + len / page))
     }
 
+    /// The block and its pages of a range of this process, which must lie in one block.
+    fn pages_at<'s>(&self, slots: &'s Slots, hva: u64, len: u64) -> Result<(&'s Block, std::ops::Range<u64>)> {
+        if !self.engine.memory.external {
+            fail!(
+                EOPNOTSUPP,
+                "vm: was made without KVMFAULT_VM_EXTERNAL_UFFD: its pages are the library's to install and to discard"
+            );
+        }
+        let Some((block, first)) = slots.at_hva(hva) else { fail!(ENOENT, "hva: {hva:#x} is in no slot's memory") };
+        if len == 0 {
+            fail!(EINVAL, "len: is 0");
+        }
+        check_alignment("hva", hva, len, block.page)?;
+        if len / block.page > block.pages.len() - first {
+            fail!(EINVAL, "len: [{hva:#x}, +{len:#x}) goes beyond the memory registered at {:#x}", block.hva);
+        }
+        Ok((block, first..first + len / block.page))
+    }
+
+    /// The VMM's mapping is the library's to install in, and to drop pages from.
+    fn check_ours(&self) -> Result<()> {
+        if self.engine.memory.external {
+            fail!(
+                EOPNOTSUPP,
+                "vm: was made with KVMFAULT_VM_EXTERNAL_UFFD: its pages are the VMM's to bring and to drop; kvmfault_pages_arrived and _missing tell the library"
+            );
+        }
+        Ok(())
+    }
+
+    /// The VMM has brought these pages into its mapping.
+    pub fn arrived(&self, hva: u64, len: u64) -> Result<()> {
+        let slots = self.engine.memory.slots();
+        let (block, pages) = self.pages_at(&slots, hva, len)?;
+        let memory = &self.engine.memory;
+        install(memory, block, pages, Source::Arrived, memory.stats.here()).map(drop)
+    }
+
+    /// The VMM's mapping doesn't have these pages.
+    pub fn missing(&self, hva: u64, len: u64) -> Result<()> {
+        let slots = self.engine.memory.slots();
+        let (block, pages) = self.pages_at(&slots, hva, len)?;
+        discard::discard(&self.engine.memory, block, pages, self.engine.memory.stats.here())
+    }
+
+    /// An address of either mapping of a block as one of the VMM's.
+    pub fn vmm_address(&self, address: u64) -> Option<u64> {
+        let slots = self.engine.memory.slots();
+        let (block, page) = slots.at_hva(address)?;
+        Some(block.hva_of(page) + address % block.page)
+    }
+
     /// Installs pages; EEXIST if all of them were present.
     pub fn install(&self, gpa: u64, len: u64, source: Source) -> Result<()> {
+        self.check_ours()?;
         // A guard and no clone: a count that all vCPUs' installs bump would be where they meet.
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
@@ -210,6 +267,7 @@ impl Vm {
 
     /// Makes pages absent again.
     pub fn discard(&self, gpa: u64, len: u64) -> Result<()> {
+        self.check_ours()?;
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
         discard::discard(&self.engine.memory, &slot.block, pages, self.engine.memory.stats.here())
@@ -270,8 +328,7 @@ impl Vm {
     }
 
     /// Ends everything without waiting for anything: reader threads go when their resolver call is over; vCPUs that wait are told.
-    /// Once: whoever drops the VM last may do so when its memory is the VMM's to use for something else, and UFFDIO_UNREGISTER (before Linux
-    /// 6.17) doesn't ask whose registration it ends.
+    /// Once: whoever drops the VM last may do so when its memory is the VMM's to use for something else.
     pub fn shut_down(&self) {
         if !self.engine.shut_down() {
             return;
@@ -281,11 +338,8 @@ impl Vm {
             seat.kick();
         }
         // Nobody reads the userfaultfd any more: nobody must wait for it.
-        for block in self.engine.memory.slots().blocks() {
-            let uffd = &self.engine.memory.uffd;
-            let _ = uffd.unregister(block.hva, block.len);
-            block.alias.as_ref().map(|alias| uffd.unregister(alias.address(), block.len));
-        }
+        let memory = &self.engine.memory;
+        memory.slots().blocks().for_each(|block| memory.unregister(block));
     }
 }
 
@@ -293,6 +347,13 @@ impl Drop for Vm {
     fn drop(&mut self) {
         self.shut_down();
     }
+}
+
+fn check_alignment(name: &str, start: u64, len: u64, page: u64) -> Result<()> {
+    if start % page != 0 || len % page != 0 {
+        fail!(EINVAL, "{name}: {start:#x} and len {len:#x} must be multiples of the page size {page:#x}");
+    }
+    Ok(())
 }
 
 /// Guest memory is a source only when it is present: copying from absent pages would wait for them, and other installs and discards for

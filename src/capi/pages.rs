@@ -61,6 +61,39 @@ pub unsafe extern "C" fn kvmfault_pages_map(vm: *const kvmfault_vm, gpa: u64, le
     with("kvmfault_pages_map", vm, |vm| vm.install(gpa, len, Source::Map).map(|()| 0))
 }
 
+/// With KVMFAULT_VM_EXTERNAL_UFFD: the VMM's mapping has these pages now (the VMM's UFFDIO_COPY, _ZEROPAGE or _CONTINUE has returned). vCPUs
+/// see them, and those that wait for them go on. Once for each page that was missing; pages that are present already stay as they are, so a
+/// range may hold such. `hva` is the VMM's address, and `hva` and `len` are multiples of the memory's page size.
+///
+/// Returns 0: all of the range is present. -ENOENT: `hva` is in no slot's memory (not an error for a VMM that calls this for all of its memory),
+/// or a page of shared memory is not in the page cache. -EINVAL: alignment, `len` 0, beyond the memory that was registered. -EHWPOISON: a
+/// page is lost. -EOPNOTSUPP: a VM without KVMFAULT_VM_EXTERNAL_UFFD. Any thread, also in callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library. `hva` is only compared.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_arrived(vm: *const kvmfault_vm, hva: *const c_void, len: u64) -> c_int {
+    with("kvmfault_pages_arrived", vm, |vm| vm.arrived(hva as u64, len).map(|()| 0))
+}
+
+/// With KVMFAULT_VM_EXTERNAL_UFFD: the VMM's mapping doesn't have these pages (any more): a vCPU that needs one calls the resolver. The VMM has
+/// registered them with its userfaultfd and dropped their bytes, if there were any, before this; the library drops nothing. Pages that are missing
+/// already, or are being brought, stay so. Should a page arrive at the same time, the resolver may be called for a page that is there: it then
+/// calls `kvmfault_pages_arrived` and returns KVMFAULT_RESOLVED.
+///
+/// Returns 0; -ENOENT, -EINVAL and -EOPNOTSUPP as `kvmfault_pages_arrived`; -EBUSY if the fast path of a slot on this memory is off, or if vCPUs use
+/// the pages (which then are not missing). Any thread; not from callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library. `hva` is only compared.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_missing(vm: *const kvmfault_vm, hva: *const c_void, len: u64) -> c_int {
+    with("kvmfault_pages_missing", vm, |vm| {
+        not_in_callback("kvmfault_pages_missing")?;
+        vm.missing(hva as u64, len).map(|()| 0)
+    })
+}
+
 /// Gives absent pages up: they are LOST. vCPUs that touch them (or wait for them) get KVMFAULT_MEMORY_ERROR; host threads get SIGBUS
 /// and system calls EFAULT, as for broken hardware (before Linux 6.6: SIGSEGV). `kvmfault_pages_discard` makes them absent again.
 ///

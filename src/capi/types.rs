@@ -69,6 +69,15 @@ pub const KVMFAULT_MEMORY_HUGETLB: c_int = 3;
 /// Only for a VMM that changes no memslot of the VM (through the library or by itself) while a vCPU with absent pages runs: all kernels
 /// to 7.3 may then retry inside that call without end, and with it the change of memslots waits.
 pub const KVMFAULT_VM_PRE_FAULT: u64 = 1 << 0;
+/// `kvmfault_vm_options.flags`: the VMM has a userfaultfd of its own on its memory and serves all faults there with it, as QEMU's post-copy
+/// does; the library serves vCPUs only, and spares them that way. It registers, installs and drops nothing in the VMM's mappings, has no reader
+/// threads, and learns from the VMM what is there: `kvmfault_pages_missing`, `kvmfault_pages_arrived`. Memory that no mechanism can take
+/// away from userfaultfd (private memory with `poison-trap`) is refused with -EOPNOTSUPP: leave its slots as they are, and the VMM's
+/// userfaultfd serves vCPUs there too. `kvmfault_vm_new` fails with -EOPNOTSUPP where this is so of all memory.
+///
+/// The resolver asks for the page and returns KVMFAULT_PENDING (or calls `kvmfault_pages_arrived` and returns KVMFAULT_RESOLVED).
+/// `kvmfault_memslot_set_fast_only(vm, slot, 0)`, for each slot, is the end of it: with `poison-trap` it needs all pages there.
+pub const KVMFAULT_VM_EXTERNAL_UFFD: u64 = 1 << 1;
 
 /// `kvmfault_memslot.flags`: nothing but vCPUs touches absent pages of this memory: no thread of the VMM, no system call,
 /// no device, no vhost. Lets `poison-trap` work on private anonymous memory. A host access to an absent page then ends in

@@ -135,31 +135,27 @@ pub unsafe extern "C" fn kvmfault_vcpu_resume(vcpu: *mut kvmfault_vcpu) -> c_int
 }
 
 /// With KVMFAULT_SIGBUS_BY_HANDLER: tells the library of a SIGBUS, from the VMM's handler on the vCPU's thread. Returns 1 if the next
-/// `run` or `handle_exit` will see to it, 0 if the signal is none of KVM's for a vCPU (its code is not BUS_MCEERR_AR) and is the VMM's to
-/// handle, -EINVAL or -EBADF for a bad handle. `si_code` and `si_addr` are those of the handler's siginfo_t. Async-signal-safe; leaves
-/// errno alone.
+/// `run` or `handle_exit` will see to it, 0 if the signal is none of KVM's for a vCPU (its code is not BUS_MCEERR_AR; or it is the same as one
+/// that neither has seen yet: the thread touches broken memory itself, and would so for ever) and is the VMM's to handle, -EINVAL or -EBADF for
+/// a bad handle. `code` and `address` are si_code and si_addr of the handler's siginfo_t. Async-signal-safe; leaves errno alone.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_vcpu_on_sigbus(
     vcpu: *const kvmfault_vcpu,
-    si_code: c_int,
-    si_addr: *const c_void,
+    code: c_int,
+    address: *const c_void,
 ) -> c_int {
     let Some(seat) = Handle::<Vcpu>::seat_of(vcpu) else {
         return if vcpu.is_null() { -libc::EINVAL } else { -libc::EBADF };
     };
-    if si_code != libc::BUS_MCEERR_AR {
-        return 0;
-    }
-    seat.note_bus(si_code, si_addr as u64);
-    1
+    (code == libc::BUS_MCEERR_AR && seat.note_bus(code, address as u64)).into()
 }
 
 /// Makes `run` or `handle_exit` of this vCPU return KVMFAULT_INTERRUPTED once, wherever the vCPU is: in the guest, in KVM_RUN, waiting for
-/// a page, or about to enter. Never lost; kicks that come before one is seen count as one. Any thread, any signal handler, also in
-/// callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL) or -EBADF (freed).
+/// a page, or about to enter. Never lost; kicks that come before one is seen count as one. Any thread, any signal handler (that of the kick
+/// signal, too), also in callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL) or -EBADF (freed).
 ///
 /// Three limits: a resolver that runs on the vCPU's thread is not interrupted; with `userfaultfd` a vCPU whose access KVM emulates (CPL 0
 /// on a KVM without hardware virtualisation) sleeps inside KVM's copy until its page comes; and before Linux 6.2 a vCPU that sleeps in
@@ -178,6 +174,23 @@ pub unsafe extern "C" fn kvmfault_vcpu_kick(vcpu: *const kvmfault_vcpu) -> c_int
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
     0
+}
+
+/// For a VMM with its own loop: brings the pages that hold [gpa, gpa + len), through the resolver, on the vCPU's thread, as if the guest had touched
+/// them; a kick ends the wait. For what KVM itself accesses outside of guest instructions, see `kvmfault_pages_resolve`: before the vCPU's
+/// first KVM_RUN of a post-copy. Address space 0; the range is rounded outwards to pages, and may span slots.
+///
+/// Returns KVMFAULT_HANDLED when all are present, KVMFAULT_INTERRUPTED (call it again), KVMFAULT_MEMORY_ERROR, or -errno as `kvmfault_vcpu_run`;
+/// -ENOENT if a page is in no slot, -EINVAL for `len`. Not from callbacks.
+///
+/// # Safety
+/// `vcpu` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vcpu_resolve(vcpu: *mut kvmfault_vcpu, gpa: u64, len: u64) -> c_int {
+    with("kvmfault_vcpu_resolve", vcpu, |vcpu| {
+        not_in_callback("kvmfault_vcpu_resolve")?;
+        vcpu.resolve(gpa, len).map(number)
+    })
 }
 
 /// Tells of the memory error that `run` or `handle_exit` returned last: 0, or -ENODATA if there was none. On the vCPU's thread.

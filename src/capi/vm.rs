@@ -1,6 +1,6 @@
 //! VMs, slots and the VM's counters.
 
-use super::boundary::{self, check_out, clear_out, enter, not_in_callback, put, with, Handle, Opaque};
+use super::boundary::{self, check_out, clear_out, enter, not_in_callback, put, with, with_wide, Handle, Opaque};
 use super::types::*;
 use crate::error::{fail, Result};
 use crate::mechanism;
@@ -100,7 +100,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
         not_in_callback("kvmfault_vm_new")?;
         let options = boundary::read(options, "options")?;
         let Some(resolver) = options.resolver else { fail!(EINVAL, "options.resolver: is NULL") };
-        if options.flags & !KVMFAULT_VM_PRE_FAULT != 0 {
+        if options.flags & !(KVMFAULT_VM_PRE_FAULT | KVMFAULT_VM_EXTERNAL_UFFD) != 0 {
             fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
         }
         let (handle, armed) = (Arc::new(AtomicPtr::default()), Arc::new(false.into()));
@@ -122,6 +122,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
             readers: options.reader_threads,
             readahead: options.readahead,
             pre_fault: options.flags & KVMFAULT_VM_PRE_FAULT != 0,
+            external: options.flags & KVMFAULT_VM_EXTERNAL_UFFD != 0,
         };
         let made = Vm::new(&config, || Box::new(callbacks))?;
         armed.store(true, SeqCst);
@@ -171,6 +172,21 @@ pub unsafe extern "C" fn kvmfault_vm_free(vm: *mut kvmfault_vm) {
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_vm_mechanism(vm: *const kvmfault_vm) -> c_int {
     with("kvmfault_vm_mechanism", vm, |vm| Ok(vm.mechanism().number()))
+}
+
+/// An address of this process that the kernel named (si_addr of a SIGBUS for broken hardware, say) as one of the VMM's own mapping: KVM may
+/// know the memory by the library's private alias, of which the VMM knows nothing. NULL if it is in no slot's memory, or `vm` is no VM. Any
+/// thread, also in callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library. `address` is only compared.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vm_address(vm: *const kvmfault_vm, address: *const c_void) -> *mut c_void {
+    let found = with_wide("kvmfault_vm_address", vm, |vm| match vm.vmm_address(address as u64) {
+        Some(address) => Ok(address as i64),
+        None => fail!(ENOENT, "address: {address:p} is in no slot's memory"),
+    });
+    found.max(0) as *mut c_void
 }
 
 /// Enables what KVM's ABI wants enabled before the fast-only flag works; best before the first vCPU runs (KVM's maintainers ask

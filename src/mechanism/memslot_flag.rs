@@ -5,6 +5,7 @@ use super::{has_minor, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
 use crate::kernel::kvm::Region;
 use crate::kernel::mem::{advise, Kind, PAGE};
+use crate::kernel::uffd::Registration;
 use crate::memory::block::{Block, Shape};
 use crate::memory::slots::Slot;
 use crate::memory::Memory;
@@ -36,10 +37,10 @@ impl Mechanism for MemslotFlag {
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        let registration = memory.uffd.try_register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
+        let registration = memory.try_register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
         let bitmap = host.abi.is_some_and(|abi| abi.bitmap);
         let block = Block::new(shape, None, bitmap, wish.present)?;
-        registration.keep();
+        registration.into_iter().for_each(Registration::keep);
         Ok(block)
     }
 
@@ -62,7 +63,7 @@ impl Mechanism for MemslotFlag {
     /// have done; of a page of zeros it makes a page of its own.
     fn map_present(&self, memory: &Memory, block: &Block, page: u64, _stats: &Stats) -> Result<()> {
         let (hva, len) = (block.hva_of(page), block.page);
-        if matches!(block.kind, Kind::Shared | Kind::HugetlbShared) {
+        if matches!(block.kind, Kind::Shared | Kind::HugetlbShared) && !memory.external {
             // Where minor faults are registered, populating would wait for them.
             super::map_vmm(memory, block, page)?;
         }

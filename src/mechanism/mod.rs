@@ -27,8 +27,10 @@ pub struct Host {
 }
 
 /// What the VMM asks for a block.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Wish {
+    /// A userfaultfd of the VMM's own serves everything but vCPUs.
+    pub external: bool,
     /// Only vCPUs touch absent pages.
     pub vcpu_only: bool,
     /// KVM_MEM_READONLY.

@@ -8,7 +8,7 @@
 use super::{has_minor, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
 use crate::kernel::mem::{self, advise, Kind, Mapping};
-use crate::kernel::uffd::FEATURE_POISON;
+use crate::kernel::uffd::{Registration, FEATURE_POISON};
 use crate::memory::block::{Block, Shape};
 use crate::memory::{discard, install, Memory};
 use crate::stats::Stats;
@@ -31,7 +31,10 @@ impl Mechanism for PoisonTrap {
         }
         match kind {
             Kind::Shared | Kind::HugetlbShared => Ok(()),
-            Kind::Anon | Kind::HugetlbPrivate if wish.vcpu_only => Ok(()),
+            Kind::Anon | Kind::HugetlbPrivate if wish.vcpu_only && !wish.external => Ok(()),
+            Kind::Anon | Kind::HugetlbPrivate if wish.external => {
+                fail!(EOPNOTSUPP, "private memory can't be mapped twice: use shared memory (memfd)")
+            }
             Kind::Anon | Kind::HugetlbPrivate => fail!(
                 EOPNOTSUPP,
                 "private memory can't be mapped twice: use shared memory (memfd), or KVMFAULT_MEMSLOT_VCPU_ONLY if only vCPUs touch absent pages"
@@ -46,7 +49,7 @@ impl Mechanism for PoisonTrap {
             Kind::HugetlbShared => Some(mem::duplicate_by_file(hva, len, wish.file)?),
             Kind::Anon | Kind::HugetlbPrivate => None,
         };
-        let registration = memory.uffd.try_register(hva, len, has_minor(host.features, kind))?;
+        let registration = memory.try_register(hva, len, has_minor(host.features, kind))?;
         if let Some(alias) = &alias {
             // Neither forked children nor core dumps have any business there.
             advise(alias.address(), len, libc::MADV_DONTFORK, "madvise(MADV_DONTFORK)")?;
@@ -55,11 +58,14 @@ impl Mechanism for PoisonTrap {
             memory.uffd.register(alias.address(), len, false)?;
         }
         let block = Block::new(shape, alias, false, wish.present)?;
-        registration.keep();
+        registration.into_iter().for_each(Registration::keep);
         Ok(block)
     }
 
     fn set_fast(&self, memory: &Memory, block: &Block, on: bool) -> Result<()> {
+        if memory.external && !on {
+            return discard::release(memory, block);
+        }
         if let (Some(alias), Kind::Shared | Kind::HugetlbShared) = (&block.alias, block.kind) {
             // Without markers, absent pages whose bytes are in the page cache are minor faults.
             memory.uffd.register(alias.address(), block.len, !on && has_minor(memory.uffd.features(), block.kind))?;

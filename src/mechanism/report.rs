@@ -60,7 +60,7 @@ impl Report {
         if let Err(e) = &self.uffd {
             return Err(Error::new(e.errno, "no userfaultfd"));
         }
-        let wish = Wish { vcpu_only: true, readonly: false, present: false, offset: 0, file: None };
+        let wish = Wish { vcpu_only: true, ..Wish::default() };
         MECHANISMS[mechanism].check(&self.host(), kind, &wish)
     }
 

@@ -1,8 +1,9 @@
 //! `userfaultfd`: the classic way. KVM's slow path sleeps in the kernel until a reader thread has brought the page.
 
 use super::{has_minor, map_vmm, Host, Mechanism, Wish};
-use crate::error::Result;
+use crate::error::{fail, Result};
 use crate::kernel::mem::Kind;
+use crate::kernel::uffd::Registration;
 use crate::memory::block::{Block, Shape};
 use crate::memory::Memory;
 use crate::stats::Stats;
@@ -19,14 +20,17 @@ impl Mechanism for Userfaultfd {
         "userfaultfd"
     }
 
-    fn check(&self, _host: &Host, _kind: Kind, _wish: &Wish) -> Result<()> {
+    fn check(&self, _host: &Host, _kind: Kind, wish: &Wish) -> Result<()> {
+        if wish.external {
+            fail!(EOPNOTSUPP, "the VMM has its own userfaultfd (KVMFAULT_VM_EXTERNAL_UFFD)");
+        }
         Ok(()) // without a userfaultfd there is no VM at all
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        let registration = memory.uffd.try_register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
+        let registration = memory.try_register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
         let block = Block::new(shape, None, false, wish.present)?;
-        registration.keep();
+        registration.into_iter().for_each(Registration::keep);
         Ok(block)
     }
 

@@ -2,6 +2,7 @@
 
 use super::pages::{Pages, State};
 use super::wait::GATE_PAGES;
+use super::Memory;
 use crate::error::Result;
 use crate::kernel::mem::{Kind, Mapping, PAGE};
 use std::ops::Range;
@@ -94,6 +95,11 @@ impl Block {
     /// Do absent pages carry poison markers?
     pub fn is_marked(&self) -> bool {
         self.marked.load(Ordering::Acquire)
+    }
+
+    /// With a userfaultfd of the VMM's own: the fast path is off, nothing is absent, and the alias is memory like any other.
+    pub fn is_released(&self, memory: &Memory) -> bool {
+        memory.external && !self.is_marked()
     }
 
     /// The address of the KVM Userfault bitmap's bit for a byte offset; 0 without a bitmap.

@@ -12,11 +12,19 @@ use crate::stats::Stats;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-/// Makes PRESENT and LOST pages absent and gives their memory back. Pages that are being resolved stay so.
+/// Makes PRESENT and LOST pages absent and gives their memory back. Pages that are being resolved stay so. Where the VMM's mapping is the
+/// VMM's own affair, what is there stays: then this says that the pages are missing, and no more.
 pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     for group in gate_groups(pages) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
-        let inaccessible = memory.uffd.features() & FEATURE_POISON == 0;
+        if block.alias.is_some() && block.is_released(memory) {
+            fail!(
+                EBUSY,
+                "the fast path of the memory at hva {:#x} is off, and nothing may be missing there",
+                block.hva
+            );
+        }
+        let inaccessible = memory.uffd.features() & FEATURE_POISON == 0 && !memory.external;
         let take = |page| {
             let taken = |from| block.pages.change(page, from, State::Resolving).is_ok();
             if taken(State::Lost) {
@@ -46,6 +54,7 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
         rearm(memory, block, alias, len)?;
     }
     match block.kind {
+        _ if memory.external => Ok(()),
         Kind::Shared | Kind::HugetlbShared => {
             // MADV_REMOVE leaves the marker of a LOST page; MADV_DONTNEED takes it away.
             advise(hva, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
@@ -56,12 +65,15 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     }
 }
 
-/// Empties a range of the mapping that KVM uses, and marks it if the block is marked. A vCPU may slip in between and map the old
-/// page again (it is still in the page cache): then do it over.
+/// Empties a range of the mapping that KVM uses, and marks it if the block is marked. It may be empty already (KVM has never touched it); and a
+/// vCPU may slip in between and map the old page again (it is still in the page cache): then do it over.
 fn rearm(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
     for _ in 0..1000 {
+        if block.is_marked() && mark_all(memory, at, len)? {
+            return Ok(());
+        }
         advise(at, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
-        if !block.is_marked() || mark_all(memory, at, len)? {
+        if !block.is_marked() {
             return Ok(());
         }
     }
@@ -96,11 +108,14 @@ pub fn lose(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
         for run in runs(group, take) {
             lost += run.end - run.start;
             let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
-            if memory.uffd.features() & FEATURE_POISON != 0 {
-                mark_all(memory, hva, len)?;
-                block.alias_of(run.start).map_or(Ok(true), |alias| mark_all(memory, alias, len))?;
-            } else {
-                protect(hva, len, false)?;
+            let markers = memory.uffd.features() & FEATURE_POISON != 0;
+            match (memory.external, markers) {
+                (true, _) => {} // vCPUs are told; what others see there is the VMM's affair
+                (false, true) => drop(mark_all(memory, hva, len)?),
+                (false, false) => protect(hva, len, false)?,
+            }
+            if let Some(alias) = block.alias_of(run.start).filter(|_| markers) {
+                mark_all(memory, alias, len)?;
             }
             run.clone().for_each(|page| WAITS.wake(block.hva_of(page)));
             wake(memory, block, &run)?;
@@ -143,9 +158,29 @@ pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
     Ok(())
 }
 
+/// The end of absence with a userfaultfd of the VMM's own: all pages are PRESENT (or LOST), so no marker is needed any more, and no
+/// registration. EBUSY, and nothing has changed, if a page is missing: without its marker KVM would read zeros there.
+pub fn release(memory: &Memory, block: &Block) -> Result<()> {
+    let Some(alias) = &block.alias else { return Ok(()) };
+    // First, so that nothing becomes missing behind our back: `discard` looks at it inside the gate.
+    block.marked.store(false, Ordering::SeqCst);
+    for group in gate_groups(0..block.pages.len()) {
+        let _pass = memory.gates.discard(block.gate_of(group.start));
+        let missing = |&page: &u64| matches!(block.pages.get(page), State::Absent | State::Resolving);
+        if let Some(page) = group.clone().find(missing) {
+            block.marked.store(true, Ordering::SeqCst);
+            fail!(EBUSY, "the page at hva {:#x} is still missing", block.hva_of(page));
+        }
+    }
+    memory.uffd.unregister(alias.address(), block.len)
+}
+
 /// Wakes threads that userfaultfd has put to sleep on these pages, in either mapping: they look again.
 pub fn wake(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     let len = (run.end - run.start) * block.page;
+    if memory.external {
+        return Ok(()); // nobody sleeps in ours
+    }
     memory.uffd.wake(block.hva_of(run.start), len)?;
     block.alias_of(run.start).map_or(Ok(()), |alias| memory.uffd.wake(alias, len))
 }

@@ -25,6 +25,8 @@ pub enum Source {
     Zero,
     /// They are in the page cache of shared memory already.
     Map,
+    /// The VMM has put them into its mapping already (see `Memory::external`).
+    Arrived,
 }
 
 /// Zeros to copy where UFFDIO_ZEROPAGE doesn't work: as long as the largest page, and costing nothing, for it is only read.
@@ -153,6 +155,7 @@ fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source, offset
             libc::EFAULT => Error::new(libc::ENOENT, format!("the page at hva {hva:#x} is not in the page cache")),
             _ => explain(e, block, hva),
         }),
+        Source::Arrived => Ok(Step::Done(len)),
     }
 }
 
@@ -179,21 +182,28 @@ fn publish(memory: &Memory, block: &Block, run: Range<u64>, source: Source, stat
     match source {
         Source::Copy(_) => stats.pages_copied.add(installed),
         Source::Zero => stats.pages_zeroed.add(installed),
-        Source::Map => stats.pages_mapped.add(installed),
+        Source::Map | Source::Arrived => stats.pages_mapped.add(installed),
     }
     Ok(installed)
 }
 
-/// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias.
+/// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias, nor with one that needs no help any more.
 pub fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Result<()> {
-    let Some(alias) = block.alias_of(run.start) else {
+    let Some(alias) = block.alias_of(run.start).filter(|_| !block.is_released(memory)) else {
         return Ok(());
     };
     let end = alias + (run.end - run.start) * block.page;
     let mut at = alias;
     let mut patience = Patience::default();
     while at < end {
-        match memory.uffd.map(at, end - at).map_err(|e| e.context("mapping a page for KVM"))? {
+        let step = match memory.uffd.map(at, end - at) {
+            Err(e) if e.errno == libc::ENOENT && block.is_released(memory) => return Ok(()),
+            Err(e) if e.errno == libc::EFAULT && memory.external => {
+                fail!(ENOENT, "the page at hva {:#x} is not in the page cache", block.hva + (at - block.kvm_hva()))
+            }
+            step => step.map_err(|e| e.context("mapping a page for KVM"))?,
+        };
+        match step {
             Step::Done(bytes) => at += bytes,
             Step::Exists => {
                 memory.uffd.wake(at, block.page)?;
@@ -219,7 +229,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     fn memory_and_block(pages: u64) -> Result<(Memory, Mapping, Block)> {
-        let memory = Memory::new(Uffd::open()?);
+        let memory = Memory::new(Uffd::open()?, false);
         let ram = Mapping::anonymous(pages * PAGE).unwrap();
         memory.uffd.register(ram.address(), pages * PAGE, false).unwrap();
         let shape = Shape { hva: ram.address(), len: pages * PAGE, page: PAGE, kind: Kind::Anon, mechanism: 0 };

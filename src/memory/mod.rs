@@ -10,9 +10,11 @@ pub mod pages;
 pub mod slots;
 pub mod wait;
 
-use crate::kernel::uffd::Uffd;
+use crate::error::Result;
+use crate::kernel::uffd::{Registration, Uffd};
 use crate::stats::Shards;
 use arc_swap::{ArcSwap, Guard};
+use block::Block;
 use slots::Slots;
 use std::sync::Arc;
 use wait::Gates;
@@ -21,6 +23,9 @@ use wait::Gates;
 pub struct Memory {
     /// The userfaultfd that all blocks are registered with.
     pub uffd: Uffd,
+    /// The VMM's mappings are served by a userfaultfd of the VMM's own: nothing of ours is registered, installed or dropped there. The
+    /// library keeps the states, KVM's alias, and vCPUs that wait.
+    pub external: bool,
     /// Keeps discards and installs of a page apart.
     pub gates: Gates,
     /// What nobody else's counters cover: reader threads and calls from outside.
@@ -30,8 +35,25 @@ pub struct Memory {
 
 impl Memory {
     /// No slots yet.
-    pub fn new(uffd: Uffd) -> Memory {
-        Memory { uffd, gates: Gates::new(), stats: Shards::default(), slots: ArcSwap::from_pointee(Slots::default()) }
+    pub fn new(uffd: Uffd, external: bool) -> Memory {
+        let slots = ArcSwap::from_pointee(Slots::default());
+        Memory { uffd, external, gates: Gates::new(), stats: Shards::default(), slots }
+    }
+
+    /// Registers the VMM's mapping of a new block, for as long as the registration is kept; nothing where that is the VMM's own affair.
+    pub fn try_register(&self, hva: u64, len: u64, minor: bool) -> Result<Option<Registration<'_>>> {
+        match self.external {
+            true => Ok(None),
+            false => self.uffd.try_register(hva, len, minor).map(Some),
+        }
+    }
+
+    /// Ends the registration of a block's mappings. Before Linux 6.17 UFFDIO_UNREGISTER doesn't ask whose registration it ends.
+    pub fn unregister(&self, block: &Block) {
+        if !self.external {
+            let _ = self.uffd.unregister(block.hva, block.len);
+        }
+        block.alias.as_ref().map(|alias| self.uffd.unregister(alias.address(), block.len));
     }
 
     /// The slots as they are now. Lock-free: a fault never waits for somebody who edits slots, nor for another vCPU.

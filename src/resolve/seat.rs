@@ -3,7 +3,7 @@
 use super::Waiter;
 use crate::error::Error;
 use crate::kernel::kvm::ImmediateExit;
-use crate::kernel::thread::send_signal;
+use crate::kernel::thread::{self, send_signal};
 use crate::memory::wait::{Sleeper, WAITS};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
@@ -83,7 +83,10 @@ impl Seat {
         }
         WAITS.poke(&self.sleeper);
         let thread = self.thread.load(SeqCst);
-        if thread != 0 {
+        // By handler `immediate_exit` is enough for a thread that is here and not in KVM_RUN; and from the handler of the kick signal
+        // itself, the signal would come for ever.
+        let is_here = self.by_handler && thread == thread::id();
+        if thread != 0 && !is_here {
             send_signal(thread, self.signal);
         }
     }
@@ -110,10 +113,23 @@ impl Seat {
         fresh > 0
     }
 
-    /// Called in the VMM's SIGBUS handler: async-signal-safe.
-    pub fn note_bus(&self, code: i32, address: u64) {
+    /// Called in the VMM's SIGBUS handler: async-signal-safe. False if the same is noted already: a signal that comes again before the loop
+    /// has seen it is not KVM's, but of a thread that touches broken memory itself, and would do so for ever.
+    pub fn note_bus(&self, code: i32, address: u64) -> bool {
+        let code = code.wrapping_add(1);
+        if self.bus_code.load(SeqCst) == code && self.bus_address.load(SeqCst) == address {
+            return false;
+        }
         self.bus_address.store(address, SeqCst);
-        self.bus_code.store(code.wrapping_add(1), SeqCst);
+        self.bus_code.store(code, SeqCst);
+        true
+    }
+
+    /// KVM_RUN ended for something else: the guest comes to what is broken again.
+    pub fn forget_bus(&self) {
+        if self.bus_code.load(SeqCst) != 0 {
+            self.bus_code.store(0, SeqCst);
+        }
     }
 
     /// The SIGBUS that the handler saw: code and address.

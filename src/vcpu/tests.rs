@@ -62,6 +62,7 @@ impl Machine {
             readers: 0,
             readahead: 0,
             pre_fault: false,
+            external: false,
         };
         let kf = Arc::new(Vm::new(&options, || Box::new(resolver))?);
         let _ = myself.set(Arc::downgrade(&kf));

@@ -152,7 +152,7 @@ impl Vm {
         if block.alias.is_none() && block.is_marked() {
             let _ = discard::unmark(memory, block);
         }
-        let _ = memory.uffd.unregister(block.hva, block.len);
+        memory.unregister(block);
     }
 
     /// The slot to be. Checks everything before anything changes.
@@ -273,7 +273,7 @@ impl Vm {
                 backing.kind
             );
         }
-        if backing.kind == Kind::Anon && !request.present {
+        if backing.kind == Kind::Anon && !request.present && !self.engine.memory.external {
             if let Some(at) = mem::first_resident(hva, len)? {
                 fail!(
                     EEXIST,
@@ -281,7 +281,7 @@ impl Vm {
                 );
             }
         }
-        let wish = wish_of(request, offset);
+        let wish = Wish { external: self.engine.memory.external, ..wish_of(request, offset) };
         let n = mechanism::choose(&self.host, self.forced, backing.kind, &wish)?;
         let shape = Shape { hva, len, page: backing.page, kind: backing.kind, mechanism: n };
         MECHANISMS[n].new_block(&self.host, &self.engine.memory, shape, &wish)
@@ -302,7 +302,7 @@ impl Vm {
         if on {
             if mechanism.is_per_slot() {
                 let readonly = old.is_readonly();
-                let wish = Wish { vcpu_only: true, readonly, present: false, offset: old.offset, file: None };
+                let wish = Wish { vcpu_only: true, readonly, offset: old.offset, ..Wish::default() };
                 mechanism.check(&self.host, old.block.kind, &wish)?;
             }
             self.enable_fault_exits()?;
@@ -332,6 +332,7 @@ fn wish_of(request: &SlotRequest, offset: u64) -> Wish {
         present: request.present,
         offset,
         file: request.file,
+        ..Wish::default()
     }
 }
 
