@@ -554,7 +554,14 @@ static void refusals(void)
 		struct kvmfault_memslot slot = slot_on(&anon, RAM_SLOT + 1, RAM_GPA + vmm.ram.len);
 		REFUSED(kvmfault_memslot_set(vm, &slot), EOPNOTSUPP, "private");
 		ram_destroy(&anon);
-		REFUSED(kvmfault_pages_arrived(vm, missing, PAGE), ENOENT, "page cache"); /* a lie */
+		/* A lie is found out when a vCPU comes to the page. */
+		struct vcpu *v = machine_add_vcpu(&vmm.m, 3);
+		vcpu_load_touch(v, RAM_GPA + (PAGES - 1) * PAGE, 1, PAGE);
+		OK(kvmfault_pages_arrived(vm, missing, PAGE));
+		vcpu_attach(v);
+		REFUSED(kvmfault_vcpu_run(v->handle), ENOENT, "page cache");
+		vcpu_detach(v);
+		OK(kvmfault_pages_missing(vm, missing, PAGE));
 		EQUAL("the page", kvmfault_pages_state(vm, RAM_GPA + (PAGES - 1) * PAGE), KVMFAULT_PAGE_ABSENT);
 	}
 	/* A lost page is lost for vCPUs; the VMM's threads still get it, if it comes. */

@@ -978,9 +978,10 @@ int kvmfault_pages_map(const struct kvmfault_vm *vm,
  * size.
  *
  * Returns 0: all of the range is present. -ENOENT: `hva` is in no slot's memory (not an error for a
- * VMM that calls this for all of its memory), or a page of shared memory is not in the page cache.
- * -EINVAL: alignment, `len` 0, beyond the memory that was registered. -EHWPOISON: a page is lost.
- * -EOPNOTSUPP: a VM without KVMFAULT_VM_EXTERNAL_UFFD. Any thread, also in callbacks.
+ * VMM that calls this for all of its memory), or a page of shared memory is not in the page cache
+ * (which may be found out only when a vCPU comes to it, and end its run). -EINVAL: alignment, `len`
+ * 0, beyond the memory that was registered. -EHWPOISON: a page is lost. -EOPNOTSUPP: a VM without
+ * KVMFAULT_VM_EXTERNAL_UFFD. Any thread, also in callbacks.
  */
 int kvmfault_pages_arrived(const struct kvmfault_vm *vm,
                            const void *hva,

@@ -58,6 +58,7 @@ impl Mechanism for PoisonTrap {
             memory.uffd.register(alias.address(), len, false)?;
         }
         let block = Block::new(shape, alias, false, wish.present)?;
+        let block = if memory.external { block.with_deferral()? } else { block };
         registration.into_iter().for_each(Registration::keep);
         Ok(block)
     }
@@ -78,6 +79,6 @@ impl Mechanism for PoisonTrap {
     }
 
     fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
-        install::map_alias(memory, block, page..page + 1, stats)
+        install::map_present(memory, block, page, stats)
     }
 }

@@ -43,6 +43,8 @@ pub struct Block {
     pub marked: AtomicBool,
     /// KVM Userfault: one bit a base page, set = exit.
     bitmap: Option<Mapping>,
+    /// One bit a page, set = PRESENT, and still with its marker in the alias (see `install::arrive`).
+    deferred: Option<Mapping>,
     /// No slot and no keeper any more: whoever waits for a page of it goes.
     pub gone: AtomicBool,
 }
@@ -62,7 +64,13 @@ impl Block {
             bitmap.atomics().iter().for_each(|word| word.store(!0, Ordering::Release));
         }
         let (marked, gone) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Block { hva, len, page, kind, mechanism, pages, alias, marked, bitmap, gone })
+        Ok(Block { hva, len, page, kind, mechanism, pages, alias, marked, bitmap, deferred: None, gone })
+    }
+
+    /// Pages may be called PRESENT before they are mapped in the alias.
+    pub fn with_deferral(self) -> Result<Block> {
+        let deferred = Mapping::anonymous((self.pages.len().div_ceil(64) * 8).next_multiple_of(PAGE))?;
+        Ok(Block { deferred: Some(deferred), ..self })
     }
 
     /// Where KVM finds the block.
@@ -95,6 +103,45 @@ impl Block {
     /// Do absent pages carry poison markers?
     pub fn is_marked(&self) -> bool {
         self.marked.load(Ordering::Acquire)
+    }
+
+    /// A page is to be mapped in the alias later; false if that isn't done with this block.
+    pub fn defer(&self, page: u64) -> bool {
+        let Some(deferred) = &self.deferred else { return false };
+        deferred.atomics()[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::SeqCst);
+        true
+    }
+
+    /// Is it?
+    pub fn is_deferred(&self, page: u64) -> bool {
+        let word = |d: &Mapping| d.atomics()[(page / 64) as usize].load(Ordering::SeqCst);
+        self.deferred.as_ref().is_some_and(|d| word(d) >> (page % 64) & 1 != 0)
+    }
+
+    /// Pages of a range, inside one word of 64, that are no longer deferred by this call; a bit each, counted from the word's first page.
+    fn take_deferred(&self, pages: Range<u64>) -> u64 {
+        let Some(deferred) = &self.deferred else { return 0 };
+        let mask = (!0u64 >> (64 - (pages.end - pages.start))) << (pages.start % 64);
+        deferred.atomics()[(pages.start / 64) as usize].fetch_and(!mask, Ordering::SeqCst) & mask
+    }
+
+    /// The pages that share a word with this one.
+    pub fn word_of(&self, page: u64) -> Range<u64> {
+        page / 64 * 64..self.pages.len().min(page / 64 * 64 + 64)
+    }
+
+    /// Runs of pages of a range that are no longer deferred by this call.
+    pub fn take_deferred_runs(&self, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        (pages.start / 64..pages.end.div_ceil(64)).flat_map(move |word| {
+            let first = word * 64;
+            let mut bits = self.take_deferred(first.max(pages.start)..(first + 64).min(pages.end));
+            std::iter::from_fn(move || {
+                let start = (bits != 0).then(|| bits.trailing_zeros() as u64)?;
+                let len = (bits >> start).trailing_ones() as u64;
+                bits &= !((!0u64 >> (64 - len)) << start);
+                Some(first + start..first + start + len)
+            })
+        })
     }
 
     /// With a userfaultfd of the VMM's own: the fast path is off, nothing is absent, and the alias is memory like any other.
@@ -150,6 +197,22 @@ mod tests {
         block.set_exits(60..70, false);
         assert_eq!(block.bitmap.as_ref().unwrap().atomics()[0].load(Ordering::Relaxed), (1 << 60) - 1);
         assert_eq!(block.bitmap.as_ref().unwrap().atomics()[1].load(Ordering::Relaxed), !0x3f);
+    }
+
+    #[test]
+    fn deferred_pages_are_taken_once_and_in_runs() {
+        let shape = Shape { hva: 0x1000, len: 200 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+        let block = Block::new(shape, None, false, true).unwrap();
+        assert!(!block.defer(3) && block.take_deferred_runs(0..200).count() == 0, "not with every block");
+        let block = block.with_deferral().unwrap();
+        for page in [0, 1, 5, 62, 63, 64, 65, 127, 128, 199] {
+            assert!(block.defer(page) && block.is_deferred(page));
+        }
+        assert_eq!(block.take_deferred_runs(1..64).collect::<Vec<_>>(), [1..2, 5..6, 62..64]);
+        assert_eq!(block.take_deferred_runs(60..129).collect::<Vec<_>>(), [64..66, 127..128, 128..129]);
+        assert_eq!(block.take_deferred_runs(0..200).collect::<Vec<_>>(), [0..1, 199..200]);
+        assert_eq!(block.take_deferred_runs(0..200).count(), 0);
+        assert_eq!((block.word_of(63), block.word_of(64), block.word_of(199)), (0..64, 64..128, 192..200));
     }
 
     #[test]

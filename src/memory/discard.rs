@@ -50,6 +50,7 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
 fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     block.set_exits(run.clone(), true);
+    block.take_deferred_runs(run.clone()).for_each(drop);
     if let Some(alias) = block.alias_of(run.start) {
         rearm(memory, block, alias, len)?;
     }
@@ -171,6 +172,10 @@ pub fn release(memory: &Memory, block: &Block) -> Result<()> {
             block.marked.store(true, Ordering::SeqCst);
             fail!(EBUSY, "the page at hva {:#x} is still missing", block.hva_of(page));
         }
+    }
+    for run in block.take_deferred_runs(0..block.pages.len()) {
+        let at = alias.address() + run.start * block.page;
+        advise(at, (run.end - run.start) * block.page, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
     }
     memory.uffd.unregister(alias.address(), block.len)
 }

@@ -170,6 +170,9 @@ fn explain(error: Error, block: &Block, hva: u64) -> Error {
 
 /// The bytes are in the VMM's mapping: show them to KVM, then to everybody.
 fn publish(memory: &Memory, block: &Block, run: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
+    if matches!(source, Source::Arrived) {
+        return arrive(memory, block, run, stats);
+    }
     map_alias(memory, block, run.clone(), stats)?;
     block.set_exits(run.clone(), false);
     let mut installed = 0;
@@ -185,6 +188,47 @@ fn publish(memory: &Memory, block: &Block, run: Range<u64>, source: Source, stat
         Source::Map | Source::Arrived => stats.pages_mapped.add(installed),
     }
     Ok(installed)
+}
+
+/// The VMM has brought pages into its mapping, mostly such as nobody has asked for. A system call for each of them would slow the VMM's stream
+/// down; so they are mapped in the alias when all 64 pages of a word are there, or when a vCPU comes to one of the word that is. Pages that
+/// somebody waits for are mapped at once.
+fn arrive(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Result<u64> {
+    let mut installed = 0;
+    block.set_exits(run.clone(), false);
+    for page in run.clone() {
+        let unasked = block.pages.get(page) == State::Absent && !block.is_released(memory) && block.defer(page);
+        if unasked && block.pages.change(page, State::Absent, State::Present).is_ok() {
+            installed += 1;
+        } else {
+            block.take_deferred_runs(page..page + 1).for_each(drop);
+            map_alias(memory, block, page..page + 1, stats)?;
+            installed += block.pages.make_present(page) as u64;
+        }
+        WAITS.wake(block.hva_of(page));
+        let word = block.word_of(page);
+        if page + 1 == word.end.min(run.end) && block.pages.count(word.clone(), State::Present) == word.end - word.start
+        {
+            map_deferred(memory, block, word, stats)?;
+        }
+    }
+    see(block, run);
+    stats.pages_mapped.add(installed);
+    Ok(installed)
+}
+
+/// Maps what is deferred of a range. No discard of the pages may be under way.
+fn map_deferred(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
+    block.take_deferred_runs(pages).try_for_each(|run| map_alias(memory, block, run, stats))
+}
+
+/// Maps a PRESENT page in the alias for a vCPU that came to it, and what is deferred around it.
+pub fn map_present(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
+    if block.is_deferred(page) {
+        let _pass = memory.gates.install(block.gate_of(page));
+        map_deferred(memory, block, block.word_of(page), stats)?;
+    }
+    map_alias(memory, block, page..page + 1, stats)
 }
 
 /// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias, nor with one that needs no help any more.
