@@ -53,6 +53,10 @@ test: programs examples | setup-test ## everything that can be tested here; ends
 test-vm: programs ## the test programs on other kernels, in emulated machines [KERNEL=... ABI=... FILTER=...]
 	c-tests/vm/tier --programs $(PROGRAMS)
 
+.PHONY: test-qemu
+test-qemu: stage ## QEMU with our patches migrates a guest by post-copy, in emulated machines; target/qemu.json [KERNEL=... MECHANISM=... CASE=... ROUNDS=...]
+	qemu/tier $(KERNEL:%=--kernel %) $(MECHANISM:%=--mechanism %) -- $(CASE:%=--case %) $(ROUNDS:%=--rounds %)
+
 .PHONY: bench
 bench: programs | setup-test ## pages a second of each mechanism beside plain userfaultfd; CSV, JSON and a plot under target/
 	$(PROGRAMS)/compare --csv $T/bench.csv --json $T/bench.json

@@ -40,10 +40,13 @@ def mirrors():
 
 
 class Apt:
-    """apt-get and apt-cache over our suites; state and lists live in the cache."""
+    """apt-get and apt-cache over our suites; state and lists live in the cache, under a name for each choice of suites."""
 
-    def __init__(self):
-        self.home = CACHE / "apt"
+    fresh = set()
+
+    def __init__(self, name="apt", types="deb", suites=SUITES, security_suites=SECURITY_SUITES):
+        self.name, self.types, self.suites, self.security_suites = name, types, suites, security_suites
+        self.home = CACHE / name
         self.conf = self.home / "apt.conf"
 
     def configure(self):
@@ -52,9 +55,9 @@ class Apt:
         (self.home / "status").touch()
         main, security = mirrors()
         signed = f"Signed-By: {KEYRING}\n" if os.path.exists(KEYRING) else ""
-        sources = f"Types: deb\nURIs: {main}\nSuites: {' '.join(SUITES)}\nComponents: main\n{signed}\n"
+        sources = f"Types: {self.types}\nURIs: {main}\nSuites: {' '.join(self.suites)}\nComponents: main\n{signed}\n"
         if security:
-            sources += f"Types: deb\nURIs: {security}\nSuites: {' '.join(SECURITY_SUITES)}\nComponents: main\n{signed}"
+            sources += f"Types: {self.types}\nURIs: {security}\nSuites: {' '.join(self.security_suites)}\nComponents: main\n{signed}"
         (self.home / "debian.sources").write_text(sources)
         # Read last (-c), so that it also clears the hooks of the machine's own configuration.
         self.conf.write_text(f'''
@@ -77,8 +80,8 @@ Acquire::Retries "3";
 
     def update(self):
         """Fetches the lists, once a process."""
-        if not getattr(Apt, "fresh", False):
-            with locked("apt"):
+        if self.name not in Apt.fresh:
+            with locked(self.name):
                 self.configure()
                 try:
                     # Without the option, apt-get calls it a success when no list could be fetched.
@@ -86,7 +89,7 @@ Acquire::Retries "3";
                 except Unavailable as error:
                     raise Unavailable(f"Debian's mirror {mirrors()[0]} cannot be used; when `apt-get update` works, "
                                       f"this works, too ({error})")
-            Apt.fresh = True
+            Apt.fresh.add(self.name)
 
     def candidates(self, package):
         """Every version of a package: its control fields, newest version first."""
@@ -112,6 +115,11 @@ Acquire::Retries "3";
             run("dpkg", "-x", str(deb), str(directory))
             deb.unlink()
         downloads.rmdir()
+
+    def download_source(self, package, directory):
+        """Downloads the newest source package (apt checks its signature and hashes), without unpacking it; needs types="deb-src"."""
+        self.update()
+        run("apt-get", "-c", str(self.conf), "-q", "source", "--download-only", "--only-source", package, cwd=directory)
 
 
 def newer_first(a, b):

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""The post-copy cases of QEMU's own migration-test, with our accelerator property and with memory that can be shared."""
+
+import os
+import pathlib
+import re
+import subprocess
+
+from .migration import Skipped
+from .process import FAULTS, outlived_by_nobody
+from .qmp import Failed
+
+TESTS = "/x86_64/migration/postcopy/"
+FIRMWARE = [pathlib.Path("/usr/share/seabios/bios-256k.bin"), pathlib.Path("/usr/share/qemu/kvmvapic.bin")]
+PATIENCE = 20  # times that of one wait: a SeaBIOS is booted several times
+
+# migration-test takes any program whose name ends in -system-x86_64.
+WRAPPER = """#!/bin/sh
+memory=
+case "$*" in *"-m 150M"*) memory="-object memory-backend-memfd,id=kvmfault-ram,size=150M,share=on -machine memory-backend=kvmfault-ram" ;; esac
+for word; do
+	shift
+	[ "$word" = kvm ] && word={accelerator}
+	set -- "$@" "$word"
+done
+exec {qemu} {firmware} {trace} -nic none -vga none "$@" $memory
+"""
+
+
+def postcopy(run):
+    program = run.setting.migration_test
+    if not program:
+        raise Skipped("no migration-test: --migration-test names it")
+    missing = [str(f) for f in FIRMWARE if not f.exists()]
+    if missing:
+        raise Skipped(f"no {', '.join(missing)} for migration-test: apt-get install seabios qemu-system-data")
+    wrapper = run.setting.sockets / "qemu-system-x86_64"
+    accelerator = f"kvm,fault-exits={run.fault_exits}" if run.fault_exits else "kvm"
+    firmware = " ".join(f"-L {f.parent}" for f in FIRMWARE)
+    trace = "-trace 'kvm_faults_*'" if run.fault_exits else ""
+    wrapper.write_text(WRAPPER.format(accelerator=accelerator, trace=trace, qemu=run.setting.qemu, firmware=firmware))
+    wrapper.chmod(0o755)
+    environment = dict(os.environ, QTEST_QEMU_BINARY=str(wrapper))
+    # Each by its name: of a path it runs only what is directly below.
+    listed = subprocess.run([program, "-l"], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True).stdout
+    wanted = [name for name in listed.split() if name.startswith(TESTS)]
+    log = run.setting.logs / "migration-test.stderr"
+    with open(log, "w") as out:
+        process = subprocess.Popen([*outlived_by_nobody(), program, "--tap", "-k", *(w for name in wanted for w in ("-p", name))],
+                                   stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        try:
+            status = process.wait(PATIENCE * run.setting.patience)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"migration-test: no end within {PATIENCE * run.setting.patience:g} s")
+        finally:
+            process.terminate()  # it ends its QEMUs
+            process.wait()
+    said = log.read_text(errors="replace")
+    verdicts = re.findall(r"^(ok|not ok) \d+ (\S+)( # SKIP.*)?", said, re.M)
+    failed = [name for verdict, name, _ in verdicts if verdict != "ok"]
+    if status or failed or not wanted or len(verdicts) != len(wanted):
+        raise Failed(f"migration-test: status {status}, {len(verdicts)} of {len(wanted)} cases, not ok: {', '.join(failed) or 'none'}")
+    warnings = [text for text in said.splitlines() if "fault-exits" in text and not text.startswith("#")]
+    if run.mechanism not in ("qemu", "auto") and warnings:
+        raise Skipped(warnings[0])
+    run.row.update(completed=True, verified=True)
+    faults = [int(m[2]) for m in FAULTS.finditer(said)]
+    run.row["vcpu_thread_faults"] = sum(faults) if faults else None
+    run.note = ", ".join(name[len(TESTS):] for _, name, skipped in verdicts if not skipped)
