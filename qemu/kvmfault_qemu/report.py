@@ -35,6 +35,10 @@ def merged(rounds):
     return found
 
 
+def is_ratio(text):
+    return text.startswith("# ") and " / qemu: p50 " in text
+
+
 def ratios(rows):
     """Lines that compare each mechanism with QEMU's own path: of the same kernel, the same case, the same run."""
     own = {(r["kernel"], r["case"]): r for r in rows if r["mechanism"] == "qemu"}

@@ -122,7 +122,9 @@ def in_parallel(machines, options):
             for n in [n for n, (process, *_) in running.items() if process.poll() is not None]:
                 process, log, part, name = running.pop(n)
                 log.seek(0)
-                print(*(text for text in log.read().splitlines() if not cases.TOTALS.match(text)), sep="\n", flush=True)
+                # Totals and comparisons come once, of all machines.
+                said = (text for text in log.read().splitlines() if not cases.TOTALS.match(text) and not report.is_ratio(text))
+                print(*said, sep="\n", flush=True)
                 log.close()
                 found[n] = json.loads(part.read_text()) if part.exists() else [
                     report.row(kernel=name, case="machine", result="FAIL", reason=f"tier itself ended with status {process.returncode}")]
