@@ -48,6 +48,8 @@ def finish(run, m):
             raise Skipped(warnings[0])
     elif m.must_use and not faults:
         raise Failed(f"the destination doesn't say how many faults {run.mechanism} has served")
+    elif m.must_use and not faults[1]:
+        raise Failed(f"{run.mechanism} has served no fault: the guest slept until its pages came by themselves")
 
 
 def up_to_switch(m):
