@@ -276,6 +276,33 @@ static void postcopy_anon(void)
 	postcopy(ANON);
 }
 
+/* Tries to end it all the time; in the end all pages are there, and it may. */
+static void *end_again_and_again(void *arg)
+{
+	int ret;
+	unsigned refused = 0;
+	(void)arg;
+	while ((ret = kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0)) == -EBUSY)
+		refused++;
+	OK(ret);
+	note("refused %u times", refused);
+	return NULL;
+}
+
+/* Pages that arrive just then leave no marker behind: after the end vCPUs come to all of them. */
+static void end_while_pages_arrive(void)
+{
+	for (int round = 0; round < 20; round++) {
+		pthread_t thread;
+		set_up(MEMFD, true);
+		CHECK(!pthread_create(&thread, NULL, end_again_and_again, NULL), "pthread_create");
+		pthread_join(thread, NULL);
+		UNTIL(test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP || kvmfault_pages_absent(vmm.m.library) == 0);
+		run_guests(READ_FIRST);
+		tear_down();
+	}
+}
+
 /* The end comes too early: refused while a page is missing, and the guests never see zeros. */
 static void too_early(void)
 {
@@ -575,6 +602,7 @@ static const struct test_case cases[] = {
 	{ "postcopy-memfd", postcopy_memfd, true },
 	{ "postcopy-anon", postcopy_anon, true },
 	{ "too-early", too_early, true },
+	{ "end-while-pages-arrive", end_while_pages_arrive, true },
 	{ "stale-missing", stale_missing, true },
 	{ "slots-change", slots_change, true },
 	{ "addresses", addresses, true },

@@ -66,8 +66,9 @@ pub unsafe extern "C" fn kvmfault_pages_map(vm: *const kvmfault_vm, gpa: u64, le
 /// range may hold such. `hva` is the VMM's address, and `hva` and `len` are multiples of the memory's page size.
 ///
 /// Returns 0: all of the range is present. -ENOENT: `hva` is in no slot's memory (not an error for a VMM that calls this for all of its memory),
-/// or a page of shared memory is not in the page cache (which may be found out only when a vCPU comes to it, and end its run). -EINVAL: alignment, `len` 0, beyond the memory that was registered. -EHWPOISON: a
-/// page is lost. -EOPNOTSUPP: a VM without KVMFAULT_VM_EXTERNAL_UFFD. Any thread, also in callbacks.
+/// or a page of shared memory is not in the page cache (which may be found out only when a vCPU comes to it, and end its run). -EINVAL:
+/// alignment, `len` 0, beyond the memory that was registered. -EHWPOISON: a page is lost. -EOPNOTSUPP: a VM without
+/// KVMFAULT_VM_EXTERNAL_UFFD. Any thread, also in callbacks.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library. `hva` is only compared.

@@ -197,7 +197,7 @@ fn arrive(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Res
     let mut installed = 0;
     block.set_exits(run.clone(), false);
     for page in run.clone() {
-        let unasked = block.pages.get(page) == State::Absent && !block.is_released(memory) && block.defer(page);
+        let unasked = block.pages.get(page) == State::Absent && block.defer(page);
         if unasked && block.pages.change(page, State::Absent, State::Present).is_ok() {
             installed += 1;
         } else {
@@ -231,9 +231,9 @@ pub fn map_present(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> 
     map_alias(memory, block, page..page + 1, stats)
 }
 
-/// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias, nor with one that needs no help any more.
+/// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias.
 pub fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Result<()> {
-    let Some(alias) = block.alias_of(run.start).filter(|_| !block.is_released(memory)) else {
+    let Some(alias) = block.alias_of(run.start) else {
         return Ok(());
     };
     let end = alias + (run.end - run.start) * block.page;
@@ -241,6 +241,7 @@ pub fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats)
     let mut patience = Patience::default();
     while at < end {
         let step = match memory.uffd.map(at, end - at) {
+            // No longer registered: the alias needs no help any more. (While a page is missing it is.)
             Err(e) if e.errno == libc::ENOENT && block.is_released(memory) => return Ok(()),
             Err(e) if e.errno == libc::EFAULT && memory.external => {
                 fail!(ENOENT, "the page at hva {:#x} is not in the page cache", block.hva + (at - block.kvm_hva()))
