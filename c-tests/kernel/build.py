@@ -11,7 +11,7 @@ import pathlib
 import subprocess
 import sys
 
-from kvmfault_vm import cache, kernels, machine, source
+from kvmfault_vm import cache, kernels, outcome, source
 from kvmfault_vm.cache import Broken, Unavailable
 from kvmfault_vm.packages import Apt
 
@@ -71,32 +71,25 @@ def compile_modules(kernel, origin, patches, work):
     subprocess.run(["rm", "-rf", tree], check=True)
 
 
+def modules(patches):
+    """Their directory."""
+    kernel = kernels.find(kernels.PATCHED)
+    content = hashlib.sha256(kernel.version.encode())
+    for file in [pathlib.Path(__file__), *patches]:
+        content.update(file.read_bytes())
+    name = f"kvm/{content.hexdigest()[:16]}"
+    if not (cache.CACHE / name).exists():
+        print(f"building kvm.ko and kvm-amd.ko of Linux {kernel.release} with our patch (about half a minute)",
+              file=sys.stderr, flush=True)
+    origin = cache.entry(f"kvm-source/{kernel.version}", lambda work: fetch(kernel, work))
+    return cache.entry(name, lambda work: compile_modules(kernel, origin, patches, work))
+
+
 def main():
     parser = argparse.ArgumentParser(prog="build")
     parser.add_argument("--with", action="append", default=[], dest="further", metavar="PATCH", type=pathlib.Path)
     patches = sorted(HERE.glob("*.patch")) + [p.resolve() for p in parser.parse_args().further]
-    machine.die_cleanly()
-    try:
-        kernel = kernels.find(kernels.PATCHED)
-        content = hashlib.sha256(kernel.version.encode())
-        for file in [pathlib.Path(__file__), *patches]:
-            content.update(file.read_bytes())
-        name = f"kvm/{content.hexdigest()[:16]}"
-        if not (cache.CACHE / name).exists():
-            print(f"building kvm.ko and kvm-amd.ko of Linux {kernel.release} with our patch (about half a minute)",
-                  file=sys.stderr, flush=True)
-        origin = cache.entry(f"kvm-source/{kernel.version}", lambda work: fetch(kernel, work))
-        print(cache.entry(name, lambda work: compile_modules(kernel, origin, patches, work)))
-    except (Unavailable, OSError) as error:
-        print(f"build: {error}", file=sys.stderr)
-        return 122
-    except Broken as error:
-        print(f"build: FAILED: {error}", file=sys.stderr)
-        return 123
-    except machine.Interrupted as error:
-        print(f"build: interrupted by {error}", file=sys.stderr)
-        return 143
-    return 0
+    return outcome.exit_status("build", lambda: print(modules(patches)))
 
 
 if __name__ == "__main__":

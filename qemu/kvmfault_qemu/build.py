@@ -9,11 +9,10 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 
-from kvmfault_vm import cache, machine, source
+from kvmfault_vm import cache, outcome, source
 from kvmfault_vm.cache import PROJECT, Broken, Unavailable
 from kvmfault_vm.packages import Apt
 
@@ -147,23 +146,13 @@ def main():
     parser.add_argument("--with-tests", action="store_true", help="also QEMU's migration-test; prints the directory of both")
     parser.add_argument("--guest", action="store_true", help="the guest that is migrated, not QEMU")
     options = parser.parse_args()
-    machine.die_cleanly()
-    try:
+
+    def build():
         if options.guest:
-            print(guest.rom())
-        else:
-            directory = qemu(not options.unpatched, options.with_tests)
-            print(directory if options.with_tests else directory / BINARY)
-    except (Unavailable, OSError) as error:
-        print(f"build.sh: {error}", file=sys.stderr)
-        return 122
-    except Broken as error:
-        print(f"build.sh: FAILED: {error}", file=sys.stderr)
-        return 123
-    except machine.Interrupted as error:
-        print(f"build.sh: interrupted by {error}", file=sys.stderr)
-        return 143
-    return 0
+            return guest.rom()
+        directory = qemu(not options.unpatched, options.with_tests)
+        return directory if options.with_tests else directory / BINARY
+    return outcome.exit_status("build.sh", lambda: print(build()))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 
-from . import cache, kernels, machine, source
-from .cache import Broken, Unavailable
+from . import cache, kernels, outcome, source
+from .cache import Unavailable
 from .packages import Apt
 
 PROGRAM = "demand_paging_test"
@@ -49,19 +49,7 @@ def set_up_and_build():
 
 
 def main():
-    machine.die_cleanly()
-    try:
-        print(program())
-    except (Unavailable, OSError) as error:
-        print(f"selftest: {error}", file=sys.stderr)
-        return 122
-    except Broken as error:
-        print(f"selftest: FAILED: {error}", file=sys.stderr)
-        return 123
-    except machine.Interrupted as error:
-        print(f"selftest: interrupted by {error}", file=sys.stderr)
-        return 143
-    return 0
+    return outcome.exit_status("selftest", lambda: print(program()))
 
 
 if __name__ == "__main__":
