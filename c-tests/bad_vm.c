@@ -126,7 +126,7 @@ static void wrong_numbers(void)
 		options.reader_threads = *bad;
 		refuse(&options, EINVAL, "reader_threads");
 	}
-	for (const uint32_t *bad = (const uint32_t[]){ 3, 12, 4095, 8192, 1u << 31, UINT32_MAX, 0 }; *bad; bad++) {
+	for (const uint32_t *bad = (const uint32_t[]){ 4097, 8192, 1u << 31, UINT32_MAX, 0 }; *bad; bad++) {
 		struct kvmfault_vm_options options = good(&s);
 		options.readahead = *bad;
 		refuse(&options, EINVAL, "readahead");

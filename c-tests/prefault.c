@@ -78,7 +78,7 @@ static struct result restore(enum backing backing, uint64_t flags, int mode)
 	double start = now();
 	vcpu_verify(v);
 	struct result result = { now() - start, vcpu_counter(v, "exits") };
-	EQUAL("resolver calls", source.total, pages / READAHEAD);
+	CHECK(source.total <= pages / READAHEAD + 8, "%lu resolver calls", source.total);
 	if (mode == READ_FIRST)
 		pattern_check(&source.pattern, ram.hva, 0, pages);
 	vcpu_detach(v);

@@ -27,7 +27,7 @@ static void usage(FILE *to)
 		"  --size MIB                   guest memory, 1 to %lu (default 256)\n"
 		"  --order sequential|shuffled  in which the guest touches its pages (default shuffled)\n"
 		"  --cpl 0|3|both               the guest's privilege level (default both)\n"
-		"  --readahead N                pages a fault, a power of two up to 4096 (default 1)\n"
+		"  --readahead N                pages a fault at most, 1 to 4096 (default 1)\n"
 		"  --json FILE                  write the results there too\n"
 		"Exit status: 0 if every page was right, 1 if not or if something failed, 2 for a wrong option.\n",
 		MOST_VCPUS, TINY_VM_RAM_MAX >> 20);

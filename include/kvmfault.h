@@ -160,7 +160,7 @@
 #define KVMFAULT_ORIGIN_HOST 1
 
 /*
- * `kvmfault_pages_resolve` asked for the page.
+ * Nobody waits for the page: `kvmfault_pages_resolve` or readahead asked for it.
  */
 #define KVMFAULT_ORIGIN_PREFETCH 2
 
@@ -373,9 +373,11 @@ struct kvmfault_fault {
    */
   int vcpu;
   /*
-   * Start of the readahead window: aligned, holds `gpa`, inside the memslot. Installing all of it
-   * is welcome; pages of it that are already present are skipped by `kvmfault_pages_install`. Equal
-   * to `gpa` and `len` without readahead.
+   * Start of the readahead window: what the library expects to be needed next, around the page. It
+   * holds `gpa`, lies inside the memslot, and none of its pages was present when the call began.
+   * Installing all of it is welcome, a part of it or the page alone is fine; what came meanwhile is
+   * skipped by `kvmfault_pages_install`. If the resolver fails, it is called again for the page
+   * alone. Equal to `gpa` and `len` without readahead.
    */
   uint64_t window_gpa;
   /*
@@ -478,8 +480,12 @@ struct kvmfault_vm_options {
    */
   uint32_t reader_threads;
   /*
-   * Size in pages of the readahead window shown to the resolver: a power of two up to 4096; 0 means
-   * 1, no readahead.
+   * Readahead: so many pages, 1 to 4096, may be in the window of one resolver call; 0 means 1, no
+   * readahead. The window adapts itself, for each vCPU: faults in a row, up or down, get 4 pages,
+   * then 8, and so on up to this; faults without a pattern get their page and nothing more. Where
+   * faults are a constant step apart the resolver is called, on the same thread, for the pages that
+   * will follow as well (with KVMFAULT_ORIGIN_PREFETCH, and for 200 us at most unless it answers
+   * KVMFAULT_PENDING). 64 is a good value for memory and files, more where a call is slow.
    */
   uint32_t readahead;
   /*
@@ -617,7 +623,7 @@ struct kvmfault_stats {
    */
   uint64_t faults_prefetch;
   /*
-   * Calls of the resolver.
+   * Calls of the resolver: for faults, and for pages of strided runs ahead of them.
    */
   uint64_t resolver_calls;
   /*
@@ -688,6 +694,15 @@ struct kvmfault_stats {
    * Faults by service time: bucket 0 below 1 us, bucket n from 2^(n-1) us up to 2^n us.
    */
   uint64_t latency_us_log2[KVMFAULT_LATENCY_BUCKETS];
+  /*
+   * Pages that resolvers were asked for by readahead, besides those that were needed.
+   */
+  uint64_t ahead_asked;
+  /*
+   * Of them, those for which the resolver failed; each is still absent, or came by a fault of its
+   * own.
+   */
+  uint64_t ahead_failed;
 };
 
 /*
@@ -1188,8 +1203,8 @@ int kvmfault_file_source_new(int fd,
 
 /*
  * The resolver of a snapshot file, for `kvmfault_vm_options.resolver`; `opaque` is the source.
- * Installs the readahead window as far as it is in one piece of the file. Also callable from a
- * resolver of the VMM's own, for part of its memory.
+ * Installs the readahead window as far as the file has it. Also callable from a resolver of the
+ * VMM's own, for part of its memory.
  */
 int kvmfault_file_source_resolve(void *opaque,
                                  struct kvmfault_vm *vm,

@@ -67,6 +67,8 @@ counters! {
     mmio_reads,
     mmio_writes,
     kicks,
+    ahead_asked,
+    ahead_failed,
 }
 
 /// Counters for whoever isn't a vCPU, or is one inside a callback: a set for each of so many threads, so that threads which install pages at

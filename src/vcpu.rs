@@ -14,8 +14,9 @@ use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{LOOK_AROUND, WAITS};
+use crate::resolve::readahead::Plan;
 use crate::resolve::seat::{News, Seat};
-use crate::resolve::{pause_before, Origin, Outcome, Waiter, MOST_RETRIES};
+use crate::resolve::{pause_before, More, Need, Origin, Outcome, Waiter, MOST_RETRIES};
 use crate::vm::Vm;
 use kvm_bindings as kb;
 use std::os::fd::RawFd;
@@ -428,16 +429,21 @@ impl Vcpu {
         }
     }
 
-    /// Maps in stage 2 what has just become present: the page, and what the resolver installed behind it. A help and no more: if it fails,
+    /// Maps in stage 2 what has just become present: the page, and what the resolver installed beside it. A help and no more: if it fails,
     /// the guest's retry does the same.
     fn pre_fault(&self, own: &mut Own, slot: &Slot, page: u64) {
         if own.no_pre_fault {
             return;
         }
-        let pages = &slot.block.pages;
-        let end = slot.page_of(self.vm.engine.window(slot, page).end - 1) + 1;
-        let end = (page + 1..end).find(|&p| pages.get(p) != State::Present).unwrap_or(end);
-        match self.fd.pre_fault(slot.gpa_of(page), (end - page) * slot.block.page) {
+        let plan = self.seat.runs.try_lock().map_or(Plan::ALONE, |runs| runs.last());
+        let window = match plan.is_contiguous() {
+            true => plan.around(page, slot.pages()),
+            false => page..page + 1,
+        };
+        let is_there = |&p: &u64| slot.block.pages.get(p) == State::Present;
+        let end = page + 1 + (page + 1..window.end).take_while(is_there).count() as u64;
+        let start = page - (window.start..page).rev().take_while(is_there).count() as u64;
+        match self.fd.pre_fault(slot.gpa_of(start), (end - start) * slot.block.page) {
             Err(e) if ![libc::EAGAIN, libc::EINTR, libc::EFAULT, libc::ENOENT].contains(&e.errno) => {
                 own.no_pre_fault = true
             }
@@ -446,8 +452,14 @@ impl Vcpu {
     }
 
     fn bring(&self, block: &Arc<Block>, page: u64, access: Access, waiter: &dyn Waiter) -> Result<Outcome> {
-        let origin = Origin::Vcpu(self.seat.number);
-        self.vm.engine.resolve(block, page, origin, access, Some(waiter), &self.seat.stats)
+        let need = Need {
+            origin: Origin::Vcpu(self.seat.number),
+            access,
+            waiter: Some(waiter),
+            stats: &self.seat.stats,
+            more: More::Ahead(&self.seat.runs),
+        };
+        self.vm.engine.resolve(block, page, &need)
     }
 
     /// Outcomes that need nothing more.

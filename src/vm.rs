@@ -15,7 +15,7 @@ use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{Patience, Sleeper};
 use crate::memory::{discard, Memory};
-use crate::resolve::{pause_before, reader, Engine, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
+use crate::resolve::{pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
 use crate::stats::Stats;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -35,7 +35,7 @@ pub struct Options<'a> {
     pub abi: Option<&'a str>,
     /// Reader threads; 0 for the usual number.
     pub readers: u32,
-    /// Readahead window in pages; 0 for none.
+    /// So many pages may be brought with one that faults, it included; 0 for no readahead.
     pub readahead: u32,
     /// Map pages in stage 2 (KVM_PRE_FAULT_MEMORY) after a vCPU's fault.
     pub pre_fault: bool,
@@ -72,8 +72,8 @@ impl Vm {
             fail!(EINVAL, "reader_threads: {} is more than 64", options.readers);
         }
         let readahead = options.readahead.max(1);
-        if !readahead.is_power_of_two() || readahead > 4096 {
-            fail!(EINVAL, "readahead: {readahead} is not a power of two up to 4096");
+        if readahead > 4096 {
+            fail!(EINVAL, "readahead: {readahead} is more than 4096");
         }
         if options.external && options.readers > 0 {
             fail!(EINVAL, "reader_threads: with KVMFAULT_VM_EXTERNAL_UFFD the library reads no userfaultfd");
@@ -278,11 +278,17 @@ impl Vm {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
         let waiter = Patient(Sleeper::default());
-        let stats = self.engine.memory.stats.here();
+        let need = Need {
+            origin: Origin::Prefetch,
+            access: 0,
+            waiter: Some(&waiter),
+            stats: self.engine.memory.stats.here(),
+            more: More::UpTo { end: pages.end, most: self.engine.readahead },
+        };
         for page in pages {
             let mut retries = 0;
             while slot.block.pages.get(page) != State::Present {
-                match self.engine.resolve(&slot.block, page, Origin::Prefetch, 0, Some(&waiter), stats)? {
+                match self.engine.resolve(&slot.block, page, &need)? {
                     Outcome::Lost => fail!(EHWPOISON, "the page at gpa {:#x} is lost", slot.gpa_of(page)),
                     Outcome::Interrupted => fail!(EINTR, "interrupted by a signal at gpa {:#x}", slot.gpa_of(page)),
                     Outcome::Gone => fail!(ENOENT, "slot {:#x} was deleted meanwhile", slot.region.slot),

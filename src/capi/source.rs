@@ -56,8 +56,8 @@ pub unsafe extern "C" fn kvmfault_file_source_new(
     })
 }
 
-/// The resolver of a snapshot file, for `kvmfault_vm_options.resolver`; `opaque` is the source. Installs the readahead window as far as it is in
-/// one piece of the file. Also callable from a resolver of the VMM's own, for part of its memory.
+/// The resolver of a snapshot file, for `kvmfault_vm_options.resolver`; `opaque` is the source. Installs the readahead window as far as the file
+/// has it. Also callable from a resolver of the VMM's own, for part of its memory.
 ///
 /// # Safety
 /// As any resolver: called by the library, or with what it was called with.
@@ -73,35 +73,40 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
         }
         // SAFETY: not NULL: what the library passed to the resolver.
         let fault = unsafe { &*fault };
-        // The page itself first: it may be larger than a piece of the file, and it is what the guest waits for.
-        let (bytes, len) = source.find(fault.gpa, fault.window_gpa + fault.window_len - fault.gpa)?;
-        let len = len / fault.len * fault.len;
-        if len == 0 {
-            fail!(
-                EINVAL,
-                "the page of {:#x} bytes at gpa {:#x} is not in one piece in the snapshot",
-                fault.len,
-                fault.gpa
-            );
-        }
-        // SAFETY: what the library passed to the resolver, and bytes of the source's mapping.
-        let result = unsafe {
-            match bytes {
-                Bytes::At(address) => {
-                    super::pages::kvmfault_pages_install(vm, fault.gpa, address as *const c_void, len)
+        // One piece, all data or all hole, as far as it goes.
+        let bring = |gpa: u64, end: u64| {
+            let (bytes, len) = source.find(gpa, end - gpa)?;
+            let len = len / fault.len * fault.len;
+            if len == 0 {
+                fail!(EINVAL, "the page of {:#x} bytes at gpa {gpa:#x} is not in one piece in the snapshot", fault.len);
+            }
+            // SAFETY: what the library passed to the resolver, and bytes of the source's mapping.
+            let result = unsafe {
+                match bytes {
+                    Bytes::At(address) => super::pages::kvmfault_pages_install(vm, gpa, address as *const c_void, len),
+                    Bytes::Hole => super::pages::kvmfault_pages_zero(vm, gpa, len),
                 }
-                Bytes::Hole => super::pages::kvmfault_pages_zero(vm, fault.gpa, len),
+            };
+            match result {
+                0 => Ok(len),
+                e if e == -libc::EEXIST => Ok(len),
+                // The file's own bytes could not be read: the disk failed, or the file was cut short.
+                e if e == -libc::EFAULT => {
+                    Err(Error::new(libc::EIO, format!("the snapshot can't be read for gpa {gpa:#x}")))
+                }
+                e => Err(Error::new(-e, "installing a page of the snapshot")),
             }
         };
-        match result {
-            0 => Ok(KVMFAULT_RESOLVED),
-            e if e == -libc::EEXIST => Ok(KVMFAULT_RESOLVED),
-            // The file's own bytes could not be read: the disk failed, or the file was cut short.
-            e if e == -libc::EFAULT => {
-                Err(Error::new(libc::EIO, format!("the snapshot can't be read for gpa {:#x}", fault.gpa)))
+        let end = fault.window_gpa + fault.window_len;
+        let first = bring(fault.gpa, end)?;
+        // The rest of the window is welcome, not needed: what can't be had stays absent.
+        for (mut at, end) in [(fault.gpa + first, end), (fault.window_gpa, fault.gpa)] {
+            while at < end {
+                let Ok(len) = bring(at, end) else { break };
+                at += len;
             }
-            e => Err(Error::new(-e, "installing a page of the snapshot")),
         }
+        Ok(KVMFAULT_RESOLVED)
     })
 }
 

@@ -51,7 +51,7 @@ pub const KVMFAULT_ACCESS_EXEC: u32 = 1 << 2;
 pub const KVMFAULT_ORIGIN_VCPU: c_int = 0;
 /// The fault comes from a host thread or system call that touched absent memory.
 pub const KVMFAULT_ORIGIN_HOST: c_int = 1;
-/// `kvmfault_pages_resolve` asked for the page.
+/// Nobody waits for the page: `kvmfault_pages_resolve` or readahead asked for it.
 pub const KVMFAULT_ORIGIN_PREFETCH: c_int = 2;
 
 /// What a memslot's memory is; the library checks it against /proc/self/maps. AUTO accepts whatever it finds.
@@ -149,8 +149,10 @@ pub struct kvmfault_fault {
     pub origin: c_int,
     /// The vCPU's number (as given to KVM_CREATE_VCPU), or -1.
     pub vcpu: c_int,
-    /// Start of the readahead window: aligned, holds `gpa`, inside the memslot. Installing all of it is welcome; pages of
-    /// it that are already present are skipped by `kvmfault_pages_install`. Equal to `gpa` and `len` without readahead.
+    /// Start of the readahead window: what the library expects to be needed next, around the page. It holds `gpa`, lies inside the memslot, and
+    /// none of its pages was present when the call began. Installing all of it is welcome, a part of it or the page alone is fine; what came
+    /// meanwhile is skipped by `kvmfault_pages_install`. If the resolver fails, it is called again for the page alone. Equal to `gpa` and `len`
+    /// without readahead.
     pub window_gpa: u64,
     /// Length of that window in bytes.
     pub window_len: u64,
@@ -213,7 +215,11 @@ pub struct kvmfault_vm_options {
     pub written: kvmfault_written,
     /// Threads that read the userfaultfd, 1 to 64; 0 means 1 (2 for a forced `userfaultfd` mechanism).
     pub reader_threads: u32,
-    /// Size in pages of the readahead window shown to the resolver: a power of two up to 4096; 0 means 1, no readahead.
+    /// Readahead: so many pages, 1 to 4096, may be in the window of one resolver call; 0 means 1, no readahead. The window adapts itself, for each vCPU:
+    /// faults in a row, up or down, get 4 pages, then 8, and so on up to this; faults without a pattern get their page and nothing more. Where
+    /// faults are a constant step apart the resolver is called, on the same thread, for the pages that will follow as well (with
+    /// KVMFAULT_ORIGIN_PREFETCH, and for 200 us at most unless it answers KVMFAULT_PENDING). 64 is a good value for memory and files, more where a
+    /// call is slow.
     pub readahead: u32,
     /// KVMFAULT_VM_* bits.
     pub flags: u64,
@@ -357,7 +363,7 @@ pub struct kvmfault_stats {
     pub faults_host: u64,
     /// Pages asked for by `kvmfault_pages_resolve` that were not present.
     pub faults_prefetch: u64,
-    /// Calls of the resolver.
+    /// Calls of the resolver: for faults, and for pages of strided runs ahead of them.
     pub resolver_calls: u64,
     /// Faults that ended with the page installed by their own resolver call.
     pub outcome_resolved: u64,
@@ -393,6 +399,10 @@ pub struct kvmfault_stats {
     pub kicks: u64,
     /// Faults by service time: bucket 0 below 1 us, bucket n from 2^(n-1) us up to 2^n us.
     pub latency_us_log2: [u64; KVMFAULT_LATENCY_BUCKETS],
+    /// Pages that resolvers were asked for by readahead, besides those that were needed.
+    pub ahead_asked: u64,
+    /// Of them, those for which the resolver failed; each is still absent, or came by a fault of its own.
+    pub ahead_failed: u64,
 }
 
 /// Where a range of guest memory lies in the snapshot file. Start from KVMFAULT_FILE_RANGE_INIT.

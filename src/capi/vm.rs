@@ -362,5 +362,7 @@ pub fn stats_of(stats: &Stats) -> kvmfault_stats {
         mmio_writes: stats.mmio_writes.get(),
         kicks: stats.kicks.get(),
         latency_us_log2: std::array::from_fn(|n| stats.latency[n].get()),
+        ahead_asked: stats.ahead_asked.get(),
+        ahead_failed: stats.ahead_failed.get(),
     }
 }

@@ -98,6 +98,34 @@ impl Pages {
         }
     }
 
+    /// How far the ABSENT pages reach from `from` up: the first that isn't, or `end`.
+    pub fn absent_up(&self, from: u64, end: u64) -> u64 {
+        let mut page = from;
+        while page < end {
+            let rest = self.words.atomics()[(page / PER_WORD) as usize].load(SeqCst) >> (page % PER_WORD * 2);
+            if rest != 0 {
+                return end.min(page + rest.trailing_zeros() as u64 / 2);
+            }
+            page = (page / PER_WORD + 1) * PER_WORD;
+        }
+        end
+    }
+
+    /// How far the ABSENT pages reach from below `from` down: the last of them, or `from` if there is none; not below `start`.
+    pub fn absent_down(&self, from: u64, start: u64) -> u64 {
+        let mut above = from;
+        while above > start {
+            let last = above - 1;
+            let word = self.words.atomics()[(last / PER_WORD) as usize].load(SeqCst);
+            let rest = word << ((PER_WORD - 1 - last % PER_WORD) * 2);
+            if rest != 0 {
+                return start.max(above - rest.leading_zeros() as u64 / 2);
+            }
+            above = last / PER_WORD * PER_WORD;
+        }
+        start
+    }
+
     /// All pages to one state; before anybody else sees them.
     pub fn fill(&self, state: State) {
         let word = (0..PER_WORD).fold(0, |word, n| word | (state as u64) << (2 * n));
@@ -161,6 +189,26 @@ mod tests {
         assert_eq!(pages.count(33..34, State::Present), 1);
         pages.fill(State::Present);
         assert_eq!(pages.count(1..70, State::Present), 69);
+    }
+
+    #[test]
+    fn absent_pages_are_measured_in_both_directions() {
+        let pages = Pages::new(200).unwrap();
+        for state in [State::Resolving, State::Present, State::Lost] {
+            let pages = Pages::new(200).unwrap();
+            for page in [10, 100] {
+                pages.change(page, State::Absent, state).unwrap();
+            }
+            for start in 0..200 {
+                let up = (start..200).find(|&p| pages.get(p) != State::Absent).unwrap_or(200);
+                assert_eq!(pages.absent_up(start, 200), up, "{state:?}: up from {start}");
+                assert_eq!(pages.absent_up(start, 120.max(start)), up.min(120.max(start)));
+                let down = (0..start).rev().find(|&p| pages.get(p) != State::Absent).map_or(0, |p| p + 1);
+                assert_eq!(pages.absent_down(start, 0), down, "{state:?}: down from {start}");
+                assert_eq!(pages.absent_down(start, 40.min(start)), down.max(40.min(start)));
+            }
+        }
+        assert_eq!((pages.absent_up(0, 200), pages.absent_down(200, 0)), (200, 0));
     }
 
     #[test]

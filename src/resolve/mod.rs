@@ -1,6 +1,7 @@
 //! Who brings a page: exactly one caller at a time, through the VMM's resolver; the others wait for it.
 
 pub mod file_source;
+pub mod readahead;
 pub mod reader;
 pub mod seat;
 
@@ -13,6 +14,7 @@ use crate::memory::slots::Slot;
 use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
 use crate::memory::{discard, install, Memory};
 use crate::stats::Stats;
+use readahead::{Plan, Runs};
 use seat::Seats;
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -47,8 +49,42 @@ pub struct Fault {
     pub access: Access,
     /// Who needs it.
     pub origin: Origin,
-    /// Readahead window: guest addresses.
+    /// What is welcome besides: guest addresses around the page.
     pub window: Range<u64>,
+}
+
+/// Who comes with a fault, and what for.
+#[derive(Clone, Copy)]
+pub struct Need<'a> {
+    /// Who needs the page.
+    pub origin: Origin,
+    /// What the kernel says of the access.
+    pub access: Access,
+    /// Whoever waits if somebody else is bringing the page; without one nobody waits.
+    pub waiter: Option<&'a dyn Waiter>,
+    /// Where it is counted.
+    pub stats: &'a Stats,
+    /// What may be brought besides.
+    pub more: More<'a>,
+}
+
+/// What may be brought with a page.
+#[derive(Clone, Copy)]
+pub enum More<'a> {
+    /// What the runs of these faults suggest.
+    Ahead(&'a Mutex<Runs>),
+    /// What follows.
+    UpTo {
+        /// The end, a page of the block.
+        end: u64,
+        /// So many pages together, the needed one included.
+        most: u64,
+    },
+}
+
+impl More<'_> {
+    /// Nothing.
+    pub const NOTHING: Self = More::UpTo { end: 0, most: 1 };
 }
 
 /// What a resolver answers.
@@ -97,7 +133,7 @@ pub enum Outcome {
     Gone,
 }
 
-/// Who waits, and when it must stop waiting. Without one nobody waits.
+/// Who waits, and when it must stop waiting.
 pub trait Waiter {
     /// Where a kick finds it.
     fn sleeper(&self) -> &Sleeper;
@@ -107,6 +143,9 @@ pub trait Waiter {
 
 /// After so many KVMFAULT_RETRY in a row for one page the fault is an error.
 pub const MOST_RETRIES: u32 = 1000;
+
+/// A strided run is brought page by page before the vCPU goes on: for this long, so that a slow resolver doesn't hold it up.
+const AHEAD_AT_MOST: Duration = Duration::from_micros(200);
 
 /// How long to wait before the n-th try in a row: doubling from 1 us to 10 ms.
 pub fn pause_before(retry: u32) -> Duration {
@@ -129,7 +168,8 @@ pub struct Engine {
     /// The vCPUs, as far as others need them.
     pub seats: Seats,
     resolver: Box<dyn Resolver>,
-    readahead: u64,
+    /// How many pages may be brought together, the needed one included.
+    pub readahead: u64,
     shutdown: AtomicBool,
     /// Pages whose last try for a host thread failed: how often in a row. Touched on failure only (see `is_failing`).
     failing: Mutex<HashMap<u64, u32>>,
@@ -137,7 +177,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// `readahead` is the window in pages.
+    /// `readahead`: how many pages may be brought together, the needed one included.
     pub fn new(memory: Memory, resolver: Box<dyn Resolver>, readahead: u64) -> Engine {
         Engine {
             memory,
@@ -179,22 +219,15 @@ impl Engine {
     }
 
     /// Serves one fault, and counts it.
-    pub fn resolve(
-        &self,
-        block: &Arc<Block>,
-        page: u64,
-        who: Origin,
-        access: Access,
-        waiter: Option<&dyn Waiter>,
-        stats: &Stats,
-    ) -> Result<Outcome> {
+    pub fn resolve(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
         let start = Instant::now();
-        match who {
+        let stats = need.stats;
+        match need.origin {
             Origin::Vcpu(_) => stats.faults_vcpu.add(1),
             Origin::Host => stats.faults_host.add(1),
             Origin::Prefetch => stats.faults_prefetch.add(1),
         }
-        let outcome = self.settle(block, page, who, access, waiter, stats);
+        let outcome = self.settle(block, page, need);
         match outcome {
             Ok(Outcome::Installed) => stats.outcome_resolved.add(1),
             Ok(Outcome::Waited | Outcome::Elsewhere | Outcome::Gone) => stats.outcome_waited.add(1),
@@ -208,15 +241,7 @@ impl Engine {
         outcome
     }
 
-    fn settle(
-        &self,
-        block: &Arc<Block>,
-        page: u64,
-        who: Origin,
-        access: Access,
-        waiter: Option<&dyn Waiter>,
-        stats: &Stats,
-    ) -> Result<Outcome> {
+    fn settle(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
         let hva = block.hva_of(page);
         let mut waited = false;
         loop {
@@ -231,7 +256,7 @@ impl Engine {
                 State::Present => return Ok(Outcome::WasPresent),
                 State::Lost => return Ok(Outcome::Lost),
                 State::Resolving => {
-                    let Some(waiter) = waiter else {
+                    let Some(waiter) = need.waiter else {
                         return Ok(Outcome::Elsewhere);
                     };
                     waited = true;
@@ -251,23 +276,98 @@ impl Engine {
                     if block.pages.change(page, State::Absent, State::Resolving).is_err() {
                         continue;
                     }
-                    let ours = Ours { engine: self, block, page, wakes: waiter.is_some() };
-                    let Some(fault) = self.fault(block, page, who, access) else {
+                    let ours = Ours { engine: self, block, page, wakes: need.waiter.is_some() };
+                    let slots = self.memory.slots();
+                    let Some(slot) = slots.showing(block, page) else {
                         return Ok(Outcome::Gone);
                     };
-                    stats.resolver_calls.add(1);
-                    let watch = install::Watch::new(block, page);
-                    let answer = self.callback(|| self.resolver.resolve(&fault));
-                    let came = watch.saw_it();
-                    drop(watch);
-                    if self.is_shut_down() {
-                        // Whatever the resolver says: with its VM freed it could not do what it meant to.
-                        continue;
+                    let plan = self.plan(slot, page, need.more);
+                    let concluded = self.bring(ours, slot, need, &plan)?;
+                    if !plan.is_contiguous() {
+                        self.bring_beyond(slot, page, need, plan);
                     }
-                    match self.conclude(ours, answer, &fault, came)? {
+                    match concluded {
                         Some(outcome) => return Ok(outcome),
-                        None => waited = true, // pending
+                        None => waited = true, // pending, or the VM was shut down
                     }
+                }
+            }
+        }
+    }
+
+    /// What to bring with a page.
+    fn plan(&self, slot: &Slot, page: u64, more: More<'_>) -> Plan {
+        match more {
+            More::UpTo { end, most } => Plan { step: 1, count: end.saturating_sub(page).min(most).max(1) },
+            // Somebody else has the runs only where two reader threads serve one vCPU at once.
+            More::Ahead(runs) if self.readahead > 1 => match runs.try_lock() {
+                Ok(mut runs) => runs.next(slot.block.hva_of(page) / slot.block.page, self.readahead),
+                Err(_) => Plan::ALONE,
+            },
+            More::Ahead(_) => Plan::ALONE,
+        }
+    }
+
+    /// Has the resolver bring a page that is ours, and what is absent around it according to the plan. If that fails, the page alone: what
+    /// nobody has asked for must not cost the guest what it needs.
+    fn bring(&self, ours: Ours<'_>, slot: &Slot, need: &Need<'_>, plan: &Plan) -> Result<Option<Outcome>> {
+        let (block, page) = (ours.block, ours.page);
+        let window = match plan.count {
+            1 => page..page + 1,
+            _ if plan.is_contiguous() => {
+                let wanted = plan.around(page, slot.pages());
+                block.pages.absent_down(page, wanted.start)..block.pages.absent_up(page + 1, wanted.end)
+            }
+            _ => page..page + 1,
+        };
+        let ahead = window.end - window.start - 1;
+        let mut fault = Fault {
+            slot: slot.region.slot,
+            gpa: slot.gpa_of(page),
+            len: block.page,
+            hva: block.hva_of(page),
+            access: need.access,
+            origin: need.origin,
+            window: slot.gpa_of(window.start)..slot.gpa_of(window.end),
+        };
+        need.stats.ahead_asked.add(ahead);
+        let (mut answer, mut came) = self.ask(block, page, &fault, need.stats);
+        if ahead > 0 && !came && matches!(answer, Answer::Failed(_)) && block.pages.get(page) == State::Resolving {
+            need.stats.ahead_failed.add(ahead);
+            fault.window = fault.gpa..fault.gpa + fault.len;
+            (answer, came) = self.ask(block, page, &fault, need.stats);
+        }
+        if self.is_shut_down() {
+            // Whatever the resolver says: with its VM freed it could not do what it meant to.
+            return Ok(None);
+        }
+        self.conclude(ours, answer, &fault, came)
+    }
+
+    /// One call of the resolver: its answer, and whether it installed the page for certain.
+    fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> (Answer, bool) {
+        stats.resolver_calls.add(1);
+        let watch = install::Watch::new(block, page);
+        let answer = self.callback(|| self.resolver.resolve(fault));
+        (answer, watch.saw_it())
+    }
+
+    /// The further pages of a strided run: a call each, for as long as they are brought quickly and nobody kicks. What fails stays absent.
+    fn bring_beyond(&self, slot: &Slot, page: u64, need: &Need<'_>, plan: Plan) {
+        let start = Instant::now();
+        let prefetch = Need { origin: Origin::Prefetch, access: 0, waiter: None, more: More::NOTHING, ..*need };
+        for page in plan.beyond(page, slot.pages()) {
+            let must_leave = need.waiter.is_some_and(Waiter::must_leave);
+            if must_leave || self.is_shut_down() || start.elapsed() > AHEAD_AT_MOST {
+                return;
+            }
+            let block = &slot.block;
+            if block.pages.change(page, State::Absent, State::Resolving).is_ok() {
+                need.stats.ahead_asked.add(1);
+                let ours = Ours { engine: self, block, page, wakes: true };
+                match self.bring(ours, slot, &prefetch, &Plan::ALONE) {
+                    Ok(None | Some(Outcome::Installed)) => {}
+                    _ => need.stats.ahead_failed.add(1),
                 }
             }
         }
@@ -316,21 +416,6 @@ impl Engine {
                 )
             }
         }
-    }
-
-    fn fault(&self, block: &Arc<Block>, page: u64, origin: Origin, access: Access) -> Option<Fault> {
-        let slots = self.memory.slots();
-        let slot = slots.showing(block, page)?;
-        let (gpa, len) = (slot.gpa_of(page), block.page);
-        let hva = block.hva_of(page);
-        Some(Fault { slot: slot.region.slot, gpa, len, hva, access, origin, window: self.window(slot, page) })
-    }
-
-    /// The guest addresses of a page's readahead window: aligned, and inside the slot.
-    pub fn window(&self, slot: &Slot, page: u64) -> Range<u64> {
-        let size = self.readahead * slot.block.page;
-        let start = slot.gpa_of(page) / size * size;
-        start.max(slot.region.gpa)..(start + size).min(slot.region.gpa + slot.region.len)
     }
 
     /// For a test of what faults must not wait for.

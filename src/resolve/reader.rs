@@ -1,8 +1,9 @@
 //! Reader threads: they serve what comes through the userfaultfd. That is every fault of the `userfaultfd` mechanism, and host
 //! accesses to absent memory in all of them.
 
+use super::readahead::Runs;
 use super::seat::News;
-use super::{pause_before, Engine, Origin, Outcome, MOST_RETRIES};
+use super::{pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{Error, Result};
 use crate::kernel::thread::{block_all_signals, poll, Flag};
 use crate::kernel::uffd::{Message, FEATURE_POISON};
@@ -11,7 +12,7 @@ use crate::memory::block::Block;
 use crate::memory::{discard, install};
 use std::os::fd::AsRawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::{mpsc, Arc};
+use std::sync::{mpsc, Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// A page whose resolver failed: whoever waits in userfaultfd is woken at this time, faults again, and so asks anew.
@@ -44,6 +45,7 @@ pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
 fn read(engine: &Engine, stop: &Flag) {
     block_all_signals();
     let mut later: Vec<Again> = Vec::new();
+    let runs = Mutex::default();
     loop {
         let timeout = later.iter().map(|a| a.due.saturating_duration_since(Instant::now())).min();
         let [readable, stopped] = poll([engine.memory.uffd.as_raw_fd(), stop.as_raw_fd()], timeout);
@@ -57,7 +59,7 @@ fn read(engine: &Engine, stop: &Flag) {
         match engine.memory.uffd.next() {
             Ok(Some(message)) => {
                 // A panic here would leave a thread of the VMM asleep for ever. The page was given back on the way out.
-                let served = catch_unwind(AssertUnwindSafe(|| serve(engine, &message, &mut later)));
+                let served = catch_unwind(AssertUnwindSafe(|| serve(engine, &message, &runs, &mut later)));
                 if served.is_err() {
                     let slots = engine.memory.slots();
                     if let Some((block, page)) = slots.at_hva(message.hva) {
@@ -86,7 +88,7 @@ fn wake_due(engine: &Engine, later: &mut Vec<Again>) {
     });
 }
 
-fn serve(engine: &Engine, message: &Message, later: &mut Vec<Again>) {
+fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Vec<Again>) {
     let slots = engine.memory.slots();
     let Some((block, page)) = slots.at_hva(message.hva) else {
         return;
@@ -97,10 +99,14 @@ fn serve(engine: &Engine, message: &Message, later: &mut Vec<Again>) {
     let turn = seat.map_or(0, |seat| seat.turn());
     // A vCPU's thread may also fault as a host thread, in a device model; what it touches is the same page either way.
     let origin = seat.as_ref().map_or(Origin::Host, |seat| Origin::Vcpu(seat.number));
-    let stats = seat.as_ref().map_or(engine.memory.stats.here(), |seat| &seat.stats);
-    let access = if message.write { 1 << 1 } else { 1 << 0 };
-
-    let outcome = engine.resolve(&block, page, origin, access, None, stats);
+    let need = Need {
+        origin,
+        access: if message.write { 1 << 1 } else { 1 << 0 },
+        waiter: None,
+        stats: seat.as_ref().map_or(engine.memory.stats.here(), |seat| &seat.stats),
+        more: More::Ahead(seat.as_ref().map_or(hosts, |seat| &seat.runs)),
+    };
+    let outcome = engine.resolve(&block, page, &need);
     let failed = match outcome {
         Ok(Outcome::WasPresent) => map(engine, &block, page, message.hva).err(),
         Ok(Outcome::Lost) => {

@@ -1,5 +1,6 @@
 //! A vCPU as others see it: readers that have bad news for it, and whoever kicks it.
 
+use super::readahead::Runs;
 use super::Waiter;
 use crate::error::Error;
 use crate::kernel::kvm::ImmediateExit;
@@ -33,6 +34,8 @@ pub struct Seat {
     pub sleeper: Sleeper,
     /// Its counters.
     pub stats: Stats,
+    /// The runs that its faults form. It has one fault at a time, whoever serves it: nobody meets here.
+    pub runs: Mutex<Runs>,
     /// The signal that ends KVM_RUN.
     pub signal: i32,
     /// The signal runs a handler, so it may be over before KVM_RUN begins: `immediate_exit` must be set too.
@@ -57,6 +60,7 @@ impl Seat {
             thread: AtomicI32::new(0),
             sleeper: Sleeper::default(),
             stats: Stats::default(),
+            runs: Mutex::default(),
             signal,
             by_handler,
             kicks: AtomicU32::new(0),

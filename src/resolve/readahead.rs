@@ -1,0 +1,215 @@
+//! Readahead: what a vCPU is going to need next, told from the faults that it has had. Runs of pages in either direction, also with a
+//! step between them, are recognised, several at a time; faults without a pattern ask for nothing more and cost a few comparisons.
+
+use std::ops::Range;
+
+/// So many runs are followed at once: a copy loop has two, a guest between two tasks a few more.
+const RUNS: usize = 8;
+/// How many pages a run asks for when it is recognised; twice as many each time it goes on.
+const FIRST: u64 = 4;
+/// And so many faults that belong to none are remembered, to tell a step by.
+const STRAYS: usize = 16;
+/// Pages further apart than this are not taken for one run.
+const LONGEST_STEP: u64 = 4096;
+
+/// What to bring with a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    /// From one page to the next, in pages; negative for a run that goes down.
+    pub step: i64,
+    /// How many pages, the needed one included.
+    pub count: u64,
+}
+
+impl Plan {
+    /// The page and nothing more.
+    pub const ALONE: Plan = Plan { step: 1, count: 1 };
+
+    /// Neighbours, which one resolver call can bring together?
+    pub fn is_contiguous(&self) -> bool {
+        self.step.unsigned_abs() == 1
+    }
+
+    /// The pages of a contiguous plan, inside `bounds`, which hold `page`.
+    pub fn around(&self, page: u64, bounds: Range<u64>) -> Range<u64> {
+        let more = self.count - 1;
+        match self.step {
+            1 => page..bounds.end.min((page + 1).saturating_add(more)),
+            _ => bounds.start.max(page.saturating_sub(more))..page + 1,
+        }
+    }
+
+    /// The further pages of a plan with a step, inside `bounds`, in the order in which they will be needed.
+    pub fn beyond(self, page: u64, bounds: Range<u64>) -> impl Iterator<Item = u64> {
+        let pages = (1..self.count).map_while(move |n| page.checked_add_signed(self.step.checked_mul(n as i64)?));
+        pages.take_while(move |p| bounds.contains(p))
+    }
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Run {
+    /// The page that faulted last; by address, so that runs in different blocks are different.
+    last: u64,
+    step: i64,
+    /// How many pages it asked for last; 0: no run.
+    count: u64,
+    /// When.
+    stamp: u64,
+}
+
+impl Run {
+    /// Does the fault go on where this run's pages end? Some of them may have been there already, or not have been brought.
+    fn goes_on_at(&self, page: u64) -> bool {
+        let distance = page.wrapping_sub(self.last) as i64;
+        self.count > 0
+            && distance.checked_rem(self.step) == Some(0)
+            && (1..=2 * self.count as i64).contains(&(distance / self.step))
+    }
+}
+
+/// The runs of one vCPU (or reader thread).
+#[derive(Debug, Default)]
+pub struct Runs {
+    runs: [Run; RUNS],
+    /// The last faults that belonged to no run, in a ring.
+    stray: [u64; STRAYS],
+    /// Faults so far.
+    clock: u64,
+    last: Plan,
+}
+
+impl Default for Plan {
+    fn default() -> Plan {
+        Plan::ALONE
+    }
+}
+
+impl Runs {
+    /// What `next` said last.
+    pub fn last(&self) -> Plan {
+        self.last
+    }
+
+    /// A page is needed (by address, in pages): what else will be, `most` pages together at most.
+    pub fn next(&mut self, page: u64, most: u64) -> Plan {
+        self.clock += 1;
+        self.last = self.find(page, most).unwrap_or(Plan::ALONE);
+        self.last
+    }
+
+    fn find(&mut self, page: u64, most: u64) -> Option<Plan> {
+        if let Some(run) = self.runs.iter_mut().find(|r| r.goes_on_at(page)) {
+            (run.last, run.stamp, run.count) = (page, self.clock, (2 * run.count).min(most));
+            return Some(Plan { step: run.step, count: run.count });
+        }
+        let step = self.step_to(page);
+        self.stray[self.clock as usize % STRAYS] = page;
+        let oldest = self.runs.iter_mut().min_by_key(|r| r.stamp)?;
+        *oldest = Run { last: page, step: step?, count: FIRST.min(most), stamp: self.clock };
+        Some(Plan { step: oldest.step, count: oldest.count })
+    }
+
+    /// The step that leads here: from a neighbour, or over two strays in a row.
+    fn step_to(&self, page: u64) -> Option<i64> {
+        let steps = self.stray.iter().map(|before| page.wrapping_sub(*before) as i64);
+        let leads_here = |&step: &i64| match step.unsigned_abs() {
+            1 => true,
+            2..=LONGEST_STEP => self.stray.contains(&page.wrapping_sub(step as u64).wrapping_sub(step as u64)),
+            _ => false,
+        };
+        steps.filter(leads_here).min_by_key(|step| step.unsigned_abs())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The faults of a guest that touches `pages` in this order, with all that is planned brought: (faults, pages brought).
+    fn replay(pages: impl IntoIterator<Item = u64>, most: u64) -> (u64, usize) {
+        let (mut runs, mut present, mut faults) = (Runs::default(), std::collections::HashSet::new(), 0);
+        for page in pages {
+            if !present.contains(&page) {
+                faults += 1;
+                let plan = runs.next(page, most);
+                assert!((1..=most).contains(&plan.count));
+                present.insert(page);
+                match plan.is_contiguous() {
+                    true => present.extend(plan.around(page, 0..u64::MAX)),
+                    false => present.extend(plan.beyond(page, 0..u64::MAX)),
+                }
+            }
+        }
+        (faults, present.len())
+    }
+
+    #[test]
+    fn runs_in_both_directions_are_brought_in_ever_larger_pieces() {
+        // 1, then 4, 8, 16 .. 256 (508 pages), then 256 each.
+        assert_eq!(replay(5000..9096, 256), (1 + 7 + 15, 1 + 508 + 14 * 256 + 256));
+        assert_eq!(replay((5000..9096).rev(), 256), (23, 4349));
+        assert_eq!(replay(5000..9096, 1).0, 4096);
+        assert_eq!(replay(5000..9096, 2).0, 1 + 4095_u64.div_ceil(2));
+    }
+
+    #[test]
+    fn steps_are_recognised() {
+        for step in [2, 7, 64, 4096] {
+            let (faults, brought) = replay((0..1000).map(|n| (1 << 30) + n * step), 64);
+            assert!(faults < 30, "step {step}: {faults} faults");
+            assert!(brought < 1064, "step {step}: {brought} pages");
+            let (back, _) = replay((0..1000).map(|n| (1 << 30) - n * step), 64);
+            assert_eq!(back, faults);
+        }
+    }
+
+    #[test]
+    fn interleaved_runs_are_kept_apart() {
+        for distance in [2_000, 900_000] {
+            let both = (0..1000).flat_map(|n| [5_000 + n, 5_000 + distance + n]);
+            assert!(replay(both, 64).0 < 60);
+        }
+        for distance in [5_000, 1_000_000] {
+            let six = (0..500u64).flat_map(|n| (0..6).map(move |run| (run + 1) * distance + n * (run + 1)));
+            let faults = replay(six, 64).0;
+            assert!(faults < 140, "{distance} pages apart: {faults} faults");
+        }
+    }
+
+    /// A run that others have partly brought goes on where it faults next.
+    #[test]
+    fn gaps_do_not_end_a_run() {
+        let mut runs = Runs::default();
+        assert_eq!([runs.next(100, 64), runs.next(101, 64)], [Plan::ALONE, Plan { step: 1, count: 4 }]);
+        assert_eq!(runs.next(103, 64), Plan { step: 1, count: 8 }, "only some of the window was brought");
+        assert_eq!(runs.next(119, 64), Plan { step: 1, count: 16 }, "what follows the window was there");
+        assert_eq!(runs.next(119 + 33, 64), Plan::ALONE, "further away than that is something else");
+    }
+
+    #[test]
+    fn faults_without_a_pattern_ask_for_nothing() {
+        let mut x = 12345_u64;
+        let random = (0..4000).map(|_| {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (x >> 33) % (1 << 20)
+        });
+        let pages: Vec<u64> = random.collect();
+        let different: std::collections::HashSet<_> = pages.iter().collect();
+        let (faults, brought) = replay(pages.iter().copied(), 512);
+        assert!(brought - different.len() < different.len() / 50, "{brought} pages for {}", different.len());
+        assert!(faults as usize + brought / 50 >= different.len());
+    }
+
+    #[test]
+    fn plans_stay_inside_their_bounds() {
+        let up = Plan { step: 1, count: 8 };
+        let down = Plan { step: -1, count: 8 };
+        assert_eq!((up.around(10, 8..13), down.around(10, 8..13)), (10..13, 8..11));
+        assert_eq!((up.around(10, 0..100), down.around(10, 0..100)), (10..18, 3..11));
+        assert_eq!(up.around(u64::MAX - 1, 0..u64::MAX), u64::MAX - 1..u64::MAX);
+        let strided = Plan { step: -3, count: 8 };
+        assert_eq!(strided.beyond(10, 0..100).collect::<Vec<_>>(), [7, 4, 1]);
+        assert_eq!(Plan { step: 3, count: 3 }.beyond(10, 0..100).collect::<Vec<_>>(), [13, 16]);
+        assert_eq!(Plan { step: i64::MIN, count: 3 }.beyond(10, 0..100).count(), 0);
+    }
+}
