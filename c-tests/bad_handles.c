@@ -27,6 +27,8 @@ static void refuse_vm(struct kvmfault_vm *vm, int error)
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
 	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
 	struct kvmfault_vcpu *vcpu = (struct kvmfault_vcpu *)1;
+	struct kvmfault_fill_options fill_options = KVMFAULT_FILL_OPTIONS_INIT;
+	struct kvmfault_fill *fill;
 	REFUSED(kvmfault_vm_mechanism(vm), error, "vm");
 	REFUSED(kvmfault_vm_enable(vm, 0), error, "vm");
 	REFUSED(kvmfault_memslot_set(vm, &slot), error, "vm");
@@ -47,6 +49,19 @@ static void refuse_vm(struct kvmfault_vm *vm, int error)
 	REFUSED(kvmfault_pages_absent(vm), error, "vm");
 	REFUSED(kvmfault_vcpu_new(vm, &options, &vcpu), error, "vm");
 	CHECK(vcpu == NULL, "the handle is %p after an error", (void *)vcpu);
+	REFUSED(kvmfault_fill_start(vm, &fill_options, &fill), error, "vm");
+	REFUSED(kvmfault_working_set_record(vm, 1), error, "vm");
+	REFUSED(kvmfault_working_set_save(vm, 1), error, "vm");
+}
+
+/* Every function that takes a fill. */
+static void refuse_fill(struct kvmfault_fill *fill, int error)
+{
+	struct kvmfault_fill_progress progress = KVMFAULT_FILL_PROGRESS_INIT;
+	REFUSED(kvmfault_fill_wait(fill, -1), error, "fill");
+	REFUSED(kvmfault_fill_wait_working_set(fill, -1), error, "fill");
+	REFUSED(kvmfault_fill_status(fill, &progress), error, "fill");
+	REFUSED(kvmfault_fill_stop(fill), error, "fill");
 }
 
 /* Every function that takes a vCPU. The two that signal handlers may call have no message. */
@@ -87,6 +102,7 @@ static void null_handles(void)
 	subject_create(&s);
 	refuse_vm(NULL, EINVAL);
 	refuse_vcpu(NULL, EINVAL);
+	refuse_fill(NULL, EINVAL);
 	REFUSED(resolve_from(NULL, s.machine.library, SUBJECT_GPA), EINVAL, "source");
 	struct kvmfault_file_source *source = new_source(&s);
 	REFUSED(kvmfault_file_source_resolve(source, s.machine.library, NULL), EINVAL, "fault");
@@ -95,6 +111,7 @@ static void null_handles(void)
 
 	kvmfault_vm_free(NULL);
 	kvmfault_vcpu_free(NULL);
+	kvmfault_fill_free(NULL);
 	kvmfault_file_source_free(NULL);
 	kvmfault_file_source_finalize(NULL);
 	subject_unharmed(&s);
@@ -158,6 +175,27 @@ static void freed_source(void)
 	subject_destroy(&s);
 }
 
+static void freed_fill(void)
+{
+	struct subject s;
+	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
+	struct kvmfault_fill *fill;
+	subject_create(&s);
+	options.bytes_per_second = 1; /* it does nothing to speak of */
+	options.batch = 1;
+	options.finalizer = finalizer;
+	finalized = 0;
+	OK(kvmfault_fill_start(s.machine.library, &options, &fill));
+	kvmfault_fill_free(fill);
+	refuse_fill(fill, EBADF);
+	kvmfault_fill_free(fill);
+	CHECK(strstr(kvmfault_last_error(), "freed"), "the message is: %s", kvmfault_last_error());
+	UNTIL(finalized == 1);
+	subject_learn(&s);
+	subject_unharmed(&s);
+	subject_destroy(&s);
+}
+
 /* vCPU handles outlive their VM, as a VMM's threads do: they say that it is gone. */
 static void vcpu_of_a_freed_vm(void)
 {
@@ -185,6 +223,8 @@ static void handles_of_another_type(void)
 	refuse_vm((void *)source, EBADF);
 	refuse_vcpu((void *)s.machine.library, EBADF);
 	refuse_vcpu((void *)source, EBADF);
+	refuse_fill((void *)s.machine.library, EBADF);
+	kvmfault_fill_free((void *)s.machine.library);
 	REFUSED(resolve_from(s.machine.library, s.machine.library, SUBJECT_GPA), EBADF, "source");
 	REFUSED(resolve_from(s.vcpu->handle, s.machine.library, SUBJECT_GPA), EBADF, "source");
 	kvmfault_vm_free((void *)s.vcpu->handle);
@@ -207,6 +247,8 @@ static void no_handles_at_all(void)
 	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++) {
 		refuse_vm(wrong[i], EBADF);
 		refuse_vcpu(wrong[i], EBADF);
+		refuse_fill(wrong[i], EBADF);
+		kvmfault_fill_free(wrong[i]);
 		REFUSED(resolve_from(wrong[i], s.machine.library, SUBJECT_GPA), EBADF, "source");
 		kvmfault_vm_free(wrong[i]);
 		kvmfault_vcpu_free(wrong[i]);
@@ -266,6 +308,7 @@ static const struct test_case cases[] = {
 	{ "freed-vm", freed_vm, false },
 	{ "freed-vcpu", freed_vcpu, false },
 	{ "freed-source", freed_source, false },
+	{ "freed-fill", freed_fill, false },
 	{ "vcpu-of-a-freed-vm", vcpu_of_a_freed_vm, false },
 	{ "handles-of-another-type", handles_of_another_type, false },
 	{ "no-handles-at-all", no_handles_at_all, false },

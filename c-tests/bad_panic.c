@@ -68,6 +68,8 @@ static struct kvmfault_region region = KVMFAULT_REGION_INIT;
 static struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
 static struct kvmfault_vcpu_options vcpu_options = KVMFAULT_VCPU_OPTIONS_INIT;
 static struct kvmfault_vcpu *new_vcpu;
+static struct kvmfault_fill_options fill_options = KVMFAULT_FILL_OPTIONS_INIT;
+static struct kvmfault_fill *fill;
 
 static long long vm_mechanism(void) { return kvmfault_vm_mechanism(VM); }
 static long long vm_enable(void) { return kvmfault_vm_enable(VM, 0); }
@@ -86,6 +88,9 @@ static long long pages_arrived(void) { return kvmfault_pages_arrived(VM, bytes, 
 static long long pages_missing(void) { return kvmfault_pages_missing(VM, bytes, PAGE); }
 static long long pages_state(void) { return kvmfault_pages_state(VM, 0); }
 static long long pages_absent(void) { return kvmfault_pages_absent(VM); }
+static long long fill_start(void) { return kvmfault_fill_start(VM, &fill_options, &fill); }
+static long long working_set_record(void) { return kvmfault_working_set_record(VM, 0); }
+static long long working_set_save(void) { return kvmfault_working_set_save(VM, -1); }
 static long long vcpu_new(void) { return kvmfault_vcpu_new(VM, &vcpu_options, &new_vcpu); }
 
 struct function {
@@ -110,6 +115,9 @@ static const struct function of_a_vm[] = {
 	{ "kvmfault_pages_missing", pages_missing },
 	{ "kvmfault_pages_state", pages_state },
 	{ "kvmfault_pages_absent", pages_absent },
+	{ "kvmfault_fill_start", fill_start },
+	{ "kvmfault_working_set_record", working_set_record },
+	{ "kvmfault_working_set_save", working_set_save },
 	/* kvmfault_vcpu_new clears its result before: that is an entry without a handle, and poisons nothing. */
 };
 static const struct function *current;

@@ -70,9 +70,22 @@ const char *backing_name(enum backing backing)
 	return (const char *const[]){ "anon", "memfd", "hugetlb" }[backing];
 }
 
+/* At a multiple of 2 MiB, as VMMs do it: only so can the kernel use huge pages. */
 static void *map_shared(int fd, uint64_t len)
 {
-	return mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	uint8_t *room = mmap(NULL, len + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	CHECK(room != MAP_FAILED, "mmap: %s", strerror(errno));
+	uint8_t *start = (uint8_t *)round_up((uintptr_t)room, HUGE_PAGE);
+	uint8_t *mapped = mmap(start, len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+	if (mapped == MAP_FAILED) {
+		munmap(room, len + HUGE_PAGE);
+		return MAP_FAILED;
+	}
+	if (start > room)
+		munmap(room, start - room);
+	if (start + len < room + len + HUGE_PAGE)
+		munmap(start + len, room + HUGE_PAGE - start);
+	return mapped;
 }
 
 void ram_create(struct ram *ram, enum backing backing, uint64_t len)

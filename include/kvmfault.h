@@ -165,6 +165,11 @@
 #define KVMFAULT_ORIGIN_PREFETCH 2
 
 /*
+ * Nobody waits for the page: background fill (`kvmfault_fill_start`) asks for it.
+ */
+#define KVMFAULT_ORIGIN_FILL 3
+
+/*
  * What a memslot's memory is; the library checks it against /proc/self/maps. AUTO accepts whatever
  * it finds.
  */
@@ -269,6 +274,22 @@
 #define KVMFAULT_PROBE_ABI_LEN 32
 
 /*
+ * `kvmfault_fill_options.flags`: memory stays as it is when nothing is absent any more, for a VMM
+ * that goes on to discard pages and have them brought again.
+ */
+#define KVMFAULT_FILL_KEEP_ARMED (1 << 0)
+
+/*
+ * `kvmfault_fill_options.flags`: huge pages are not recovered at the end.
+ */
+#define KVMFAULT_FILL_NO_COLLAPSE (1 << 1)
+
+/*
+ * `kvmfault_fill_options.flags`: bring the working set, and leave the rest absent.
+ */
+#define KVMFAULT_FILL_WORKING_SET_ONLY (1 << 2)
+
+/*
  * Number of buckets of `kvmfault_stats.latency_us_log2`.
  */
 #define KVMFAULT_LATENCY_BUCKETS 32
@@ -277,6 +298,11 @@
  * The built-in resolver's state: a snapshot file. Opaque.
  */
 struct kvmfault_file_source;
+
+/*
+ * A background fill. Opaque. What takes it `const` may be called from any thread.
+ */
+struct kvmfault_fill;
 
 /*
  * A vCPU of such a VM. Opaque. `run` and `handle_exit` belong to the vCPU's thread; what takes it
@@ -792,6 +818,104 @@ struct kvmfault_file_range {
   uint64_t offset;
 };
 
+/*
+ * How a fill goes.
+ */
+struct kvmfault_fill_progress {
+  /*
+   * Set by KVMFAULT_FILL_PROGRESS_INIT; in the callback, sizeof(struct kvmfault_fill_progress) as
+   * the library knows it.
+   */
+  size_t size;
+  /*
+   * Pages that were absent when it began.
+   */
+  uint64_t pages_total;
+  /*
+   * Pages that are absent now.
+   */
+  uint64_t pages_left;
+  /*
+   * Calls of the resolver that failed. The pages are tried again.
+   */
+  uint64_t failures;
+  /*
+   * At which rate memory came since the last report, whoever brought it.
+   */
+  uint64_t bytes_per_second;
+  /*
+   * Milliseconds until nothing is absent, at this rate; -1 if that can't be told.
+   */
+  int64_t eta_ms;
+  /*
+   * 1 when the working set is there (or none was given).
+   */
+  uint32_t working_set_done;
+  /*
+   * 1 when the fill is over, one way or another: `kvmfault_fill_wait` tells which.
+   */
+  uint32_t ended;
+};
+
+/*
+ * Told how a fill goes, every `interval_ms` and at the end, on a thread of the library. It may call
+ * what a resolver may, and the functions on fills except `_start` and `_wait`. `progress` lives
+ * during the call.
+ */
+typedef void (*kvmfault_fill_callback)(void *opaque, const struct kvmfault_fill_progress *progress);
+
+/*
+ * What `kvmfault_fill_start` needs. Start from KVMFAULT_FILL_OPTIONS_INIT; all of it is optional.
+ */
+struct kvmfault_fill_options {
+  /*
+   * Set by KVMFAULT_FILL_OPTIONS_INIT.
+   */
+  size_t size;
+  /*
+   * Threads that call the resolver, 1 to 64; 0 means 1. They run with a nice value of 10.
+   */
+  uint32_t threads;
+  /*
+   * Most pages in the window of one resolver call, 1 to 4096; 0 means 64.
+   */
+  uint32_t batch;
+  /*
+   * A limit for all threads together; 0: none. Pages that the guest's own faults bring don't count.
+   */
+  uint64_t bytes_per_second;
+  /*
+   * NULL, or told how it goes.
+   */
+  kvmfault_fill_callback progress;
+  /*
+   * First argument of the callback.
+   */
+  void *opaque;
+  /*
+   * NULL, or frees `opaque`.
+   */
+  kvmfault_finalizer finalizer;
+  /*
+   * Milliseconds between reports; 0 means 1000.
+   */
+  uint32_t interval_ms;
+  /*
+   * KVMFAULT_FILL_* bits.
+   */
+  uint32_t flags;
+  /*
+   * -1, or a file that `kvmfault_working_set_save` wrote: those pages come first, in the order in
+   * which they were needed. A file that is damaged, of another version, or of a VM with other
+   * memory is refused with -EINVAL and the reason; start without it then.
+   */
+  int working_set_fd;
+  /*
+   * Must be 0.
+   */
+  uint32_t reserved;
+};
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1221,6 +1345,89 @@ void kvmfault_file_source_finalize(void *opaque);
  */
 void kvmfault_file_source_free(struct kvmfault_file_source *source);
 
+/*
+ * Starts to bring all absent pages in the background, while the guest runs: threads of the library
+ * call the VM's resolver, with KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages.
+ * What follows the vCPUs' latest faults comes first; a fault of the guest's own goes before the
+ * fill. A resolver may install the window, a part of it or nothing; what it announces
+ * (KVMFAULT_PENDING) is waited for, up to 64 windows a thread at once, and asked for again if it
+ * does not come.
+ *
+ * When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED is
+ * given): fast-only flags and traps are taken away, userfaultfd is unregistered, and huge pages are
+ * recovered (MADV_COLLAPSE), so that the guest runs as if its memory had never been absent.
+ * `kvmfault_pages_discard` then fails with -EBUSY, and a slot that is set anew on that memory is an
+ * ordinary one, until `kvmfault_memslot_set_fast_only(.., 1)`. Memory with lost pages stays as it
+ * is.
+ *
+ * On success *fill is the new handle, to be freed with `kvmfault_fill_free`; on an error it is
+ * NULL, and `finalizer` is not called. Errors: -EINVAL (an argument; the message names it), -EBUSY
+ * (a fill of this VM is under way), -EOPNOTSUPP (KVMFAULT_VM_EXTERNAL_UFFD), -EAGAIN (no thread can
+ * be started), -EBADF. Any thread; not from callbacks.
+ */
+int kvmfault_fill_start(const struct kvmfault_vm *vm,
+                        const struct kvmfault_fill_options *options,
+                        struct kvmfault_fill **fill);
+
+/*
+ * Waits for the end of a fill, `timeout_ms` milliseconds at most (negative: for as long as it
+ * takes).
+ *
+ * Returns 0: nothing is absent any more, and the memory is ordinary. -ETIMEDOUT: not yet.
+ * -ECANCELED: it was stopped. -ESHUTDOWN: the VM was freed. Else the error of the resolver that
+ * kept the rest from being brought; those pages are absent as before, and another fill may be
+ * started. Any thread, several at once too; not from callbacks.
+ */
+int kvmfault_fill_wait(const struct kvmfault_fill *fill,
+                       int64_t timeout_ms);
+
+/*
+ * The same, but waits only until the working set is there (`options.working_set_fd`): a good time
+ * to start the guest. Pages of it that the resolver failed for are not waited for.
+ */
+int kvmfault_fill_wait_working_set(const struct kvmfault_fill *fill,
+                                   int64_t timeout_ms);
+
+/*
+ * How a fill goes; the rate is the average since it began. Any thread, also in callbacks.
+ */
+int kvmfault_fill_status(const struct kvmfault_fill *fill, struct kvmfault_fill_progress *progress);
+
+/*
+ * Asks a fill to stop, and waits for nothing: a resolver call that is under way ends when it ends.
+ * Nothing is lost: what was not brought is absent as before, and another fill may be started when
+ * this one has ended (`kvmfault_fill_wait` tells). Any thread, also in callbacks.
+ */
+int kvmfault_fill_stop(const struct kvmfault_fill *fill);
+
+/*
+ * Stops a fill, if it isn't over, and gives its handle back. NULL is allowed. Waits for nothing;
+ * the finalizer runs after the last call of the callback, on whichever thread that is. Any thread,
+ * also from callbacks.
+ */
+void kvmfault_fill_free(struct kvmfault_fill *fill);
+
+/*
+ * Records which pages are needed from now on, in which order: 1 begins anew, 0 ends it and forgets.
+ * Pages that readahead brings along are taken down too, what a fill brings isn't. Each thread has
+ * room for a million faults; what comes after is left out. A fault costs a few nanoseconds more.
+ *
+ * Returns 0; -EINVAL (`on`), -ENOMEM. Any thread; not from callbacks.
+ */
+int kvmfault_working_set_record(const struct kvmfault_vm *vm,
+                                int on);
+
+/*
+ * Writes what was recorded until now to the regular file `fd`, over what is in it, for
+ * `kvmfault_fill_options.working_set_fd` of the next restore of the same snapshot; a few bytes a
+ * fault. Recording goes on.
+ *
+ * Returns 0; -ENODATA if nothing is being recorded; -EBADF, -EINVAL (`fd`), or the errno of
+ * writing, with an incomplete file that will be refused. Any thread; not from callbacks.
+ */
+int kvmfault_working_set_save(const struct kvmfault_vm *vm,
+                              int fd);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif  // __cplusplus
@@ -1247,6 +1454,8 @@ KVMFAULT_INITIALISER_(kvmfault_memory_error_info, )
 KVMFAULT_INITIALISER_(kvmfault_probe, )
 KVMFAULT_INITIALISER_(kvmfault_stats, )
 KVMFAULT_INITIALISER_(kvmfault_file_range, )
+KVMFAULT_INITIALISER_(kvmfault_fill_options, s.working_set_fd = -1;)
+KVMFAULT_INITIALISER_(kvmfault_fill_progress, )
 #undef KVMFAULT_INITIALISER_
 #define KVMFAULT_VM_OPTIONS_INIT kvmfault_vm_options_initial_()
 #define KVMFAULT_MEMSLOT_INIT kvmfault_memslot_initial_()
@@ -1256,6 +1465,8 @@ KVMFAULT_INITIALISER_(kvmfault_file_range, )
 #define KVMFAULT_PROBE_INIT kvmfault_probe_initial_()
 #define KVMFAULT_STATS_INIT kvmfault_stats_initial_()
 #define KVMFAULT_FILE_RANGE_INIT kvmfault_file_range_initial_()
+#define KVMFAULT_FILL_OPTIONS_INIT kvmfault_fill_options_initial_()
+#define KVMFAULT_FILL_PROGRESS_INIT kvmfault_fill_progress_initial_()
 #else
 #define KVMFAULT_VM_OPTIONS_INIT \
 	{ .size = sizeof(struct kvmfault_vm_options), .kvm_fd = -1, .vm_fd = -1, .uffd = -1 }
@@ -1266,5 +1477,7 @@ KVMFAULT_INITIALISER_(kvmfault_file_range, )
 #define KVMFAULT_PROBE_INIT { .size = sizeof(struct kvmfault_probe) }
 #define KVMFAULT_STATS_INIT { .size = sizeof(struct kvmfault_stats) }
 #define KVMFAULT_FILE_RANGE_INIT { .size = sizeof(struct kvmfault_file_range) }
+#define KVMFAULT_FILL_OPTIONS_INIT { .size = sizeof(struct kvmfault_fill_options), .working_set_fd = -1 }
+#define KVMFAULT_FILL_PROGRESS_INIT { .size = sizeof(struct kvmfault_fill_progress) }
 #endif
 #endif /* KVMFAULT_INITIALISERS_ */

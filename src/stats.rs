@@ -76,7 +76,20 @@ counters! {
 #[derive(Debug)]
 pub struct Shards(Box<[Stats]>);
 
-const SHARDS: usize = 64;
+/// So many.
+pub const SHARDS: usize = 64;
+
+/// The calling thread's number among so many.
+pub fn shard() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static MINE: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    if MINE.get() == usize::MAX {
+        MINE.set(NEXT.fetch_add(1, Relaxed) % SHARDS);
+    }
+    MINE.get()
+}
 
 impl Default for Shards {
     fn default() -> Self {
@@ -87,14 +100,7 @@ impl Default for Shards {
 impl Shards {
     /// The calling thread's.
     pub fn here(&self) -> &Stats {
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        thread_local! {
-            static MINE: Cell<usize> = const { Cell::new(usize::MAX) };
-        }
-        if MINE.get() == usize::MAX {
-            MINE.set(NEXT.fetch_add(1, Relaxed) % SHARDS);
-        }
-        &self.0[MINE.get()]
+        &self.0[shard()]
     }
 
     /// All of them.

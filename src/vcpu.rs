@@ -459,6 +459,7 @@ impl Vcpu {
             stats: &self.seat.stats,
             more: More::Ahead(&self.seat.runs),
         };
+        let _serving = self.seat.faults_at(block.hva_of(page));
         self.vm.engine.resolve(block, page, &need)
     }
 

@@ -1,5 +1,6 @@
 //! A VM: what works for it, and what the VMM does with its pages.
 
+pub mod fill;
 pub mod memslots;
 
 use crate::error::{fail, Error, Result};
@@ -15,11 +16,12 @@ use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{Patience, Sleeper};
 use crate::memory::{discard, Memory};
+use crate::resolve::fill::Fill;
 use crate::resolve::{pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
 use crate::stats::Stats;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// What a VM is made from.
 pub struct Options<'a> {
@@ -60,6 +62,8 @@ pub struct Vm {
     exits_enabled: AtomicBool,
     /// Editors of the slots take turns; faults don't care.
     editing: Mutex<()>,
+    /// The last fill.
+    filling: Mutex<Weak<Fill>>,
 }
 
 impl Vm {
@@ -120,6 +124,7 @@ impl Vm {
             stop,
             exits_enabled: AtomicBool::new(false),
             editing: Mutex::new(()),
+            filling: Mutex::default(),
         };
         reader::start(&made.engine, &made.stop, readers)?;
         Ok(made)
@@ -299,7 +304,11 @@ impl Vm {
                         std::thread::sleep(pause_before(retries));
                         retries += 1;
                     }
-                    Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => {}
+                    Outcome::Installed
+                    | Outcome::Waited
+                    | Outcome::WasPresent
+                    | Outcome::Elsewhere
+                    | Outcome::Pending => {}
                 }
             }
         }

@@ -52,6 +52,12 @@ fn as_rust_sees_it() -> Layout {
             ahead_failed
         }
         kvmfault_file_range { size, gpa, len, offset }
+        kvmfault_fill_progress {
+            size, pages_total, pages_left, failures, bytes_per_second, eta_ms, working_set_done, ended
+        }
+        kvmfault_fill_options {
+            size, threads, batch, bytes_per_second, progress, opaque, finalizer, interval_ms, flags, working_set_fd, reserved
+        }
     }
 }
 

@@ -321,6 +321,8 @@ versioned!(kvmfault_memory_error_info {});
 versioned!(kvmfault_probe {});
 versioned!(kvmfault_stats {});
 versioned!(kvmfault_file_range {});
+versioned!(kvmfault_fill_options { working_set_fd: -1 });
+versioned!(kvmfault_fill_progress {});
 
 /// The major version: grows when programs must be changed.
 pub const KVMFAULT_VERSION_MAJOR: c_int = 0;

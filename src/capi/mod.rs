@@ -4,6 +4,7 @@
 #![allow(non_camel_case_types)]
 
 mod boundary;
+pub mod fill;
 pub mod pages;
 pub mod probe;
 pub mod source;

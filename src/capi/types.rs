@@ -53,6 +53,8 @@ pub const KVMFAULT_ORIGIN_VCPU: c_int = 0;
 pub const KVMFAULT_ORIGIN_HOST: c_int = 1;
 /// Nobody waits for the page: `kvmfault_pages_resolve` or readahead asked for it.
 pub const KVMFAULT_ORIGIN_PREFETCH: c_int = 2;
+/// Nobody waits for the page: background fill (`kvmfault_fill_start`) asks for it.
+pub const KVMFAULT_ORIGIN_FILL: c_int = 3;
 
 /// What a memslot's memory is; the library checks it against /proc/self/maps. AUTO accepts whatever it finds.
 pub const KVMFAULT_MEMORY_AUTO: c_int = 0;
@@ -109,6 +111,14 @@ pub const KVMFAULT_VCPU_RESUMES: u32 = 1 << 0;
 /// `kvmfault_probe.mechanisms_*`: bit (1 << KVMFAULT_MECHANISM_x) is set where x works.
 pub const KVMFAULT_PROBE_ABI_LEN: usize = 32;
 
+/// `kvmfault_fill_options.flags`: memory stays as it is when nothing is absent any more, for a VMM that goes on to discard pages and have them
+/// brought again.
+pub const KVMFAULT_FILL_KEEP_ARMED: u32 = 1 << 0;
+/// `kvmfault_fill_options.flags`: huge pages are not recovered at the end.
+pub const KVMFAULT_FILL_NO_COLLAPSE: u32 = 1 << 1;
+/// `kvmfault_fill_options.flags`: bring the working set, and leave the rest absent.
+pub const KVMFAULT_FILL_WORKING_SET_ONLY: u32 = 1 << 2;
+
 /// Number of buckets of `kvmfault_stats.latency_us_log2`.
 pub const KVMFAULT_LATENCY_BUCKETS: usize = 32;
 
@@ -126,6 +136,11 @@ pub struct kvmfault_vcpu {
 
 /// The built-in resolver's state: a snapshot file. Opaque.
 pub struct kvmfault_file_source {
+    _private: [u8; 0],
+}
+
+/// A background fill. Opaque. What takes it `const` may be called from any thread.
+pub struct kvmfault_fill {
     _private: [u8; 0],
 }
 
@@ -417,4 +432,60 @@ pub struct kvmfault_file_range {
     pub len: u64,
     /// Where it begins in the file, 4096-aligned.
     pub offset: u64,
+}
+
+/// How a fill goes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmfault_fill_progress {
+    /// Set by KVMFAULT_FILL_PROGRESS_INIT; in the callback, sizeof(struct kvmfault_fill_progress) as the library knows it.
+    pub size: usize,
+    /// Pages that were absent when it began.
+    pub pages_total: u64,
+    /// Pages that are absent now.
+    pub pages_left: u64,
+    /// Calls of the resolver that failed. The pages are tried again.
+    pub failures: u64,
+    /// At which rate memory came since the last report, whoever brought it.
+    pub bytes_per_second: u64,
+    /// Milliseconds until nothing is absent, at this rate; -1 if that can't be told.
+    pub eta_ms: i64,
+    /// 1 when the working set is there (or none was given).
+    pub working_set_done: u32,
+    /// 1 when the fill is over, one way or another: `kvmfault_fill_wait` tells which.
+    pub ended: u32,
+}
+
+/// Told how a fill goes, every `interval_ms` and at the end, on a thread of the library. It may call what a resolver may, and the functions on
+/// fills except `_start` and `_wait`. `progress` lives during the call.
+pub type kvmfault_fill_callback =
+    Option<unsafe extern "C" fn(opaque: *mut c_void, progress: *const kvmfault_fill_progress)>;
+
+/// What `kvmfault_fill_start` needs. Start from KVMFAULT_FILL_OPTIONS_INIT; all of it is optional.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmfault_fill_options {
+    /// Set by KVMFAULT_FILL_OPTIONS_INIT.
+    pub size: usize,
+    /// Threads that call the resolver, 1 to 64; 0 means 1. They run with a nice value of 10.
+    pub threads: u32,
+    /// Most pages in the window of one resolver call, 1 to 4096; 0 means 64.
+    pub batch: u32,
+    /// A limit for all threads together; 0: none. Pages that the guest's own faults bring don't count.
+    pub bytes_per_second: u64,
+    /// NULL, or told how it goes.
+    pub progress: kvmfault_fill_callback,
+    /// First argument of the callback.
+    pub opaque: *mut c_void,
+    /// NULL, or frees `opaque`.
+    pub finalizer: kvmfault_finalizer,
+    /// Milliseconds between reports; 0 means 1000.
+    pub interval_ms: u32,
+    /// KVMFAULT_FILL_* bits.
+    pub flags: u32,
+    /// -1, or a file that `kvmfault_working_set_save` wrote: those pages come first, in the order in which they were needed. A file that is
+    /// damaged, of another version, or of a VM with other memory is refused with -EINVAL and the reason; start without it then.
+    pub working_set_fd: c_int,
+    /// Must be 0.
+    pub reserved: u32,
 }

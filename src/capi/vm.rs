@@ -41,6 +41,7 @@ impl Resolver for Callbacks {
             Origin::Vcpu(number) => (KVMFAULT_ORIGIN_VCPU, number),
             Origin::Host => (KVMFAULT_ORIGIN_HOST, -1),
             Origin::Prefetch => (KVMFAULT_ORIGIN_PREFETCH, -1),
+            Origin::Fill => (KVMFAULT_ORIGIN_FILL, -1),
         };
         let fault = kvmfault_fault {
             size: size_of::<kvmfault_fault>(),

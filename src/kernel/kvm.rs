@@ -387,6 +387,12 @@ impl Run {
 pub struct ImmediateExit(AtomicPtr<u8>);
 
 impl ImmediateExit {
+    /// Of no vCPU: setting it does nothing.
+    #[cfg(test)]
+    pub fn none() -> ImmediateExit {
+        ImmediateExit(AtomicPtr::default())
+    }
+
     /// Sets or clears it; async-signal-safe.
     pub fn set(&self, on: bool) {
         if let Some(byte) = NonNull::new(self.0.load(SeqCst)) {

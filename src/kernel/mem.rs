@@ -71,6 +71,9 @@ impl Drop for Mapping {
     }
 }
 
+/// MADV_COLLAPSE (Linux 6.1), of linux/mman.h.
+pub const MADV_COLLAPSE: i32 = 25;
+
 /// madvise(2) on a range that the caller owns.
 pub fn advise(hva: u64, len: u64, advice: i32, what: &str) -> Result<()> {
     // SAFETY: the advice values used here drop or populate pages of guest memory, which Rust holds no reference to.
@@ -137,18 +140,6 @@ pub fn first_resident(hva: u64, len: u64) -> Result<Option<u64>> {
         at += pages * PAGE;
     }
     Ok(None)
-}
-
-/// lseek(2) with SEEK_DATA or SEEK_HOLE; None past the last.
-pub fn seek(file: &File, from: u64, whence: i32) -> Result<Option<u64>> {
-    // SAFETY: lseek takes numbers only.
-    match unsafe { libc::lseek(file.as_raw_fd(), from as i64, whence) } {
-        at if at >= 0 => Ok(Some(at as u64)),
-        _ => match std::io::Error::last_os_error() {
-            e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            e => Err(Error::from_io("lseek", &e)),
-        },
-    }
 }
 
 /// What a piece of this process's memory is.

@@ -160,6 +160,12 @@ pub fn block_all_signals() {
     mask_signals(SignalSet(!0), true);
 }
 
+/// The calling thread gives way to others of the process: `nice` from 0 (as it was) to 19.
+pub fn set_nice(nice: i32) {
+    // SAFETY: takes numbers only. On Linux it is the thread's own value; raising it is always allowed.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, id() as libc::id_t, nice) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -106,6 +106,13 @@ fn has_minor(features: u64, kind: Kind) -> bool {
     }
 }
 
+/// Memory that was released is to be memory again in which pages can be missing.
+pub fn register_again(memory: &Memory, block: &Block) -> Result<()> {
+    memory.uffd.register(block.hva, block.len, has_minor(memory.uffd.features(), block.kind))?;
+    block.set_released(false);
+    Ok(())
+}
+
 /// A PRESENT page that userfaultfd reports missing in the VMM's mapping: shared memory has it in the page cache, unless it was
 /// dropped behind our back; then, and for private memory, it reads as zeros, as it would without userfaultfd.
 pub fn map_vmm(memory: &Memory, block: &Block, page: u64) -> Result<()> {
@@ -120,6 +127,8 @@ pub fn map_vmm(memory: &Memory, block: &Block, page: u64) -> Result<()> {
         }
         // hugetlb has no UFFDIO_ZEROPAGE; KVM without minor faults gets the page by itself once it is awake.
         Err(e) if e.errno == libc::EINVAL => {}
+        // No longer registered: whoever slept was woken by that.
+        Err(e) if e.errno == libc::ENOENT && block.is_released() => {}
         other => {
             other?;
         }

@@ -2,7 +2,6 @@
 
 use super::pages::{Pages, State};
 use super::wait::GATE_PAGES;
-use super::Memory;
 use crate::error::Result;
 use crate::kernel::mem::{Kind, Mapping, PAGE};
 use std::ops::Range;
@@ -47,6 +46,8 @@ pub struct Block {
     deferred: Option<Mapping>,
     /// No slot and no keeper any more: whoever waits for a page of it goes.
     pub gone: AtomicBool,
+    /// Nothing is missing, and nothing may be any more (see `discard::close`).
+    released: AtomicBool,
 }
 
 impl Block {
@@ -63,8 +64,8 @@ impl Block {
         } else if let Some(bitmap) = &bitmap {
             bitmap.atomics().iter().for_each(|word| word.store(!0, Ordering::Release));
         }
-        let (marked, gone) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Block { hva, len, page, kind, mechanism, pages, alias, marked, bitmap, deferred: None, gone })
+        let [marked, gone, released] = [false; 3].map(AtomicBool::new);
+        Ok(Block { hva, len, page, kind, mechanism, pages, alias, marked, bitmap, deferred: None, gone, released })
     }
 
     /// Pages may be called PRESENT before they are mapped in the alias.
@@ -83,6 +84,13 @@ impl Block {
         let inside = |start: u64| hva.checked_sub(start).filter(|&offset| offset < self.len);
         let offset = inside(self.hva).or_else(|| self.alias.as_ref().and_then(|a| inside(a.address())))?;
         Some(offset / self.page)
+    }
+
+    /// The pages of a range of addresses in the VMM's mapping, as far as they are the block's; those that it holds in part, too.
+    pub fn pages_in(&self, range: &Range<u64>) -> Range<u64> {
+        let start = range.start.saturating_sub(self.hva) / self.page;
+        let end = range.end.saturating_sub(self.hva).div_ceil(self.page).min(self.pages.len());
+        start.min(end)..end
     }
 
     /// A page's address in the VMM's mapping.
@@ -144,9 +152,14 @@ impl Block {
         })
     }
 
-    /// With a userfaultfd of the VMM's own: the fast path is off, nothing is absent, and the alias is memory like any other.
-    pub fn is_released(&self, memory: &Memory) -> bool {
-        memory.external && !self.is_marked()
+    /// Memory like any other: nothing is missing, nothing may be, and nothing is registered for it.
+    pub fn is_released(&self) -> bool {
+        self.released.load(Ordering::SeqCst)
+    }
+
+    /// Says so, or the opposite.
+    pub fn set_released(&self, released: bool) {
+        self.released.store(released, Ordering::SeqCst);
     }
 
     /// The address of the KVM Userfault bitmap's bit for a byte offset; 0 without a bitmap.

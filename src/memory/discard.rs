@@ -17,10 +17,10 @@ use std::sync::atomic::Ordering;
 pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     for group in gate_groups(pages) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
-        if block.alias.is_some() && block.is_released(memory) {
+        if block.is_released() {
             fail!(
                 EBUSY,
-                "the fast path of the memory at hva {:#x} is off, and nothing may be missing there",
+                "nothing may be missing in the memory at hva {:#x}: its fast path is off, or a fill has ended there (kvmfault_memslot_set_fast_only turns it on)",
                 block.hva
             );
         }
@@ -128,6 +128,7 @@ pub fn lose(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
 /// Puts markers on all absent pages of a block, in the mapping that KVM uses. Pages that arrive meanwhile are left alone.
 pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
     block.marked.store(true, Ordering::SeqCst);
+    block.set_released(false);
     for group in gate_groups(0..block.pages.len()) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
         for run in runs(group, |page| block.pages.get(page) != State::Present) {
@@ -159,20 +160,27 @@ pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
     Ok(())
 }
 
-/// The end of absence with a userfaultfd of the VMM's own: all pages are PRESENT (or LOST), so no marker is needed any more, and no
-/// registration. EBUSY, and nothing has changed, if a page is missing: without its marker KVM would read zeros there.
-pub fn release(memory: &Memory, block: &Block) -> Result<()> {
-    let Some(alias) = &block.alias else { return Ok(()) };
+/// The end of absence: from now on nothing can become missing. EBUSY, and nothing has changed, if a page is missing.
+pub fn close(memory: &Memory, block: &Block) -> Result<()> {
     // First, so that nothing becomes missing behind our back: `discard` looks at it inside the gate.
-    block.marked.store(false, Ordering::SeqCst);
+    block.set_released(true);
     for group in gate_groups(0..block.pages.len()) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
         let missing = |&page: &u64| matches!(block.pages.get(page), State::Absent | State::Resolving);
         if let Some(page) = group.clone().find(missing) {
-            block.marked.store(true, Ordering::SeqCst);
+            block.set_released(false);
             fail!(EBUSY, "the page at hva {:#x} is still missing", block.hva_of(page));
         }
     }
+    Ok(())
+}
+
+/// The same with a userfaultfd of the VMM's own: the alias needs no marker any more, and no registration. All pages are PRESENT or LOST; without
+/// its marker KVM would read zeros in one that is missing.
+pub fn release(memory: &Memory, block: &Block) -> Result<()> {
+    let Some(alias) = &block.alias else { return Ok(()) };
+    close(memory, block)?;
+    block.marked.store(false, Ordering::SeqCst);
     for run in block.take_deferred_runs(0..block.pages.len()) {
         let at = alias.address() + run.start * block.page;
         advise(at, (run.end - run.start) * block.page, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;

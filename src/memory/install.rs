@@ -242,7 +242,7 @@ pub fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats)
     while at < end {
         let step = match memory.uffd.map(at, end - at) {
             // No longer registered: the alias needs no help any more. (While a page is missing it is.)
-            Err(e) if e.errno == libc::ENOENT && block.is_released(memory) => return Ok(()),
+            Err(e) if e.errno == libc::ENOENT && block.is_released() => return Ok(()),
             Err(e) if e.errno == libc::EFAULT && memory.external => {
                 fail!(ENOENT, "the page at hva {:#x} is not in the page cache", block.hva + (at - block.kvm_hva()))
             }

@@ -111,6 +111,22 @@ impl Pages {
         end
     }
 
+    /// The first ABSENT page of a range.
+    pub fn first_absent(&self, range: std::ops::Range<u64>) -> Option<u64> {
+        const LOW: u64 = 0x5555_5555_5555_5555;
+        let mut page = range.start;
+        while page < range.end {
+            let word = self.words.atomics()[(page / PER_WORD) as usize].load(SeqCst);
+            let absent = !(word | word >> 1) & LOW & (!0 << (page % PER_WORD * 2));
+            if absent != 0 {
+                let found = page / PER_WORD * PER_WORD + absent.trailing_zeros() as u64 / 2;
+                return Some(found).filter(|&page| page < range.end);
+            }
+            page = (page / PER_WORD + 1) * PER_WORD;
+        }
+        None
+    }
+
     /// How far the ABSENT pages reach from below `from` down: the last of them, or `from` if there is none; not below `start`.
     pub fn absent_down(&self, from: u64, start: u64) -> u64 {
         let mut above = from;
@@ -203,12 +219,19 @@ mod tests {
                 let up = (start..200).find(|&p| pages.get(p) != State::Absent).unwrap_or(200);
                 assert_eq!(pages.absent_up(start, 200), up, "{state:?}: up from {start}");
                 assert_eq!(pages.absent_up(start, 120.max(start)), up.min(120.max(start)));
+                let first = (start..200).find(|&p| pages.get(p) == State::Absent);
+                assert_eq!(pages.first_absent(start..200), first, "{state:?}: first from {start}");
+                assert_eq!(pages.first_absent(start..start), None);
                 let down = (0..start).rev().find(|&p| pages.get(p) != State::Absent).map_or(0, |p| p + 1);
                 assert_eq!(pages.absent_down(start, 0), down, "{state:?}: down from {start}");
                 assert_eq!(pages.absent_down(start, 40.min(start)), down.max(40.min(start)));
             }
         }
         assert_eq!((pages.absent_up(0, 200), pages.absent_down(200, 0)), (200, 0));
+        pages.fill(State::Present);
+        assert_eq!(pages.first_absent(0..200), None);
+        pages.change(64, State::Present, State::Absent).unwrap();
+        assert_eq!((pages.first_absent(3..200), pages.first_absent(3..64)), (Some(64), None));
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! The built-in resolver: guest memory in a snapshot file. Pages are copied straight from a mapping of the file, without a buffer
 //! between; holes are zero pages, without any I/O.
 
-use crate::error::{fail, Error, Result};
+use crate::error::{fail, Result};
+use crate::kernel::file;
 use crate::kernel::mem::{Mapping, PAGE};
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
 /// A piece of guest memory in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,19 +40,8 @@ pub struct FileSource {
 impl FileSource {
     /// Maps the file, which must stay as it is. `fd` isn't needed afterwards.
     pub fn new(fd: RawFd, ranges: &[FileRange]) -> Result<FileSource> {
-        let path = format!("/proc/self/fd/{fd}");
-        // Looked at before it is opened: that could wait for ever (a pipe), or have effects (a device).
-        let meta = std::fs::metadata(&path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::new(libc::EBADF, format!("fd: descriptor {fd} is not open")),
-            _ => Error::from_io("fd", &e),
-        })?;
-        if !meta.is_file() {
-            let kind = if meta.file_type().is_block_device() { "a block device" } else { "not a file" };
-            fail!(EINVAL, "fd: a snapshot is a regular file; {fd} is {kind}");
-        }
         // Opened anew: looking for holes moves the file position, which a duplicate would share with the VMM.
-        let file = File::open(&path).map_err(|e| Error::from_io("fd", &e))?;
-        let size = meta.size();
+        let (file, size) = file::reopen(fd, "fd", false)?;
         let mut ranges = ranges.to_vec();
         ranges.sort_by_key(|r| r.gpa);
         for r in &ranges {
@@ -105,8 +94,8 @@ impl FileSource {
 fn extents(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
     let mut data: Vec<std::ops::Range<u64>> = Vec::new();
     let mut at = 0;
-    while let Some(start) = crate::kernel::mem::seek(file, at, libc::SEEK_DATA)? {
-        let end = crate::kernel::mem::seek(file, start, libc::SEEK_HOLE)?.unwrap_or(size);
+    while let Some(start) = file::seek(file, at, libc::SEEK_DATA)? {
+        let end = file::seek(file, start, libc::SEEK_HOLE)?.unwrap_or(size);
         let (first, last) = (start / PAGE * PAGE, end.next_multiple_of(PAGE));
         match data.last_mut() {
             Some(before) if before.end >= first => before.end = last,

@@ -1,9 +1,11 @@
 //! Who brings a page: exactly one caller at a time, through the VMM's resolver; the others wait for it.
 
 pub mod file_source;
+pub mod fill;
 pub mod readahead;
 pub mod reader;
 pub mod seat;
+pub mod working_set;
 
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::Access;
@@ -14,6 +16,7 @@ use crate::memory::slots::Slot;
 use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
 use crate::memory::{discard, install, Memory};
 use crate::stats::Stats;
+use arc_swap::ArcSwapOption;
 use readahead::{Plan, Runs};
 use seat::Seats;
 use std::cell::Cell;
@@ -22,6 +25,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use working_set::Recorder;
 
 /// Who needs the page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +34,10 @@ pub enum Origin {
     Vcpu(i32),
     /// A host thread or system call.
     Host,
-    /// `kvmfault_pages_resolve`.
+    /// `kvmfault_pages_resolve`, or readahead.
     Prefetch,
+    /// Background fill.
+    Fill,
 }
 
 /// A fault, as the resolver sees it.
@@ -129,6 +135,8 @@ pub enum Outcome {
     Retry,
     /// Somebody else is at it, and we don't wait.
     Elsewhere,
+    /// The resolver has it installed later, and we don't wait.
+    Pending,
     /// The slot was deleted meanwhile.
     Gone,
 }
@@ -161,6 +169,18 @@ pub fn in_callback() -> bool {
     IN_CALLBACK.get()
 }
 
+/// Calls into the VMM.
+pub fn callback<T>(call: impl FnOnce() -> T) -> T {
+    struct Leave(bool);
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            IN_CALLBACK.set(self.0);
+        }
+    }
+    let _leave = Leave(IN_CALLBACK.replace(true));
+    call()
+}
+
 /// The memory of a VM together with who fills it.
 pub struct Engine {
     /// The memory.
@@ -174,6 +194,8 @@ pub struct Engine {
     /// Pages whose last try for a host thread failed: how often in a row. Touched on failure only (see `is_failing`).
     failing: Mutex<HashMap<u64, u32>>,
     failing_len: AtomicUsize,
+    /// Who takes down what the guest needs.
+    recorder: ArcSwapOption<Recorder>,
 }
 
 impl Engine {
@@ -187,6 +209,7 @@ impl Engine {
             shutdown: AtomicBool::new(false),
             failing: Mutex::default(),
             failing_len: AtomicUsize::new(0),
+            recorder: ArcSwapOption::empty(),
         }
     }
 
@@ -202,20 +225,19 @@ impl Engine {
         self.shutdown.load(SeqCst)
     }
 
-    /// Tells the VMM of a write that the library did for the guest.
-    pub fn written(&self, gpa: u64, len: u64) {
-        self.callback(|| self.resolver.written(gpa, len));
+    /// Begins to record the working set anew, or ends it.
+    pub fn record(&self, recorder: Option<Recorder>) {
+        self.recorder.store(recorder.map(Arc::new));
     }
 
-    fn callback<T>(&self, call: impl FnOnce() -> T) -> T {
-        struct Leave(bool);
-        impl Drop for Leave {
-            fn drop(&mut self) {
-                IN_CALLBACK.set(self.0);
-            }
-        }
-        let _leave = Leave(IN_CALLBACK.replace(true));
-        call()
+    /// Who records it.
+    pub fn recorder(&self) -> Option<Arc<Recorder>> {
+        self.recorder.load_full()
+    }
+
+    /// Tells the VMM of a write that the library did for the guest.
+    pub fn written(&self, gpa: u64, len: u64) {
+        callback(|| self.resolver.written(gpa, len));
     }
 
     /// Serves one fault, and counts it.
@@ -226,11 +248,12 @@ impl Engine {
             Origin::Vcpu(_) => stats.faults_vcpu.add(1),
             Origin::Host => stats.faults_host.add(1),
             Origin::Prefetch => stats.faults_prefetch.add(1),
+            Origin::Fill => {} // not through here
         }
         let outcome = self.settle(block, page, need);
         match outcome {
             Ok(Outcome::Installed) => stats.outcome_resolved.add(1),
-            Ok(Outcome::Waited | Outcome::Elsewhere | Outcome::Gone) => stats.outcome_waited.add(1),
+            Ok(Outcome::Waited | Outcome::Elsewhere | Outcome::Pending | Outcome::Gone) => stats.outcome_waited.add(1),
             Ok(Outcome::WasPresent) => stats.outcome_mapped.add(1),
             Ok(Outcome::Lost) => stats.outcome_lost.add(1),
             Ok(Outcome::Interrupted) => stats.outcome_interrupted.add(1),
@@ -239,6 +262,11 @@ impl Engine {
         }
         stats.served_in(start.elapsed());
         outcome
+    }
+
+    /// The same for background fill: nobody waits, so that it is no fault to count.
+    pub fn fill(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
+        self.settle(block, page, need)
     }
 
     fn settle(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
@@ -288,6 +316,7 @@ impl Engine {
                     }
                     match concluded {
                         Some(outcome) => return Ok(outcome),
+                        None if need.waiter.is_none() && !self.is_shut_down() => return Ok(Outcome::Pending),
                         None => waited = true, // pending, or the VM was shut down
                     }
                 }
@@ -312,7 +341,7 @@ impl Engine {
     /// nobody has asked for must not cost the guest what it needs.
     fn bring(&self, ours: Ours<'_>, slot: &Slot, need: &Need<'_>, plan: &Plan) -> Result<Option<Outcome>> {
         let (block, page) = (ours.block, ours.page);
-        let window = match plan.count {
+        let mut window = match plan.count {
             1 => page..page + 1,
             _ if plan.is_contiguous() => {
                 let wanted = plan.around(page, slot.pages());
@@ -330,10 +359,12 @@ impl Engine {
             origin: need.origin,
             window: slot.gpa_of(window.start)..slot.gpa_of(window.end),
         };
-        need.stats.ahead_asked.add(ahead);
+        let counted = if matches!(need.more, More::Ahead(_)) { ahead } else { 0 };
+        need.stats.ahead_asked.add(counted);
         let (mut answer, mut came) = self.ask(block, page, &fault, need.stats);
         if ahead > 0 && !came && matches!(answer, Answer::Failed(_)) && block.pages.get(page) == State::Resolving {
-            need.stats.ahead_failed.add(ahead);
+            need.stats.ahead_failed.add(counted);
+            window = page..page + 1;
             fault.window = fault.gpa..fault.gpa + fault.len;
             (answer, came) = self.ask(block, page, &fault, need.stats);
         }
@@ -341,14 +372,20 @@ impl Engine {
             // Whatever the resolver says: with its VM freed it could not do what it meant to.
             return Ok(None);
         }
-        self.conclude(ours, answer, &fault, came)
+        let concluded = self.conclude(ours, answer, &fault, came)?;
+        if need.origin != Origin::Fill && matches!(concluded, None | Some(Outcome::Installed)) {
+            if let Some(recorder) = self.recorder.load().as_ref() {
+                recorder.note(block, &window);
+            }
+        }
+        Ok(concluded)
     }
 
     /// One call of the resolver: its answer, and whether it installed the page for certain.
     fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> (Answer, bool) {
         stats.resolver_calls.add(1);
         let watch = install::Watch::new(block, page);
-        let answer = self.callback(|| self.resolver.resolve(fault));
+        let answer = callback(|| self.resolver.resolve(fault));
         (answer, watch.saw_it())
     }
 

@@ -106,7 +106,9 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
         stats: seat.as_ref().map_or(engine.memory.stats.here(), |seat| &seat.stats),
         more: More::Ahead(seat.as_ref().map_or(hosts, |seat| &seat.runs)),
     };
+    let serving = seat.map(|seat| seat.faults_at(hva));
     let outcome = engine.resolve(&block, page, &need);
+    drop(serving);
     let failed = match outcome {
         Ok(Outcome::WasPresent) => map(engine, &block, page, message.hva).err(),
         Ok(Outcome::Lost) => {

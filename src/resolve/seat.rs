@@ -8,7 +8,7 @@ use crate::kernel::thread::{self, send_signal};
 use crate::memory::wait::{Sleeper, WAITS};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 /// What a reader thread has to tell a vCPU.
@@ -36,6 +36,8 @@ pub struct Seat {
     pub stats: Stats,
     /// The runs that its faults form. It has one fault at a time, whoever serves it: nobody meets here.
     pub runs: Mutex<Runs>,
+    /// Where its last fault was, in the VMM's mapping: for whoever fills memory in the background. Bit 0 is set when it has been served.
+    fault: AtomicU64,
     /// The signal that ends KVM_RUN.
     pub signal: i32,
     /// The signal runs a handler, so it may be over before KVM_RUN begins: `immediate_exit` must be set too.
@@ -61,6 +63,7 @@ impl Seat {
             sleeper: Sleeper::default(),
             stats: Stats::default(),
             runs: Mutex::default(),
+            fault: AtomicU64::new(SERVED),
             signal,
             by_handler,
             kicks: AtomicU32::new(0),
@@ -71,6 +74,22 @@ impl Seat {
             has_news: AtomicBool::new(false),
             news: Mutex::new(None),
         }
+    }
+
+    /// It has a fault here, until what this returns is dropped.
+    pub fn faults_at(&self, hva: u64) -> Serving<'_> {
+        self.fault.store(hva & !SERVED, Relaxed);
+        Serving(self)
+    }
+
+    /// Is it waiting for a page to be brought?
+    pub fn is_waiting(&self) -> bool {
+        self.fault.load(Relaxed) & SERVED == 0
+    }
+
+    /// Where its last fault was; None if it has had none.
+    pub fn last_fault(&self) -> Option<u64> {
+        Some(self.fault.load(Relaxed) & !SERVED).filter(|&hva| hva != 0)
     }
 
     /// Makes the vCPU's loop return, wherever it is: async-signal-safe, and never lost. The count goes first: whoever looks after
@@ -180,6 +199,17 @@ impl Seat {
     /// Is there something to take?
     pub fn has_news(&self) -> bool {
         self.has_news.load(SeqCst)
+    }
+}
+
+const SERVED: u64 = 1;
+
+/// A fault of a vCPU that is being served.
+pub struct Serving<'a>(&'a Seat);
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        self.0.fault.fetch_or(SERVED, Relaxed);
     }
 }
 

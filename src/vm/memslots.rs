@@ -7,6 +7,7 @@ use crate::kernel::mem::{self, Kind, ADDRESSES, PAGE};
 use crate::mechanism::{self, Wish, MECHANISMS};
 use crate::memory::block::{Block, Shape};
 use crate::memory::discard;
+use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::WAITS;
 use std::os::fd::RawFd;
@@ -232,6 +233,8 @@ impl Vm {
             }
         }
         let region = Region { version: 1, flags: request.kvm_flags, hva: block.kvm_hva() + offset, ..*wanted };
+        // Where a fill has ended nothing can be missing, until somebody turns the fast path on.
+        let fast_only = fast_only && (!block.is_released() || self.engine.memory.external);
         let mut slot = Slot { region, block: block.clone(), offset, fast_only };
         if slot.fast_only {
             self.enable_fault_exits()?;
@@ -290,6 +293,10 @@ impl Vm {
     /// Turns the fast path of a live slot on or off.
     pub fn memslot_set_fast_only(&self, number: u32, on: bool) -> Result<()> {
         let _editing = self.start_editing()?;
+        self.switch(number, on)
+    }
+
+    fn switch(&self, number: u32, on: bool) -> Result<()> {
         let memory = &self.engine.memory;
         let old = self.slot(number)?;
         if old.fast_only == on {
@@ -304,6 +311,9 @@ impl Vm {
                 let readonly = old.is_readonly();
                 let wish = Wish { vcpu_only: true, readonly, offset: old.offset, ..Wish::default() };
                 mechanism.check(&self.host, old.block.kind, &wish)?;
+            }
+            if old.block.is_released() && !memory.external {
+                mechanism::register_again(memory, &old.block)?;
             }
             self.enable_fault_exits()?;
             mechanism.arm(&self.host, &slot.clone(), &mut slot.region);
@@ -322,6 +332,24 @@ impl Vm {
         let new = memory.slots().with(slot, false);
         memory.replace_slots(new);
         Ok(())
+    }
+
+    /// The end of absence: memory in which nothing is missing becomes memory like any other, and its slots lose what made vCPUs leave. EBUSY, and
+    /// nothing has changed, if a page is missing. Memory with LOST pages is left as it is: they may be wanted again. Returns the blocks.
+    pub fn release(&self) -> Result<Vec<Arc<Block>>> {
+        let _editing = self.start_editing()?;
+        let memory = &self.engine.memory;
+        let slots = memory.slots().clone();
+        let is_whole = |b: &&Arc<Block>| !b.is_released() && b.pages.count(0..b.pages.len(), State::Lost) == 0;
+        let blocks: Vec<_> = slots.blocks().filter(is_whole).cloned().collect();
+        for (n, block) in blocks.iter().enumerate() {
+            discard::close(memory, block).inspect_err(|_| blocks[..n].iter().for_each(|b| b.set_released(false)))?;
+        }
+        for slot in slots.iter().filter(|s| blocks.iter().any(|b| Arc::ptr_eq(b, &s.block))) {
+            self.switch(slot.region.slot, false)?;
+        }
+        blocks.iter().for_each(|block| memory.unregister(block));
+        Ok(blocks)
     }
 }
 

@@ -1,0 +1,228 @@
+//! Background fill.
+
+use super::boundary::{self, check_out, clear_out, not_in_callback, put, with, Handle, Opaque};
+use super::types::*;
+use crate::error::fail;
+use crate::resolve::fill::{Fill, Progress};
+use crate::vm::fill::FillRequest;
+use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::Arc;
+use std::time::Duration;
+
+impl Opaque for kvmfault_fill {
+    type Inner = Arc<Fill>;
+    const NAME: &'static str = "fill";
+    const MAGIC: u64 = 0x6b76_6d66_6669_6c6c; // "kvmffill"
+}
+
+/// The VMM's callback, and what it is called with.
+struct Reporter {
+    progress: kvmfault_fill_callback,
+    opaque: *mut c_void,
+    finalizer: kvmfault_finalizer,
+    /// Set once the fill exists: a finalizer is not called for a fill that never was.
+    armed: Arc<AtomicBool>,
+}
+
+// SAFETY: the header says that `progress` is called from a thread of the library, with this opaque pointer.
+unsafe impl Send for Reporter {}
+// SAFETY: as above.
+unsafe impl Sync for Reporter {}
+
+impl Reporter {
+    fn report(&self, progress: &Progress) {
+        if let Some(callback) = self.progress {
+            let progress = progress_of(progress);
+            // SAFETY: the VMM's function, called as the header says; `progress` lives during the call.
+            crate::resolve::callback(|| unsafe { callback(self.opaque, &progress) });
+        }
+    }
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        if let (Some(finalizer), true) = (self.finalizer, self.armed.load(SeqCst)) {
+            // SAFETY: the VMM's function; nothing of ours uses `opaque` any more.
+            unsafe { finalizer(self.opaque) };
+        }
+    }
+}
+
+fn progress_of(progress: &Progress) -> kvmfault_fill_progress {
+    kvmfault_fill_progress {
+        size: size_of::<kvmfault_fill_progress>(),
+        pages_total: progress.total,
+        pages_left: progress.left,
+        failures: progress.failed,
+        bytes_per_second: progress.bytes_per_second,
+        eta_ms: progress.eta.map_or(-1, |eta| i64::try_from(eta.as_millis()).unwrap_or(-1)),
+        working_set_done: progress.first_done.into(),
+        ended: progress.ended.into(),
+    }
+}
+
+/// Starts to bring all absent pages in the background, while the guest runs: threads of the library call the VM's resolver, with
+/// KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. What follows the vCPUs' latest faults comes first; a fault of the guest's own
+/// goes before the fill. A resolver may install the window, a part of it or nothing; what it announces (KVMFAULT_PENDING) is waited for, up to 64
+/// windows a thread at once, and asked for again if it does not come.
+///
+/// When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED is given): fast-only flags and traps are
+/// taken away, userfaultfd is unregistered, and huge pages are recovered (MADV_COLLAPSE), so that the guest runs as if its memory had never been
+/// absent. `kvmfault_pages_discard` then fails with -EBUSY, and a slot that is set anew on that memory is an ordinary one, until
+/// `kvmfault_memslot_set_fast_only(.., 1)`. Memory with lost pages stays as it is.
+///
+/// On success *fill is the new handle, to be freed with `kvmfault_fill_free`; on an error it is NULL, and `finalizer` is not called. Errors: -EINVAL
+/// (an argument; the message names it), -EBUSY (a fill of this VM is under way), -EOPNOTSUPP (KVMFAULT_VM_EXTERNAL_UFFD), -EAGAIN (no thread can be
+/// started), -EBADF. Any thread; not from callbacks.
+///
+/// # Safety
+/// The pointers are NULL or valid, and the callbacks are as the header says.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_fill_start(
+    vm: *const kvmfault_vm,
+    options: *const kvmfault_fill_options,
+    fill: *mut *mut kvmfault_fill,
+) -> c_int {
+    with("kvmfault_fill_start", vm, |vm| {
+        clear_out(fill, "fill")?;
+        not_in_callback("kvmfault_fill_start")?;
+        let options = boundary::read(options, "options")?;
+        let known = KVMFAULT_FILL_KEEP_ARMED | KVMFAULT_FILL_NO_COLLAPSE | KVMFAULT_FILL_WORKING_SET_ONLY;
+        if options.flags & !known != 0 {
+            fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
+        }
+        if options.reserved != 0 {
+            fail!(EINVAL, "options.reserved: is not 0");
+        }
+        let only_first = options.flags & KVMFAULT_FILL_WORKING_SET_ONLY != 0;
+        if only_first && options.working_set_fd == -1 {
+            fail!(EINVAL, "options.working_set_fd: must be given with KVMFAULT_FILL_WORKING_SET_ONLY");
+        }
+        let armed = Arc::new(AtomicBool::new(false));
+        let reporter = Reporter {
+            progress: options.progress,
+            opaque: options.opaque,
+            finalizer: options.finalizer,
+            armed: armed.clone(),
+        };
+        let request = FillRequest {
+            threads: options.threads,
+            batch: options.batch,
+            bytes_per_second: options.bytes_per_second,
+            working_set: (options.working_set_fd != -1).then_some(options.working_set_fd),
+            only_first,
+            keep_armed: options.flags & KVMFAULT_FILL_KEEP_ARMED != 0,
+            no_collapse: options.flags & KVMFAULT_FILL_NO_COLLAPSE != 0,
+            interval: Duration::from_millis(if options.interval_ms == 0 { 1000 } else { options.interval_ms.into() }),
+            report: Box::new(move |progress| reporter.report(progress)),
+        };
+        let started = vm.fill(request)?;
+        armed.store(true, SeqCst);
+        put(fill, Handle::expose(started));
+        Ok(0)
+    })
+}
+
+/// Waits for the end of a fill, `timeout_ms` milliseconds at most (negative: for as long as it takes).
+///
+/// Returns 0: nothing is absent any more, and the memory is ordinary. -ETIMEDOUT: not yet. -ECANCELED: it was stopped. -ESHUTDOWN: the VM was freed. Else
+/// the error of the resolver that kept the rest from being brought; those pages are absent as before, and another fill may be started. Any thread,
+/// several at once too; not from callbacks.
+///
+/// # Safety
+/// `fill` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_fill_wait(fill: *const kvmfault_fill, timeout_ms: i64) -> c_int {
+    with("kvmfault_fill_wait", fill, |fill| {
+        not_in_callback("kvmfault_fill_wait")?;
+        let timeout = u64::try_from(timeout_ms).ok().map(Duration::from_millis);
+        fill.wait(false, timeout).map(|()| 0)
+    })
+}
+
+/// The same, but waits only until the working set is there (`options.working_set_fd`): a good time to start the guest. Pages of it that the
+/// resolver failed for are not waited for.
+///
+/// # Safety
+/// `fill` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_fill_wait_working_set(fill: *const kvmfault_fill, timeout_ms: i64) -> c_int {
+    with("kvmfault_fill_wait_working_set", fill, |fill| {
+        not_in_callback("kvmfault_fill_wait_working_set")?;
+        let timeout = u64::try_from(timeout_ms).ok().map(Duration::from_millis);
+        fill.wait(true, timeout).map(|()| 0)
+    })
+}
+
+/// How a fill goes; the rate is the average since it began. Any thread, also in callbacks.
+///
+/// # Safety
+/// The pointers are NULL or valid.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_fill_status(
+    fill: *const kvmfault_fill,
+    progress: *mut kvmfault_fill_progress,
+) -> c_int {
+    with("kvmfault_fill_status", fill, |fill| {
+        check_out(progress, "progress")?;
+        boundary::write(progress, "progress", &progress_of(&fill.status())).map(|()| 0)
+    })
+}
+
+/// Asks a fill to stop, and waits for nothing: a resolver call that is under way ends when it ends. Nothing is lost: what was not brought is absent as
+/// before, and another fill may be started when this one has ended (`kvmfault_fill_wait` tells). Any thread, also in callbacks.
+///
+/// # Safety
+/// `fill` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_fill_stop(fill: *const kvmfault_fill) -> c_int {
+    with("kvmfault_fill_stop", fill, |fill| {
+        fill.stop();
+        Ok(0)
+    })
+}
+
+/// Stops a fill, if it isn't over, and gives its handle back. NULL is allowed. Waits for nothing; the finalizer runs after the last call of the
+/// callback, on whichever thread that is. Any thread, also from callbacks.
+///
+/// # Safety
+/// `fill` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_fill_free(fill: *mut kvmfault_fill) {
+    Handle::free("kvmfault_fill_free", fill, |fill| fill.stop());
+}
+
+/// Records which pages are needed from now on, in which order: 1 begins anew, 0 ends it and forgets. Pages that readahead brings along are taken
+/// down too, what a fill brings isn't. Each thread has room for a million faults; what comes after is left out. A fault costs a few nanoseconds more.
+///
+/// Returns 0; -EINVAL (`on`), -ENOMEM. Any thread; not from callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_working_set_record(vm: *const kvmfault_vm, on: c_int) -> c_int {
+    with("kvmfault_working_set_record", vm, |vm| {
+        not_in_callback("kvmfault_working_set_record")?;
+        if !(0..=1).contains(&on) {
+            fail!(EINVAL, "on: {on} is neither 0 nor 1");
+        }
+        vm.record_working_set(on == 1).map(|()| 0)
+    })
+}
+
+/// Writes what was recorded until now to the regular file `fd`, over what is in it, for `kvmfault_fill_options.working_set_fd` of the next restore
+/// of the same snapshot; a few bytes a fault. Recording goes on.
+///
+/// Returns 0; -ENODATA if nothing is being recorded; -EBADF, -EINVAL (`fd`), or the errno of writing, with an incomplete file that will be refused.
+/// Any thread; not from callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_working_set_save(vm: *const kvmfault_vm, fd: c_int) -> c_int {
+    with("kvmfault_working_set_save", vm, |vm| {
+        not_in_callback("kvmfault_working_set_save")?;
+        vm.save_working_set(fd).map(|()| 0)
+    })
+}

@@ -1,0 +1,404 @@
+//! Background fill: threads that bring what the guest hasn't asked for yet, through the VMM's resolver, until nothing is absent.
+
+mod order;
+mod pace;
+
+use super::{Engine, More, Need, Origin, Outcome, MOST_RETRIES};
+use crate::error::{fail, Error, Result};
+use crate::kernel::thread::{block_all_signals, set_nice};
+use crate::memory::block::Block;
+use crate::memory::pages::State;
+use order::{Order, Piece};
+use pace::{give_way, Limit};
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// So many pages that a resolver has announced (KVMFAULT_PENDING) may be outstanding for each thread.
+const MOST_PENDING: usize = 64;
+/// A thread that has nothing to do looks again after this time; so it sees soon that it is to stop.
+const LOOK: Duration = Duration::from_millis(1);
+/// The pause after tries without success grows to this.
+const LONGEST_PAUSE: Duration = Duration::from_millis(10);
+/// So many tries in a row that failed are the end: the resolver is dead.
+const MOST_FAILURES: u32 = 1000;
+/// Fill threads have this nice value: the guest's threads come first.
+const NICE: i32 = 10;
+
+/// What a fill is to do.
+pub struct Options {
+    /// Threads.
+    pub threads: u32,
+    /// Most pages that the resolver is asked for together.
+    pub batch: u64,
+    /// 0: no limit.
+    pub bytes_per_second: u64,
+    /// What comes first: addresses in the VMM's mapping.
+    pub first: Vec<Range<u64>>,
+    /// And nothing else.
+    pub only_first: bool,
+    /// How often `report` is called.
+    pub interval: Duration,
+    /// Told how it goes.
+    pub report: Box<dyn Fn(&Progress) + Send + Sync>,
+    /// What to do when nothing is absent any more; EBUSY if that is no longer so. It may look now and then whether it is to stop.
+    pub finish: Box<dyn Fn(&dyn Fn() -> bool) -> Result<()> + Send + Sync>,
+}
+
+/// How it goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Pages that were absent when it began.
+    pub total: u64,
+    /// Pages that are absent now.
+    pub left: u64,
+    /// Tries that failed.
+    pub failed: u64,
+    /// That came since the last report, whoever brought them.
+    pub bytes_per_second: u64,
+    /// Until nothing is absent, at this rate; None if it can't be told.
+    pub eta: Option<Duration>,
+    /// What was to come first is there, or was tried.
+    pub first_done: bool,
+    /// It is over.
+    pub ended: bool,
+}
+
+/// A fill, under way or over.
+pub struct Fill {
+    engine: Arc<Engine>,
+    options: Options,
+    begin: Instant,
+    order: Mutex<Order>,
+    limit: Limit,
+    stop: AtomicBool,
+    /// Pages that were absent when it began, and their bytes.
+    total: u64,
+    total_bytes: u64,
+    /// What comes first, for `Ends::first`.
+    first: Vec<Range<u64>>,
+    failed: AtomicU64,
+    /// Tries without success in a row, of all threads.
+    in_vain: AtomicU32,
+    /// Threads that are in the middle of a piece; of one that comes first.
+    busy: AtomicU32,
+    busy_first: AtomicU32,
+    last_error: Mutex<Option<Error>>,
+    /// The end, and that what comes first is there.
+    state: Mutex<Ends>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default, Clone)]
+struct Ends {
+    first: bool,
+    all: Option<Result<()>>,
+}
+
+impl Fill {
+    /// Starts the threads.
+    pub fn start(engine: &Arc<Engine>, mut options: Options) -> Result<Arc<Fill>> {
+        let first = std::mem::take(&mut options.first);
+        let absent = |b: &Arc<Block>| b.pages.count(0..b.pages.len(), State::Absent) * b.page;
+        let fill = Arc::new(Fill {
+            engine: engine.clone(),
+            begin: Instant::now(),
+            order: Mutex::new(Order::new(first.clone(), options.only_first)),
+            limit: Limit::new(options.bytes_per_second),
+            stop: AtomicBool::new(false),
+            total: engine.memory.slots().absent(),
+            total_bytes: engine.memory.slots().blocks().map(absent).sum(),
+            first,
+            failed: AtomicU64::new(0),
+            in_vain: AtomicU32::new(0),
+            busy: AtomicU32::new(0),
+            busy_first: AtomicU32::new(0),
+            last_error: Mutex::default(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            options,
+        });
+        for n in 0..fill.options.threads {
+            let mine = fill.clone();
+            let work = move || {
+                block_all_signals();
+                set_nice(NICE);
+                match n {
+                    0 => mine.lead(),
+                    _ => mine.follow(),
+                }
+            };
+            let started = std::thread::Builder::new().name(format!("kvmfault-fill/{n}")).spawn(work);
+            if let Err(e) = started {
+                fill.stop();
+                return Err(Error::from_io("starting a fill thread", &e));
+            }
+        }
+        Ok(fill)
+    }
+
+    /// Asks it to stop; waits for nothing. A resolver call that is under way ends when it ends.
+    pub fn stop(&self) {
+        self.stop.store(true, SeqCst);
+    }
+
+    /// Waits for the end, or only for what comes first. ETIMEDOUT if it isn't there in time.
+    pub fn wait(&self, first: bool, timeout: Option<Duration>) -> Result<()> {
+        let poisoned = || Error::new(libc::ENOTRECOVERABLE, "a fill thread panicked (see stderr)");
+        let not_yet = |ends: &mut Ends| !(ends.all.is_some() || first && ends.first);
+        let ends = self.state.lock().map_err(|_| poisoned())?;
+        let ends = match timeout {
+            None => self.changed.wait_while(ends, not_yet).map_err(|_| poisoned())?,
+            Some(timeout) => self.changed.wait_timeout_while(ends, timeout, not_yet).map_err(|_| poisoned())?.0,
+        };
+        match (&ends.all, ends.first && first) {
+            (_, true) => Ok(()),
+            (Some(result), _) => result.clone(),
+            _ => fail!(ETIMEDOUT, "{} of {} pages are still absent", self.engine.memory.slots().absent(), self.total),
+        }
+    }
+
+    /// Is it over?
+    pub fn has_ended(&self) -> bool {
+        self.state.lock().map_or(true, |ends| ends.all.is_some())
+    }
+
+    /// How it goes; the rate is the average.
+    pub fn status(&self) -> Progress {
+        self.progress(self.begin, self.total)
+    }
+
+    /// How it goes; the rate is that since `since`, when so many pages were absent.
+    fn progress(&self, since: Instant, left_then: u64) -> Progress {
+        let left = self.engine.memory.slots().absent();
+        let page = self.total_bytes as f64 / self.total.max(1) as f64;
+        let rate = left_then.saturating_sub(left) as f64 * page / since.elapsed().as_secs_f64().max(1e-3);
+        let ends = self.state.lock().map(|s| s.clone()).unwrap_or_default();
+        Progress {
+            total: self.total,
+            left,
+            failed: self.failed.load(Relaxed),
+            bytes_per_second: rate as u64,
+            eta: Duration::try_from_secs_f64(left as f64 * page / rate).ok(),
+            first_done: ends.first,
+            ended: ends.all.is_some(),
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(SeqCst) || self.engine.is_shut_down()
+    }
+
+    fn end(&self, result: Result<()>) {
+        if let Ok(mut ends) = self.state.lock() {
+            ends.all.get_or_insert(result);
+        }
+        self.changed.notify_all();
+        self.stop();
+    }
+
+    /// The first thread: works like the others, and besides reports, and sees the end.
+    fn lead(&self) {
+        /// Should this thread panic, nobody must wait for it.
+        struct Panic<'a>(&'a Fill);
+        impl Drop for Panic<'_> {
+            fn drop(&mut self) {
+                self.0.end(Err(Error::new(libc::ENOTRECOVERABLE, "a fill thread panicked (see stderr)")));
+            }
+        }
+        let _panic = Panic(self);
+        let mut hand = Hand::default();
+        let (mut reported, mut left_then) = (Instant::now(), self.total);
+        let (mut idle, mut left_before) = (0, u64::MAX);
+        while !self.is_stopped() {
+            if reported.elapsed() >= self.options.interval {
+                let progress = self.progress(reported, left_then);
+                (reported, left_then) = (Instant::now(), progress.left);
+                (self.options.report)(&progress);
+            }
+            self.note_first();
+            if self.in_vain.load(SeqCst) >= MOST_FAILURES {
+                self.end(Err(self.why(self.engine.memory.slots().absent())));
+                break;
+            }
+            if self.work(&mut hand) {
+                continue;
+            }
+            // The pass is over as soon as the others are done with what they have.
+            if self.busy.load(SeqCst) > 0 || hand.has_pending() {
+                std::thread::sleep(LOOK);
+                continue;
+            }
+            let left = self.engine.memory.slots().absent();
+            idle = if left < left_before { 0 } else { idle + 1 };
+            left_before = left;
+            if let Some(result) = self.judge(left, idle) {
+                self.end(result);
+                break;
+            }
+            self.order.lock().map(|mut order| order.start_again()).unwrap_or_default();
+            self.sleep((LOOK * (1 << idle.min(10))).min(LONGEST_PAUSE));
+        }
+        let why = match self.engine.is_shut_down() {
+            true => Error::new(libc::ESHUTDOWN, "the VM was freed"),
+            false => Error::new(libc::ECANCELED, "the fill was stopped"),
+        };
+        self.end(Err(why));
+        (self.options.report)(&self.progress(reported, left_then));
+    }
+
+    /// At the end of a pass, the `idle`-th in a row after which no less was left: is that the end?
+    fn judge(&self, left: u64, idle: u32) -> Option<Result<()>> {
+        if self.options.only_first {
+            return Some(Ok(()));
+        }
+        if left == 0 {
+            return match (self.options.finish)(&|| self.is_stopped()) {
+                // A page was discarded meanwhile.
+                Err(e) if e.errno == libc::EBUSY => None,
+                result => Some(result),
+            };
+        }
+        let slots = self.engine.memory.slots();
+        let is_coming = slots.blocks().any(|b| b.pages.count(0..b.pages.len(), State::Resolving) > 0);
+        let has_failed = self.last_error.lock().is_ok_and(|error| error.is_some());
+        let is_over = idle > if has_failed { 1 } else { MOST_RETRIES };
+        (is_over && !is_coming).then(|| Err(self.why(left)))
+    }
+
+    /// Why so many pages are left.
+    fn why(&self, left: u64) -> Error {
+        let error = self.last_error.lock().ok().and_then(|mut error| error.take());
+        let error = error.unwrap_or(Error::new(libc::ELOOP, "the resolver asks for retries without end"));
+        error.context(format!("{left} pages could not be brought"))
+    }
+
+    fn follow(&self) {
+        let mut hand = Hand::default();
+        while !self.is_stopped() {
+            if !self.work(&mut hand) {
+                std::thread::sleep(LOOK);
+            }
+        }
+    }
+
+    fn sleep(&self, time: Duration) {
+        let until = Instant::now() + time;
+        while !self.is_stopped() {
+            match until.saturating_duration_since(Instant::now()) {
+                Duration::ZERO => return,
+                left => std::thread::sleep(left.min(10 * LOOK)),
+            }
+        }
+    }
+
+    /// Brings one piece; false if there is none now.
+    fn work(&self, hand: &mut Hand) -> bool {
+        if hand.is_full() {
+            return false;
+        }
+        give_way(&self.engine.seats);
+        self.busy.fetch_add(1, SeqCst);
+        let piece = self.take();
+        if let Some(piece) = &piece {
+            self.sleep(self.limit.delay((piece.pages.end - piece.pages.start) * piece.block.page));
+            self.bring(piece, hand);
+            self.busy_first.fetch_sub(piece.is_first.into(), SeqCst);
+        }
+        self.busy.fetch_sub(1, SeqCst);
+        piece.is_some()
+    }
+
+    fn take(&self) -> Option<Piece> {
+        let mut order = self.order.lock().ok()?;
+        let piece = order.next(&self.engine.memory, &self.engine.seats, self.options.batch)?;
+        self.busy_first.fetch_add(piece.is_first.into(), SeqCst);
+        Some(piece)
+    }
+
+    /// Is what comes first there? Nobody has a piece of it in hand, and no page of it is announced.
+    fn note_first(&self) {
+        let is_taken =
+            || self.order.lock().is_ok_and(|order| order.is_past_first() && self.busy_first.load(SeqCst) == 0);
+        let Ok(ends) = self.state.lock() else { return };
+        if ends.first || !is_taken() {
+            return;
+        }
+        drop(ends);
+        let slots = self.engine.memory.slots();
+        let is_coming = |range: &Range<u64>| {
+            let blocks = slots.blocks_in(range.start, range.end - range.start);
+            blocks.into_iter().any(|b| b.pages.count(b.pages_in(range), State::Resolving) > 0)
+        };
+        if !self.first.iter().any(is_coming) {
+            if let Ok(mut ends) = self.state.lock() {
+                ends.first = true;
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    fn bring(&self, piece: &Piece, hand: &mut Hand) {
+        let stats = self.engine.memory.stats.here();
+        let (block, end) = (&piece.block, piece.pages.end);
+        let more = More::UpTo { end, most: self.options.batch };
+        let need = Need { origin: Origin::Fill, access: 0, waiter: None, stats, more };
+        let mut page = piece.pages.start;
+        while let Some(next) = block.pages.first_absent(page..end) {
+            if self.is_stopped() {
+                return;
+            }
+            page = next + 1;
+            match self.engine.fill(block, next, &need) {
+                // The resolver has been told the whole piece; what it doesn't bring is for the next pass.
+                Ok(Outcome::Pending) => return hand.remember(block, next),
+                Ok(Outcome::Gone) => return,
+                Ok(Outcome::Retry) => self.sleep(LOOK),
+                Ok(_) => self.in_vain.store(0, SeqCst),
+                Err(e) => {
+                    self.failed.fetch_add(1, Relaxed);
+                    self.last_error.lock().map(|mut last| *last = Some(e)).unwrap_or_default();
+                    // A single bad page must not cost time; where nothing works there is no hurry.
+                    match self.in_vain.fetch_add(1, SeqCst) {
+                        0..8 => {}
+                        n => self.sleep((Duration::from_micros(10) * n).min(LONGEST_PAUSE)),
+                    }
+                    if self.in_vain.load(SeqCst) >= MOST_FAILURES {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What one thread has in hand.
+#[derive(Default)]
+struct Hand {
+    /// Pages that were announced.
+    pending: VecDeque<(Arc<Block>, u64)>,
+}
+
+impl Hand {
+    fn remember(&mut self, block: &Arc<Block>, page: u64) {
+        self.pending.push_back((block.clone(), page));
+    }
+
+    fn settle(&mut self) {
+        self.pending.retain(|(block, page)| block.pages.get(*page) == State::Resolving && !block.gone.load(SeqCst));
+    }
+
+    fn has_pending(&mut self) -> bool {
+        self.settle();
+        !self.pending.is_empty()
+    }
+
+    fn is_full(&mut self) -> bool {
+        if self.pending.len() >= MOST_PENDING {
+            self.settle();
+        }
+        self.pending.len() >= MOST_PENDING
+    }
+}

@@ -1,0 +1,196 @@
+//! What a fill brings next: first what it was given, then what follows the vCPUs' latest faults, then everything from the lowest address up.
+
+use crate::memory::block::Block;
+use crate::memory::Memory;
+use crate::resolve::seat::Seats;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// After a fault so much of the memory behind it comes first.
+const NEIGHBOURHOOD: u64 = 2 << 20;
+
+/// Pages of a block that are absent, as far as could be seen.
+#[derive(Debug)]
+pub struct Piece {
+    /// The memory.
+    pub block: Arc<Block>,
+    /// Its pages.
+    pub pages: Range<u64>,
+    /// Of what comes before all else.
+    pub is_first: bool,
+}
+
+/// The order of one fill. Its threads take turns with it.
+#[derive(Debug, Default)]
+pub struct Order {
+    /// What comes before all else: addresses in the VMM's mapping.
+    first: VecDeque<Range<u64>>,
+    /// What follows the faults that were looked at last.
+    near: VecDeque<Range<u64>>,
+    /// The faults that were looked at, by vCPU.
+    seen: Vec<u64>,
+    /// All below this address has been looked at in this pass.
+    at: u64,
+    /// Nothing but what comes first.
+    only_first: bool,
+}
+
+impl Order {
+    /// `first` are addresses in the VMM's mapping; with `only` there is nothing else.
+    pub fn new(first: Vec<Range<u64>>, only: bool) -> Order {
+        Order { first: first.into(), only_first: only, ..Order::default() }
+    }
+
+    /// The next absent pages, up to `most` of them; None at the end of the pass.
+    pub fn next(&mut self, memory: &Memory, seats: &Seats, most: u64) -> Option<Piece> {
+        if let Some(piece) = take(&mut self.first, memory, most) {
+            return Some(Piece { is_first: true, ..piece });
+        }
+        if self.only_first {
+            return None;
+        }
+        self.look_at_faults(seats);
+        take(&mut self.near, memory, most).or_else(|| self.sweep(memory, most))
+    }
+
+    /// Has everything that comes first been taken?
+    pub fn is_past_first(&self) -> bool {
+        self.first.is_empty()
+    }
+
+    /// Another pass over what is still absent.
+    pub fn start_again(&mut self) {
+        self.at = 0;
+    }
+
+    fn look_at_faults(&mut self, seats: &Seats) {
+        let seats = seats.all();
+        self.seen.resize(seats.len(), 0);
+        for (seat, seen) in seats.iter().zip(&mut self.seen) {
+            if let Some(hva) = seat.last_fault().filter(|hva| hva != seen) {
+                *seen = hva;
+                self.near.push_front(hva..hva.saturating_add(NEIGHBOURHOOD));
+                // The latest of each vCPU is what counts.
+                self.near.truncate(seats.len());
+            }
+        }
+    }
+
+    fn sweep(&mut self, memory: &Memory, most: u64) -> Option<Piece> {
+        let slots = memory.slots();
+        // Blocks are sorted by address.
+        let piece = slots.blocks().find_map(|block| absent_in(block, self.at..u64::MAX, most))?;
+        self.at = piece.block.hva_of(piece.pages.end);
+        Some(piece)
+    }
+}
+
+/// The first absent pages of the ranges, which lose what was looked at.
+fn take(ranges: &mut VecDeque<Range<u64>>, memory: &Memory, most: u64) -> Option<Piece> {
+    let slots = memory.slots();
+    while let Some(range) = ranges.front_mut() {
+        let found =
+            slots.blocks_in(range.start, range.end - range.start).find_map(|b| absent_in(b, range.clone(), most));
+        if let Some(piece) = found {
+            range.start = piece.block.hva_of(piece.pages.end).min(range.end);
+            return Some(piece);
+        }
+        ranges.pop_front();
+    }
+    None
+}
+
+/// The first run of absent pages of a block that begins in a range of addresses.
+fn absent_in(block: &Arc<Block>, range: Range<u64>, most: u64) -> Option<Piece> {
+    let within = block.pages_in(&range);
+    let start = block.pages.first_absent(within.clone())?;
+    let pages = start..block.pages.absent_up(start, within.end.min(start.saturating_add(most)));
+    (!pages.is_empty()).then(|| Piece { block: block.clone(), pages, is_first: false })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::kvm::{ImmediateExit, Region};
+    use crate::kernel::mem::{Kind, PAGE};
+    use crate::kernel::uffd::Uffd;
+    use crate::memory::block::Shape;
+    use crate::memory::pages::State;
+    use crate::memory::slots::{Slot, Slots};
+    use crate::resolve::seat::Seat;
+
+    const A: u64 = 0x1000_0000;
+    const B: u64 = 0x9000_0000;
+
+    /// Two blocks of 2048 pages.
+    fn memory() -> crate::error::Result<Memory> {
+        let memory = Memory::new(Uffd::open()?, false);
+        let mut slots = Slots::default();
+        for (number, hva) in [(0, B), (1, A)] {
+            let shape = Shape { hva, len: 2048 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+            let block = Arc::new(Block::new(shape, None, false, false)?);
+            let region = Region { slot: number, gpa: hva, len: 2048 * PAGE, hva, ..Default::default() };
+            slots = slots.with(Slot { region, block, offset: 0, fast_only: true }, false);
+        }
+        memory.replace_slots(slots);
+        Ok(memory)
+    }
+
+    fn next(order: &mut Order, memory: &Memory, seats: &Seats, most: u64) -> Option<Range<u64>> {
+        let piece = order.next(memory, seats, most)?;
+        for page in piece.pages.clone() {
+            assert_eq!(piece.block.pages.get(page), State::Absent);
+            assert!(piece.block.pages.make_present(page));
+        }
+        Some(piece.block.hva_of(piece.pages.start)..piece.block.hva_of(piece.pages.end))
+    }
+
+    #[test]
+    fn everything_comes_once_from_the_lowest_address_up() {
+        let (memory, seats) = (needs!(memory()), Seats::default());
+        let mut order = Order::default();
+        let slots = memory.slots().clone();
+        let (a, _) = slots.at_hva(A).unwrap();
+        assert!(a.pages.make_present(100) && a.pages.make_present(101));
+        let mut total = 0;
+        let pieces: Vec<_> = std::iter::from_fn(|| next(&mut order, &memory, &seats, 512))
+            .inspect(|piece| total += piece.end - piece.start)
+            .collect();
+        assert_eq!(pieces[..2], [A..A + 100 * PAGE, A + 102 * PAGE..A + 614 * PAGE]);
+        assert_eq!(total, (2 * 2048 - 2) * PAGE);
+        a.pages.change(7, State::Present, State::Absent).unwrap();
+        assert_eq!(next(&mut order, &memory, &seats, 512), None, "the pass is over");
+        order.start_again();
+        assert_eq!(next(&mut order, &memory, &seats, 512), Some(A + 7 * PAGE..A + 8 * PAGE));
+    }
+
+    #[test]
+    fn what_is_given_comes_first_and_what_follows_faults_next() {
+        let (memory, seats) = (needs!(memory()), Seats::default());
+        let seat: &'static Seat = Box::leak(Box::new(Seat::new(0, ImmediateExit::none(), libc::SIGURG, false)));
+        seats.add(seat);
+        drop(seat.faults_at(B + 1000 * PAGE));
+        let first = vec![B + 8 * PAGE..B + 12 * PAGE, 0x5000..0x9000, A + 2040 * PAGE..A + 3000 * PAGE];
+        let mut order = Order::new(first, false);
+        let mut next = || next(&mut order, &memory, &seats, 256).unwrap();
+        assert_eq!(next(), B + 8 * PAGE..B + 12 * PAGE);
+        assert_eq!(next(), A + 2040 * PAGE..A + 2048 * PAGE);
+        assert_eq!(next(), B + 1000 * PAGE..B + 1256 * PAGE);
+        drop(seat.faults_at(B + 500 * PAGE));
+        assert_eq!(next(), B + 500 * PAGE..B + 756 * PAGE);
+        assert_eq!(next(), B + 756 * PAGE..B + 1000 * PAGE);
+        assert_eq!(next(), A..A + 256 * PAGE, "one fault of each vCPU, the latest");
+    }
+
+    #[test]
+    fn only_what_is_given() {
+        let (memory, seats) = (needs!(memory()), Seats::default());
+        let mut order = Order::new(vec![A..A + 3 * PAGE], true);
+        assert_eq!(next(&mut order, &memory, &seats, 2), Some(A..A + 2 * PAGE));
+        assert!(!order.is_past_first());
+        assert_eq!(next(&mut order, &memory, &seats, 2), Some(A + 2 * PAGE..A + 3 * PAGE));
+        assert_eq!(next(&mut order, &memory, &seats, 2), None);
+        assert!(order.is_past_first());
+    }
+}

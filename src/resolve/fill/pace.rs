@@ -1,0 +1,82 @@
+//! How fast a fill goes: no faster than it may, and behind the guest's own faults.
+
+use crate::resolve::seat::Seats;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+/// While vCPUs have faults of their own a fill waits this long for each of its pieces, and no longer: it must come to an end as well.
+const GIVE_WAY: Duration = Duration::from_millis(2);
+/// So it looks for them.
+const LOOK: Duration = Duration::from_micros(50);
+
+/// A limit of bytes a second, for all threads of a fill together.
+#[derive(Debug)]
+pub struct Limit {
+    bytes_per_second: u64,
+    /// When what was allowed so far is used up.
+    until: Mutex<Instant>,
+}
+
+impl Limit {
+    /// 0: none.
+    pub fn new(bytes_per_second: u64) -> Limit {
+        Limit { bytes_per_second, until: Mutex::new(Instant::now()) }
+    }
+
+    /// How long to wait before so many bytes more. They count as used.
+    pub fn delay(&self, bytes: u64) -> Duration {
+        if self.bytes_per_second == 0 {
+            return Duration::ZERO;
+        }
+        let Ok(mut until) = self.until.lock() else { return Duration::ZERO };
+        let now = Instant::now();
+        let begin = (*until).max(now);
+        *until = begin + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
+        begin - now
+    }
+}
+
+/// Waits until no vCPU waits for a page, for a short time at most.
+pub fn give_way(seats: &Seats) {
+    let seats = seats.all();
+    let begin = Instant::now();
+    while seats.iter().any(|seat| seat.is_waiting()) && begin.elapsed() < GIVE_WAY {
+        std::thread::sleep(LOOK);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::kvm::ImmediateExit;
+    use crate::resolve::seat::Seat;
+
+    #[test]
+    fn a_limit_is_for_all_together() {
+        let limit = Limit::new(1 << 20);
+        assert_eq!(limit.delay(1 << 20), Duration::ZERO, "the first goes at once");
+        let second = limit.delay(1 << 20);
+        assert!(second > Duration::from_millis(500) && second <= Duration::from_secs(1), "{second:?}");
+        let third = limit.delay(1);
+        assert!(third > Duration::from_millis(1500) && third <= Duration::from_secs(2), "{third:?}");
+        assert_eq!(Limit::new(0).delay(u64::MAX), Duration::ZERO);
+    }
+
+    #[test]
+    fn faults_go_first_but_not_for_ever() {
+        let seats = Seats::default();
+        let seat: &'static Seat = Box::leak(Box::new(Seat::new(0, ImmediateExit::none(), libc::SIGURG, false)));
+        seats.add(seat);
+        let waited = || {
+            let begin = Instant::now();
+            give_way(&seats);
+            begin.elapsed()
+        };
+        assert!(waited() < GIVE_WAY);
+        let serving = seat.faults_at(0x1000);
+        assert!(waited() >= GIVE_WAY);
+        drop(serving);
+        assert!(waited() < GIVE_WAY);
+        assert_eq!(seat.last_fault(), Some(0x1000));
+    }
+}

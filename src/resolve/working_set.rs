@@ -1,0 +1,327 @@
+//! The working set of a guest: which pages it needed, in which order, recorded in one run and brought first in the next.
+//!
+//! The file, all numbers little-endian:
+//!
+//! | offset | bytes | |
+//! |---|---|---|
+//! | 0 | 8 | `KVMFWSET` |
+//! | 8 | 4 | version, 1 |
+//! | 12 | 4 | CRC-32 (IEEE) of all that follows |
+//! | 16 | 8 | bytes of guest memory: the sum of its slots |
+//! | 24 | 8 | where guest memory ends |
+//! | 32 | 8 | number of records |
+//! | 40 | | the records |
+//!
+//! A record is what one fault brought: three unsigned LEB128 numbers, namely how far its first page is from the end of the record before (in pages of 4 KiB,
+//! zigzag), how many pages it has, and microseconds since the record before.
+
+use crate::error::{fail, Error, Result};
+use crate::kernel::mem::{Mapping, PAGE};
+use crate::memory::block::Block;
+use crate::memory::slots::Slots;
+use crate::stats::{shard, SHARDS};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
+use std::time::Instant;
+
+const MAGIC: &[u8; 8] = b"KVMFWSET";
+const VERSION: u32 = 1;
+const HEADER: usize = 40;
+
+/// Faults that one thread's log holds; memory is taken only for those that there are (16 bytes each).
+const MOST: u64 = 1 << 20;
+/// The most pages of a record: what fits beside an address.
+const MOST_PAGES: u64 = PAGE;
+/// So many records, in the order of time, are brought in the order of addresses: neighbours together.
+const TOGETHER: usize = 1024;
+
+/// Faults as they come; each thread has a log of its own, so that vCPUs don't meet.
+#[derive(Debug)]
+pub struct Recorder {
+    begin: Instant,
+    logs: Box<[Log]>,
+}
+
+#[derive(Debug)]
+struct Log {
+    /// Two words each: address and number of pages less one; nanoseconds since the beginning, plus one.
+    words: Mapping,
+    len: AtomicU64,
+}
+
+impl Recorder {
+    /// An empty one.
+    pub fn new() -> Result<Recorder> {
+        let log = |_| Ok(Log { words: Mapping::anonymous(MOST * 16)?, len: AtomicU64::new(0) });
+        Ok(Recorder { begin: Instant::now(), logs: (0..SHARDS).map(log).collect::<Result<_>>()? })
+    }
+
+    /// These pages were needed, or expected to be, and have come.
+    pub fn note(&self, block: &Block, pages: &Range<u64>) {
+        let log = &self.logs[shard()];
+        let time = self.begin.elapsed().as_nanos() as u64 + 1;
+        let (mut hva, end) = (block.hva_of(pages.start), block.hva_of(pages.end));
+        while hva < end {
+            let count = ((end - hva) / PAGE).min(MOST_PAGES);
+            let at = log.len.fetch_add(1, Relaxed);
+            if at >= MOST {
+                return;
+            }
+            let words = &log.words.atomics()[at as usize * 2..];
+            words[0].store(hva | (count - 1), Relaxed);
+            words[1].store(time, Release);
+            hva += count * PAGE;
+        }
+    }
+
+    /// What was recorded, in the order of time, by guest address; memory that is in no slot any more is left out.
+    pub fn records(&self, slots: &Slots) -> Vec<Record> {
+        let mut found: Vec<(u64, u64)> = Vec::new();
+        for log in &self.logs {
+            let words = log.words.atomics().chunks_exact(2).take(log.len.load(Relaxed).min(MOST) as usize);
+            found.extend(words.map(|w| (w[1].load(Acquire), w[0].load(Relaxed))).filter(|(time, _)| *time > 0));
+        }
+        found.sort_unstable();
+        let record = |(time, word): (u64, u64)| {
+            let (hva, count) = (word / PAGE * PAGE, word % PAGE + 1);
+            let (block, page) = slots.at_hva(hva)?;
+            let slot = slots.showing(block, page)?;
+            Some(Record { gpa: slot.gpa_of(page), pages: count, us: (time - 1) / 1000 })
+        };
+        found.into_iter().filter_map(record).collect()
+    }
+
+    /// Faults that found their log full.
+    pub fn dropped(&self) -> u64 {
+        self.logs.iter().map(|log| log.len.load(Relaxed).saturating_sub(MOST)).sum()
+    }
+}
+
+/// What one fault brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Record {
+    /// Guest address of the first page.
+    pub gpa: u64,
+    /// How many pages of 4 KiB.
+    pub pages: u64,
+    /// Microseconds since recording began.
+    pub us: u64,
+}
+
+/// What must be the same where a working set is used as where it was recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Bytes of guest memory.
+    pub bytes: u64,
+    /// Where it ends.
+    pub end: u64,
+}
+
+impl Shape {
+    /// Of these slots.
+    pub fn of(slots: &Slots) -> Shape {
+        let bytes = slots.iter().map(|s| s.region.len).sum();
+        Shape { bytes, end: slots.iter().map(|s| s.region.gpa + s.region.len).max().unwrap_or(0) }
+    }
+}
+
+/// The file's bytes.
+pub fn encode(shape: Shape, records: &[Record]) -> Vec<u8> {
+    let mut body = Vec::with_capacity(32 + 4 * records.len());
+    for word in [shape.bytes, shape.end, records.len() as u64] {
+        body.extend(word.to_le_bytes());
+    }
+    let (mut expected, mut time) = (0, 0);
+    for record in records {
+        let page = record.gpa / PAGE;
+        let distance = page.wrapping_sub(expected) as i64;
+        put(&mut body, (distance << 1 ^ distance >> 63) as u64);
+        put(&mut body, record.pages);
+        put(&mut body, record.us.saturating_sub(time));
+        (expected, time) = (page.wrapping_add(record.pages), record.us.max(time));
+    }
+    let mut file = MAGIC.to_vec();
+    file.extend(VERSION.to_le_bytes());
+    file.extend(crc32fast::hash(&body).to_le_bytes());
+    file.extend(body);
+    file
+}
+
+/// The records of a file, for a VM of this shape; an error with EINVAL says what is wrong with it.
+pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
+    let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|n| file[at + n]));
+    if file.len() < HEADER || &file[..8] != MAGIC {
+        fail!(EINVAL, "is not a working set");
+    }
+    match word(8) as u32 {
+        VERSION => {}
+        other => fail!(EINVAL, "is of version {other}; this library knows version {VERSION}"),
+    }
+    if crc32fast::hash(&file[16..]) != (word(8) >> 32) as u32 {
+        fail!(EINVAL, "is damaged (its checksum is wrong), or was cut short");
+    }
+    let recorded = Shape { bytes: word(16), end: word(24) };
+    if recorded != shape {
+        fail!(
+            EINVAL,
+            "is of another VM: with {:#x} bytes of memory up to {:#x}; this one has {:#x} up to {:#x}",
+            recorded.bytes,
+            recorded.end,
+            shape.bytes,
+            shape.end
+        );
+    }
+    // The checksum tells accidents, not intent: nothing below trusts what it reads.
+    let mut rest = &file[HEADER..];
+    let mut records = Vec::new();
+    let (mut expected, mut us) = (0u64, 0u64);
+    for n in 0..word(32) {
+        let numbers = [get(&mut rest), get(&mut rest), get(&mut rest)];
+        let [Some(zigzag), Some(pages), Some(after)] = numbers else { fail!(EINVAL, "ends in record {n}") };
+        let page = expected.wrapping_add((zigzag >> 1) ^ (zigzag & 1).wrapping_neg());
+        let end = page.checked_add(pages).filter(|end| end.checked_mul(PAGE).is_some_and(|end| end <= shape.end));
+        let Some(end) = end.filter(|_| pages > 0) else { fail!(EINVAL, "record {n} is not in the VM's memory") };
+        us = us.saturating_add(after);
+        records.push(Record { gpa: page * PAGE, pages, us });
+        expected = end;
+    }
+    if !rest.is_empty() {
+        fail!(EINVAL, "has {} bytes too many", rest.len());
+    }
+    Ok(records)
+}
+
+/// Guest addresses in the order in which to bring them: that of time, but neighbours together.
+pub fn plan(records: &[Record]) -> Vec<Range<u64>> {
+    let mut plan: Vec<Range<u64>> = Vec::new();
+    for group in records.chunks(TOGETHER) {
+        let mut group: Vec<_> = group.iter().map(|r| r.gpa..r.gpa + r.pages * PAGE).collect();
+        group.sort_unstable_by_key(|range| range.start);
+        let first = plan.len();
+        for range in group {
+            match plan[first..].last_mut() {
+                Some(before) if range.start <= before.end => before.end = before.end.max(range.end),
+                _ => plan.push(range),
+            }
+        }
+    }
+    plan
+}
+
+/// Unsigned LEB128.
+fn put(to: &mut Vec<u8>, mut number: u64) {
+    while number >= 0x80 {
+        to.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    to.push(number as u8);
+}
+
+/// The next number; None if there is none, or it doesn't fit.
+fn get(from: &mut &[u8]) -> Option<u64> {
+    let mut number = 0;
+    for shift in (0..64).step_by(7) {
+        let (&byte, rest) = from.split_first()?;
+        *from = rest;
+        let bits = u64::from(byte & 0x7f);
+        number |= bits << shift;
+        if byte < 0x80 {
+            return (bits << shift >> shift == bits).then_some(number);
+        }
+    }
+    None
+}
+
+/// Says which file an error is about.
+pub fn about_the_file(error: Error) -> Error {
+    Error::new(error.errno, format!("working_set_fd: the file {}", error.message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: Shape = Shape { bytes: 1 << 30, end: 5 << 30 };
+
+    fn some() -> Vec<Record> {
+        let record = |page, pages, us| Record { gpa: page * PAGE, pages, us };
+        vec![record(1000, 1, 5), record(1001, 64, 5), record(0, 4096, 90), record((5 << 30) / PAGE - 1, 1, 1 << 40)]
+    }
+
+    #[test]
+    fn what_was_written_is_read() {
+        let file = encode(SHAPE, &some());
+        assert_eq!(decode(&file, SHAPE).unwrap(), some());
+        assert_eq!(decode(&encode(SHAPE, &[]), SHAPE).unwrap(), []);
+        // A sequential run costs four bytes a fault at most.
+        let run: Vec<_> = (0..1000).map(|n| Record { gpa: n * 64 * PAGE, pages: 64, us: n * 100 }).collect();
+        assert!(encode(SHAPE, &run).len() <= HEADER + 4 * run.len());
+    }
+
+    #[test]
+    fn whatever_is_wrong_with_a_file_is_said() {
+        let file = encode(SHAPE, &some());
+        let refused = |file: &[u8], words: &str| {
+            let error = decode(file, SHAPE).unwrap_err();
+            assert_eq!(error.errno, libc::EINVAL);
+            assert!(error.message.contains(words), "{error}");
+        };
+        for len in 0..file.len() {
+            assert!(decode(&file[..len], SHAPE).is_err(), "cut to {len} bytes");
+        }
+        for at in 0..file.len() {
+            for bit in 0..8 {
+                let mut broken = file.clone();
+                broken[at] ^= 1 << bit;
+                assert!(decode(&broken, SHAPE).is_err(), "bit {bit} of byte {at}");
+            }
+        }
+        refused(b"", "not a working set");
+        refused(&[file.clone(), vec![0]].concat(), "damaged");
+        refused(&[&file[..8], &[2, 0, 0, 0], &file[12..]].concat(), "version 2");
+        let other = Shape { bytes: 2 << 30, ..SHAPE };
+        refused(&encode(other, &some()), "another VM");
+        assert!(decode(&file, Shape { end: 6 << 30, ..SHAPE }).unwrap_err().message.contains("another VM"));
+    }
+
+    /// A right checksum over nonsense.
+    #[test]
+    fn nonsense_is_refused() {
+        let sealed = |records: u64, body: &[u8]| {
+            let words = [SHAPE.bytes, SHAPE.end, records].map(u64::to_le_bytes).concat();
+            let content = [&words, body].concat();
+            let crc = crc32fast::hash(&content).to_le_bytes();
+            [MAGIC.as_slice(), &VERSION.to_le_bytes(), &crc, &content].concat()
+        };
+        let far = (SHAPE.end / PAGE) << 1;
+        let mut beyond = Vec::new();
+        put(&mut beyond, far);
+        let below = [1, 1, 0]; // one page below the first
+        let cases: [(u64, Vec<u8>); 8] = [
+            (1, vec![]),
+            (u64::MAX, vec![0, 1, 0]),
+            (1, vec![0, 0, 0]),
+            (1, vec![0, 1, 0, 7]),
+            (1, [beyond, vec![1, 0]].concat()),
+            (1, below.to_vec()),
+            (1, [vec![0xff; 9], vec![0x7f, 1, 0]].concat()),
+            (1, [vec![0], vec![0xff; 9], vec![1, 0]].concat()),
+        ];
+        for (records, body) in cases {
+            assert_eq!(decode(&sealed(records, &body), SHAPE).unwrap_err().errno, libc::EINVAL, "{records}, {body:?}");
+        }
+        assert_eq!(decode(&sealed(1, &[0, 1, 0]), SHAPE).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn neighbours_are_brought_together() {
+        let page = |n: u64| Record { gpa: n * PAGE, pages: 1, us: 0 };
+        let early: Vec<_> = [9, 3, 4, 8, 3].map(page).to_vec();
+        assert_eq!(plan(&early), [3 * PAGE..5 * PAGE, 8 * PAGE..10 * PAGE]);
+        let mut long: Vec<_> = (0..TOGETHER as u64).rev().map(page).collect();
+        long.push(page(5000));
+        long.push(page(TOGETHER as u64));
+        let pages = TOGETHER as u64 * PAGE;
+        assert_eq!(plan(&long), [0..pages, pages..pages + PAGE, 5000 * PAGE..5001 * PAGE]);
+    }
+}

@@ -1,0 +1,147 @@
+//! Background fill of a VM: what is checked before it starts, and what its end means for memory.
+
+use super::Vm;
+use crate::error::{fail, Error, Result};
+use crate::kernel::file;
+use crate::kernel::mem::{self, Kind};
+use crate::memory::block::Block;
+use crate::memory::slots::Slots;
+use crate::resolve::fill::{self, Fill, Progress};
+use crate::resolve::working_set::{self, Recorder, Shape};
+use std::io::{Read, Write};
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+/// Huge pages of x86.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// A fill as the VMM asks for it.
+pub struct FillRequest {
+    /// 1 to 64; 0 for the usual number.
+    pub threads: u32,
+    /// Most pages that the resolver is asked for together, 1 to 4096; 0 for the usual number.
+    pub batch: u32,
+    /// 0: no limit.
+    pub bytes_per_second: u64,
+    /// What comes first: a working set, as a file.
+    pub working_set: Option<RawFd>,
+    /// And nothing else.
+    pub only_first: bool,
+    /// Memory stays as it is at the end.
+    pub keep_armed: bool,
+    /// Memory stays in the small pages that it came in.
+    pub no_collapse: bool,
+    /// How often `report` is called.
+    pub interval: Duration,
+    /// Told how it goes.
+    pub report: Box<dyn Fn(&Progress) + Send + Sync>,
+}
+
+impl Vm {
+    /// Begins to record the working set anew; or ends that, and forgets what was recorded.
+    pub fn record_working_set(&self, on: bool) -> Result<()> {
+        let recorder = if on { Some(Recorder::new()?) } else { None };
+        self.engine.record(recorder);
+        Ok(())
+    }
+
+    /// Writes what was recorded until now to a file, over what is in it.
+    pub fn save_working_set(&self, fd: RawFd) -> Result<()> {
+        let Some(recorder) = self.engine.recorder() else { fail!(ENODATA, "vm: no working set is being recorded") };
+        let slots = self.engine.memory.slots();
+        let bytes = working_set::encode(Shape::of(&slots), &recorder.records(&slots));
+        let (mut file, _) = file::reopen(fd, "fd", true)?;
+        let written = file.set_len(0).and_then(|()| file.write_all(&bytes));
+        written.map_err(|e| Error::from_io("fd: writing", &e))
+    }
+
+    /// Starts a fill; EBUSY if one is under way.
+    pub fn fill(self: &Arc<Vm>, request: FillRequest) -> Result<Arc<Fill>> {
+        self.check_ours()?;
+        if request.threads > 64 {
+            fail!(EINVAL, "threads: {} is more than 64", request.threads);
+        }
+        if request.batch > 4096 {
+            fail!(EINVAL, "batch: {} is more than 4096", request.batch);
+        }
+        let poisoned = |_| Error::new(libc::ENOTRECOVERABLE, "an earlier call panicked while it started a fill");
+        let mut under_way = self.filling.lock().map_err(poisoned)?;
+        if under_way.upgrade().is_some_and(|fill| !fill.has_ended()) {
+            fail!(EBUSY, "vm: a fill is under way");
+        }
+        let slots = self.engine.memory.slots();
+        let first = request.working_set.map_or(Ok(Vec::new()), |fd| read_working_set(fd, &slots))?;
+        let in_vmm = |gpa: &Range<u64>| {
+            let slot = slots.at_any(gpa.start)?;
+            let end = gpa.end.min(slot.region.gpa + slot.region.len);
+            Some(slot.vmm_hva(gpa.start)..slot.vmm_hva(gpa.start) + (end - gpa.start))
+        };
+        let (vm, collapse) = (Arc::downgrade(self), !request.no_collapse);
+        let finish = move |is_stopped: &dyn Fn() -> bool| match request.keep_armed {
+            true => Ok(()),
+            false => make_ordinary(&vm, collapse, is_stopped),
+        };
+        let fill = Fill::start(
+            &self.engine,
+            fill::Options {
+                threads: request.threads.max(1),
+                batch: if request.batch == 0 { 64 } else { request.batch.into() },
+                bytes_per_second: request.bytes_per_second,
+                first: first.iter().filter_map(in_vmm).collect(),
+                only_first: request.only_first,
+                interval: request.interval,
+                report: request.report,
+                finish: Box::new(finish),
+            },
+        )?;
+        *under_way = Arc::downgrade(&fill);
+        Ok(fill)
+    }
+}
+
+/// The longest file that is read: a guest of 1 TiB that needed all of it page by page has about that.
+const LONGEST_FILE: u64 = 1 << 30;
+
+fn read_working_set(fd: RawFd, slots: &Slots) -> Result<Vec<Range<u64>>> {
+    let (file, len) = file::reopen(fd, "working_set_fd", false)?;
+    if len > LONGEST_FILE {
+        fail!(EINVAL, "working_set_fd: the file has {len} bytes; that is no working set");
+    }
+    let mut bytes = Vec::with_capacity(len as usize);
+    file.take(LONGEST_FILE).read_to_end(&mut bytes).map_err(|e| Error::from_io("working_set_fd: reading", &e))?;
+    let records = working_set::decode(&bytes, Shape::of(slots)).map_err(working_set::about_the_file)?;
+    Ok(working_set::plan(&records))
+}
+
+/// Nothing is absent any more: memory becomes what it would be without the library.
+fn make_ordinary(vm: &Weak<Vm>, collapse: bool, is_stopped: &dyn Fn() -> bool) -> Result<()> {
+    let Some(vm) = vm.upgrade() else { fail!(ESHUTDOWN, "the VM was freed") };
+    let blocks = vm.release()?;
+    drop(vm);
+    if collapse {
+        blocks.iter().for_each(|block| recover_huge_pages(block, is_stopped));
+    }
+    Ok(())
+}
+
+/// Installing page by page leaves small pages, and KVM maps what it finds. A help and no more: there may be no huge pages to be had, or none
+/// wanted (/sys/kernel/mm/transparent_hugepage).
+fn recover_huge_pages(block: &Block, is_stopped: &dyn Fn() -> bool) {
+    if !matches!(block.kind, Kind::Anon | Kind::Shared) {
+        return;
+    }
+    let (start, end) = (block.hva.next_multiple_of(HUGE_PAGE), block.hva + block.len);
+    for at in (start..end).step_by(HUGE_PAGE as usize).take_while(|at| at + HUGE_PAGE <= end) {
+        if is_stopped() || block.gone.load(std::sync::atomic::Ordering::SeqCst) {
+            return;
+        }
+        match mem::advise(at, HUGE_PAGE, mem::MADV_COLLAPSE, "madvise(MADV_COLLAPSE)") {
+            // Not in this kernel (before Linux 6.1), not for this memory, or not wanted.
+            Err(e) if e.errno == libc::EINVAL => return,
+            // Just this one: pinned, or no huge page free.
+            _ => {}
+        }
+    }
+}
