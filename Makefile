@@ -58,9 +58,11 @@ test-qemu: stage ## QEMU with our patches migrates a guest by post-copy, in emul
 	qemu/tier $(KERNEL:%=--kernel %) $(MECHANISM:%=--mechanism %) -- $(CASE:%=--case %) $(ROUNDS:%=--rounds %)
 
 .PHONY: bench
-bench: programs | setup-test ## pages a second of each mechanism beside plain userfaultfd; CSV, JSON and a plot under target/
-	$(PROGRAMS)/compare --csv $T/bench.csv --json $T/bench.json
-	scripts/plot $T/bench.json $T/bench.svg
+bench: $(BENCH) | setup-bench ## pages a second and latencies, each mechanism beside plain C; target/bench/: CSV, JSON and a plot [BENCH_OPTIONS=...]
+	$T/bench/sweep --json $T/bench/summary.json --csv $T/bench/summary.csv $(BENCH_OPTIONS)
+	bench/report $T/bench/summary.json --plot $T/bench/summary.svg
+	bench/callgrind $T/bench/instructions --json $T/bench/instructions.json
+	cargo bench --locked --quiet --bench scaling -- --json $(CURDIR)/$T/bench/scaling.json
 
 .PHONY: check
 check: stage ## formatting, lints, header and exported symbols
@@ -74,11 +76,13 @@ header: setup-build ## writes include/kvmfault.h from src/capi
 clean: ## removes target/ (with the caches of the kernels)
 	rm -rf $T
 
-.PHONY: setup-build setup-test
+.PHONY: setup-build setup-test setup-bench
 setup-build:
 	@scripts/setup build
 setup-test: setup-build
 	@scripts/setup test
+setup-bench: setup-build
+	@scripts/setup bench
 
 # ---- the library -------------------------------------------------------------------------------------------------
 
@@ -143,6 +147,12 @@ $(EXAMPLES): $T/examples/%: $T/objects/examples/%.c.o $(call parts_of,examples)
 $(TESTS): $(PROGRAMS)/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests)
 	@mkdir -p $(@D)
 	$(CC) -o $@ $^ $(C_LIBS)
+# bench/ has parts of its own besides those of the tests.
+BENCH = $T/bench/sweep $T/bench/instructions
+BENCH_PARTS = $(patsubst %.c,$T/objects/%.c.o,bench/ways.c bench/plain.c bench/trap.c)
+$(BENCH): $T/bench/%: $T/objects/bench/%.c.o $(BENCH_PARTS) $(call parts_of,c-tests) $T/bench/$(SONAME)
+	@mkdir -p $(@D)
+	$(CC) -o $@ $(filter %.o,$^) $(C_LIBS) -lm
 $T/programs-static/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests) $(SHARED)
 	@mkdir -p $(@D)
 	$(CC) -static -o $@ $(filter %.o,$^) $$($(PKG_CONFIG) --static --libs kvmfault) -pthread $(LDFLAGS)

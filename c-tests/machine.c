@@ -20,6 +20,7 @@
 extern const uint8_t guest_verify_start[], guest_verify_end[];
 extern const uint8_t guest_touch_start[], guest_touch_end[];
 extern const uint8_t guest_script_start[], guest_script_end[];
+extern const uint8_t guest_walk_start[], guest_walk_end[];
 
 static const struct {
 	const uint8_t *start, *end;
@@ -27,8 +28,9 @@ static const struct {
 	{ guest_verify_start, guest_verify_end },
 	{ guest_touch_start, guest_touch_end },
 	{ guest_script_start, guest_script_end },
+	{ guest_walk_start, guest_walk_end },
 };
-enum { VERIFY, TOUCH, SCRIPT, GUESTS };
+enum { VERIFY, TOUCH, SCRIPT, WALK, GUESTS };
 
 static uint64_t round_up(uint64_t n, uint64_t to)
 {
@@ -567,6 +569,12 @@ void vcpu_load_touch(struct vcpu *v, uint64_t gpa, uint64_t pages, uint64_t step
 {
 	struct kvm_regs regs = { .rdi = gpa, .rcx = pages, .rdx = step };
 	load(v, TOUCH, &regs);
+}
+
+void vcpu_load_walk(struct vcpu *v, uint64_t gpa, uint64_t list, uint64_t count, uint64_t times)
+{
+	struct kvm_regs regs = { .rdi = gpa, .rsi = list, .rcx = count, .r8 = times };
+	load(v, WALK, &regs);
 }
 
 void vcpu_load_script(struct vcpu *v, uint64_t first_step)

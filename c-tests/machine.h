@@ -158,6 +158,9 @@ void vcpu_verify(struct vcpu *vcpu);
 /* guest/touch.S */
 void vcpu_load_touch(struct vcpu *vcpu, uint64_t gpa, uint64_t pages, uint64_t step);
 
+/* guest/walk.S: writes to `count` pages of the list at guest address `list`, and notes at `times` how long each took. */
+void vcpu_load_walk(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, uint64_t times);
+
 /* guest/script.S */
 enum {
 	STOP, READ8, READ16, READ32, READ64, WRITE8, WRITE16, WRITE32, WRITE64,

@@ -1,6 +1,7 @@
 //! Threads, signals and futexes.
 
 use crate::error::{Error, Result};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
@@ -166,6 +167,40 @@ pub fn set_nice(nice: i32) {
     unsafe { libc::setpriority(libc::PRIO_PROCESS, id() as libc::id_t, nice) };
 }
 
+/// Has a range worked on in pieces, of `least` at least, by as many threads as there are CPUs for this process. The first error of a piece.
+pub fn in_parallel(
+    range: Range<u64>,
+    least: u64,
+    work: impl Fn(Range<u64>) -> crate::error::Result<()> + Sync,
+) -> crate::error::Result<()> {
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    let pieces = ((range.end - range.start) / least).clamp(1, cpus);
+    let edge = |n: u64| range.start + (range.end - range.start) * n / pieces;
+    let piece = |n: u64| work(edge(n)..edge(n + 1));
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..pieces)
+            .map(|n| {
+                let own = std::thread::Builder::new().name("kvmfault-arm".into());
+                let spawned = own.spawn_scoped(scope, move || {
+                    block_all_signals();
+                    piece(n)
+                });
+                spawned.map_err(|_| n)
+            })
+            .collect();
+        let mut result = piece(0);
+        for other in others {
+            let done = match other {
+                // A panic there goes on here.
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                Err(n) => piece(n), // no thread to be had
+            };
+            result = result.and(done);
+        }
+        result
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,6 +213,26 @@ mod tests {
         send_signal(id(), libc::SIGURG);
         assert_eq!(take_signal(set).unwrap().signal, libc::SIGURG);
         assert!(take_signal(set).is_none());
+    }
+
+    #[test]
+    fn every_piece_is_worked_on_once() {
+        for (len, least) in [(0, 1), (1, 1), (7, 1), (1000, 64), (1000, 2000)] {
+            let done: Vec<_> = (0..len).map(|_| AtomicU32::new(0)).collect();
+            let work = |range: Range<u64>| {
+                range.for_each(|n| {
+                    done[n as usize].fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                });
+                Ok(())
+            };
+            in_parallel(0..len, least, work).unwrap();
+            assert!(done.iter().all(|n| n.load(std::sync::atomic::Ordering::SeqCst) == 1));
+        }
+        let fails = |range: Range<u64>| match range.contains(&999) {
+            true => Err(Error::new(libc::EIO, "the last")),
+            false => Ok(()),
+        };
+        assert_eq!(in_parallel(0..1000, 1, fails).unwrap_err().errno, libc::EIO);
     }
 
     #[test]

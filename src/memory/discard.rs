@@ -7,10 +7,14 @@ use super::wait::{Patience, GATE_PAGES, WAITS};
 use super::Memory;
 use crate::error::{fail, Result};
 use crate::kernel::mem::{advise, protect, Kind};
+use crate::kernel::thread;
 use crate::kernel::uffd::{Step, FEATURE_POISON};
 use crate::stats::Stats;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
+
+/// Less than so many gates' pages (128 MiB of 4 KiB pages, a few milliseconds) are not worth another thread.
+const MARKED_ALONE: u64 = 64;
 
 /// Makes PRESENT and LOST pages absent and gives their memory back. Pages that are being resolved stay so. Where the VMM's mapping is the
 /// VMM's own affair, what is there stays: then this says that the pages are missing, and no more.
@@ -129,18 +133,23 @@ pub fn lose(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
 pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
     block.marked.store(true, Ordering::SeqCst);
     block.set_released(false);
-    for group in gate_groups(0..block.pages.len()) {
-        let _pass = memory.gates.discard(block.gate_of(group.start));
-        for run in runs(group, |page| block.pages.get(page) != State::Present) {
-            let mut patience = Patience::default();
-            let mut page = run.start;
-            while page < run.end {
-                let at = block.kvm_hva() + page * block.page;
-                match memory.uffd.poison(at, (run.end - page) * block.page)? {
-                    Step::Done(bytes) => page += bytes / block.page,
-                    Step::Exists => page += 1,
-                    Step::Again => patience.wait()?,
-                }
+    thread::in_parallel(0..block.pages.len().div_ceil(GATE_PAGES), MARKED_ALONE, |groups| {
+        let pages = groups.start * GATE_PAGES..(groups.end * GATE_PAGES).min(block.pages.len());
+        gate_groups(pages).try_for_each(|group| mark_group(memory, block, group))
+    })
+}
+
+fn mark_group(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
+    let _pass = memory.gates.discard(block.gate_of(group.start));
+    for run in runs(group, |page| block.pages.get(page) != State::Present) {
+        let mut patience = Patience::default();
+        let mut page = run.start;
+        while page < run.end {
+            let at = block.kvm_hva() + page * block.page;
+            match memory.uffd.poison(at, (run.end - page) * block.page)? {
+                Step::Done(bytes) => page += bytes / block.page,
+                Step::Exists => page += 1,
+                Step::Again => patience.wait()?,
             }
         }
     }

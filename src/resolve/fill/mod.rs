@@ -43,9 +43,12 @@ pub struct Options {
     pub interval: Duration,
     /// Told how it goes.
     pub report: Box<dyn Fn(&Progress) + Send + Sync>,
-    /// What to do when nothing is absent any more; EBUSY if that is no longer so. It may look now and then whether it is to stop.
-    pub finish: Box<dyn Fn(&dyn Fn() -> bool) -> Result<()> + Send + Sync>,
+    /// What to do when nothing is absent any more.
+    pub finish: Box<Finish>,
 }
+
+/// EBUSY if something is absent again. It may ask now and then whether it is to stop.
+pub type Finish = dyn Fn(&dyn Fn() -> bool) -> Result<()> + Send + Sync;
 
 /// How it goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
