@@ -61,6 +61,7 @@ test-qemu: stage ## QEMU with our patches migrates a guest by post-copy, in emul
 bench: $(BENCH) | setup-bench ## pages a second and latencies, each mechanism beside plain C; target/bench/: CSV, JSON and a plot [BENCH_OPTIONS=...]
 	$T/bench/sweep --json $T/bench/summary.json --csv $T/bench/summary.csv $(BENCH_OPTIONS)
 	bench/report $T/bench/summary.json --plot $T/bench/summary.svg
+	$T/bench/background --json $T/bench/background.json
 	bench/callgrind $T/bench/instructions --json $T/bench/instructions.json
 	cargo bench --locked --quiet --bench scaling -- --json $(CURDIR)/$T/bench/scaling.json
 
@@ -148,7 +149,7 @@ $(TESTS): $(PROGRAMS)/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests)
 	@mkdir -p $(@D)
 	$(CC) -o $@ $^ $(C_LIBS)
 # bench/ has parts of its own besides those of the tests.
-BENCH = $T/bench/sweep $T/bench/instructions
+BENCH = $T/bench/sweep $T/bench/background $T/bench/instructions
 BENCH_PARTS = $(patsubst %.c,$T/objects/%.c.o,bench/ways.c bench/plain.c bench/trap.c)
 $(BENCH): $T/bench/%: $T/objects/bench/%.c.o $(BENCH_PARTS) $(call parts_of,c-tests) $T/bench/$(SONAME)
 	@mkdir -p $(@D)
