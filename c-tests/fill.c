@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { PAGES = 4096 };
+#define PAGES SCALED(4096, 1024)
 
 struct trouble {
 	struct scene s;
@@ -149,11 +149,11 @@ static void near_faults_first(void)
 	struct vcpu *v = scene_add_vcpu(&t.s, 3);
 	options.bytes_per_second = 2 << 20;
 	options.batch = 16;
-	scene_visit(&t.s, v, 3000, 1, READ_FIRST);
+	scene_visit(&t.s, v, PAGES / 2, 1, READ_FIRST);
 	struct kvmfault_fill *fill = start(&t, &options);
-	UNTIL(kvmfault_pages_absent(t.s.m.library) < PAGES - 100);
+	UNTIL(kvmfault_pages_absent(t.s.m.library) < (int64_t)PAGES - 100);
 	OK(kvmfault_fill_stop(fill));
-	EQUAL("a page behind the fault", kvmfault_pages_state(t.s.m.library, RAM_GPA + 3080 * PAGE), KVMFAULT_PAGE_PRESENT);
+	EQUAL("a page behind the fault", kvmfault_pages_state(t.s.m.library, RAM_GPA + (PAGES / 2 + 80) * PAGE), KVMFAULT_PAGE_PRESENT);
 	EQUAL("the first page", kvmfault_pages_state(t.s.m.library, RAM_GPA), KVMFAULT_PAGE_ABSENT);
 	REFUSED(kvmfault_fill_wait(fill, 10000), ECANCELED, "stopped");
 	kvmfault_fill_free(fill);
@@ -271,7 +271,7 @@ static uint64_t huge_kib(const void *address)
 static double reading(struct scene *s, struct vcpu *v)
 {
 	double best = 1e9;
-	for (int round = 0; round < 10; round++) {
+	for (unsigned long round = 0; round < SCALED(10, 3); round++) {
 		double begin = now();
 		scene_visit(s, v, 0, s->pages, READ_FIRST);
 		best = now() - begin < best ? now() - begin : best;
@@ -295,16 +295,17 @@ static bool can_collapse(enum backing backing)
 static void full_speed(void)
 {
 	char figures[256] = "";
+	const uint64_t len = SCALED(16, 8) << 20;
 	for (int backing = ANON; backing <= MEMFD; backing++) {
 		struct trouble t;
 		struct scene plain;
-		create(&t, backing, 16 << 20);
+		create(&t, backing, len);
 		madvise(t.s.ram.hva, t.s.ram.len, MADV_HUGEPAGE);
 		struct vcpu *v = scene_add_vcpu(&t.s, 3);
 		scene_visit(&t.s, v, 0, t.s.pages / 2, READ_FIRST);
 		fill_all(&t, NULL);
 
-		scene_attach(&plain, backing, 16 << 20, test_mechanism(), NULL);
+		scene_attach(&plain, backing, len, test_mechanism(), NULL);
 		struct kvm_userspace_memory_region region = {
 			.slot = RAM_SLOT, .guest_phys_addr = RAM_GPA, .memory_size = plain.ram.len, .userspace_addr = (uintptr_t)plain.ram.hva,
 		};

@@ -82,6 +82,8 @@ void test_cleanup(void (*cleanup)(void));
 
 /* `n`, or less if KVMFAULT_TEST_SCALE says so; at least 1. */
 unsigned long scaled(unsigned long n);
+/* The same, but not below `least`. */
+#define SCALED(n, least) (scaled(n) > (least) ? scaled(n) : (unsigned long)(least))
 
 double now(void); /* seconds, monotonic */
 void wait_a_little(void);

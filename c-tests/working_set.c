@@ -9,7 +9,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { PAGES = 8192, TOUCHED = PAGES / 10 };
+#define PAGES SCALED(8192, 2048)
+#define TOUCHED (PAGES / 10)
 
 struct run {
 	struct scene s;
@@ -101,9 +102,9 @@ static void replayed(void)
 		warm = now() - begin;
 		OK(kvmfault_fill_wait(fill, 60000));
 		kvmfault_fill_free(fill);
-		CHECK(faults(&r) <= TOUCHED * 3 / 100, "%lu faults after %d", faults(&r), TOUCHED);
+		CHECK(faults(&r) <= TOUCHED * 3 / 100, "%lu faults after %lu", faults(&r), TOUCHED);
 		EQUAL("pages that came", machine_stats(&r.s.m).pages_copied, TOUCHED + faults(&r));
-		note("%s: %lu faults instead of %d, done %.1f times sooner; %ld bytes", backing_name(backing), faults(&r), TOUCHED,
+		note("%s: %lu faults instead of %lu, done %.1f times sooner; %ld bytes", backing_name(backing), faults(&r), TOUCHED,
 		     cold / warm, (long)bytes);
 		/* And then all the rest, with the guest's memory as it should be. */
 		options = (struct kvmfault_fill_options)KVMFAULT_FILL_OPTIONS_INIT;
