@@ -64,6 +64,7 @@ bench: $(BENCH) | setup-bench ## pages a second and latencies, each mechanism be
 	$T/bench/background --json $T/bench/background.json
 	bench/callgrind $T/bench/instructions --json $T/bench/instructions.json
 	cargo bench --locked --quiet --bench scaling -- --json $(CURDIR)/$T/bench/scaling.json
+	bench/model $T/bench/scaling.json --json $T/bench/model.json
 
 .PHONY: check
 check: stage ## formatting, lints, header and exported symbols
