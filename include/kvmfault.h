@@ -1349,9 +1349,8 @@ void kvmfault_file_source_free(struct kvmfault_file_source *source);
  * Starts to bring all absent pages in the background, while the guest runs: threads of the library
  * call the VM's resolver, with KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages.
  * What follows the vCPUs' latest faults comes first; a fault of the guest's own goes before the
- * fill. A resolver may install the window, a part of it or nothing; what it announces
- * (KVMFAULT_PENDING) is waited for, up to 64 windows a thread at once, and asked for again if it
- * does not come.
+ * fill. A resolver may install the window or a part of it; it is asked again for the rest. A page
+ * that it announces (KVMFAULT_PENDING) is waited for, with up to 64 windows a thread under way.
  *
  * When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED is
  * given): fast-only flags and traps are taken away, userfaultfd is unregistered, and huge pages are
@@ -1402,8 +1401,9 @@ int kvmfault_fill_stop(const struct kvmfault_fill *fill);
 
 /*
  * Stops a fill, if it isn't over, and gives its handle back. NULL is allowed. Waits for nothing;
- * the finalizer runs after the last call of the callback, on whichever thread that is. Any thread,
- * also from callbacks.
+ * the finalizer runs after the last call of the callback, on whichever thread that is, and until a
+ * resolver call that is under way has ended another fill is refused (-EBUSY). Any thread, also from
+ * callbacks.
  */
 void kvmfault_fill_free(struct kvmfault_fill *fill);
 

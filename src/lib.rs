@@ -7,7 +7,7 @@
 //! | `vcpu` | the exit loop: which exits are faults, kicks, in-slot MMIO |
 //! | `vm` | slots as the VMM sets them, and what it does with pages |
 //! | `mechanism` | how a fault comes to us: one file a way, and the table of them |
-//! | `resolve` | who brings a page: the resolver's calls, reader threads, the file source |
+//! | `resolve` | who brings a page: the resolver's calls, reader threads, readahead, fill, working sets, the file source |
 //! | `memory` | slots, page states, install and discard, waiting |
 //! | `kernel` | what Linux defines: ioctls, the table of KVM ABIs, the probe |
 //!

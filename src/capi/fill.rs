@@ -64,8 +64,8 @@ fn progress_of(progress: &Progress) -> kvmfault_fill_progress {
 
 /// Starts to bring all absent pages in the background, while the guest runs: threads of the library call the VM's resolver, with
 /// KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. What follows the vCPUs' latest faults comes first; a fault of the guest's own
-/// goes before the fill. A resolver may install the window, a part of it or nothing; what it announces (KVMFAULT_PENDING) is waited for, up to 64
-/// windows a thread at once, and asked for again if it does not come.
+/// goes before the fill. A resolver may install the window or a part of it; it is asked again for the rest. A page that it announces
+/// (KVMFAULT_PENDING) is waited for, with up to 64 windows a thread under way.
 ///
 /// When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED is given): fast-only flags and traps are
 /// taken away, userfaultfd is unregistered, and huge pages are recovered (MADV_COLLAPSE), so that the guest runs as if its memory had never been
@@ -184,7 +184,8 @@ pub unsafe extern "C" fn kvmfault_fill_stop(fill: *const kvmfault_fill) -> c_int
 }
 
 /// Stops a fill, if it isn't over, and gives its handle back. NULL is allowed. Waits for nothing; the finalizer runs after the last call of the
-/// callback, on whichever thread that is. Any thread, also from callbacks.
+/// callback, on whichever thread that is, and until a resolver call that is under way has ended another fill is refused (-EBUSY). Any thread, also
+/// from callbacks.
 ///
 /// # Safety
 /// `fill` is NULL or a handle of this library.
