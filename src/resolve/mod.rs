@@ -194,8 +194,9 @@ pub struct Engine {
     /// Pages whose last try for a host thread failed: how often in a row. Touched on failure only (see `is_failing`).
     failing: Mutex<HashMap<u64, u32>>,
     failing_len: AtomicUsize,
-    /// Who takes down what the guest needs.
+    /// Who takes down what the guest needs; and whether there is one, which costs less to ask.
     recorder: ArcSwapOption<Recorder>,
+    records: AtomicBool,
 }
 
 impl Engine {
@@ -210,6 +211,7 @@ impl Engine {
             failing: Mutex::default(),
             failing_len: AtomicUsize::new(0),
             recorder: ArcSwapOption::empty(),
+            records: AtomicBool::new(false),
         }
     }
 
@@ -227,6 +229,7 @@ impl Engine {
 
     /// Begins to record the working set anew, or ends it.
     pub fn record(&self, recorder: Option<Recorder>) {
+        self.records.store(recorder.is_some(), SeqCst);
         self.recorder.store(recorder.map(Arc::new));
     }
 
@@ -373,7 +376,8 @@ impl Engine {
             return Ok(None);
         }
         let concluded = self.conclude(ours, answer, &fault, came)?;
-        if need.origin != Origin::Fill && matches!(concluded, None | Some(Outcome::Installed)) {
+        let is_needed = need.origin != Origin::Fill && matches!(concluded, None | Some(Outcome::Installed));
+        if is_needed && self.records.load(SeqCst) {
             if let Some(recorder) = self.recorder.load().as_ref() {
                 recorder.note(block, &window);
             }
