@@ -60,7 +60,8 @@ test-qemu: stage ## QEMU with our patches migrates a guest by post-copy, in emul
 .PHONY: bench
 bench: $(BENCH) | setup-bench ## pages a second and latencies, each mechanism beside plain C; target/bench/: CSV, JSON and a plot [BENCH_OPTIONS=...]
 	$T/bench/sweep --json $T/bench/summary.json --csv $T/bench/summary.csv $(BENCH_OPTIONS)
-	bench/report $T/bench/summary.json --plot $T/bench/summary.svg
+	$T/bench/sweep --batch 16 --order sequential --memory anon --vcpus 1,8 --json $T/bench/summary-16.json
+	bench/report $T/bench/summary.json $T/bench/summary-16.json --plot $T/bench/summary.svg
 	$T/bench/background --json $T/bench/background.json
 	bench/callgrind $T/bench/instructions --json $T/bench/instructions.json
 	cargo bench --locked --quiet --bench scaling -- --json $(CURDIR)/$T/bench/scaling.json

@@ -19,7 +19,8 @@
 
 enum { BATCH = 64, MOST_REPETITIONS = 50 };
 
-static const struct way ways[] = {
+/* Those with BATCH have the batch of --batch. */
+static struct way ways[] = {
 	{ "floor", "none", 1, false, 0, floor_begin, plain_run, NULL, NULL },
 	{ "plain-c", "userfaultfd", 1, false, 0, plain_begin, plain_run, NULL, plain_end },
 	{ "plain-c", "userfaultfd", BATCH, false, 0, plain_begin, plain_run, NULL, plain_end },
@@ -342,9 +343,10 @@ static void usage(FILE *to)
 		    "  --memory LIST      of anon, memfd, hugetlb (default all)\n"
 		    "  --vcpus LIST       of numbers up to 64 (default 1,2,8,32,64)\n"
 		    "  --order LIST       of sequential, strided, shuffled, zipf (default all; strided and zipf with 1 and 2 vCPUs)\n"
+		    "  --batch N          pages together, 2 to %d (default %d)\n"
 		    "  --json FILE        a list of objects\n"
 		    "  --csv FILE\n",
-		BATCH, MOST_REPETITIONS);
+		BATCH, MOST_REPETITIONS, MOST_BATCH, BATCH);
 }
 
 static long number(const char *option, const char *text, long most)
@@ -387,6 +389,7 @@ int main(int argc, char **argv)
 		{ "pages", required_argument, NULL, 'p' },  { "repetitions", required_argument, NULL, 'r' },
 		{ "memory", required_argument, NULL, 'm' }, { "vcpus", required_argument, NULL, 'v' },
 		{ "order", required_argument, NULL, 'o' },  { "json", required_argument, NULL, 'j' },
+		{ "batch", required_argument, NULL, 'b' },
 		{ "csv", required_argument, NULL, 'c' },    { "help", no_argument, NULL, 'h' },
 		{ 0 },
 	};
@@ -409,6 +412,11 @@ int main(int argc, char **argv)
 			break;
 		case 'o':
 			check_list("order", orders = optarg, "sequential,strided,shuffled,zipf");
+			break;
+		case 'b':
+			for (long w = 0, batch = number("batch", optarg, MOST_BATCH); w < WAYS; w++)
+				if (ways[w].batch == BATCH)
+					ways[w].batch = (unsigned)batch;
 			break;
 		case 'j':
 			json_path = optarg;

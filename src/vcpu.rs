@@ -14,7 +14,7 @@ use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{LOOK_AROUND, WAITS};
-use crate::resolve::readahead::Plan;
+use crate::resolve::readahead::{self, Plan};
 use crate::resolve::seat::{News, Seat};
 use crate::resolve::{pause_before, More, Need, Origin, Outcome, Waiter, MOST_RETRIES};
 use crate::vm::Vm;
@@ -437,7 +437,7 @@ impl Vcpu {
         }
         let plan = self.seat.runs.try_lock().map_or(Plan::ALONE, |runs| runs.last());
         let window = match plan.is_contiguous() {
-            true => plan.around(page, slot.pages()),
+            true => readahead::window(slot, page, &plan),
             false => page..page + 1,
         };
         let is_there = |&p: &u64| slot.block.pages.get(p) == State::Present;

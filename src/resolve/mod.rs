@@ -330,7 +330,7 @@ impl Engine {
     /// What to bring with a page.
     fn plan(&self, slot: &Slot, page: u64, more: More<'_>) -> Plan {
         match more {
-            More::UpTo { end, most } => Plan { step: 1, count: end.saturating_sub(page).min(most).max(1) },
+            More::UpTo { most, .. } => Plan { step: 1, count: most.max(1) },
             // Somebody else has the runs only where two reader threads serve one vCPU at once.
             More::Ahead(runs) if self.readahead > 1 => match runs.try_lock() {
                 Ok(mut runs) => runs.next(slot.block.hva_of(page) / slot.block.page, self.readahead),
@@ -347,8 +347,12 @@ impl Engine {
         let mut window = match plan.count {
             1 => page..page + 1,
             _ if plan.is_contiguous() => {
-                let wanted = plan.around(page, slot.pages());
-                block.pages.absent_down(page, wanted.start)..block.pages.absent_up(page + 1, wanted.end)
+                let wanted = readahead::window(slot, page, plan);
+                let end = match need.more {
+                    More::UpTo { end, .. } => wanted.end.min(end).max(page + 1),
+                    More::Ahead(_) => wanted.end,
+                };
+                block.pages.absent_down(page, wanted.start)..block.pages.absent_up(page + 1, end)
             }
             _ => page..page + 1,
         };

@@ -1,6 +1,7 @@
 //! Readahead: what a vCPU is going to need next, told from the faults that it has had. Runs of pages in either direction, also with a
 //! step between them, are recognised, several at a time; faults without a pattern ask for nothing more and cost a few comparisons.
 
+use crate::memory::slots::Slot;
 use std::ops::Range;
 
 /// So many runs are followed at once: a copy loop has two, a guest between two tasks a few more.
@@ -30,12 +31,12 @@ impl Plan {
         self.step.unsigned_abs() == 1
     }
 
-    /// The pages of a contiguous plan, inside `bounds`, which hold `page`.
+    /// The pages of a contiguous plan, inside `bounds`, which hold `page`. It ends where a multiple of its length does: after the first few the
+    /// pieces are aligned, and KVM, which maps aligned groups of neighbours at once (PTE_PREFETCH_NUM in arch/x86/kvm/mmu), finds them whole.
     pub fn around(&self, page: u64, bounds: Range<u64>) -> Range<u64> {
-        let more = self.count - 1;
         match self.step {
-            1 => page..bounds.end.min((page + 1).saturating_add(more)),
-            _ => bounds.start.max(page.saturating_sub(more))..page + 1,
+            1 => page..bounds.end.min(page.saturating_add(self.count) / self.count * self.count),
+            _ => bounds.start.max((page + 1).saturating_sub(self.count).next_multiple_of(self.count))..page + 1,
         }
     }
 
@@ -44,6 +45,14 @@ impl Plan {
         let pages = (1..self.count).map_while(move |n| page.checked_add_signed(self.step.checked_mul(n as i64)?));
         pages.take_while(move |p| bounds.contains(p))
     }
+}
+
+/// The block's pages of a contiguous plan; aligned as the guest sees them.
+pub fn window(slot: &Slot, page: u64, plan: &Plan) -> Range<u64> {
+    let size = slot.block.page;
+    let (first, end) = (slot.region.gpa / size, (slot.region.gpa + slot.region.len) / size);
+    let found = plan.around(slot.gpa_of(page) / size, first..end);
+    slot.page_of(found.start * size)..slot.page_of(found.end * size - 1) + 1
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -145,9 +154,14 @@ mod tests {
 
     #[test]
     fn runs_in_both_directions_are_brought_in_ever_larger_pieces() {
-        // 1, then 4, 8, 16 .. 256 (508 pages), then 256 each.
-        assert_eq!(replay(5000..9096, 256), (1 + 7 + 15, 1 + 508 + 14 * 256 + 256));
-        assert_eq!(replay((5000..9096).rev(), 256), (23, 4349));
+        // 1, then up to 4, 8, 16 .. 256; then 256 each.
+        assert_eq!(replay(4096..8192, 256), (8 + 15, 4096));
+        assert_eq!(replay((4096..8192).rev(), 256), (8 + 15, 4096));
+        // Wherever it begins, all but the first few are whole.
+        for start in 4096..4352 {
+            assert!(replay(start..start + 4096, 256).0 <= 8 + 16 + 1, "from {start}");
+            assert!(replay((start..start + 4096).rev(), 256).0 <= 8 + 16 + 1, "down to {start}");
+        }
         assert_eq!(replay(5000..9096, 1).0, 4096);
         assert_eq!(replay(5000..9096, 2).0, 1 + 4095_u64.div_ceil(2));
     }
@@ -204,9 +218,14 @@ mod tests {
     fn plans_stay_inside_their_bounds() {
         let up = Plan { step: 1, count: 8 };
         let down = Plan { step: -1, count: 8 };
-        assert_eq!((up.around(10, 8..13), down.around(10, 8..13)), (10..13, 8..11));
-        assert_eq!((up.around(10, 0..100), down.around(10, 0..100)), (10..18, 3..11));
-        assert_eq!(up.around(u64::MAX - 1, 0..u64::MAX), u64::MAX - 1..u64::MAX);
+        assert_eq!((up.around(10, 8..13), down.around(13, 11..18)), (10..13, 11..14));
+        assert_eq!((up.around(10, 0..100), down.around(13, 0..100)), (10..16, 8..14));
+        assert_eq!((up.around(16, 0..100), down.around(15, 0..100)), (16..24, 8..16));
+        assert_eq!((up.around(15, 0..100), down.around(16, 0..100)), (15..16, 16..17), "a whole one comes next");
+        assert_eq!(down.around(3, 0..100), 0..4);
+        let near_the_end = up.around(u64::MAX - 9, 0..u64::MAX);
+        assert!(near_the_end.start < near_the_end.end);
+        assert_eq!((Plan::ALONE.around(7, 0..100), Plan { step: 1, count: 6 }.around(7, 0..100)), (7..8, 7..12));
         let strided = Plan { step: -3, count: 8 };
         assert_eq!(strided.beyond(10, 0..100).collect::<Vec<_>>(), [7, 4, 1]);
         assert_eq!(Plan { step: 3, count: 3 }.beyond(10, 0..100).collect::<Vec<_>>(), [13, 16]);
