@@ -238,6 +238,11 @@ static int same_batch(const struct results *r, int way, const char *program, con
 
 static FILE *json, *csv;
 
+static const char *readahead(int way)
+{
+	return ways[way].batch == 1 ? "off" : ways[way].number ? "adaptive" : "fixed";
+}
+
 static void print_ratio(const char *name, const struct results *r, int way, int to, int repetitions)
 {
 	if (to < 0 || !r->works[to]) {
@@ -246,7 +251,7 @@ static void print_ratio(const char *name, const struct results *r, int way, int 
 		return;
 	}
 	struct spread s = ratios(r, way, to, repetitions);
-	fprintf(json, ", \"%s\": {\"min\": %.3f, \"median\": %.3f, \"max\": %.3f}", name, s.low, s.middle, s.high);
+	fprintf(json, ", \"%s\": %.3f, \"%s_range\": [%.3f, %.3f]", name, s.middle, name, s.low, s.high);
 	fprintf(csv, ",%.3f", s.middle);
 }
 
@@ -263,13 +268,13 @@ static void print_cell(const struct results *r, enum backing backing, unsigned v
 		       order_names[order], ways[w].program, ways[w].mechanism, ways[w].batch, rate.middle, rate.low, rate.high, p50, p99, p999, cpu,
 		       ratios(r, w, FLOOR, repetitions).middle, ratios(r, w, PLAIN_C, repetitions).middle);
 		fprintf(json,
-			"%s\n  {\"program\": \"%s\", \"mechanism\": \"%s\", \"vcpus\": %u, \"order\": \"%s\", \"memory\": \"%s\", \"readahead\": %u, "
+			"%s\n  {\"program\": \"%s\", \"mechanism\": \"%s\", \"vcpus\": %u, \"order\": \"%s\", \"memory\": \"%s\", \"readahead\": \"%s\", \"batch\": %u, "
 			"\"pages_per_second\": {\"min\": %.0f, \"median\": %.0f, \"max\": %.0f}, \"p50_us\": %.2f, \"p99_us\": %.2f, \"p999_us\": %.2f, "
 			"\"cpu_us_per_page\": %.2f",
-			more ? "," : "[", ways[w].program, ways[w].mechanism, vcpus, order_names[order], backing_name(backing), ways[w].batch, rate.low,
-			rate.middle, rate.high, p50, p99, p999, cpu);
-		fprintf(csv, "%s,%s,%u,%s,%s,%u,%.0f,%.0f,%.0f,%.2f,%.2f,%.2f,%.2f", ways[w].program, ways[w].mechanism, vcpus, order_names[order],
-			backing_name(backing), ways[w].batch, rate.low, rate.middle, rate.high, p50, p99, p999, cpu);
+			more ? "," : "[", ways[w].program, ways[w].mechanism, vcpus, order_names[order], backing_name(backing), readahead(w),
+			ways[w].batch, rate.low, rate.middle, rate.high, p50, p99, p999, cpu);
+		fprintf(csv, "%s,%s,%u,%s,%s,%s,%u,%.0f,%.0f,%.0f,%.2f,%.2f,%.2f,%.2f", ways[w].program, ways[w].mechanism, vcpus, order_names[order],
+			backing_name(backing), readahead(w), ways[w].batch, rate.low, rate.middle, rate.high, p50, p99, p999, cpu);
 		print_ratio("ratio_floor", r, w, FLOOR, repetitions);
 		print_ratio("ratio_plain_c", r, w, PLAIN_C, repetitions);
 		print_ratio("ratio_plain_c_same_batch", r, w, same_batch(r, w, "plain-c", "userfaultfd"), repetitions);
@@ -440,7 +445,7 @@ int main(int argc, char **argv)
 	calibrate();
 	json = create(json_path);
 	csv = create(csv_path);
-	fprintf(csv, "program,mechanism,vcpus,order,memory,readahead,pages_per_second_min,pages_per_second_median,pages_per_second_max,p50_us,p99_us,"
+	fprintf(csv, "program,mechanism,vcpus,order,memory,readahead,batch,pages_per_second_min,pages_per_second_median,pages_per_second_max,p50_us,p99_us,"
 		     "p999_us,cpu_us_per_page,ratio_floor,ratio_plain_c,ratio_plain_c_same_batch,ratio_plain_c_readers,ratio_hand_written\n");
 	printf("%-7s %5s %-10s %-15s %-12s %5s %8s %18s %8s %8s %8s %7s %6s %6s\n", "memory", "vcpus", "order", "program", "mechanism", "batch", "pages/s",
 	       "lowest .. highest", "p50 us", "p99 us", "p99.9 us", "cpu us", "floor", "plain");

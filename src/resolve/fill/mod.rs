@@ -126,6 +126,7 @@ impl Fill {
         for n in 0..fill.options.threads {
             let mine = fill.clone();
             let work = move || {
+                let _guard = EndOnPanic(&mine);
                 block_all_signals();
                 set_nice(NICE);
                 match n {
@@ -204,14 +205,6 @@ impl Fill {
 
     /// The first thread: works like the others, and besides reports, and sees the end.
     fn lead(&self) {
-        /// Should this thread panic, nobody must wait for it.
-        struct Panic<'a>(&'a Fill);
-        impl Drop for Panic<'_> {
-            fn drop(&mut self) {
-                self.0.end(Err(Error::new(libc::ENOTRECOVERABLE, "a fill thread panicked (see stderr)")));
-            }
-        }
-        let _panic = Panic(self);
         let mut hand = Hand::default();
         let (mut reported, mut left_then) = (Instant::now(), self.total);
         let (mut idle, mut left_before) = (0, u64::MAX);
@@ -255,7 +248,8 @@ impl Fill {
     /// At the end of a pass, the `idle`-th in a row after which no less was left: is that the end?
     fn judge(&self, left: u64, idle: u32) -> Option<Result<()>> {
         if self.options.only_first {
-            return Some(Ok(()));
+            self.note_first();
+            return self.state.lock().is_ok_and(|ends| ends.first).then_some(Ok(()));
         }
         if left == 0 {
             return match (self.options.finish)(&|| self.is_stopped()) {
@@ -373,6 +367,17 @@ impl Fill {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Should a thread panic, nobody must wait for it.
+struct EndOnPanic<'a>(&'a Fill);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end(Err(Error::new(libc::ENOTRECOVERABLE, "a fill thread panicked (see stderr)")));
         }
     }
 }
