@@ -1,0 +1,332 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* Background fill in trouble: stopped, freed, with resolvers that fail; and what the VMM is told, and may do. */
+#define _GNU_SOURCE
+#include "filling.h"
+
+#include <errno.h>
+#include <string.h>
+
+/* ---- trouble ---- */
+
+/* Stopped half-way and started again, several times: nothing is lost, and nothing comes twice. */
+static void stopped(void)
+{
+	struct filling t;
+	filling_create(&t, MEMFD, PAGES * PAGE);
+	t.us = 500;
+	for (int round = 0; round < 4; round++) {
+		int64_t before = kvmfault_pages_absent(t.s.m.library);
+		struct kvmfault_fill *fill = filling_start(&t, NULL);
+		REFUSED(kvmfault_fill_wait(fill, 1), ETIMEDOUT, "absent");
+		UNTIL(kvmfault_pages_absent(t.s.m.library) < before);
+		OK(kvmfault_fill_stop(fill));
+		REFUSED(kvmfault_fill_wait(fill, -1), ECANCELED, "stopped");
+		if (round % 2 == 0)
+			OK(kvmfault_fill_stop(fill));
+		kvmfault_fill_free(fill);
+		REFUSED(kvmfault_fill_wait(fill, 0), EBADF, "freed");
+	}
+	CHECK(kvmfault_pages_absent(t.s.m.library) > 0, "the fill was over before it was stopped");
+	t.us = 0;
+	fill_all(&t, NULL);
+	pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, PAGES);
+	EQUAL("pages that came", machine_stats(&t.s.m).pages_copied, PAGES);
+	scene_destroy(&t.s);
+}
+
+static atomic_uint finalized;
+
+static void finalizer(void *opaque)
+{
+	(void)opaque;
+	finalized++;
+}
+
+/* Its handle is freed while it is at it, or the whole VM: the threads go when their call is over, and the finalizer is called once. */
+static void freed(void)
+{
+	for (int what = 0; what < 2; what++) {
+		struct filling t;
+		struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
+		filling_create(&t, MEMFD, PAGES * PAGE);
+		t.us = 20000;
+		finalized = 0;
+		options.threads = 3;
+		options.finalizer = finalizer;
+		struct kvmfault_fill *fill = filling_start(&t, &options);
+		UNTIL(t.calls >= 3);
+		EQUAL("calls of the finalizer", finalized, 0);
+		if (what == 0) {
+			kvmfault_fill_free(fill);
+		} else {
+			kvmfault_vm_free(t.s.m.library);
+			REFUSED(kvmfault_fill_wait(fill, 10000), ESHUTDOWN, "freed");
+			kvmfault_fill_free(fill);
+		}
+		UNTIL(finalized == 1);
+		if (what == 0) {
+			t.us = 0;
+			fill_all(&t, NULL); /* its threads are gone: another one may start */
+			pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, PAGES);
+			scene_destroy(&t.s);
+		}
+	}
+}
+
+/* Pages that the resolver fails for: the others come, the fill ends with the resolver's error, and later it works. */
+static void failing(void)
+{
+	struct filling t;
+	uint64_t bad = 0;
+	filling_create(&t, MEMFD, PAGES * PAGE);
+	struct vcpu *v = scene_add_vcpu(&t.s, 3);
+	for (uint64_t page = 0; page < PAGES; page++)
+		bad += page % 97 == 5;
+	t.answer = -EREMOTEIO;
+	struct kvmfault_fill *fill = filling_start(&t, NULL);
+	struct kvmfault_fill_progress progress = KVMFAULT_FILL_PROGRESS_INIT;
+	REFUSED(kvmfault_fill_wait(fill, 60000), EREMOTEIO, "could not be brought");
+	OK(kvmfault_fill_status(fill, &progress));
+	EQUAL("ended", progress.ended, 1);
+	EQUAL("pages left", progress.pages_left, bad);
+	CHECK(progress.failures >= bad, "%lu failures", progress.failures);
+	EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), bad);
+	kvmfault_fill_free(fill);
+	scene_visit(&t.s, v, 0, PAGES / 2, READ_FIRST); /* a fault of the guest's own is another matter */
+	t.answer = 0;
+	fill_all(&t, NULL);
+	scene_visit(&t.s, v, 0, PAGES, READ_FIRST);
+	vcpu_detach(v);
+	scene_destroy(&t.s);
+}
+
+/* A resolver that is dead: that is found out before all of a large memory was tried. */
+static int dead(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)vm, (void)fault;
+	++*(atomic_ulong *)opaque;
+	return -ECONNRESET;
+}
+
+static void dead_resolver(void)
+{
+	struct machine m;
+	struct ram ram;
+	atomic_ulong calls = 0;
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	struct kvmfault_fill_options fill_options = KVMFAULT_FILL_OPTIONS_INIT;
+	struct kvmfault_fill *fill;
+	ram_create(&ram, MEMFD, 1ul << 30);
+	machine_create(&m, PAGE);
+	options.resolver = dead;
+	options.opaque = &calls;
+	options.mechanism = KVMFAULT_MECHANISM_USERFAULTFD;
+	machine_attach(&m, NULL, &options);
+	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
+	fill_options.threads = 4;
+	OK(kvmfault_fill_start(m.library, &fill_options, &fill));
+	REFUSED(kvmfault_fill_wait(fill, 30000), ECONNRESET, "could not be brought");
+	kvmfault_fill_free(fill);
+	CHECK(calls < 3000, "%lu calls", calls);
+	EQUAL("absent pages", kvmfault_pages_absent(m.library), ram.len / PAGE);
+	machine_destroy(&m);
+	ram_destroy(&ram);
+}
+
+/* A resolver that wants to be asked again, for a while. */
+static void again(void)
+{
+	struct filling t;
+	filling_create(&t, MEMFD, PAGES * PAGE);
+	t.answer = KVMFAULT_RETRY;
+	struct kvmfault_fill *fill = filling_start(&t, NULL);
+	REFUSED(kvmfault_fill_wait(fill, 500), ETIMEDOUT, "absent");
+	t.answer = 0;
+	OK(kvmfault_fill_wait(fill, 60000));
+	kvmfault_fill_free(fill);
+	pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, PAGES);
+	scene_destroy(&t.s);
+}
+
+/* Memory with lost pages stays armed: they can be had later. */
+static void lost(void)
+{
+	struct filling t;
+	uint64_t bad = 0;
+	filling_create(&t, MEMFD, PAGES * PAGE);
+	struct vcpu *v = scene_add_vcpu(&t.s, 3);
+	t.answer = KVMFAULT_LOST;
+	fill_all(&t, NULL);
+	for (uint64_t page = 0; page < PAGES; page++)
+		bad += kvmfault_pages_state(t.s.m.library, RAM_GPA + page * PAGE) == KVMFAULT_PAGE_LOST;
+	CHECK(bad > 0, "no page is lost");
+	t.answer = 0;
+	OK(kvmfault_pages_discard(t.s.m.library, RAM_GPA, PAGES * PAGE));
+	fill_all(&t, NULL);
+	scene_visit(&t.s, v, 0, PAGES, READ_FIRST);
+	vcpu_detach(v);
+	scene_destroy(&t.s);
+}
+
+/* A resolver that only asks for the pages, as a post-copy destination does: they come from another thread. */
+static void pending(void)
+{
+	struct machine m;
+	struct ram ram;
+	struct source source;
+	struct later later;
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	struct kvmfault_fill_options fill_options = KVMFAULT_FILL_OPTIONS_INIT;
+	struct kvmfault_fill *fill;
+	ram_create(&ram, MEMFD, 1024 * PAGE);
+	machine_create(&m, PAGE);
+	source_create(&source, RAM_GPA, ram.len, PATTERN);
+	later_create(&later, &source, 1, 200);
+	options.resolver = later_resolve;
+	options.opaque = &later;
+	machine_attach(&m, &source, &options);
+	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
+	fill_options.threads = 2;
+	fill_options.batch = 1;
+	OK(kvmfault_fill_start(m.library, &fill_options, &fill));
+	OK(kvmfault_fill_wait(fill, 60000));
+	kvmfault_fill_free(fill);
+	later_stop(&later);
+	EQUAL("calls", source.total, 1024);
+	pattern_check(&source.pattern, ram.hva, 0, 1024);
+	machine_destroy(&m);
+	ram_destroy(&ram);
+	source_destroy(&source);
+}
+
+/* Pages become absent again while it is at it: it brings those too. */
+static void discarded_meanwhile(void)
+{
+	struct filling t;
+	uint64_t seed = 3;
+	filling_create(&t, MEMFD, PAGES * PAGE);
+	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
+	options.threads = 2;
+	for (unsigned round = 0; round < scaled(20); round++) {
+		struct kvmfault_fill *fill = filling_start(&t, &options);
+		int ret = 0;
+		for (int i = 0; i < 200 && ret != -EBUSY; i++) {
+			ret = kvmfault_pages_discard(t.s.m.library, RAM_GPA + random_number(&seed) % PAGES * PAGE, PAGE);
+			CHECK(ret == 0 || ret == -EBUSY, "%d: %s", ret, kvmfault_last_error());
+		}
+		OK(kvmfault_fill_wait(fill, 60000));
+		kvmfault_fill_free(fill);
+		EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), 0);
+		pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, PAGES);
+		OK(kvmfault_memslot_set_fast_only(t.s.m.library, RAM_SLOT, 1));
+		OK(kvmfault_pages_discard(t.s.m.library, RAM_GPA, PAGES * PAGE));
+	}
+	scene_destroy(&t.s);
+}
+
+/* ---- what the VMM is told, and what it may do ---- */
+
+struct reports {
+	struct kvmfault_fill *fill;
+	struct kvmfault_vm *vm;
+	atomic_uint count, ended;
+	uint64_t left;
+	int wait, start, stop, state;
+	struct kvmfault_fill_progress last;
+};
+
+static void report(void *opaque, const struct kvmfault_fill_progress *progress)
+{
+	struct reports *r = opaque;
+	EQUAL("size", progress->size, sizeof(*progress));
+	EQUAL("pages in all", progress->pages_total, PAGES);
+	CHECK(progress->pages_left <= r->left, "%lu pages left, %lu before", progress->pages_left, r->left);
+	EQUAL("reports after the end", r->ended, 0);
+	r->left = progress->pages_left;
+	r->last = *progress;
+	r->ended = progress->ended;
+	r->count++;
+	if (r->count == 1) {
+		struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
+		struct kvmfault_fill *other;
+		r->wait = kvmfault_fill_wait(r->fill, 0);
+		r->start = kvmfault_fill_start(r->vm, &options, &other);
+		r->state = kvmfault_pages_state(r->vm, RAM_GPA);
+	}
+}
+
+static void progress(void)
+{
+	struct filling t;
+	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
+	struct reports reports = { .left = PAGES };
+	filling_create(&t, MEMFD, PAGES * PAGE);
+	options.progress = report;
+	options.opaque = &reports;
+	options.interval_ms = 20;
+	options.bytes_per_second = 32 << 20;
+	reports.vm = t.s.m.library;
+	reports.fill = filling_start(&t, &options);
+	OK(kvmfault_fill_wait(reports.fill, 60000));
+	UNTIL(reports.ended);
+	CHECK(reports.count >= 5 && reports.count < 500, "%u reports", reports.count);
+	EQUAL("pages left", reports.last.pages_left, 0);
+	EQUAL("working set done", reports.last.working_set_done, 1);
+	EQUAL("wait in the callback", reports.wait, -EDEADLK);
+	EQUAL("start in the callback", reports.start, -EDEADLK);
+	EQUAL("state in the callback", reports.state, KVMFAULT_PAGE_PRESENT);
+	struct kvmfault_fill_progress status = KVMFAULT_FILL_PROGRESS_INIT;
+	OK(kvmfault_fill_status(reports.fill, &status));
+	EQUAL("ended", status.ended, 1);
+	kvmfault_fill_free(reports.fill);
+	scene_destroy(&t.s);
+}
+
+static void wrong_arguments(void)
+{
+	struct filling t;
+	struct kvmfault_fill *fill = (void *)1;
+	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
+	filling_create(&t, MEMFD, PAGES * PAGE);
+	finalized = 0;
+#define WRONG(field, value, error, words)                                                \
+	do {                                                                             \
+		struct kvmfault_fill_options wrong = KVMFAULT_FILL_OPTIONS_INIT;         \
+		wrong.finalizer = finalizer;                                             \
+		wrong.field = value;                                                     \
+		REFUSED(kvmfault_fill_start(t.s.m.library, &wrong, &fill), error, words); \
+		CHECK(!fill, "a handle after an error");                                 \
+	} while (0)
+	WRONG(size, 0, EINVAL, "options.size");
+	WRONG(threads, 65, EINVAL, "threads");
+	WRONG(threads, UINT32_MAX, EINVAL, "threads");
+	WRONG(batch, 4097, EINVAL, "batch");
+	WRONG(flags, 8, EINVAL, "flags");
+	WRONG(flags, KVMFAULT_FILL_WORKING_SET_ONLY, EINVAL, "working_set_fd");
+	WRONG(reserved, 1, EINVAL, "reserved");
+	WRONG(working_set_fd, -2, EBADF, "working_set_fd");
+	REFUSED(kvmfault_fill_start(t.s.m.library, NULL, &fill), EINVAL, "options");
+	REFUSED(kvmfault_fill_start(t.s.m.library, &options, NULL), EINVAL, "fill");
+	EQUAL("calls of the finalizer", finalized, 0);
+	EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), PAGES);
+
+	t.us = 1000;
+	struct kvmfault_fill *one = filling_start(&t, NULL);
+	REFUSED(kvmfault_fill_start(t.s.m.library, &options, &fill), EBUSY, "under way");
+	kvmfault_fill_free(one);
+	scene_destroy(&t.s);
+}
+
+static const struct test_case cases[] = {
+	{ "stopped", stopped, false },
+	{ "freed", freed, false },
+	{ "failing", failing, true },
+	{ "dead-resolver", dead_resolver, false },
+	{ "again", again, false },
+	{ "lost", lost, true },
+	{ "pending", pending, true },
+	{ "discarded-meanwhile", discarded_meanwhile, true },
+	{ "progress", progress, false },
+	{ "wrong-arguments", wrong_arguments, false },
+};
+TEST_MAIN(cases)

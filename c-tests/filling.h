@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* A VM whose memory is filled in the background, and a resolver that can be slow or fail for the fill alone. */
+#ifndef FILLING_H
+#define FILLING_H
+
+#include "scene.h"
+
+#define PAGES SCALED(4096, 1024)
+
+struct filling {
+	struct scene s;
+	atomic_ulong calls, pages;  /* of the fill */
+	atomic_int answer;          /* to the fill, for pages whose number is 5 modulo 97; 0: they come as the others do */
+	atomic_int us;              /* the fill's calls take so long */
+	struct kvmfault_vm *vm;
+};
+
+/* With the case's mechanism, and no readahead. */
+void filling_create(struct filling *t, enum backing backing, uint64_t len);
+/* Starts a fill; `options` may be NULL. */
+struct kvmfault_fill *filling_start(struct filling *t, const struct kvmfault_fill_options *options);
+/* The same, and waits until nothing is absent. */
+void fill_all(struct filling *t, const struct kvmfault_fill_options *options);
+
+#endif
