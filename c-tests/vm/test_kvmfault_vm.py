@@ -107,6 +107,27 @@ class Logs(unittest.TestCase):
         self.assertEqual(machine.written_at(pathlib.Path("/no/such/log")), 0)
 
 
+class Waiting(unittest.TestCase):
+    """A slow machine is waited for, a silent one isn't."""
+
+    def pump(self, script, timeout, silence):
+        said = []
+        with tempfile.TemporaryDirectory() as here, subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, cwd=here) as fake:
+            try:
+                log = pathlib.Path(here, "log")
+                return machine.pump(fake, said.append, timeout, silence, log), b"".join(said)
+            finally:
+                fake.kill()
+
+    def test_words_or_kernel_messages_are_a_sign_of_life(self):
+        self.assertEqual(self.pump("for n in 1 2 3 4; do echo $n; sleep 1; done", 60, 3), (None, b"1\n2\n3\n4\n"))
+        self.assertEqual(self.pump("for n in 1 2 3 4; do echo $n >>log; sleep 1; done", 60, 3), (None, b""))
+
+    def test_silence_and_lateness_end_it(self):
+        self.assertEqual(self.pump("echo begun; exec sleep 60", 60, 2), ("no word for 2 s", b"begun\n"))
+        self.assertEqual(self.pump("while echo word; do sleep 1; done", 3, 60)[0], "no end after 3 s")
+
+
 class Initrd(unittest.TestCase):
     def test_archive_is_what_cpio_reads(self):
         archive = cpio.Archive()

@@ -71,7 +71,7 @@ def build_modules(kernel_name):
 
 
 def run(kernel, command, files, *, abi=None, module_directory=None, hugepages=0, smp=2, memory="2048",
-        timeout=300, append="", module_parameters=(), output):
+        timeout=300, silence=None, append="", module_parameters=(), output):
     """Boots a kernel (kernels.Kernel) for one command; returns a machine.Outcome."""
     directories = [kernel.modules]
     if abi and not module_directory:
@@ -86,7 +86,7 @@ def run(kernel, command, files, *, abi=None, module_directory=None, hugepages=0,
         initrd.build(work / "initrd", modules.loading_order(["kvm", "kvm_amd"], *directories), parameters, files,
                      command, hugepages)
         return machine.boot(kernel, work / "initrd", label=f"{kernel.name}-{abi or 'stock'}", smp=smp, memory=memory,
-                            timeout=timeout, append=append, output=output)
+                            timeout=timeout, silence=silence, append=append, output=output)
 
 
 def main():

@@ -40,8 +40,9 @@ class Outcome:
     log: pathlib.Path
 
 
-def boot(kernel, initrd, *, label, smp, memory, timeout, append, output):
-    """Boots, passes the command's output to output(bytes) as it comes, and judges the run."""
+def boot(kernel, initrd, *, label, smp, memory, timeout, silence, append, output):
+    """Boots, passes the command's output to output(bytes) as it comes, and judges the run. It must end within `timeout` seconds, and say
+    something every `silence` seconds if that isn't None."""
     log = new_log(label)
     command = [
         # Whatever happens to us, even SIGKILL, QEMU doesn't outlive us.
@@ -56,38 +57,46 @@ def boot(kernel, initrd, *, label, smp, memory, timeout, append, output):
     with open(log.with_suffix(".qemu"), "w+") as errors:
         qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
         try:
-            timed_out = not pump(qemu, output, start + timeout, log)
+            overdue = pump(qemu, output, timeout, silence, log)
         finally:
             qemu.kill()
             qemu.wait()
         errors.seek(0)
         complaint = errors.read().strip()
     os.unlink(log.with_suffix(".qemu"))
-    return judge(log, qemu.returncode, complaint, timed_out, timeout, time.monotonic() - start)
+    return judge(log, qemu.returncode, complaint, overdue, time.monotonic() - start)
 
 
-def pump(qemu, output, deadline, log):
-    """Reads until QEMU ends; False if the deadline came first."""
-    panic_seen = None
+def pump(qemu, output, timeout, silence, log):
+    """Reads until QEMU ends, and returns None; or why that is not waited for any longer."""
+    panic_seen, logged = None, 0
+    start = heard = time.monotonic()
     with selectors.DefaultSelector() as selector:
         selector.register(qemu.stdout, selectors.EVENT_READ)
         while True:
             now = time.monotonic()
-            if now > deadline:
-                return False
+            if now > start + timeout:
+                return f"no end after {timeout:g} s"
+            if silence and now > heard + silence:
+                return f"no word for {silence:g} s"
             if panic_seen and now > panic_seen + PANIC_GRACE:
-                return True
-            if selector.select(min(1.0, deadline - now)):
+                return None
+            if selector.select(1):
                 data = os.read(qemu.stdout.fileno(), 65536)
                 if not data:
                     qemu.wait()
-                    return True
+                    return None
                 output(data)
-            elif not panic_seen and "Kernel panic" in log.read_text(errors="replace"):
-                panic_seen = now
+                heard = now
+                continue
+            size = log.stat().st_size if log.exists() else 0
+            if size != logged:
+                logged, heard = size, now
+                if not panic_seen and "Kernel panic" in log.read_text(errors="replace"):
+                    panic_seen = now
 
 
-def judge(log, qemu_status, complaint, timed_out, timeout, seconds):
+def judge(log, qemu_status, complaint, overdue, seconds):
     text = log.read_text(errors="replace") if log.exists() else ""
     status = guestlog.said(text, "exit")
     trouble = guestlog.trouble(text)
@@ -97,13 +106,13 @@ def judge(log, qemu_status, complaint, timed_out, timeout, seconds):
         problem = f"the guest kernel {trouble[0]}: {trouble[1]}"
     elif failed:
         problem = f"the guest could not be set up: {failed}"
-    elif status is None and timed_out:
+    elif status is None and overdue:
         where = "the command was still running" if guestlog.said(text, "running") is not None else "the guest was still booting"
-        problem = f"no end after {timeout:g} s: {where}"
+        problem = f"{overdue}: {where}"
     elif status is None:
         problem = f"QEMU ended (status {qemu_status}) before the command did{': ' + complaint if complaint else ''}"
     return Outcome(status=int(status) if status is not None else None, problem=problem,
-                   timed_out=timed_out and status is None and not trouble, seconds=seconds, log=log)
+                   timed_out=bool(overdue) and status is None and not trouble, seconds=seconds, log=log)
 
 
 def written_at(path):

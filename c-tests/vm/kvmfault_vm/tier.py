@@ -69,6 +69,9 @@ PEER = "peer"
 PEER_ABI = "v7"
 PEER_TRIES = 5
 
+# Longer than any one case may take (the runner ends it before): a machine that is merely slow says something meanwhile.
+SILENCE = 330
+
 
 def scale():
     """What is repeated very often is repeated less often in an emulated machine, some forty times slower than the host."""
@@ -96,7 +99,7 @@ def boot(name, abi, options, reader):
              RUNNER, *options.runner_arguments, *filters]
     outcome = command.run(kernel, words, [(options.programs, PROGRAMS), *copies], abi=abi, module_directory=options.modules,
                           hugepages=options.hugepages, smp=options.smp, memory=options.memory,
-                          timeout=options.timeout, output=reader.feed)
+                          timeout=options.timeout, silence=SILENCE, output=reader.feed)
     reader.close()
     if outcome.problem:
         return f"{outcome.problem}; log: {outcome.log}"
@@ -167,7 +170,8 @@ def main():
     p.add_argument("--copy", action="append", default=[], metavar="FILE[:DEST]", help="more for the guests, as in vm-run")
     p.add_argument("--json", type=pathlib.Path, default=cache.PROJECT / "target/vm.json", metavar="FILE")
     p.add_argument("--modules", metavar="DIR", help="a KVM that is broken on purpose, see c-tests/kernel/mutations")
-    p.add_argument("--timeout", type=float, default=600, metavar="S", help="for each machine (default: 600)")
+    p.add_argument("--timeout", type=float, default=1800, metavar="S",
+                   help=f"for each machine (default: 1800); one that says nothing for {SILENCE} s is ended before")
     p.add_argument("--smp", type=int, default=2)
     p.add_argument("--memory", default="2048", metavar="MIB")
     p.add_argument("--hugepages", type=int, default=64, metavar="N")
