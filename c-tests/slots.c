@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #define OTHER_GPA 0x90000000ul
-enum { OTHER_SLOT = 2, PAGES = 64, MANY = 4096, VCPUS = 4 };
+enum { OTHER_SLOT = 2, PAGES = 64, MANY = 4096, FEW = 4, VCPUS = 4 };
 
 static struct machine m;
 static struct ram ram;
@@ -295,13 +295,14 @@ static void deleted_while_waiting(void)
 }
 
 static atomic_bool stop;
+static uint64_t checked_pages = MANY;
 
 /* Checks all pages again and again until told to stop, but once at least. */
 static void *verify_on(struct vcpu *v)
 {
 	vcpu_attach(v);
 	do {
-		vcpu_load_verify(v, RAM_GPA, list_gpa, MANY, &source.pattern, READ_FIRST);
+		vcpu_load_verify(v, RAM_GPA, list_gpa, checked_pages, &source.pattern, READ_FIRST);
 		vcpu_verify(v);
 	} while (!stop);
 	finished++;
@@ -396,6 +397,46 @@ static void discarded_memfd(void)
 static void discarded_anon(void)
 {
 	discarded(ANON);
+}
+
+/*
+ * The same few pages are wanted by all vCPUs and taken away at once: whoever has just seen one PRESENT finds it gone when it comes to map it.
+ * Zeros in its place would be taken for the page.
+ */
+static void discarded_few(enum backing backing)
+{
+	uint64_t seed = 18;
+	unsigned long discards = 0, busy = 0;
+	set_up(backing, FEW);
+	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
+	checked_pages = FEW;
+	start_vcpus();
+	UNTIL(source.total >= FEW);
+	for (double end = now() + SCALED(3, 1); now() < end; discards++) {
+		int ret = kvmfault_pages_discard(m.library, RAM_GPA + random_number(&seed) % FEW * PAGE, PAGE);
+		if (ret == -EBUSY)
+			busy++;
+		else
+			OK(ret);
+	}
+	join_vcpus();
+	struct kvmfault_stats stats = machine_settled_stats(&m);
+	note("%lu discards of %lu pages (%lu times busy), %lu resolver calls, %lu found the page there", discards, stats.pages_discarded, busy,
+	     stats.resolver_calls, stats.outcome_mapped);
+	CHECK(stats.pages_discarded > 0 && stats.resolver_calls > FEW, "the vCPUs met no discard");
+	EQUAL("pages brought", stats.pages_copied - stats.pages_discarded, FEW - kvmfault_pages_absent(m.library));
+	EQUAL("outcome_failed", stats.outcome_failed, 0);
+	tear_down();
+}
+
+static void discarded_few_memfd(void)
+{
+	discarded_few(MEMFD);
+}
+
+static void discarded_few_anon(void)
+{
+	discarded_few(ANON);
 }
 
 /* ---- post-copy ---- */
@@ -498,6 +539,8 @@ static const struct test_case cases[] = {
 	{ "toggled-anon", toggled_anon, true },
 	{ "discarded", discarded_memfd, true },
 	{ "discarded-anon", discarded_anon, true },
+	{ "discarded-few", discarded_few_memfd, true },
+	{ "discarded-few-anon", discarded_few_anon, true },
 	{ "post-copy", post_copy_memfd, true },
 	{ "post-copy-anon", post_copy_anon, true },
 	{ "dirty-log", dirty_log, true },

@@ -112,26 +112,3 @@ pub fn register_again(memory: &Memory, block: &Block) -> Result<()> {
     block.set_released(false);
     Ok(())
 }
-
-/// A PRESENT page that userfaultfd reports missing in the VMM's mapping: shared memory has it in the page cache, unless it was
-/// dropped behind our back; then, and for private memory, it reads as zeros, as it would without userfaultfd.
-pub fn map_vmm(memory: &Memory, block: &Block, page: u64) -> Result<()> {
-    let hva = block.hva_of(page);
-    let mapped = match block.kind {
-        Kind::Shared | Kind::HugetlbShared => memory.uffd.map(hva, block.page),
-        _ => memory.uffd.zero(hva, block.page),
-    };
-    match mapped {
-        Err(e) if e.errno == libc::EFAULT && block.kind == Kind::Shared => {
-            memory.uffd.zero(hva, block.page)?;
-        }
-        // hugetlb has no UFFDIO_ZEROPAGE; KVM without minor faults gets the page by itself once it is awake.
-        Err(e) if e.errno == libc::EINVAL => {}
-        // No longer registered: whoever slept was woken by that.
-        Err(e) if e.errno == libc::ENOENT && block.is_released() => {}
-        other => {
-            other?;
-        }
-    }
-    memory.uffd.wake(hva, block.page)
-}

@@ -1,11 +1,11 @@
 //! `userfaultfd`: the classic way. KVM's slow path sleeps in the kernel until a reader thread has brought the page.
 
-use super::{has_minor, map_vmm, Host, Mechanism, Wish};
+use super::{has_minor, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
 use crate::kernel::mem::Kind;
 use crate::kernel::uffd::Registration;
 use crate::memory::block::{Block, Shape};
-use crate::memory::Memory;
+use crate::memory::{install, Memory};
 use crate::stats::Stats;
 
 #[derive(Debug)]
@@ -39,6 +39,6 @@ impl Mechanism for Userfaultfd {
     }
 
     fn map_present(&self, memory: &Memory, block: &Block, page: u64, _stats: &Stats) -> Result<()> {
-        map_vmm(memory, block, page)
+        install::map_vmm(memory, block, page)
     }
 }

@@ -6,7 +6,7 @@
 
 use super::block::Block;
 use super::pages::State;
-use super::wait::{Patience, GATE_PAGES, WAITS};
+use super::wait::{Pass, Patience, GATE_PAGES, WAITS};
 use super::Memory;
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::{Kind, Mapping, PAGE};
@@ -222,17 +222,50 @@ fn map_deferred(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats
     block.take_deferred_runs(pages).try_for_each(|run| map_alias(memory, block, run, stats))
 }
 
-/// Maps a PRESENT page in the alias for a vCPU that came to it, and what is deferred around it.
+/// A page stays PRESENT for as long as this pass is held; None if it isn't PRESENT any more. Then it must be left alone: what were mapped there
+/// now, the next install would take for the page.
+fn keep_present<'m>(memory: &'m Memory, block: &Block, page: u64) -> Option<Pass<'m>> {
+    let pass = memory.gates.install(block.gate_of(page));
+    (block.pages.get(page) == State::Present).then_some(pass)
+}
+
+/// Maps a PRESENT page in the alias for a vCPU that came to it, and what is deferred around it. A page that was discarded meanwhile is left
+/// alone; whoever wants it comes again.
 pub fn map_present(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
+    let Some(_pass) = keep_present(memory, block, page) else { return Ok(()) };
     if block.is_deferred(page) {
-        let _pass = memory.gates.install(block.gate_of(page));
         map_deferred(memory, block, block.word_of(page), stats)?;
     }
     map_alias(memory, block, page..page + 1, stats)
 }
 
+/// The same in the VMM's mapping, for whoever waits there in userfaultfd. Shared memory has the page in the page cache, unless it was dropped
+/// behind our back; then, and for private memory, it reads as zeros, as it would without userfaultfd.
+pub fn map_vmm(memory: &Memory, block: &Block, page: u64) -> Result<()> {
+    let hva = block.hva_of(page);
+    if let Some(_pass) = keep_present(memory, block, page) {
+        let mapped = match block.kind {
+            Kind::Shared | Kind::HugetlbShared => memory.uffd.map(hva, block.page),
+            _ => memory.uffd.zero(hva, block.page),
+        };
+        match mapped {
+            Err(e) if e.errno == libc::EFAULT && block.kind == Kind::Shared => {
+                memory.uffd.zero(hva, block.page)?;
+            }
+            // hugetlb has no UFFDIO_ZEROPAGE; KVM without minor faults gets the page by itself once it is awake.
+            Err(e) if e.errno == libc::EINVAL => {}
+            // No longer registered: whoever slept was woken by that.
+            Err(e) if e.errno == libc::ENOENT && block.is_released() => {}
+            other => {
+                other?;
+            }
+        }
+    }
+    memory.uffd.wake(hva, block.page)
+}
+
 /// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias.
-pub fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Result<()> {
+fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Result<()> {
     let Some(alias) = block.alias_of(run.start) else {
         return Ok(());
     };
@@ -312,6 +345,33 @@ mod tests {
         assert_eq!(mem::read(ram.address(), &mut [0]).unwrap_err().errno, libc::EFAULT);
         assert_eq!(install(&memory, &block, 0..4, Source::Zero, &Stats::default()), Ok(4));
         assert_eq!(byte(ram.address() + 3 * PAGE), 0);
+    }
+
+    /// Who has seen a page PRESENT maps it a moment later; discarded since, it must stay missing, or zeros would be taken for it.
+    #[test]
+    fn what_was_discarded_meanwhile_is_not_mapped() {
+        let (anon_memory, _ram, anon) = needs!(memory_and_block(2));
+        let (memory, path) =
+            (Memory::new(Uffd::open().unwrap(), false), format!("/dev/shm/kvmfault-{}", std::process::id()));
+        let file = std::fs::File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file.set_len(2 * PAGE).unwrap();
+        let ram = Mapping::shared(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 2 * PAGE, true).unwrap();
+        memory.uffd.register(ram.address(), 2 * PAGE, false).unwrap();
+        let shape = Shape { hva: ram.address(), len: 2 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+        let shared = Block::new(shape, None, false, false).unwrap();
+        let bytes = Mapping::anonymous(PAGE).unwrap();
+        mem::write(bytes.address(), &[1; PAGE as usize]).unwrap();
+        for (memory, block) in [(&anon_memory, &anon), (&memory, &shared)] {
+            let stats = Stats::default();
+            map_vmm(memory, block, 0).unwrap();
+            assert_eq!(install(memory, block, 0..1, Source::Copy(bytes.address()), &stats), Ok(1));
+            assert_eq!(byte(block.hva), 1, "{:?}", block.kind);
+            // One that is PRESENT is mapped: here with zeros, as it was dropped behind our back.
+            block.pages.make_present(1);
+            map_vmm(memory, block, 1).unwrap();
+            assert_eq!(byte(block.hva_of(1)), 0, "{:?}", block.kind);
+        }
     }
 
     /// Whoever comes first: a LOST page is never readable, and one that came is not called lost.

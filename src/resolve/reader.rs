@@ -7,7 +7,6 @@ use super::{pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{Error, Result};
 use crate::kernel::thread::{block_all_signals, poll, Flag};
 use crate::kernel::uffd::{Message, FEATURE_POISON};
-use crate::mechanism;
 use crate::memory::block::Block;
 use crate::memory::{discard, install};
 use std::os::fd::AsRawFd;
@@ -158,9 +157,9 @@ fn map(engine: &Engine, block: &Block, page: u64, touched: u64) -> Result<()> {
     let in_vmm = touched.wrapping_sub(block.hva) < block.len;
     match block.alias_of(page) {
         Some(alias) if !in_vmm => {
-            install::map_alias(&engine.memory, block, page..page + 1, engine.memory.stats.here())?;
+            install::map_present(&engine.memory, block, page, engine.memory.stats.here())?;
             engine.memory.uffd.wake(alias, block.page)
         }
-        _ => mechanism::map_vmm(&engine.memory, block, page),
+        _ => install::map_vmm(&engine.memory, block, page),
     }
 }

@@ -2,7 +2,7 @@
 //! writes guest memory with copy_from_user and copy_to_user (arch/x86/kvm/x86.c, emulator_read_write), and does not wait for absent pages that
 //! carry a marker.
 
-use super::{Exit, Own, Vcpu};
+use super::{Exit, Own, Vcpu, MOST_MAPS};
 use crate::error::Result;
 use crate::kernel::kvm::Mmio;
 use crate::kernel::mem;
@@ -38,8 +38,12 @@ impl Vcpu {
                             false => mem::read(hva, &mut mmio.data[bytes.clone()]),
                         };
                         match done {
-                            // Discarded since, and private memory has its marker back.
-                            Err(e) if e.errno == libc::EFAULT && slot.block.pages.get(page) != State::Present => {
+                            // Discarded since, and private memory has its marker back; and somebody else may have brought it anew by now.
+                            Err(e)
+                                if e.errno == libc::EFAULT
+                                    && (slot.block.pages.get(page) != State::Present
+                                        || self.stuck_at(own, slot.block.hva_of(page)) < MOST_MAPS) =>
+                            {
                                 continue
                             }
                             Err(e) => {
