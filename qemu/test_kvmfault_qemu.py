@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """What can be tested of kvmfault_qemu without a QEMU: see check."""
 
+import pathlib
 import re
+import socket
+import tempfile
 import unittest
 
-from kvmfault_qemu import process, report, serial
+from kvmfault_qemu import process, proxy, report, serial
 
 
 def row(mechanism, p50, result="PASS", case="postcopy"):
@@ -51,9 +54,32 @@ class Process(unittest.TestCase):
         self.assertEqual(end.groups(), ("poison-trap", "827", "6"))
         self.assertEqual(process.ARMED.search("kvm_faults_listen slots=6 missing=30000 us=44663")[1], "44663")
         # The two ends of the same string.
-        patches = "".join(p.read_text() for p in sorted((process.pathlib.Path(__file__).resolve().parent / "patches").glob("*.patch")))
+        patches = "".join(p.read_text() for p in sorted((pathlib.Path(__file__).resolve().parent / "patches").glob("*.patch")))
         self.assertTrue(re.search(r'^\+kvm_faults_end\(.*"mechanism=%s vcpu_faults=.*slots=%u"$', patches, re.M))
         self.assertTrue(re.search(r'^\+kvm_faults_listen\(.*us=%"', patches, re.M))
+
+
+class Network(unittest.TestCase):
+    def test_it_passes_on_until_it_is_killed(self):
+        with tempfile.TemporaryDirectory() as here, socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as near:
+            listener.bind(f"{here}/target")
+            listener.listen()
+            network = proxy.Proxy(f"{here}/proxy", f"{here}/target")
+            self.addCleanup(network.kill)
+            near.connect(f"{here}/proxy")
+            far = listener.accept()[0]
+            self.addCleanup(far.close)
+            near.settimeout(10)
+            far.settimeout(10)
+            for sender, receiver in ((near, far), (far, near)):
+                sender.sendall(b"page" * 1000)
+                self.assertEqual(receiver.recv(4000, socket.MSG_WAITALL), b"page" * 1000)
+            far.shutdown(socket.SHUT_WR)
+            self.assertEqual(near.recv(1), b"")
+            near.sendall(b"still")
+            self.assertEqual(far.recv(5, socket.MSG_WAITALL), b"still")
+            network.kill()
+            self.assertEqual(far.recv(1), b"")
 
 
 if __name__ == "__main__":

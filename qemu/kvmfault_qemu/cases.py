@@ -52,10 +52,10 @@ def finish(run, m):
         raise Failed(f"{run.mechanism} has served no fault: the guest slept until its pages came by themselves")
 
 
-def up_to_switch(m):
+def up_to_switch(m, **options):
     m.start_source()
     m.start_destination()
-    m.connect()
+    m.connect(**options)
     m.sent(PART)
     m.switch()
 
@@ -70,23 +70,36 @@ def postcopy_preempt(run):
     postcopy(run, preempt=True)
 
 
+def disconnected(run, m):
+    """While there is no connection the guest waits for pages that nobody can bring: that must not stop the monitor."""
+    m.until_status(m.source, "postcopy-paused")
+    m.until_status(m.destination, "postcopy-paused")
+    for command in ("query-status", "stop", "query-status", "cont"):
+        m.destination.qmp.timed(command, ANSWER)
+    m.recover()
+    finish(run, m)
+
+
 def recover(run):
-    """The connection is cut while pages are missing, and there is another one later."""
+    """The connection is closed while pages are missing, and there is another one later."""
     with run.migration() as m:
         up_to_switch(m)
         m.still_missing()
         m.source.execute("migrate-pause")
-        m.until_status(m.source, "postcopy-paused")
-        m.until_status(m.destination, "postcopy-paused")
-        # The guest waits for pages that nobody can bring: that must not stop the monitor.
-        m.destination.qmp.timed("query-status", ANSWER)
-        m.destination.qmp.timed("stop", ANSWER)
-        m.destination.qmp.timed("query-status", ANSWER)
-        m.destination.qmp.timed("cont", ANSWER)
-        address = m.address()
-        m.destination.execute("migrate-recover", uri=address)
-        m.source.execute("migrate", uri=address, resume=True)
-        finish(run, m)
+        disconnected(run, m)
+
+
+def cut(run, **options):
+    """The same, but neither side has closed it: what was between them is gone, with whatever it held."""
+    with run.migration(**options) as m:
+        up_to_switch(m, network=True)
+        m.still_missing()
+        m.network.kill()
+        disconnected(run, m)
+
+
+def cut_preempt(run):
+    cut(run, preempt=True)
 
 
 def cancel(run):
@@ -191,6 +204,8 @@ CASES = {
     "postcopy": postcopy,
     "postcopy-preempt": postcopy_preempt,
     "recover": recover,
+    "cut": cut,
+    "cut-preempt": cut_preempt,
     "cancel": cancel,
     "dirty-log": dirty_log,
     "onward": onward,

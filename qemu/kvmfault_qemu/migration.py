@@ -5,6 +5,7 @@ import time
 
 from . import serial
 from .process import Qemu
+from .proxy import Proxy
 from .qmp import Failed
 
 UNLIMITED = 10 << 30
@@ -23,12 +24,14 @@ class Migration:
         self.setting, self.fault_exits, self.bandwidth = setting, fault_exits, bandwidth
         self.must_use, self.postcopy, self.preempt = must_use, postcopy, preempt
         self.processes, self.connections = [], 0
-        self.source = self.destination = None
+        self.source = self.destination = self.network = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        if self.network:
+            self.network.kill()
         for process in self.processes:
             process.end()
 
@@ -85,7 +88,7 @@ class Migration:
 
     def address(self):
         self.connections += 1
-        return f"unix:{self.setting.sockets}/m{self.connections}"
+        return self.setting.sockets / f"m{self.connections}"
 
     def configure(self, process, **parameters):
         wanted = {"postcopy-ram": self.postcopy, "postcopy-preempt": self.preempt, "postcopy-blocktime": self.postcopy}
@@ -93,7 +96,8 @@ class Migration:
                         capabilities=[{"capability": name, "state": state} for name, state in wanted.items()])
         process.execute("migrate-set-parameters", **parameters)
 
-    def connect(self, source=None, destination=None):
+    def connect(self, source=None, destination=None, network=False):
+        """network: with something between them that can be killed."""
         source, destination = source or self.source, destination or self.destination
         if self.postcopy:
             # So short a downtime is never reached: only the switch ends the first phase.
@@ -104,8 +108,17 @@ class Migration:
         self.configure(destination, **parameters)
         self.configure(source, **parameters)
         address = self.address()
-        destination.execute("migrate-incoming", uri=address)
-        source.execute("migrate", uri=address)
+        destination.execute("migrate-incoming", uri=f"unix:{address}")
+        if network:
+            listening, address = address, self.address()
+            self.network = Proxy(address, listening)
+        source.execute("migrate", uri=f"unix:{address}")
+
+    def recover(self):
+        """A new connection for a migration that has lost its own."""
+        address = self.address()
+        self.destination.execute("migrate-recover", uri=f"unix:{address}")
+        self.source.execute("migrate", uri=f"unix:{address}", resume=True)
 
     def sent(self, part):
         """Until that part of memory has gone over in the first phase."""

@@ -67,7 +67,7 @@ def parser():
     p.add_argument("--qemu", type=pathlib.Path, metavar="PATH", help="a qemu-system-x86_64 (default: what build.sh builds)")
     p.add_argument("--guest", type=pathlib.Path, metavar="PATH", help="the guest's ROM (default: what build.sh --guest builds)")
     p.add_argument("--migration-test", type=pathlib.Path, metavar="PATH",
-                   help="QEMU's own, of the same build (default: none; in an emulated machine it takes more than ten minutes)")
+                   help="QEMU's own, of the same build (default: what build.sh builds, unless --qemu is given)")
     p.add_argument("--kernel", action="append", choices=[label(k, a) for k, a, _ in MACHINES], help="only this one; may be repeated")
     p.add_argument("--mechanism", action="append", choices=test.MECHANISMS, help="only this one; may be repeated")
     p.add_argument("--json", type=pathlib.Path, default=PROJECT / "target/qemu.json", metavar="FILE")
@@ -144,7 +144,7 @@ def main():
     try:
         reason = None
         if not options.qemu:
-            options.qemu, _, reason = test.built_qemu()
+            options.qemu, options.migration_test, reason = test.built_qemu()
         if not reason and not options.guest:
             options.guest, reason = test.built("--guest")
         if reason:
