@@ -26,6 +26,7 @@ STATIC_LIBS = $T/release/native-static-libs
 SHARED = $T/release/libkvmfault.so.$(VERSION)
 STAGE = $T/stage
 PROGRAMS = $T/programs
+BENCH = $T/bench/sweep $T/bench/background $T/bench/instructions
 PKG_CONFIG = PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config
 
 .DEFAULT_GOAL = build
@@ -151,7 +152,6 @@ $(TESTS): $(PROGRAMS)/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests)
 	@mkdir -p $(@D)
 	$(CC) -o $@ $^ $(C_LIBS)
 # bench/ has parts of its own besides those of the tests.
-BENCH = $T/bench/sweep $T/bench/background $T/bench/instructions
 BENCH_PARTS = $(patsubst %.c,$T/objects/%.c.o,bench/ways.c bench/plain.c bench/trap.c)
 $(BENCH): $T/bench/%: $T/objects/bench/%.c.o $(BENCH_PARTS) $(call parts_of,c-tests) $T/bench/$(SONAME)
 	@mkdir -p $(@D)
