@@ -558,8 +558,13 @@ void vcpu_load_verify(struct vcpu *v, uint64_t gpa, uint64_t list, uint64_t coun
 
 void vcpu_verify(struct vcpu *v)
 {
+	vcpu_check_verified(v, vcpu_run(v));
+}
+
+void vcpu_check_verified(struct vcpu *v, uint32_t stopped_with)
+{
 	struct kvm_regs r;
-	if (vcpu_run(v) == 0)
+	if (stopped_with == 0)
 		return;
 	SYS(ioctl(v->fd, KVM_GET_REGS, &r));
 	FAIL("vCPU %d (CPL %d) found %#llx at %#llx, not %#llx", v->number, v->cpl, r.rbx, r.rdi, r.rdx);

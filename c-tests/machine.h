@@ -155,6 +155,8 @@ enum { READ_FIRST = 0, WRITE_FIRST = 1 };
 void vcpu_load_verify(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, const struct pattern *pattern, int mode);
 /* Runs it, and fails the case with what the guest found if that is wrong. */
 void vcpu_verify(struct vcpu *vcpu);
+/* The latter half of it, for a loop of the case's own: what the guest has stopped with. */
+void vcpu_check_verified(struct vcpu *vcpu, uint32_t stopped_with);
 /* guest/touch.S */
 void vcpu_load_touch(struct vcpu *vcpu, uint64_t gpa, uint64_t pages, uint64_t step);
 
