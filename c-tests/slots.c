@@ -360,11 +360,25 @@ static void toggled_anon(void)
 	toggled(ANON);
 }
 
+/* The end of a case in which `pages` pages were discarded while vCPUs looked at them. */
+static void end_discards(uint64_t pages, unsigned long discards, unsigned long busy)
+{
+	join_vcpus();
+	struct kvmfault_stats stats = machine_settled_stats(&m);
+	note("%lu discards of %lu pages (%lu times busy), %lu resolver calls, %lu found the page there", discards, stats.pages_discarded, busy,
+	     stats.resolver_calls, stats.outcome_mapped);
+	CHECK(stats.pages_discarded > 0 && stats.resolver_calls > pages, "the vCPUs met no discard");
+	/* What was brought is there, or was taken away. */
+	EQUAL("pages brought", stats.pages_copied - stats.pages_discarded, pages - kvmfault_pages_absent(m.library));
+	EQUAL("outcome_failed", stats.outcome_failed, 0);
+	tear_down();
+}
+
 /* Pages go while vCPUs look at them: they see the right bytes and nothing else. */
 static void discarded(enum backing backing)
 {
 	uint64_t seed = 17;
-	unsigned long discards = 0;
+	unsigned long discards = 0, busy = 0;
 	set_up(backing, MANY);
 	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
 	start_vcpus();
@@ -376,17 +390,12 @@ static void discarded(enum backing backing)
 			count = MANY - first;
 		int ret = kvmfault_pages_discard(m.library, RAM_GPA + first * PAGE, count * PAGE);
 		/* Used faster than they can be taken away: allowed, and not often. */
-		if (ret != -EBUSY)
+		if (ret == -EBUSY)
+			busy++;
+		else
 			OK(ret);
 	}
-	join_vcpus();
-	struct kvmfault_stats stats = machine_settled_stats(&m);
-	note("%lu discards of %lu pages, %lu resolver calls", discards, stats.pages_discarded, stats.resolver_calls);
-	CHECK(stats.pages_discarded > 0 && stats.resolver_calls > MANY, "the vCPUs met no discard");
-	/* What was brought is there, or was taken away. */
-	EQUAL("pages brought", stats.pages_copied - stats.pages_discarded, MANY - kvmfault_pages_absent(m.library));
-	EQUAL("outcome_failed", stats.outcome_failed, 0);
-	tear_down();
+	end_discards(MANY, discards, busy);
 }
 
 static void discarded_memfd(void)
@@ -419,14 +428,7 @@ static void discarded_few(enum backing backing)
 		else
 			OK(ret);
 	}
-	join_vcpus();
-	struct kvmfault_stats stats = machine_settled_stats(&m);
-	note("%lu discards of %lu pages (%lu times busy), %lu resolver calls, %lu found the page there", discards, stats.pages_discarded, busy,
-	     stats.resolver_calls, stats.outcome_mapped);
-	CHECK(stats.pages_discarded > 0 && stats.resolver_calls > FEW, "the vCPUs met no discard");
-	EQUAL("pages brought", stats.pages_copied - stats.pages_discarded, FEW - kvmfault_pages_absent(m.library));
-	EQUAL("outcome_failed", stats.outcome_failed, 0);
-	tear_down();
+	end_discards(FEW, discards, busy);
 }
 
 static void discarded_few_memfd(void)
