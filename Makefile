@@ -26,6 +26,7 @@ STATIC_LIBS = $T/release/native-static-libs
 SHARED = $T/release/libkvmfault.so.$(VERSION)
 STAGE = $T/stage
 PROGRAMS = $T/programs
+VM_PROGRAMS = $T/programs-static
 BENCH = $T/bench/sweep $T/bench/background $T/bench/instructions
 PKG_CONFIG = PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config
 
@@ -47,12 +48,12 @@ demo: examples ## a VM restored lazily from a file, by each mechanism that works
 	$T/examples/lazy-restore --json $T/demo.json
 
 .PHONY: test
-test: programs examples | setup-test ## everything that can be tested here; ends with `N passed, N failed, N skipped`
+test: vm-programs programs examples | setup-test ## everything that can be tested here; ends with `N passed, N failed, N skipped`
 	@scripts/test all
 
 .PHONY: test-vm
-test-vm: programs ## the test programs on other kernels, in emulated machines [KERNEL=... ABI=... FILTER=...]
-	c-tests/vm/tier --programs $(PROGRAMS)
+test-vm: vm-programs ## the test programs on other kernels, in emulated machines [KERNEL=... ABI=... FILTER=...]
+	c-tests/vm/tier --programs $(VM_PROGRAMS)
 
 .PHONY: test-qemu
 test-qemu: stage ## QEMU with our patches migrates a guest by post-copy, in emulated machines; target/qemu.json [KERNEL=... MECHANISM=... CASE=... ROUNDS=...]
@@ -133,10 +134,11 @@ parts_of = $(patsubst %,$T/objects/%.o,$(wildcard $(patsubst %.h,%.c,$(wildcard 
 EXAMPLES = $(patsubst %.c,$T/%,$(call programs_in,examples))
 TESTS = $(patsubst c-tests/%.c,$(PROGRAMS)/%,$(filter-out c-tests/runner.c,$(call programs_in,c-tests)))
 
-.PHONY: examples programs
+.PHONY: examples programs vm-programs
 examples: $(EXAMPLES) $T/examples/$(SONAME)
-programs: $(TESTS) $(TESTS:$(PROGRAMS)/%=$T/programs-static/%) $(PROGRAMS)/$(SONAME) \
-	$(PROGRAMS)/kvmfault-runner $T/programs-static/kvmfault-runner
+programs: $(TESTS) $(PROGRAMS)/$(SONAME) $(PROGRAMS)/kvmfault-runner
+# An emulated machine is slow to load and to link: its programs are static ones. The library's Rust tests go along (c-tests/rust).
+vm-programs: $(TESTS:$(PROGRAMS)/%=$(VM_PROGRAMS)/%) $(VM_PROGRAMS)/kvmfault-runner $(VM_PROGRAMS)/rust $(VM_PROGRAMS)/rust.d/tests
 
 $T/objects/%.c.o: %.c $(INSTALLED) Makefile
 	@mkdir -p $(@D)
@@ -156,12 +158,19 @@ BENCH_PARTS = $(patsubst %.c,$T/objects/%.c.o,bench/ways.c bench/plain.c bench/t
 $(BENCH): $T/bench/%: $T/objects/bench/%.c.o $(BENCH_PARTS) $(call parts_of,c-tests) $T/bench/$(SONAME)
 	@mkdir -p $(@D)
 	$(CC) -o $@ $(filter %.o,$^) $(C_LIBS) -lm
-$T/programs-static/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests) $(SHARED)
+$(VM_PROGRAMS)/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests) $(SHARED)
 	@mkdir -p $(@D)
 	$(CC) -static -o $@ $(filter %.o,$^) $$($(PKG_CONFIG) --static --libs kvmfault) -pthread $(LDFLAGS)
-$(PROGRAMS)/kvmfault-runner $T/programs-static/kvmfault-runner: $T/objects/c-tests/runner.c.o
+$(PROGRAMS)/kvmfault-runner $(VM_PROGRAMS)/kvmfault-runner: $T/objects/c-tests/runner.c.o
 	@mkdir -p $(@D)
 	$(CC) -o $@ $^ -pthread $(LDFLAGS)
+$(VM_PROGRAMS)/rust: c-tests/rust
+	@mkdir -p $(@D)
+	install -m 755 $< $@
+$(VM_PROGRAMS)/rust.d/tests: FORCE | setup-build
+	@mkdir -p $(@D)
+	cargo test --locked --quiet --lib --no-run --message-format=json-render-diagnostics >$T/rust-tests.json
+	strip -g -o $@ "$$(sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' $T/rust-tests.json)"
 %/$(SONAME): $(INSTALLED)
 	@mkdir -p $(@D)
 	install -C -m 755 $(STAGE)/lib/$(SONAME) $@

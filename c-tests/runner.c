@@ -248,10 +248,10 @@ static int by_name(const void *a, const void *b)
 	return strcmp(*(const char *const *)a, *(const char *const *)b);
 }
 
-/* All programs beside this one; the benchmark and shared libraries are none. */
+/* All programs beside this one; shared libraries are none. */
 static void find_programs(void)
 {
-	static const char *const others[] = { "kvmfault-runner", "compare" };
+	static const char *const others[] = { "kvmfault-runner" };
 	char self[PATH_MAX], path[PATH_MAX];
 	ssize_t length = readlink("/proc/self/exe", self, sizeof(self) - 1);
 	if (length < 0)

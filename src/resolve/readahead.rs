@@ -158,7 +158,7 @@ mod tests {
         assert_eq!(replay(4096..8192, 256), (8 + 15, 4096));
         assert_eq!(replay((4096..8192).rev(), 256), (8 + 15, 4096));
         // Wherever it begins, all but the first few are whole.
-        for start in 4096..4352 {
+        for start in (4096..4352).step_by(7) {
             assert!(replay(start..start + 4096, 256).0 <= 8 + 16 + 1, "from {start}");
             assert!(replay((start..start + 4096).rev(), 256).0 <= 8 + 16 + 1, "down to {start}");
         }

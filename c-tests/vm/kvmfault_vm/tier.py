@@ -176,7 +176,8 @@ def main():
     p.add_argument("--memory", default="2048", metavar="MIB")
     p.add_argument("--hugepages", type=int, default=64, metavar="N")
     p.add_argument("--list", action="store_true", help="print the machines of the matrix and stop")
-    p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="machines at a time (default: one a CPU)")
+    p.add_argument("--jobs", type=int, default=(os.cpu_count() or 1) + 1, metavar="N",
+                   help="machines at a time (default: one more than CPUs)")
     p.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a machine's own process
     p.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)  # ... that compares with the selftest
     p.add_argument("-q", "--quiet", action="store_true", help="no case lines, only the table")
@@ -241,7 +242,7 @@ def run_one(name, abi, options):
 
 def run_all(machines, options):
     """[(status, rows)] in the order of `machines`, of which as many run at a time as --jobs says: an emulated machine keeps one CPU
-    busy. What a machine prints comes when it is done. The comparison of speeds runs alone, after the others."""
+    busy, but for a fifth of its time, in which its cases wait. What a machine prints comes when it is done. The comparison of speeds runs alone, after the others."""
     # The longest first, so that no CPU is idle at the end: unpatched kernels run everything.
     waiting = sorted(enumerate(machines), key=lambda m: (m[1][2], m[1][1] is not None))
     results, running = {}, {}

@@ -54,11 +54,12 @@ mod tests {
     #[test]
     fn a_limit_is_for_all_together() {
         let limit = Limit::new(1 << 20);
+        let begin = Instant::now();
         assert_eq!(limit.delay(1 << 20), Duration::ZERO, "the first goes at once");
-        let second = limit.delay(1 << 20);
-        assert!(second > Duration::from_millis(500) && second <= Duration::from_secs(1), "{second:?}");
-        let third = limit.delay(1);
-        assert!(third > Duration::from_millis(1500) && third <= Duration::from_secs(2), "{third:?}");
+        for n in 1..3 {
+            let (most, delay) = (Duration::from_secs(n), limit.delay(1 << 20));
+            assert!(delay <= most && delay + begin.elapsed() >= most, "{n}: {delay:?}");
+        }
         assert_eq!(Limit::new(0).delay(u64::MAX), Duration::ZERO);
     }
 
@@ -67,16 +68,20 @@ mod tests {
         let seats = Seats::default();
         let seat: &'static Seat = Box::leak(Box::new(Seat::new(0, ImmediateExit::none(), libc::SIGURG, false)));
         seats.add(seat);
-        let waited = || {
-            let begin = Instant::now();
-            give_way(&seats);
-            begin.elapsed()
+        // The shortest of many: a busy machine lets each of them take long.
+        let waits = || {
+            let wait = || {
+                let begin = Instant::now();
+                give_way(&seats);
+                begin.elapsed()
+            };
+            (0..100).map(|_| wait()).min() >= Some(GIVE_WAY)
         };
-        assert!(waited() < GIVE_WAY);
+        assert!(!waits());
         let serving = seat.faults_at(0x1000);
-        assert!(waited() >= GIVE_WAY);
+        assert!(waits());
         drop(serving);
-        assert!(waited() < GIVE_WAY);
+        assert!(!waits());
         assert_eq!(seat.last_fault(), Some(0x1000));
     }
 }
