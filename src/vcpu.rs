@@ -98,7 +98,7 @@ pub struct Vcpu {
 #[derive(Default)]
 struct Own {
     /// The signals of the thread before the library blocked its own, and which thread that is.
-    attached: Option<(i32, SignalSet)>,
+    attached: Option<(u64, SignalSet)>,
     /// An in-slot MMIO exit whose page isn't there yet.
     unfinished: bool,
     /// The page of the last fault that made no progress, and how often in a row.
@@ -154,8 +154,8 @@ impl Vcpu {
 
     /// The calling thread is the vCPU's from now on.
     fn attach(&self, own: &mut Own) -> Result<()> {
-        let thread = thread::id();
-        if own.attached.is_some_and(|(t, _)| t == thread) {
+        let token = thread::token();
+        if own.attached.is_some_and(|(t, _)| t == token) {
             return Ok(());
         }
         let before = match self.sigbus {
@@ -165,7 +165,8 @@ impl Vcpu {
         if self.sigbus == Sigbus::ByMask {
             self.fd.set_signal_mask(before.without(self.signals))?;
         }
-        own.attached = Some((thread, before));
+        own.attached = Some((token, before));
+        let thread = thread::id();
         self.seat.thread.store(thread, SeqCst);
         if self.seat.is_kicked() {
             // A kick went to the thread before this one, or to none.
@@ -583,8 +584,8 @@ impl Drop for Vcpu {
         self.seat.immediate_exit.detach();
         let Ok(own) = self.own.get_mut() else { return };
         // Only the thread itself can restore its mask.
-        if let (Some((thread, before)), Sigbus::ByMask) = (own.attached, self.sigbus) {
-            if thread == thread::id() {
+        if let (Some((token, before)), Sigbus::ByMask) = (own.attached, self.sigbus) {
+            if token == thread::token() {
                 while thread::take_signal(self.signals).is_some() {}
                 thread::mask_signals(self.signals.without(before), false);
             }

@@ -14,7 +14,7 @@ from .serial import Serial
 # What the patched QEMU prints, see patches/.
 ARMED = re.compile(r"kvm_faults_listen .*us=(\d+)")
 FAULTS = re.compile(r"kvm_faults_end .*mechanism=(\S+) vcpu_faults=(\d+) .*slots=(\d+)")
-WARNING = "fault-exits"
+WARNING = "fault-exits: "
 
 
 @dataclasses.dataclass

@@ -1,15 +1,26 @@
 //! Threads, signals and futexes.
 
 use crate::error::{Error, Result};
+use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 /// The kernel's number of the calling thread.
 pub fn id() -> i32 {
     // SAFETY: gettid has no arguments and can't fail.
     unsafe { libc::gettid() }
+}
+
+/// Tells the calling thread from all others that there have ever been in this process; no system call, unlike `id`.
+pub fn token() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    thread_local! { static TOKEN: Cell<u64> = const { Cell::new(0) } }
+    if TOKEN.get() == 0 {
+        TOKEN.set(LAST.fetch_add(1, SeqCst) + 1);
+    }
+    TOKEN.get()
 }
 
 /// Sends `signal` to one thread of this process; async-signal-safe. A thread that is gone is not an error.
