@@ -56,8 +56,8 @@ test-vm: vm-programs ## the test programs on other kernels, in emulated machines
 	c-tests/vm/tier --programs $(VM_PROGRAMS)
 
 .PHONY: test-qemu
-test-qemu: stage ## QEMU with our patches migrates a guest by post-copy, in emulated machines; target/qemu.json [KERNEL=... MECHANISM=... CASE=... ROUNDS=...]
-	qemu/tier $(KERNEL:%=--kernel %) $(MECHANISM:%=--mechanism %) -- $(CASE:%=--case %) $(ROUNDS:%=--rounds %)
+test-qemu: stage ## QEMU with our patches migrates a guest by post-copy, in emulated machines; target/qemu.json [KERNEL=... MECHANISM=... CASE=... ROUNDS=... SMP=...]
+	qemu/tier $(KERNEL:%=--kernel %) $(MECHANISM:%=--mechanism %) $(SMP:%=--smp %) -- $(CASE:%=--case %) $(ROUNDS:%=--rounds %)
 
 .PHONY: bench
 bench: $(BENCH) | setup-bench ## pages a second and latencies, each mechanism beside plain C; target/bench/: CSV, JSON and a plot [BENCH_OPTIONS=...]
