@@ -226,6 +226,16 @@ mod tests {
         assert!(take_signal(set).is_none());
     }
 
+    /// The kernel gives the number of a thread that has ended to another one; then a vCPU would take that for its own, with SIGBUS blocked.
+    #[test]
+    fn threads_are_told_apart_also_from_those_that_have_ended() {
+        let mine = token();
+        let theirs: Vec<_> = (0..100).map(|_| std::thread::spawn(|| [token(), token()]).join().unwrap()).collect();
+        assert!(theirs.iter().all(|[first, again]| first == again && *first != mine));
+        assert!((1..theirs.len()).all(|n| !theirs[..n].contains(&theirs[n])));
+        assert_eq!(token(), mine);
+    }
+
     #[test]
     fn every_piece_is_worked_on_once() {
         for (len, least) in [(0, 1), (1, 1), (7, 1), (1000, 64), (1000, 2000)] {
