@@ -11,6 +11,7 @@ use crate::kernel::mem;
 use crate::kernel::thread::{self, SignalSet};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
+use crate::memory::install;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{LOOK_AROUND, WAITS};
@@ -26,7 +27,7 @@ use std::time::Instant;
 
 /// So many faults in a row of one vCPU at one page that is PRESENT, and the fault is an error.
 const MOST_MAPS: u32 = 64;
-/// The same for a broken page (SIGBUS): one signal may be stale, and one more may follow an unlucky race.
+/// The same for SIGBUS at an address of which nothing is known: one signal may be stale, and one more may follow an unlucky race.
 const MOST_BROKEN: u32 = 3;
 
 /// Addresses from here on are the kernel's.
@@ -390,7 +391,8 @@ impl Vcpu {
     /// (kvm_send_hwpoison_signal). So whatever is absent in such slots is brought; they are ROMs, and small.
     fn broken_somewhere(&self, own: &mut Own, slots: &Slots, address: u64) -> Result<Exit> {
         let mut brought = false;
-        for slot in slots.iter().filter(|s| s.is_readonly() && s.block.is_marked()) {
+        let readonly = || slots.iter().filter(|s| s.is_readonly());
+        for slot in readonly().filter(|s| s.block.is_marked()) {
             for page in slot.pages().filter(|&p| matches!(slot.block.pages.get(p), State::Absent | State::Resolving)) {
                 match self.bring(&slot.block, page, 0, self.seat)? {
                     Outcome::Retry => return self.again(own, slot, page),
@@ -400,11 +402,26 @@ impl Vcpu {
                 }
             }
         }
-        if !brought && self.stuck_at(own, address) >= MOST_BROKEN {
-            own.stuck = 0;
-            return Ok(self.report(own, MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false }));
+        if brought || self.stuck_at(own, address) < MOST_BROKEN {
+            return Ok(Exit::Handled);
         }
-        Ok(Exit::Handled)
+        // Which one it is, is certain if there is only one.
+        let seen = readonly().filter(|s| s.space() == self.run.space());
+        let pages = seen.flat_map(|slot| slot.pages().map(move |page| (slot, page)));
+        let mut suspects = pages.filter(|(s, p)| {
+            s.block.pages.get(*p) == State::Lost || self.is_broken(&s.block, *p, s.block.kvm_hva_of(*p))
+        });
+        match (suspects.next(), suspects.next()) {
+            (Some((slot, page)), None) => Ok(match slot.block.pages.get(page) {
+                State::Lost => self.settled(own, slot, page, Outcome::Lost)?,
+                _ => self.report_broken(own, slot, page),
+            }),
+            (None, _) if own.stuck < MOST_MAPS => Ok(Exit::Handled),
+            _ => {
+                own.stuck = 0;
+                Ok(self.report(own, MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false }))
+            }
+        }
     }
 
     fn fault_at_gpa(&self, own: &mut Own, gpa: u64, access: Access) -> Result<Exit> {
@@ -489,15 +506,10 @@ impl Vcpu {
         Ok(Exit::Interrupted)
     }
 
-    /// PRESENT and still faulting: map it. Again and again, and it is broken, or somebody works against us.
+    /// PRESENT and still faulting: map it, unless it is broken. Again and again, and somebody works against us.
     fn map(&self, own: &mut Own, slot: &Slot, page: u64, broken: bool) -> Result<Exit> {
         let (block, hva) = (&slot.block, slot.block.hva_of(page));
         let times = self.stuck_at(own, hva);
-        if broken && times >= MOST_BROKEN {
-            own.stuck = 0;
-            let error = MemoryError { gpa: Some(slot.gpa_of(page)), hva, len: block.page, lost: false };
-            return Ok(self.report(own, error));
-        }
         if times >= MOST_MAPS {
             own.stuck = 0;
             fail!(
@@ -509,18 +521,16 @@ impl Vcpu {
         }
         let mechanism = MECHANISMS[block.mechanism];
         match mechanism.map_present(&self.vm.engine.memory, block, page, &self.seat.stats) {
-            Ok(()) => Ok(Exit::Handled),
-            // Broken hardware that no SIGBUS told of: with the flag KVM doesn't look at why the page can't be had.
-            Err(e) if e.errno == libc::EHWPOISON => {
-                own.stuck = 0;
-                let gpa = Some(slot.gpa_of(page));
-                Ok(self.report(own, MemoryError { gpa, hva, len: block.page, lost: false }))
-            }
+            Ok(()) if !broken => Ok(Exit::Handled),
             Err(e) if e.errno == libc::EFAULT => Err(e.context(format!(
                 "gpa {:#x} is present but its memory is gone (dropped without kvmfault_pages_discard?)",
                 slot.gpa_of(page)
             ))),
-            Err(e) => Err(e),
+            Err(e) if e.errno != libc::EHWPOISON => Err(e),
+            // Broken, or what told so (SIGBUS; with the flag, which brings none, the attempt to map it) met the marker that it had a moment
+            // ago.
+            _ if self.is_broken(block, page, block.kvm_hva_of(page)) => Ok(self.report_broken(own, slot, page)),
+            _ => Ok(Exit::Handled),
         }
     }
 
@@ -555,6 +565,16 @@ impl Vcpu {
         own.stuck = if own.stuck_at == hva { own.stuck + 1 } else { 1 };
         own.stuck_at = hva;
         own.stuck
+    }
+
+    fn is_broken(&self, block: &Block, page: u64, hva: u64) -> bool {
+        install::is_broken(&self.vm.engine.memory, block, page, hva)
+    }
+
+    fn report_broken(&self, own: &mut Own, slot: &Slot, page: u64) -> Exit {
+        own.stuck = 0;
+        let (gpa, hva) = (Some(slot.gpa_of(page)), slot.block.hva_of(page));
+        self.report(own, MemoryError { gpa, hva, len: slot.block.page, lost: false })
     }
 
     fn report(&self, own: &mut Own, error: MemoryError) -> Exit {

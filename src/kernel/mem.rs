@@ -123,6 +123,15 @@ fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<()> {
     }
 }
 
+/// Is the page at `hva` broken (madvise(2), EHWPOISON)? Before MADV_POPULATE_READ (Linux 5.14) one that is inaccessible can't be told from it.
+pub fn is_poisoned(hva: u64, page: u64) -> bool {
+    let populate = |len| advise(hva, len, libc::MADV_POPULATE_READ, "madvise(MADV_POPULATE_READ)");
+    match populate(0) {
+        Ok(()) => matches!(populate(page), Err(e) if e.errno == libc::EHWPOISON),
+        Err(_) => matches!(read(hva, &mut [0]), Err(e) if e.errno == libc::EFAULT),
+    }
+}
+
 /// The first page of private anonymous memory that has content, if any has.
 pub fn first_resident(hva: u64, len: u64) -> Result<Option<u64>> {
     const CHUNK: u64 = 1 << 16; // pages a call

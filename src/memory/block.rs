@@ -98,6 +98,11 @@ impl Block {
         self.hva + page * self.page
     }
 
+    /// A page's address in the mapping that KVM uses.
+    pub fn kvm_hva_of(&self, page: u64) -> u64 {
+        self.kvm_hva() + page * self.page
+    }
+
     /// A page's address in the alias.
     pub fn alias_of(&self, page: u64) -> Option<u64> {
         self.alias.as_ref().map(|a| a.address() + page * self.page)

@@ -145,7 +145,7 @@ fn mark_group(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
         let mut patience = Patience::default();
         let mut page = run.start;
         while page < run.end {
-            let at = block.kvm_hva() + page * block.page;
+            let at = block.kvm_hva_of(page);
             match memory.uffd.poison(at, (run.end - page) * block.page)? {
                 Step::Done(bytes) => page += bytes / block.page,
                 Step::Exists => page += 1,
@@ -161,7 +161,7 @@ pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
     for group in gate_groups(0..block.pages.len()) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
         for run in runs(group, |page| matches!(block.pages.get(page), State::Absent | State::Resolving)) {
-            let at = block.kvm_hva() + run.start * block.page;
+            let at = block.kvm_hva_of(run.start);
             advise(at, (run.end - run.start) * block.page, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
         }
     }

@@ -9,7 +9,7 @@ use super::pages::State;
 use super::wait::{Pass, Patience, GATE_PAGES, WAITS};
 use super::Memory;
 use crate::error::{fail, Error, Result};
-use crate::kernel::mem::{Kind, Mapping, PAGE};
+use crate::kernel::mem::{self, Kind, Mapping, PAGE};
 use crate::kernel::uffd::Step;
 use crate::stats::Stats;
 use once_cell::sync::Lazy;
@@ -239,8 +239,18 @@ pub fn map_present(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> 
     map_alias(memory, block, page..page + 1, stats)
 }
 
-/// The same in the VMM's mapping, for whoever waits there in userfaultfd. Shared memory has the page in the page cache, unless it was dropped
-/// behind our back; then, and for private memory, it reads as zeros, as it would without userfaultfd.
+/// Is a PRESENT page broken (hwpoison) at `hva`, which shows it? A page that is discarded meanwhile isn't, though its marker looks the same.
+/// No pass is held while looking, which may wait (userfaultfd's minor faults), and discards would wait for it.
+pub fn is_broken(memory: &Memory, block: &Block, page: u64, hva: u64) -> bool {
+    let discards = memory.gates.discards(block.gate_of(page));
+    discards.is_some()
+        && block.pages.get(page) == State::Present
+        && mem::is_poisoned(hva, block.page)
+        && memory.gates.discards(block.gate_of(page)) == discards
+}
+
+/// Maps a PRESENT page in the VMM's mapping, for whoever waits there in userfaultfd. Shared memory has the page in the page cache, unless it was
+/// dropped behind our back; then, and for private memory, it reads as zeros, as it would without userfaultfd.
 pub fn map_vmm(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     let hva = block.hva_of(page);
     if let Some(_pass) = keep_present(memory, block, page) {
@@ -299,7 +309,6 @@ fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::mem;
     use crate::kernel::uffd::Uffd;
     use crate::memory::block::Shape;
     use crate::memory::discard;

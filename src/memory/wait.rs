@@ -134,7 +134,7 @@ pub const GATE_PAGES: u64 = 512;
 struct Gate {
     /// Installs under way.
     installs: AtomicU32,
-    /// 1 while a discard is under way or waits for installs.
+    /// Odd while a discard is under way or waits for installs; another number after each.
     discards: AtomicU32,
 }
 
@@ -146,11 +146,14 @@ pub struct Gates {
 }
 
 /// An install or discard under way.
-pub struct Pass<'a>(&'a AtomicU32);
+pub struct Pass<'a> {
+    count: &'a AtomicU32,
+    at_the_end: u32,
+}
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, SeqCst);
+        self.count.fetch_add(self.at_the_end, SeqCst);
     }
 }
 
@@ -170,8 +173,8 @@ impl Gates {
         let mut pause = Pause::default();
         loop {
             gate.installs.fetch_add(1, SeqCst);
-            if gate.discards.load(SeqCst) == 0 {
-                return Pass(&gate.installs);
+            if gate.discards.load(SeqCst) % 2 == 0 {
+                return Pass { count: &gate.installs, at_the_end: 1u32.wrapping_neg() };
             }
             gate.installs.fetch_sub(1, SeqCst);
             pause.a_moment();
@@ -183,13 +186,19 @@ impl Gates {
     pub fn discard(&self, key: u64) -> Pass<'_> {
         let gate = self.gate(key);
         let mut pause = Pause::default();
-        while gate.discards.compare_exchange(0, 1, SeqCst, SeqCst).is_err() {
+        while gate.discards.fetch_update(SeqCst, SeqCst, |n| (n % 2 == 0).then_some(n + 1)).is_err() {
             pause.a_moment();
         }
         while gate.installs.load(SeqCst) > 0 {
             pause.a_moment();
         }
-        Pass(&gate.discards)
+        Pass { count: &gate.discards, at_the_end: 1 }
+    }
+
+    /// Changes with each discard of pages of one gate's range; None while one is under way. For whoever can't hold a pass over what it does, but
+    /// can do it over: between two equal answers nothing was discarded.
+    pub fn discards(&self, key: u64) -> Option<u32> {
+        Some(self.gate(key).discards.load(SeqCst)).filter(|n| n % 2 == 0)
     }
 }
 

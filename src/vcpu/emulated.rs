@@ -38,6 +38,10 @@ impl Vcpu {
                             false => mem::read(hva, &mut mmio.data[bytes.clone()]),
                         };
                         match done {
+                            Err(e) if e.errno == libc::EFAULT && self.is_broken(&slot.block, page, hva) => {
+                                self.give_up(own);
+                                return Ok(self.report_broken(own, slot, page));
+                            }
                             // Discarded since, and private memory has its marker back; and somebody else may have brought it anew by now.
                             Err(e)
                                 if e.errno == libc::EFAULT
@@ -63,9 +67,7 @@ impl Vcpu {
                     }
                     Outcome::Interrupted if !interruptible => continue,
                     Outcome::Lost => {
-                        // Nobody can finish it. Should the VMM go on all the same, the guest reads ones, as from no device.
-                        own.unfinished = false;
-                        run.set_mmio_data([0xff; 8]);
+                        self.give_up(own);
                         self.settled(own, slot, page, Outcome::Lost)?
                     }
                     other => self.settled(own, slot, page, other)?,
@@ -87,6 +89,12 @@ impl Vcpu {
         own.unfinished = false;
         own.stuck = 0;
         Ok(Exit::Handled)
+    }
+
+    /// Nobody can finish the access. Should the VMM go on all the same, the guest reads ones, as from no device.
+    fn give_up(&self, own: &mut Own) {
+        own.unfinished = false;
+        self.run.set_mmio_data([0xff; 8]);
     }
 
     /// The access cut at page borders, if all of it lies in slots (and, for a write, none that is read-only).
