@@ -251,7 +251,6 @@ static int by_name(const void *a, const void *b)
 /* All programs beside this one; shared libraries are none. */
 static void find_programs(void)
 {
-	static const char *const others[] = { "kvmfault-runner" };
 	char self[PATH_MAX], path[PATH_MAX];
 	ssize_t length = readlink("/proc/self/exe", self, sizeof(self) - 1);
 	if (length < 0)
@@ -260,9 +259,7 @@ static void find_programs(void)
 	*strrchr(self, '/') = 0;
 	DIR *directory = opendir(self);
 	for (struct dirent *e; directory && (e = readdir(directory));) {
-		bool other = strstr(e->d_name, ".so") != NULL;
-		for (size_t i = 0; i < sizeof(others) / sizeof(*others); i++)
-			other |= !strcmp(e->d_name, others[i]);
+		bool other = strstr(e->d_name, ".so") || !strcmp(e->d_name, "kvmfault-runner");
 		if (!other && snprintf(path, sizeof(path), "%s/%s", self, e->d_name) < (int)sizeof(path) && is_program(path) &&
 		    program_count < MOST)
 			programs[program_count++] = strdup(path);

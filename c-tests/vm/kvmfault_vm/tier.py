@@ -242,7 +242,8 @@ def run_one(name, abi, options):
 
 def run_all(machines, options):
     """[(status, rows)] in the order of `machines`, of which as many run at a time as --jobs says: an emulated machine keeps one CPU
-    busy, but for a fifth of its time, in which its cases wait. What a machine prints comes when it is done. The comparison of speeds runs alone, after the others."""
+    busy, but for a fifth of its time, in which its cases wait. What a machine prints comes when it is done. The comparison of speeds
+    runs alone, after the others."""
     # The longest first, so that no CPU is idle at the end: unpatched kernels run everything.
     waiting = sorted(enumerate(machines), key=lambda m: (m[1][2], m[1][1] is not None))
     results, running = {}, {}
