@@ -5,6 +5,7 @@
  * with the library.
  */
 #define _GNU_SOURCE
+#include "abi.h"
 #include "machine.h"
 
 #include <errno.h>
@@ -64,6 +65,8 @@ static struct vcpu *set_up_slot(int cpl, enum backing backing, uint32_t kvm_flag
 	machine_attach(&m, &source, &options);
 	struct kvmfault_memslot slot = slot_on(&ram, RAM_SLOT, RAM_GPA);
 	slot.kvm_flags = kvm_flags;
+	if (kvm_flags & KVM_MEM_READONLY && test_mechanism() == KVMFAULT_MECHANISM_MEMSLOT_FLAG && expected_abi() && !expected_abi()->readonly)
+		skip("the flag does not go with READONLY (see read_only/slot)");
 	OK(kvmfault_memslot_set(m.library, &slot));
 	steps = machine_share(&m, PAGE, &steps_gpa);
 	struct vcpu *v = machine_add_vcpu(&m, cpl);
@@ -182,8 +185,9 @@ static void *come_and_go(void *unused)
 {
 	uint64_t seed = 3;
 	while (!stop) {
-		for (unsigned n = random_number(&seed) % 2000; n; n--)
-			__builtin_ia32_pause();
+		/* Not with PAUSE: an emulator gives the other CPU a turn then, and a long one. */
+		for (volatile unsigned n = random_number(&seed) % 20000; n; n--)
+			;
 		int ret = kvmfault_pages_discard(m.library, RAM_GPA + 2 * PAGE, PAGE);
 		CHECK(ret == 0 || ret == -EBUSY, "discard: %d", ret);
 		ret = source_install(&source, m.library, RAM_GPA + 2 * PAGE, PAGE);

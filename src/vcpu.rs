@@ -105,6 +105,8 @@ struct Own {
     /// The page of the last fault that made no progress, and how often in a row.
     stuck_at: u64,
     stuck: u32,
+    /// What the page's gate said of discards when `stuck_present` came to it last.
+    discards: Option<u32>,
     memory_error: Option<MemoryError>,
     /// KVM_PRE_FAULT_MEMORY doesn't work for this vCPU.
     no_pre_fault: bool,
@@ -508,8 +510,8 @@ impl Vcpu {
 
     /// PRESENT and still faulting: map it, unless it is broken. Again and again, and somebody works against us.
     fn map(&self, own: &mut Own, slot: &Slot, page: u64, broken: bool) -> Result<Exit> {
-        let (block, hva) = (&slot.block, slot.block.hva_of(page));
-        let times = self.stuck_at(own, hva);
+        let block = &slot.block;
+        let times = self.stuck_present(own, block, page);
         if times >= MOST_MAPS {
             own.stuck = 0;
             fail!(
@@ -565,6 +567,16 @@ impl Vcpu {
         own.stuck = if own.stuck_at == hva { own.stuck + 1 } else { 1 };
         own.stuck_at = hva;
         own.stuck
+    }
+
+    /// The same for a page that is PRESENT. That others take pages away is progress, too.
+    fn stuck_present(&self, own: &mut Own, block: &Block, page: u64) -> u32 {
+        let discards = self.vm.engine.memory.gates.discards(block.gate_of(page));
+        if discards.is_none() || discards != own.discards {
+            own.stuck = 0;
+        }
+        own.discards = discards;
+        self.stuck_at(own, block.hva_of(page))
     }
 
     fn is_broken(&self, block: &Block, page: u64, hva: u64) -> bool {

@@ -46,7 +46,7 @@ impl Vcpu {
                             Err(e)
                                 if e.errno == libc::EFAULT
                                     && (slot.block.pages.get(page) != State::Present
-                                        || self.stuck_at(own, slot.block.hva_of(page)) < MOST_MAPS) =>
+                                        || self.stuck_present(own, &slot.block, page) < MOST_MAPS) =>
                             {
                                 continue
                             }
