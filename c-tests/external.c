@@ -292,7 +292,7 @@ static void *end_again_and_again(void *arg)
 /* Pages that arrive just then leave no marker behind: after the end vCPUs come to all of them. */
 static void end_while_pages_arrive(void)
 {
-	for (int round = 0; round < 20; round++) {
+	for (unsigned long round = 0; round < SCALED(20, 5); round++) {
 		pthread_t thread;
 		set_up(MEMFD, true);
 		CHECK(!pthread_create(&thread, NULL, end_again_and_again, NULL), "pthread_create");

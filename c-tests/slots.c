@@ -13,7 +13,8 @@
 #include <unistd.h>
 
 #define OTHER_GPA 0x90000000ul
-enum { OTHER_SLOT = 2, PAGES = 64, MANY = 4096, FEW = 4, VCPUS = 4 };
+enum { OTHER_SLOT = 2, PAGES = 64, FEW = 4, VCPUS = 4 };
+#define MANY SCALED(4096, 1024)
 
 static struct machine m;
 static struct ram ram;
@@ -295,14 +296,14 @@ static void deleted_while_waiting(void)
 }
 
 static atomic_bool stop;
-static uint64_t checked_pages = MANY;
+static uint64_t checked_pages; /* 0: MANY */
 
 /* Checks all pages again and again until told to stop, but once at least. */
 static void *verify_on(struct vcpu *v)
 {
 	vcpu_attach(v);
 	do {
-		vcpu_load_verify(v, RAM_GPA, list_gpa, checked_pages, &source.pattern, READ_FIRST);
+		vcpu_load_verify(v, RAM_GPA, list_gpa, checked_pages ?: MANY, &source.pattern, READ_FIRST);
 		vcpu_verify(v);
 	} while (!stop);
 	finished++;
@@ -341,7 +342,7 @@ static void toggled(enum backing backing)
 	join_vcpus();
 	struct kvmfault_stats stats = machine_settled_stats(&m);
 	EQUAL("resolver calls", stats.resolver_calls, MANY);
-	for (int page = 0; page < MANY; page++)
+	for (uint64_t page = 0; page < MANY; page++)
 		EQUAL("calls for a page", source.calls[page], 1);
 	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
 	pattern_check(&source.pattern, ram.hva, 0, MANY);
@@ -463,7 +464,7 @@ static void post_copy(enum backing backing)
 	/* The second half of the (shuffled) list has changed. */
 	for (unsigned i = MANY / 2; i < MANY; i++)
 		OK(kvmfault_pages_discard(m.library, RAM_GPA + list[i] * PAGE, PAGE));
-	UNTIL(kvmfault_pages_absent(m.library) == MANY / 2); /* the guest may be ahead of the books */
+	UNTIL((uint64_t)kvmfault_pages_absent(m.library) == MANY / 2); /* the guest may be ahead of the books */
 	vcpu_load_verify(v, RAM_GPA, list_gpa, MANY / 2, &old, READ_FIRST);
 	vcpu_verify(v);
 	EQUAL("resolver calls for what is still present", source.total, 0);
