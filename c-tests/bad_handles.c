@@ -31,6 +31,7 @@ static void refuse_vm(struct kvmfault_vm *vm, int error)
 	struct kvmfault_fill *fill;
 	REFUSED(kvmfault_vm_mechanism(vm), error, "vm");
 	REFUSED(kvmfault_vm_enable(vm, 0), error, "vm");
+	REFUSED(kvmfault_vm_check_guest(vm, -1), error, "vm");
 	REFUSED(kvmfault_memslot_set(vm, &slot), error, "vm");
 	REFUSED(kvmfault_memslot_prepare(vm, &slot, &region), error, "vm");
 	REFUSED(kvmfault_memslot_set_fast_only(vm, RAM_SLOT, 1), error, "vm");

@@ -73,6 +73,7 @@ static struct kvmfault_fill *fill;
 
 static long long vm_mechanism(void) { return kvmfault_vm_mechanism(VM); }
 static long long vm_enable(void) { return kvmfault_vm_enable(VM, 0); }
+static long long vm_check_guest(void) { return kvmfault_vm_check_guest(VM, -1); }
 static long long vm_stats(void) { return kvmfault_vm_stats(VM, &stats); }
 static long long memslot_set(void) { return kvmfault_memslot_set(VM, &slot); }
 static long long memslot_prepare(void) { return kvmfault_memslot_prepare(VM, &slot, &region); }
@@ -100,6 +101,7 @@ struct function {
 static const struct function of_a_vm[] = {
 	{ "kvmfault_vm_mechanism", vm_mechanism },
 	{ "kvmfault_vm_enable", vm_enable },
+	{ "kvmfault_vm_check_guest", vm_check_guest },
 	{ "kvmfault_vm_stats", vm_stats },
 	{ "kvmfault_memslot_set", memslot_set },
 	{ "kvmfault_memslot_prepare", memslot_prepare },

@@ -1002,6 +1002,20 @@ void kvmfault_vm_free(struct kvmfault_vm *vm);
 int kvmfault_vm_mechanism(const struct kvmfault_vm *vm);
 
 /*
+ * Can the mechanism that `kvmfault_vm_mechanism` tells serve the guest of this vCPU, as far as its
+ * CPUID says? For a VMM that has another way: nothing else asks. With `poison-trap`, KVM must not
+ * access the guest's memory itself, which fails quietly on an absent page; it does so where it has
+ * no EPT or NPT, and for guests with nested virtualization or with Hyper-V or Xen enlightenments.
+ * (kvmclock, steal time, PV EOI and async page faults are no obstacle: see `kvmfault_vcpu_run`.)
+ * `vcpu_fd` is a vCPU on which KVM_SET_CPUID2 was called.
+ *
+ * Returns 0; -EOPNOTSUPP, and `kvmfault_last_error` says why; -EINVAL or -EBADF for `vm` or
+ * `vcpu_fd`. Any thread, also in callbacks.
+ */
+int kvmfault_vm_check_guest(const struct kvmfault_vm *vm,
+                            int vcpu_fd);
+
+/*
  * An address of this process that the kernel named (si_addr of a SIGBUS for broken hardware, say)
  * as one of the VMM's own mapping: KVM may know the memory by the library's private alias, of which
  * the VMM knows nothing. NULL if it is in no slot's memory, or `vm` is no VM. Any thread, also in
@@ -1169,9 +1183,10 @@ int kvmfault_pages_discard(const struct kvmfault_vm *vm,
 /*
  * Brings pages now, through the resolver, on the calling thread; waits for those that somebody else
  * is bringing. For memory that must be present before something touches it that can't wait or fails
- * quietly: with `poison-trap` that is what KVM itself accesses outside of guest instructions
- * (kvmclock and steal-time areas before their MSRs are written; guest page tables, where
- * `kvmfault_probe.two_dimensional_paging` is 0).
+ * quietly: with `poison-trap` that is what KVM itself accesses outside of guest instructions, and
+ * `kvmfault_vcpu_run` doesn't bring by itself (guest page tables, where
+ * `kvmfault_probe.two_dimensional_paging` is 0; an area whose MSR the VMM sets later than the first
+ * KVM_RUN; see `kvmfault_vm_check_guest`).
  *
  * Returns 0 when all are present; the resolver's -errno; -EHWPOISON if a page is lost; -EINTR if a
  * signal handler ran while waiting; -ELOOP after many KVMFAULT_RETRY; -ENOENT and -EINVAL as above.
@@ -1223,6 +1238,10 @@ void kvmfault_vcpu_free(struct kvmfault_vcpu *vcpu);
  * handles), KVMFAULT_MEMORY_ERROR, or -errno. Never KVMFAULT_HANDLED. On the vCPU's thread; not
  * from callbacks.
  *
+ * With `poison-trap`, what KVM itself writes for a guest fails quietly on an absent page. So the
+ * areas of kvmclock, steal time, PV EOI and async page faults are brought before the first KVM_RUN,
+ * as the vCPU's MSRs are then. (Those that a guest sets up later it has written to.)
+ *
  * A vCPU left with INTERRUPTED in the middle of an access that KVM emulates finishes it in the next
  * call; before its state is saved (or migrated), do as KVM's documentation says for KVM_EXIT_MMIO:
  * set kvm_run->immediate_exit and call this once more.
@@ -1251,7 +1270,9 @@ int kvmfault_vcpu_handle_exit(struct kvmfault_vcpu *vcpu,
  * For a VMM with its own loop and KVMFAULT_VCPU_RESUMES: call it before each KVM_RUN. It finishes
  * an access of the guest that KVM emulates and that an INTERRUPTED left in the middle; KVM_RUN
  * without that would give the guest wrong bytes. (Without the flag such waits are not interrupted.)
- * Returns KVMFAULT_HANDLED if KVM_RUN may be called, or else as `kvmfault_vcpu_handle_exit`.
+ * Before the first KVM_RUN it brings what `kvmfault_vcpu_run` brings then; without the flag that is
+ * the VMM's to do (`kvmfault_vcpu_resolve`). Returns KVMFAULT_HANDLED if KVM_RUN may be called, or
+ * else as `kvmfault_vcpu_handle_exit`.
  */
 int kvmfault_vcpu_resume(struct kvmfault_vcpu *vcpu);
 
@@ -1284,9 +1305,8 @@ int kvmfault_vcpu_kick(const struct kvmfault_vcpu *vcpu);
 /*
  * For a VMM with its own loop: brings the pages that hold [gpa, gpa + len), through the resolver,
  * on the vCPU's thread, as if the guest had touched them; a kick ends the wait. For what KVM itself
- * accesses outside of guest instructions, see `kvmfault_pages_resolve`: before the vCPU's first
- * KVM_RUN of a post-copy. Address space 0; the range is rounded outwards to pages, and may span
- * slots.
+ * accesses outside of guest instructions, see `kvmfault_pages_resolve`. Address space 0; the range
+ * is rounded outwards to pages, and may span slots.
  *
  * Returns KVMFAULT_HANDLED when all are present, KVMFAULT_INTERRUPTED (call it again),
  * KVMFAULT_MEMORY_ERROR, or -errno as `kvmfault_vcpu_run`; -ENOENT if a page is in no slot, -EINVAL

@@ -9,7 +9,7 @@ use crate::kernel::abi::Access;
 use crate::kernel::kvm::{Descriptor, Role, Run};
 use crate::kernel::mem;
 use crate::kernel::thread::{self, SignalSet};
-use crate::mechanism::MECHANISMS;
+use crate::mechanism::{kvm_itself, MECHANISMS};
 use crate::memory::block::Block;
 use crate::memory::install;
 use crate::memory::pages::State;
@@ -100,6 +100,8 @@ pub struct Vcpu {
 struct Own {
     /// The signals of the thread before the library blocked its own, and which thread that is.
     attached: Option<(u64, SignalSet)>,
+    /// What KVM itself accesses is there.
+    prepared: bool,
     /// An in-slot MMIO exit whose page isn't there yet.
     unfinished: bool,
     /// The page of the last fault that made no progress, and how often in a row.
@@ -201,11 +203,9 @@ impl Vcpu {
         let mut own = self.own()?;
         self.attach(&mut own)?;
         self.seat.next_turn();
-        if own.unfinished {
-            match self.finish(&mut own, true)? {
-                Exit::Handled => {}
-                other => return Ok(other),
-            }
+        match self.before_run(&mut own)? {
+            Exit::Handled => {}
+            other => return Ok(other),
         }
         loop {
             self.check_open()?;
@@ -238,13 +238,30 @@ impl Vcpu {
         Ok(exit)
     }
 
-    /// For a VMM with its own loop: finishes what an interruption left, before KVM_RUN.
+    /// For a VMM with its own loop: what is to be done before KVM_RUN.
     pub fn resume(&self) -> Result<Exit> {
         let mut own = self.own()?;
         self.attach(&mut own)?;
         self.check_open()?;
+        self.before_run(&mut own)
+    }
+
+    /// Brings what KVM itself accesses, before the first KVM_RUN; finishes what an interruption left, before others.
+    fn before_run(&self, own: &mut Own) -> Result<Exit> {
         if own.unfinished {
-            return self.finish(&mut own, true);
+            return self.finish(own, true);
+        }
+        if !own.prepared {
+            let slots = self.vm.engine.memory.slots();
+            let would_fail = |gpa: u64| slots.at(0, gpa).is_some_and(|s| s.block.is_marked());
+            let bytes = kvm_itself::areas(&self.fd).flat_map(|area| [area.start, area.end - 1]); // two pages at most
+            for byte in bytes.filter(|&byte| would_fail(byte)) {
+                match self.bring_range(own, byte, byte + 1)? {
+                    Exit::Handled => {}
+                    other => return Ok(other),
+                }
+            }
+            own.prepared = true;
         }
         Ok(Exit::Handled)
     }
@@ -258,6 +275,10 @@ impl Vcpu {
             Some(end) if len > 0 => end,
             _ => fail!(EINVAL, "len: is 0, or gpa {gpa:#x} plus {len:#x} wraps around"),
         };
+        self.bring_range(&mut own, gpa, end)
+    }
+
+    fn bring_range(&self, own: &mut Own, gpa: u64, end: u64) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
         let mut at = gpa;
         while at < end {
@@ -265,9 +286,9 @@ impl Vcpu {
             let page = slot.page_of(at);
             if slot.block.pages.get(page) != State::Present {
                 let exit = match self.bring(&slot.block, page, 0, self.seat)? {
-                    Outcome::Retry => self.again(&mut own, slot, page)?,
+                    Outcome::Retry => self.again(own, slot, page)?,
                     Outcome::Gone => fail!(ENOENT, "slot {:#x} was deleted meanwhile", slot.region.slot),
-                    outcome => self.settled(&mut own, slot, page, outcome)?,
+                    outcome => self.settled(own, slot, page, outcome)?,
                 };
                 if exit != Exit::Handled {
                     return Ok(exit);

@@ -137,6 +137,12 @@ impl Vm {
         MECHANISMS[best.unwrap_or(MECHANISMS.len() - 1)]
     }
 
+    /// Can that mechanism serve the guest of this vCPU?
+    pub fn check_guest(&self, vcpu: RawFd) -> Result<()> {
+        let vcpu = Descriptor::duplicate(vcpu, Role::Vcpu, "vcpu_fd")?;
+        self.mechanism().check_guest(&vcpu)
+    }
+
     /// The mechanism of one slot.
     pub fn slot_mechanism(&self, number: u32) -> Result<&'static dyn Mechanism> {
         Ok(MECHANISMS[self.slot(number)?.block.mechanism])

@@ -5,7 +5,7 @@ use super::types::*;
 use crate::error::{fail, Result};
 use crate::kernel::kvm::{Descriptor, Role};
 use crate::kernel::mem::Kind;
-use crate::mechanism::{report::Report, MECHANISMS};
+use crate::mechanism::{kvm_itself::two_dimensional_paging, report::Report, MECHANISMS};
 use std::ffi::{c_char, c_int};
 use std::os::fd::RawFd;
 
@@ -54,7 +54,7 @@ pub unsafe extern "C" fn kvmfault_probe(kvm_fd: c_int, probe: *mut kvmfault_prob
             uffd_features: report.features(),
             abi,
             pre_fault_memory: report.pre_fault().into(),
-            two_dimensional_paging: report.two_dimensional_paging().into(),
+            two_dimensional_paging: two_dimensional_paging().into(),
         };
         boundary::write(probe, "probe", &c).map(|()| 0)
     })

@@ -80,6 +80,9 @@ pub unsafe extern "C" fn kvmfault_vcpu_free(vcpu: *mut kvmfault_vcpu) {
 /// KVMFAULT_INTERRUPTED (a kick, or a signal that the VMM handles), KVMFAULT_MEMORY_ERROR, or -errno. Never KVMFAULT_HANDLED. On the
 /// vCPU's thread; not from callbacks.
 ///
+/// With `poison-trap`, what KVM itself writes for a guest fails quietly on an absent page. So the areas of kvmclock, steal time, PV EOI and async
+/// page faults are brought before the first KVM_RUN, as the vCPU's MSRs are then. (Those that a guest sets up later it has written to.)
+///
 /// A vCPU left with INTERRUPTED in the middle of an access that KVM emulates finishes it in the next call; before its state is saved (or
 /// migrated), do as KVM's documentation says for KVM_EXIT_MMIO: set kvm_run->immediate_exit and call this once more.
 ///
@@ -122,7 +125,8 @@ pub unsafe extern "C" fn kvmfault_vcpu_handle_exit(vcpu: *mut kvmfault_vcpu, ret
 
 /// For a VMM with its own loop and KVMFAULT_VCPU_RESUMES: call it before each KVM_RUN. It finishes an access of the guest that KVM emulates
 /// and that an INTERRUPTED left in the middle; KVM_RUN without that would give the guest wrong bytes. (Without the flag such waits are not
-/// interrupted.) Returns KVMFAULT_HANDLED if KVM_RUN may be called, or else as `kvmfault_vcpu_handle_exit`.
+/// interrupted.) Before the first KVM_RUN it brings what `kvmfault_vcpu_run` brings then; without the flag that is the VMM's to do
+/// (`kvmfault_vcpu_resolve`). Returns KVMFAULT_HANDLED if KVM_RUN may be called, or else as `kvmfault_vcpu_handle_exit`.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -177,8 +181,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_kick(vcpu: *const kvmfault_vcpu) -> c_int
 }
 
 /// For a VMM with its own loop: brings the pages that hold [gpa, gpa + len), through the resolver, on the vCPU's thread, as if the guest had touched
-/// them; a kick ends the wait. For what KVM itself accesses outside of guest instructions, see `kvmfault_pages_resolve`: before the vCPU's
-/// first KVM_RUN of a post-copy. Address space 0; the range is rounded outwards to pages, and may span slots.
+/// them; a kick ends the wait. For what KVM itself accesses outside of guest instructions, see `kvmfault_pages_resolve`. Address space 0; the range is rounded outwards to pages, and may span slots.
 ///
 /// Returns KVMFAULT_HANDLED when all are present, KVMFAULT_INTERRUPTED (call it again), KVMFAULT_MEMORY_ERROR, or -errno as `kvmfault_vcpu_run`;
 /// -ENOENT if a page is in no slot, -EINVAL for `len`. Not from callbacks.

@@ -175,6 +175,20 @@ pub unsafe extern "C" fn kvmfault_vm_mechanism(vm: *const kvmfault_vm) -> c_int 
     with("kvmfault_vm_mechanism", vm, |vm| Ok(vm.mechanism().number()))
 }
 
+/// Can the mechanism that `kvmfault_vm_mechanism` tells serve the guest of this vCPU, as far as its CPUID says? For a VMM that has another way:
+/// nothing else asks. With `poison-trap`, KVM must not access the guest's memory itself, which fails quietly on an absent page; it does so where it
+/// has no EPT or NPT, and for guests with nested virtualization or with Hyper-V or Xen enlightenments. (kvmclock, steal time, PV EOI and async
+/// page faults are no obstacle: see `kvmfault_vcpu_run`.) `vcpu_fd` is a vCPU on which KVM_SET_CPUID2 was called.
+///
+/// Returns 0; -EOPNOTSUPP, and `kvmfault_last_error` says why; -EINVAL or -EBADF for `vm` or `vcpu_fd`. Any thread, also in callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vm_check_guest(vm: *const kvmfault_vm, vcpu_fd: c_int) -> c_int {
+    with("kvmfault_vm_check_guest", vm, |vm| vm.check_guest(vcpu_fd).map(|()| 0))
+}
+
 /// An address of this process that the kernel named (si_addr of a SIGBUS for broken hardware, say) as one of the VMM's own mapping: KVM may
 /// know the memory by the library's private alias, of which the VMM knows nothing. NULL if it is in no slot's memory, or `vm` is no VM. Any
 /// thread, also in callbacks.

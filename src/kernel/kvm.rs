@@ -35,7 +35,9 @@ const KVM_SET_REGS: u64 = iow(0x82, size_of::<kb::kvm_regs>());
 const KVM_GET_SREGS: u64 = ior(0x83, size_of::<kb::kvm_sregs>());
 const KVM_SET_SREGS: u64 = iow(0x84, size_of::<kb::kvm_sregs>());
 const KVM_TRANSLATE: u64 = iowr(0x85, size_of::<kb::kvm_translation>());
+const KVM_GET_MSRS: u64 = iowr(0x88, size_of::<kb::kvm_msrs>());
 const KVM_SET_SIGNAL_MASK: u64 = iow(0x8b, 4);
+const KVM_GET_CPUID2: u64 = iowr(0x91, size_of::<kb::kvm_cpuid2>());
 const KVM_GET_VCPU_EVENTS: u64 = ior(0x9f, size_of::<kb::kvm_vcpu_events>());
 const KVM_SET_VCPU_EVENTS: u64 = iow(0xa0, size_of::<kb::kvm_vcpu_events>());
 const KVM_ENABLE_CAP: u64 = iow(0xa3, size_of::<kb::kvm_enable_cap>());
@@ -131,7 +133,7 @@ impl Descriptor {
     pub fn enable_cap(&self, cap: u32, arg: u64) -> Result<()> {
         let mut enable = kb::kvm_enable_cap { cap, ..Default::default() };
         enable.args[0] = arg;
-        self.with(KVM_ENABLE_CAP, &mut enable, "KVM_ENABLE_CAP")
+        self.set(KVM_ENABLE_CAP, &mut enable, "KVM_ENABLE_CAP")
     }
 
     /// KVM_SET_USER_MEMORY_REGION or _REGION2.
@@ -145,7 +147,7 @@ impl Descriptor {
                     memory_size: region.len,
                     userspace_addr: region.hva,
                 };
-                self.with(KVM_SET_USER_MEMORY_REGION, &mut arg, "KVM_SET_USER_MEMORY_REGION")
+                self.set(KVM_SET_USER_MEMORY_REGION, &mut arg, "KVM_SET_USER_MEMORY_REGION")
             }
             _ => {
                 let mut arg = kb::kvm_userspace_memory_region2 {
@@ -157,7 +159,7 @@ impl Descriptor {
                     ..Default::default()
                 };
                 arg.pad2[0] = region.bitmap; // `userfault_bitmap` of the KVM Userfault series
-                self.with(KVM_SET_USER_MEMORY_REGION2, &mut arg, "KVM_SET_USER_MEMORY_REGION2")
+                self.set(KVM_SET_USER_MEMORY_REGION2, &mut arg, "KVM_SET_USER_MEMORY_REGION2")
             }
         }
     }
@@ -192,7 +194,7 @@ impl Descriptor {
     pub fn set_signal_mask(&self, mask: super::thread::SignalSet) -> Result<()> {
         // struct kvm_signal_mask { u32 len; u8 sigset[8]; }
         let mut arg = [8u32, mask.0 as u32, (mask.0 >> 32) as u32];
-        self.with(KVM_SET_SIGNAL_MASK, &mut arg, "KVM_SET_SIGNAL_MASK")
+        self.set(KVM_SET_SIGNAL_MASK, &mut arg, "KVM_SET_SIGNAL_MASK")
     }
 
     /// The vCPU's general registers.
@@ -202,7 +204,7 @@ impl Descriptor {
 
     /// Sets them.
     pub fn set_regs(&self, mut regs: kb::kvm_regs) -> Result<()> {
-        self.with(KVM_SET_REGS, &mut regs, "KVM_SET_REGS")
+        self.set(KVM_SET_REGS, &mut regs, "KVM_SET_REGS")
     }
 
     /// The vCPU's segment and control registers.
@@ -212,7 +214,7 @@ impl Descriptor {
 
     /// Sets them.
     pub fn set_sregs(&self, mut sregs: kb::kvm_sregs) -> Result<()> {
-        self.with(KVM_SET_SREGS, &mut sregs, "KVM_SET_SREGS")
+        self.set(KVM_SET_SREGS, &mut sregs, "KVM_SET_SREGS")
     }
 
     /// The vCPU's pending exceptions and interrupts.
@@ -222,7 +224,28 @@ impl Descriptor {
 
     /// Sets them.
     pub fn set_vcpu_events(&self, mut events: kb::kvm_vcpu_events) -> Result<()> {
-        self.with(KVM_SET_VCPU_EVENTS, &mut events, "KVM_SET_VCPU_EVENTS")
+        self.set(KVM_SET_VCPU_EVENTS, &mut events, "KVM_SET_VCPU_EVENTS")
+    }
+
+    /// One of the vCPU's model-specific registers; None if it hasn't got it.
+    pub fn msr(&self, index: u32) -> Option<u64> {
+        #[repr(C)]
+        struct One(kb::kvm_msrs, kb::kvm_msr_entry);
+        let head = kb::kvm_msrs { nmsrs: 1, ..Default::default() };
+        let mut one = One(head, kb::kvm_msr_entry { index, ..Default::default() });
+        // KVM_GET_MSRS returns how many it has read.
+        (self.with(KVM_GET_MSRS, &mut one, "KVM_GET_MSRS").ok()? == 1).then_some(one.1.data)
+    }
+
+    /// What KVM_SET_CPUID2 told the vCPU; nothing if it wasn't called.
+    pub fn cpuid(&self) -> Result<Vec<kb::kvm_cpuid_entry2>> {
+        const MOST: usize = 256; // KVM_MAX_CPUID_ENTRIES
+        #[repr(C)]
+        struct Many(kb::kvm_cpuid2, [kb::kvm_cpuid_entry2; MOST]);
+        let head = kb::kvm_cpuid2 { nent: MOST as u32, ..Default::default() };
+        let mut many = Many(head, [Default::default(); MOST]);
+        self.with(KVM_GET_CPUID2, &mut many, "KVM_GET_CPUID2")?;
+        Ok(many.1[..many.0.nent as usize].to_vec())
     }
 
     /// Guest virtual to guest physical address, by the vCPU's page tables; None if not mapped.
@@ -239,7 +262,7 @@ impl Descriptor {
     /// "Check and free obsolete roots in kvm_mmu_reload()" (6.15), which helps only before the first try.
     pub fn pre_fault(&self, gpa: u64, len: u64) -> Result<()> {
         let mut arg = kb::kvm_pre_fault_memory { gpa, size: len, ..Default::default() };
-        self.with(KVM_PRE_FAULT_MEMORY, &mut arg, "KVM_PRE_FAULT_MEMORY")
+        self.set(KVM_PRE_FAULT_MEMORY, &mut arg, "KVM_PRE_FAULT_MEMORY")
     }
 
     fn get<T: Default>(&self, request: u64, what: &str) -> Result<T> {
@@ -248,14 +271,19 @@ impl Descriptor {
         Ok(value)
     }
 
-    /// An ioctl on a structure of the size that the request's number states.
-    fn with<T>(&self, request: u64, arg: &mut T, what: &str) -> Result<()> {
-        // SAFETY: `arg` is live, and every caller passes the structure that `request` is defined on. Guest memory addresses in it
-        // are checked by KVM, and are used by guests only.
+    /// An ioctl on a structure; what it returned.
+    fn with<T>(&self, request: u64, arg: &mut T, what: &str) -> Result<i32> {
+        // SAFETY: `arg` is live, and every caller passes the structure that `request` is defined on, followed by as many entries as its head
+        // says if it is one with entries. Guest memory addresses in it are checked by KVM, and are used by guests only.
         match unsafe { libc::ioctl(self.0.as_raw_fd(), request, &raw mut *arg) } {
             r if r < 0 => Err(Error::last_os(what)),
-            _ => Ok(()),
+            r => Ok(r),
         }
+    }
+
+    /// One that returns nothing.
+    fn set<T>(&self, request: u64, arg: &mut T, what: &str) -> Result<()> {
+        self.with(request, arg, what).map(drop)
     }
 
     /// An ioctl that takes a number.

@@ -1,6 +1,7 @@
 //! How a guest's access to an absent page comes to the library. One file a mechanism; [`MECHANISMS`] lists them in the order in
 //! which `auto` tries them.
 
+pub mod kvm_itself;
 mod memslot_flag;
 mod poison_trap;
 pub mod report;
@@ -8,7 +9,7 @@ mod userfaultfd;
 
 use crate::error::{Error, Result};
 use crate::kernel::abi::Abi;
-use crate::kernel::kvm::Region;
+use crate::kernel::kvm::{Descriptor, Region};
 use crate::kernel::mem::Kind;
 use crate::memory::block::{Block, Shape};
 use crate::memory::slots::Slot;
@@ -51,6 +52,10 @@ pub trait Mechanism: Sync + fmt::Debug {
     fn name(&self) -> &'static str;
     /// Can it serve such memory here? The error says why not, and what would help.
     fn check(&self, host: &Host, kind: Kind, wish: &Wish) -> Result<()>;
+    /// Can it serve the guest of this vCPU?
+    fn check_guest(&self, _vcpu: &Descriptor) -> Result<()> {
+        Ok(())
+    }
     /// Sets up a block: registers it with userfaultfd, makes what KVM needs besides.
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block>;
     /// Turns the fast path of a block on or off, as far as that isn't the slot flag's doing.

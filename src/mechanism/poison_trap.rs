@@ -5,8 +5,9 @@
 //! KVM's alone and carries the markers; the VMM's own mapping keeps classic userfaultfd. Private memory can't be mapped twice:
 //! there the VMM must declare that only vCPUs touch absent pages.
 
-use super::{has_minor, Host, Mechanism, Wish};
+use super::{has_minor, kvm_itself, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
+use crate::kernel::kvm::Descriptor;
 use crate::kernel::mem::{self, advise, Kind, Mapping};
 use crate::kernel::uffd::{Registration, FEATURE_POISON};
 use crate::memory::block::{Block, Shape};
@@ -40,6 +41,10 @@ impl Mechanism for PoisonTrap {
                 "private memory can't be mapped twice: use shared memory (memfd), or KVMFAULT_MEMSLOT_VCPU_ONLY if only vCPUs touch absent pages"
             ),
         }
+    }
+
+    fn check_guest(&self, vcpu: &Descriptor) -> Result<()> {
+        kvm_itself::check(vcpu)
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {

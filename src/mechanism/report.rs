@@ -1,5 +1,6 @@
 //! What works here, what doesn't, why, and what to do: for `kvmfault_probe` (programs) and `kvmfault_explain` (people).
 
+use super::kvm_itself::two_dimensional_paging;
 use super::{Host, Wish, MECHANISMS};
 use crate::error::{Error, Result};
 use crate::kernel::kvm::Descriptor;
@@ -41,13 +42,6 @@ impl Report {
     /// Is KVM_PRE_FAULT_MEMORY there? (236 is also EXIT_ON_MISSING of the flag's v7, which has no such ioctl.)
     pub fn pre_fault(&self) -> bool {
         self.pre_fault && self.abi() != Some("v7")
-    }
-
-    /// Does the hardware walk the guest's page tables? What the module parameters of kvm_intel and kvm_amd say; other KVMs (pvm) shadow.
-    pub fn two_dimensional_paging(&self) -> bool {
-        ["/sys/module/kvm_intel/parameters/ept", "/sys/module/kvm_amd/parameters/npt"]
-            .iter()
-            .any(|path| std::fs::read_to_string(path).is_ok_and(|value| matches!(value.trim(), "Y" | "1")))
     }
 
     fn host(&self) -> Host {
@@ -134,7 +128,7 @@ impl Report {
             yes(self.fault_info)
         );
         let _ = writeln!(text, "  KVM_PRE_FAULT_MEMORY {}", yes(self.pre_fault()));
-        match self.two_dimensional_paging() {
+        match two_dimensional_paging() {
             true => {
                 let _ = writeln!(text, "  two-dimensional paging (EPT, NPT) yes");
             }

@@ -1,0 +1,65 @@
+//! What KVM itself accesses in a guest's memory, outside of guest instructions. Such accesses wait for a page as any system call does, but
+//! fail on a marker, and quietly: so with `poison-trap` those pages must be there before the vCPU runs, or the guest is none for it.
+
+use crate::error::{fail, Result};
+use crate::kernel::kvm::Descriptor;
+use std::ops::Range;
+
+/// An area that KVM writes for a vCPU while bit 0 of an MSR is set; the other bits are where it is, down to its alignment. See
+/// Documentation/virt/kvm/x86/msr.rst.
+struct Area {
+    msr: u32,
+    align: u64,
+    len: u64,
+}
+
+const AREAS: [Area; 4] = [
+    Area { msr: 0x4b56_4d01, align: 4, len: 32 }, // MSR_KVM_SYSTEM_TIME_NEW; its older number means the same
+    Area { msr: 0x4b56_4d02, align: 64, len: 64 }, // MSR_KVM_ASYNC_PF_EN
+    Area { msr: 0x4b56_4d03, align: 64, len: 64 }, // MSR_KVM_STEAL_TIME
+    Area { msr: 0x4b56_4d04, align: 4, len: 4 },  // MSR_KVM_PV_EOI_EN
+];
+
+/// The areas of this vCPU in guest physical memory, as its MSRs say now.
+pub fn areas(vcpu: &Descriptor) -> impl Iterator<Item = Range<u64>> + '_ {
+    AREAS.iter().filter_map(|area| {
+        let start = vcpu.msr(area.msr).filter(|value| value & 1 != 0)? & !(area.align - 1);
+        Some(start..start.checked_add(area.len)?)
+    })
+}
+
+/// Does the hardware walk the guest's page tables? What the module parameters of kvm_intel and kvm_amd say; other KVMs (pvm) shadow.
+pub fn two_dimensional_paging() -> bool {
+    ["/sys/module/kvm_intel/parameters/ept", "/sys/module/kvm_amd/parameters/npt"]
+        .iter()
+        .any(|path| std::fs::read_to_string(path).is_ok_and(|value| matches!(value.trim(), "Y" | "1")))
+}
+
+/// Leaves of CPUID that tell what a guest may use: the leaf, the word of EAX, EBX, ECX, EDX, what must be in it, and what that is. See
+/// KVM_SET_CPUID2 in Documentation/virt/kvm/api.rst, and the Hypervisor Top Level Functional Specification for "Hv#1".
+const FORBIDDEN: [(u32, usize, fn(u32) -> bool, &str); 4] = [
+    (0x1, 2, |ecx| ecx & 1 << 5 != 0, "nested virtualization (VMX)"),
+    (0x8000_0001, 2, |ecx| ecx & 1 << 2 != 0, "nested virtualization (SVM)"),
+    (0x4000_0001, 0, |eax| eax == u32::from_le_bytes(*b"Hv#1"), "Hyper-V enlightenments"),
+    (0x4000_0000, 1, |ebx| ebx == u32::from_le_bytes(*b"XenV"), "Xen enlightenments"),
+];
+
+/// May the guest of this vCPU run with markers in its memory? It may not be offered what makes KVM access it, nor may KVM walk its page tables.
+pub fn check(vcpu: &Descriptor) -> Result<()> {
+    let leaves = vcpu.cpuid()?;
+    for (leaf, word, is_offered, what) in FORBIDDEN {
+        if leaves.iter().any(|l| l.function == leaf && is_offered([l.eax, l.ebx, l.ecx, l.edx][word])) {
+            fail!(
+                EOPNOTSUPP,
+                "the guest is offered {what}: KVM accesses its memory itself, which fails quietly on an absent page"
+            );
+        }
+    }
+    if !two_dimensional_paging() {
+        fail!(
+            EOPNOTSUPP,
+            "KVM reads the guest's page tables itself (no EPT or NPT), which fails quietly on an absent page"
+        );
+    }
+    Ok(())
+}
