@@ -3,6 +3,7 @@
 
 use crate::error::{fail, Result};
 use crate::kernel::kvm::Descriptor;
+use kvm_bindings::kvm_cpuid_entry2;
 use std::ops::Range;
 
 /// An area that KVM writes for a vCPU while bit 0 of an MSR is set; the other bits are where it is, down to its alignment. See
@@ -35,20 +36,29 @@ pub fn two_dimensional_paging() -> bool {
         .any(|path| std::fs::read_to_string(path).is_ok_and(|value| matches!(value.trim(), "Y" | "1")))
 }
 
-/// Leaves of CPUID that tell what a guest may use: the leaf, the word of EAX, EBX, ECX, EDX, what must be in it, and what that is. See
-/// KVM_SET_CPUID2 in Documentation/virt/kvm/api.rst, and the Hypervisor Top Level Functional Specification for "Hv#1".
-const FORBIDDEN: [(u32, usize, fn(u32) -> bool, &str); 4] = [
-    (0x1, 2, |ecx| ecx & 1 << 5 != 0, "nested virtualization (VMX)"),
-    (0x8000_0001, 2, |ecx| ecx & 1 << 2 != 0, "nested virtualization (SVM)"),
-    (0x4000_0001, 0, |eax| eax == u32::from_le_bytes(*b"Hv#1"), "Hyper-V enlightenments"),
-    (0x4000_0000, 1, |ebx| ebx == u32::from_le_bytes(*b"XenV"), "Xen enlightenments"),
+/// A word of CPUID (of EAX, EBX, ECX, EDX) that tells what a guest may use: some bits of it have this value. See KVM_SET_CPUID2 in
+/// Documentation/virt/kvm/api.rst, and the Hypervisor Top Level Functional Specification for "Hv#1".
+struct Offer {
+    leaf: u32,
+    word: usize,
+    mask: u32,
+    value: u32,
+    what: &'static str,
+}
+
+const FORBIDDEN: [Offer; 4] = [
+    Offer { leaf: 1, word: 2, mask: 1 << 5, value: 1 << 5, what: "nested virtualization (VMX)" },
+    Offer { leaf: 0x8000_0001, word: 2, mask: 1 << 2, value: 1 << 2, what: "nested virtualization (SVM)" },
+    Offer { leaf: 0x4000_0001, word: 0, mask: !0, value: u32::from_le_bytes(*b"Hv#1"), what: "Hyper-V enlightenments" },
+    Offer { leaf: 0x4000_0000, word: 1, mask: !0, value: u32::from_le_bytes(*b"XenV"), what: "Xen enlightenments" },
 ];
 
 /// May the guest of this vCPU run with markers in its memory? It may not be offered what makes KVM access it, nor may KVM walk its page tables.
 pub fn check(vcpu: &Descriptor) -> Result<()> {
     let leaves = vcpu.cpuid()?;
-    for (leaf, word, is_offered, what) in FORBIDDEN {
-        if leaves.iter().any(|l| l.function == leaf && is_offered([l.eax, l.ebx, l.ecx, l.edx][word])) {
+    let words = |leaf: &kvm_cpuid_entry2| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx];
+    for Offer { leaf, word, mask, value, what } in FORBIDDEN {
+        if leaves.iter().any(|l| l.function == leaf && words(l)[word] & mask == value) {
             fail!(
                 EOPNOTSUPP,
                 "the guest is offered {what}: KVM accesses its memory itself, which fails quietly on an absent page"
