@@ -33,6 +33,7 @@ static struct vmm {
 	_Atomic uint8_t requested[PAGES];
 	atomic_uint calls, there_already, host_faults;
 	atomic_bool paused, stop;
+	atomic_bool held; /* the resolver doesn't return, nor look at anything */
 } vmm;
 
 static uint64_t page_of(uint64_t hva)
@@ -103,6 +104,8 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	(void)opaque;
 	uint64_t page = page_of((uintptr_t)fault->hva);
 	vmm.calls++;
+	while (vmm.held)
+		wait_a_little();
 	if (vmm.received[page]) {
 		vmm.there_already++;
 		OK(kvmfault_pages_arrived(vm, fault->hva, fault->len));
@@ -299,6 +302,44 @@ static void end_while_pages_arrive(void)
 		pthread_join(thread, NULL);
 		UNTIL(test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP || kvmfault_pages_absent(vmm.m.library) == 0);
 		run_guests(READ_FIRST);
+		tear_down();
+	}
+}
+
+static atomic_bool ended;
+
+static void *end_once(void *arg)
+{
+	(void)arg;
+	OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0));
+	ended = true;
+	return NULL;
+}
+
+/* A vCPU is on its way to the resolver while the last pages come: after the end a VMM puts away what its resolver looks at. */
+static void end_waits_for_resolver(void)
+{
+	for (int cpl = 0; cpl <= 3; cpl += 3) {
+		pthread_t thread;
+		set_up(MEMFD, false);
+		ended = false;
+		vmm.held = true;
+		vmm.list[0] = PAGES - 1; /* missing */
+		struct vcpu *v = machine_add_vcpu(&vmm.m, cpl);
+		vcpu_load_verify(v, RAM_GPA, vmm.list_gpa, 1, &vmm.source.pattern, READ_FIRST);
+		vcpu_start(v, verify, NULL);
+		UNTIL(vmm.calls == 1);
+		for (uint64_t page = 0; page < PAGES; page++)
+			if (!vmm.received[page])
+				place(page);
+		UNTIL(kvmfault_pages_absent(vmm.m.library) == 0);
+		CHECK(!pthread_create(&thread, NULL, end_once, NULL), "pthread_create");
+		usleep(100000);
+		CHECK(!ended, "the end has come, and a resolver call is under way");
+		vmm.held = false;
+		pthread_join(thread, NULL);
+		vcpu_join(v);
+		EQUAL("resolver calls", vmm.calls, 1);
 		tear_down();
 	}
 }
@@ -606,6 +647,7 @@ static const struct test_case cases[] = {
 	{ "postcopy-anon", postcopy_anon, true },
 	{ "too-early", too_early, true },
 	{ "end-while-pages-arrive", end_while_pages_arrive, true },
+	{ "end-waits-for-resolver", end_waits_for_resolver, true },
 	{ "stale-missing", stale_missing, true },
 	{ "slots-change", slots_change, true },
 	{ "addresses", addresses, true },

@@ -13,7 +13,7 @@ use crate::kernel::thread::Wake;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::Slot;
-use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
+use crate::memory::wait::{Pause, Sleeper, LOOK_AROUND, WAITS};
 use crate::memory::{discard, install, Memory};
 use crate::stats::Stats;
 use arc_swap::ArcSwapOption;
@@ -22,7 +22,7 @@ use seat::Seats;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{fence, AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use working_set::Recorder;
@@ -225,6 +225,30 @@ impl Engine {
     /// Was it shut down?
     pub fn is_shut_down(&self) -> bool {
         self.shutdown.load(SeqCst)
+    }
+
+    /// Waits until vCPUs have left the faults that they had at pages of this block which are there now. Their resolver calls return late: the page
+    /// may have come by another thread, and the VMM be about to put away what its resolver looks at. A vCPU that comes later finds the page.
+    pub fn wait_for_vcpus(&self, block: &Block) -> Result<()> {
+        const ENOUGH: Duration = Duration::from_secs(10);
+        let end = Instant::now() + ENOUGH;
+        let is_there = |&page: &u64| matches!(block.pages.get(page), State::Present | State::Lost);
+        fence(SeqCst);
+        for seat in self.seats.all().iter() {
+            let mut pause = Pause::default();
+            while let Some(page) = seat.fault().and_then(|hva| block.page_at(hva)).filter(is_there) {
+                if Instant::now() > end {
+                    fail!(
+                        EBUSY,
+                        "the resolver has been serving vCPU {} for {ENOUGH:?}, at hva {:#x}, where the page is",
+                        seat.number,
+                        block.hva_of(page)
+                    );
+                }
+                pause.a_moment();
+            }
+        }
+        Ok(())
     }
 
     /// Begins to record the working set anew, or ends it.

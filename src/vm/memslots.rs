@@ -292,8 +292,14 @@ impl Vm {
 
     /// Turns the fast path of a live slot on or off.
     pub fn memslot_set_fast_only(&self, number: u32, on: bool) -> Result<()> {
-        let _editing = self.start_editing()?;
-        self.switch(number, on)
+        let editing = self.start_editing()?;
+        self.switch(number, on)?;
+        let block = self.slot(number)?.block.clone();
+        drop(editing);
+        match !on && self.engine.memory.external {
+            true => self.engine.wait_for_vcpus(&block),
+            false => Ok(()),
+        }
     }
 
     fn switch(&self, number: u32, on: bool) -> Result<()> {
