@@ -1234,7 +1234,9 @@ int kvmfault_vcpu_new(const struct kvmfault_vm *vm,
 /*
  * Gives a vCPU back, and on its own thread unblocks what was blocked there. NULL is allowed; a
  * handle that was freed before is left alone. Not while `run` is under way elsewhere: kick it out
- * first (if you do, it is freed when that call returns).
+ * first (if you do, it is freed when that call returns). If the vCPU is to run on without the
+ * library, not in the middle of an access that KVM emulates: after INTERRUPTED call `run` or
+ * `resume` until it returns something else.
  */
 void kvmfault_vcpu_free(struct kvmfault_vcpu *vcpu);
 

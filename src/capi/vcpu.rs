@@ -67,7 +67,8 @@ pub unsafe extern "C" fn kvmfault_vcpu_new(
 }
 
 /// Gives a vCPU back, and on its own thread unblocks what was blocked there. NULL is allowed; a handle that was freed before is left
-/// alone. Not while `run` is under way elsewhere: kick it out first (if you do, it is freed when that call returns).
+/// alone. Not while `run` is under way elsewhere: kick it out first (if you do, it is freed when that call returns). If the vCPU is to run on
+/// without the library, not in the middle of an access that KVM emulates: after INTERRUPTED call `run` or `resume` until it returns something else.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
