@@ -317,6 +317,36 @@ static void wrong_arguments(void)
 	scene_destroy(&t.s);
 }
 
+/* A vCPU is on its way to the resolver while all pages come: only then a VMM may put away what its resolver reads from. */
+static void overtaken(void)
+{
+	for (int stopped = 0; stopped <= 1; stopped++) {
+		struct filling t;
+		filling_create(&t, MEMFD, PAGES * PAGE);
+		t.held = true;
+		struct vcpu *v = machine_add_vcpu(&t.s.m, 3);
+		scene_start_visit(&t.s, v, 0, 1, READ_FIRST);
+		UNTIL(t.holding == 1);
+		OK(source_install(&t.s.source, t.s.m.library, RAM_GPA, PAGE));
+		struct kvmfault_fill *fill = filling_start(&t, NULL);
+		UNTIL(kvmfault_pages_absent(t.s.m.library) == 0);
+		EQUAL("the end while a resolver call is under way", kvmfault_fill_wait(fill, 200), -ETIMEDOUT);
+		if (stopped) {
+			OK(kvmfault_fill_stop(fill));
+			EQUAL("after it was stopped", kvmfault_fill_wait(fill, 10000), -ECANCELED);
+		}
+		t.held = false;
+		if (stopped)
+			UNTIL(t.holding == 0);
+		else
+			OK(kvmfault_fill_wait(fill, 10000));
+		EQUAL("calls under way", t.holding, 0);
+		vcpu_join(v);
+		kvmfault_fill_free(fill);
+		scene_destroy(&t.s);
+	}
+}
+
 static const struct test_case cases[] = {
 	{ "stopped", stopped, false },
 	{ "freed", freed, false },
@@ -328,5 +358,6 @@ static const struct test_case cases[] = {
 	{ "discarded-meanwhile", discarded_meanwhile, true },
 	{ "progress", progress, false },
 	{ "wrong-arguments", wrong_arguments, false },
+	{ "overtaken", overtaken, true },
 };
 TEST_MAIN(cases)

@@ -11,6 +11,10 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	struct filling *t = opaque;
 	if (fault->origin != KVMFAULT_ORIGIN_FILL) {
 		EQUAL("the window of a fault", fault->window_len, fault->len);
+		t->holding++;
+		while (t->held)
+			wait_a_little();
+		t->holding--;
 		int ret = source_install(&t->s.source, vm, fault->gpa, fault->len);
 		return ret == -EEXIST ? 0 : OK(ret);
 	}

@@ -12,6 +12,8 @@ struct filling {
 	atomic_ulong calls, pages;  /* of the fill */
 	atomic_int answer;          /* to the fill, for pages whose number is 5 modulo 97; 0: they come as the others do */
 	atomic_int us;              /* the fill's calls take so long */
+	atomic_bool held;           /* other calls don't return */
+	atomic_uint holding;        /* and so many haven't */
 	struct kvmfault_vm *vm;
 };
 

@@ -1071,9 +1071,9 @@ int kvmfault_memslot_prepare(const struct kvmfault_vm *vm,
  * (address space in bits 16-31). With the mechanism `userfaultfd` there is no fast path, and this
  * does nothing.
  *
- * With KVMFAULT_VM_EXTERNAL_UFFD, off is the end of a post-copy: when this has returned 0, no vCPU
- * is in a resolver call any more for a page of the slot's memory that is there (one may have been
- * on its way while the last pages came), and none will be; what the resolver looks at can be put
+ * With KVMFAULT_VM_EXTERNAL_UFFD, off is the end of a post-copy: when this has returned 0, no
+ * thread is in a resolver call any more for a page of the slot's memory that is there (one may have
+ * been on its way while the last pages came); if all are, what the resolver looks at can be put
  * away. So don't hold a lock that the resolver takes. -EBUSY: a page is missing (`poison-trap`
  * only), or such a call has not returned for ten seconds (the fast path is off then; call again).
  *
@@ -1400,10 +1400,12 @@ int kvmfault_fill_start(const struct kvmfault_vm *vm,
  * Waits for the end of a fill, `timeout_ms` milliseconds at most (negative: for as long as it
  * takes).
  *
- * Returns 0: nothing is absent any more, and the memory is ordinary. -ETIMEDOUT: not yet.
- * -ECANCELED: it was stopped. -ESHUTDOWN: the VM was freed. Else the error of the resolver that
- * kept the rest from being brought; those pages are absent as before, and another fill may be
- * started. Any thread, several at once too; not from callbacks.
+ * Returns 0: nothing is absent any more, the memory is ordinary, and no resolver call is under way
+ * for it (a thread may have been on its way while the last pages came): what the resolver reads
+ * from can be put away. With KVMFAULT_FILL_KEEP_ARMED or _WORKING_SET_ONLY only that it was
+ * brought. -ETIMEDOUT: not yet. -ECANCELED: it was stopped. -ESHUTDOWN: the VM was freed. Else the
+ * error of the resolver that kept the rest from being brought; those pages are absent as before,
+ * and another fill may be started. Any thread, several at once too; not from callbacks.
  */
 int kvmfault_fill_wait(const struct kvmfault_fill *fill,
                        int64_t timeout_ms);

@@ -15,6 +15,7 @@ use crate::memory::install;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{LOOK_AROUND, WAITS};
+use crate::resolve::calls;
 use crate::resolve::readahead::{self, Plan};
 use crate::resolve::seat::{News, Seat};
 use crate::resolve::{pause_before, More, Need, Origin, Outcome, Waiter, MOST_RETRIES};
@@ -171,6 +172,7 @@ impl Vcpu {
             self.fd.set_signal_mask(before.without(self.signals))?;
         }
         own.attached = Some((token, before));
+        calls::register();
         let thread = thread::id();
         self.seat.thread.store(thread, SeqCst);
         if self.seat.is_kicked() {

@@ -126,7 +126,9 @@ pub unsafe extern "C" fn kvmfault_fill_start(
 
 /// Waits for the end of a fill, `timeout_ms` milliseconds at most (negative: for as long as it takes).
 ///
-/// Returns 0: nothing is absent any more, and the memory is ordinary. -ETIMEDOUT: not yet. -ECANCELED: it was stopped. -ESHUTDOWN: the VM was freed. Else
+/// Returns 0: nothing is absent any more, the memory is ordinary, and no resolver call is under way for it (a thread may have been on its way while
+/// the last pages came): what the resolver reads from can be put away. With KVMFAULT_FILL_KEEP_ARMED or _WORKING_SET_ONLY only that it was brought.
+/// -ETIMEDOUT: not yet. -ECANCELED: it was stopped. -ESHUTDOWN: the VM was freed. Else
 /// the error of the resolver that kept the rest from being brought; those pages are absent as before, and another fill may be started. Any thread,
 /// several at once too; not from callbacks.
 ///

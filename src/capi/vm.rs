@@ -315,8 +315,8 @@ fn request(slot: &kvmfault_memslot) -> Result<SlotRequest> {
 /// brought, by classic userfaultfd. `slot` is KVM's number (address space in bits 16-31). With the mechanism `userfaultfd` there is no
 /// fast path, and this does nothing.
 ///
-/// With KVMFAULT_VM_EXTERNAL_UFFD, off is the end of a post-copy: when this has returned 0, no vCPU is in a resolver call any more for a page of the
-/// slot's memory that is there (one may have been on its way while the last pages came), and none will be; what the resolver looks at can be put
+/// With KVMFAULT_VM_EXTERNAL_UFFD, off is the end of a post-copy: when this has returned 0, no thread is in a resolver call any more for a page of
+/// the slot's memory that is there (one may have been on its way while the last pages came); if all are, what the resolver looks at can be put
 /// away. So don't hold a lock that the resolver takes. -EBUSY: a page is missing (`poison-trap` only), or such a call has not returned for ten
 /// seconds (the fast path is off then; call again).
 ///

@@ -1,5 +1,6 @@
 //! Who brings a page: exactly one caller at a time, through the VMM's resolver; the others wait for it.
 
+pub mod calls;
 pub mod file_source;
 pub mod fill;
 pub mod readahead;
@@ -13,7 +14,7 @@ use crate::kernel::thread::Wake;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::Slot;
-use crate::memory::wait::{Pause, Sleeper, LOOK_AROUND, WAITS};
+use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
 use crate::memory::{discard, install, Memory};
 use crate::stats::Stats;
 use arc_swap::ArcSwapOption;
@@ -22,7 +23,7 @@ use seat::Seats;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{fence, AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use working_set::Recorder;
@@ -227,30 +228,6 @@ impl Engine {
         self.shutdown.load(SeqCst)
     }
 
-    /// Waits until vCPUs have left the faults that they had at pages of this block which are there now. Their resolver calls return late: the page
-    /// may have come by another thread, and the VMM be about to put away what its resolver looks at. A vCPU that comes later finds the page.
-    pub fn wait_for_vcpus(&self, block: &Block) -> Result<()> {
-        const ENOUGH: Duration = Duration::from_secs(10);
-        let end = Instant::now() + ENOUGH;
-        let is_there = |&page: &u64| matches!(block.pages.get(page), State::Present | State::Lost);
-        fence(SeqCst);
-        for seat in self.seats.all().iter() {
-            let mut pause = Pause::default();
-            while let Some(page) = seat.fault().and_then(|hva| block.page_at(hva)).filter(is_there) {
-                if Instant::now() > end {
-                    fail!(
-                        EBUSY,
-                        "the resolver has been serving vCPU {} for {ENOUGH:?}, at hva {:#x}, where the page is",
-                        seat.number,
-                        block.hva_of(page)
-                    );
-                }
-                pause.a_moment();
-            }
-        }
-        Ok(())
-    }
-
     /// Begins to record the working set anew, or ends it.
     pub fn record(&self, recorder: Option<Recorder>) {
         self.records.store(recorder.is_some(), SeqCst);
@@ -413,8 +390,12 @@ impl Engine {
         Ok(concluded)
     }
 
-    /// One call of the resolver: its answer, and whether it installed the page for certain.
+    /// One call of the resolver: its answer, and whether the page came for certain. Not if it has come by itself meanwhile.
     fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> (Answer, bool) {
+        let _call = calls::begin(fault.hva);
+        if block.pages.get(page) == State::Present {
+            return (Answer::Resolved, true);
+        }
         stats.resolver_calls.add(1);
         let watch = install::Watch::new(block, page);
         let answer = callback(|| self.resolver.resolve(fault));

@@ -3,7 +3,7 @@
 
 use super::readahead::Runs;
 use super::seat::News;
-use super::{pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
+use super::{calls, pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{Error, Result};
 use crate::kernel::thread::{block_all_signals, poll, Flag};
 use crate::kernel::uffd::{Message, FEATURE_POISON};
@@ -31,6 +31,7 @@ pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
             .spawn(move || {
                 // What arc-swap allocates for a thread that uses it for the first time is not for a fault to wait for.
                 drop(engine.memory.slots());
+                calls::register();
                 let _ = ready.send(());
                 read(&engine, &stop)
             })

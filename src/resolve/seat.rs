@@ -8,8 +8,7 @@ use crate::kernel::thread::{self, send_signal};
 use crate::memory::wait::{Sleeper, WAITS};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 /// What a reader thread has to tell a vCPU.
@@ -80,19 +79,12 @@ impl Seat {
     /// It has a fault here, until what this returns is dropped.
     pub fn faults_at(&self, hva: u64) -> Serving<'_> {
         self.fault.store(hva & !SERVED, Relaxed);
-        // Before it looks at the page's state: see `Engine::wait_for_vcpus`.
-        fence(SeqCst);
         Serving(self)
     }
 
     /// Is it waiting for a page to be brought?
     pub fn is_waiting(&self) -> bool {
         self.fault.load(Relaxed) & SERVED == 0
-    }
-
-    /// Where it has a fault that is being served now.
-    pub fn fault(&self) -> Option<u64> {
-        Some(self.fault.load(Acquire)).filter(|fault| fault & SERVED == 0)
     }
 
     /// Where its last fault was; None if it has had none.
@@ -217,7 +209,7 @@ pub struct Serving<'a>(&'a Seat);
 
 impl Drop for Serving<'_> {
     fn drop(&mut self) {
-        self.0.fault.fetch_or(SERVED, Release);
+        self.0.fault.fetch_or(SERVED, Relaxed);
     }
 }
 

@@ -6,6 +6,7 @@ use crate::kernel::file;
 use crate::kernel::mem::{self, Kind};
 use crate::memory::block::Block;
 use crate::memory::slots::Slots;
+use crate::resolve::calls;
 use crate::resolve::fill::{self, Fill, Progress};
 use crate::resolve::working_set::{self, Recorder, Shape};
 use std::io::{Read, Write};
@@ -120,6 +121,8 @@ fn make_ordinary(vm: &Weak<Vm>, collapse: bool, is_stopped: &dyn Fn() -> bool) -
     let Some(vm) = vm.upgrade() else { fail!(ESHUTDOWN, "the VM was freed") };
     let blocks = vm.release()?;
     drop(vm);
+    let stopped = || Error::new(libc::ECANCELED, "the fill was stopped");
+    blocks.iter().try_for_each(|block| calls::wait(block, |_| is_stopped().then(stopped)))?;
     if collapse {
         blocks.iter().for_each(|block| recover_huge_pages(block, is_stopped));
     }

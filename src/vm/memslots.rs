@@ -1,7 +1,7 @@
 //! Slots as the VMM sets them: everything is checked before anything changes, and faults never wait for it.
 
 use super::Vm;
-use crate::error::{fail, Result};
+use crate::error::{fail, Error, Result};
 use crate::kernel::kvm::Region;
 use crate::kernel::mem::{self, Kind, ADDRESSES, PAGE};
 use crate::mechanism::{self, Wish, MECHANISMS};
@@ -10,9 +10,11 @@ use crate::memory::discard;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::WAITS;
+use crate::resolve::calls;
 use std::os::fd::RawFd;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// A memslot as the VMM asks for it.
 #[derive(Debug, Clone, Copy)]
@@ -296,10 +298,18 @@ impl Vm {
         self.switch(number, on)?;
         let block = self.slot(number)?.block.clone();
         drop(editing);
-        match !on && self.engine.memory.external {
-            true => self.engine.wait_for_vcpus(&block),
-            false => Ok(()),
+        if on || !self.engine.memory.external {
+            return Ok(());
         }
+        const ENOUGH: Duration = Duration::from_secs(10);
+        let end = Instant::now() + ENOUGH;
+        let too_long = |hva| {
+            Error::new(
+                libc::EBUSY,
+                format!("the resolver has been at hva {hva:#x} for {ENOUGH:?}, and the page is there"),
+            )
+        };
+        calls::wait(&block, |hva| (Instant::now() > end).then(|| too_long(hva)))
     }
 
     fn switch(&self, number: u32, on: bool) -> Result<()> {
