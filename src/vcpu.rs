@@ -1,5 +1,6 @@
 //! The vCPU's exit loop: which exits are faults, and what becomes of them.
 
+mod broken;
 mod emulated;
 #[cfg(test)]
 mod tests;
@@ -11,9 +12,8 @@ use crate::kernel::mem;
 use crate::kernel::thread::{self, SignalSet};
 use crate::mechanism::{kvm_itself, MECHANISMS};
 use crate::memory::block::Block;
-use crate::memory::install;
 use crate::memory::pages::State;
-use crate::memory::slots::{Slot, Slots};
+use crate::memory::slots::Slot;
 use crate::memory::wait::{LOOK_AROUND, WAITS};
 use crate::resolve::calls;
 use crate::resolve::readahead::{self, Plan};
@@ -28,11 +28,6 @@ use std::time::Instant;
 
 /// So many faults in a row of one vCPU at one page that is PRESENT, and the fault is an error.
 const MOST_MAPS: u32 = 64;
-/// The same for SIGBUS at an address of which nothing is known: one signal may be stale, and one more may follow an unlucky race.
-const MOST_BROKEN: u32 = 3;
-
-/// Addresses from here on are the kernel's.
-const KERNEL_SPACE: u64 = 1 << 63;
 
 /// How SIGBUS comes to the library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -352,17 +347,6 @@ impl Vcpu {
         }
     }
 
-    /// Without UFFDIO_POISON lost pages are inaccessible, and EFAULT is all that KVM can say. Which page it was is certain if only one is lost.
-    fn lost_somewhere(&self, own: &mut Own) -> Option<Exit> {
-        let slots = self.vm.engine.memory.slots();
-        let (total, page) = slots.lost();
-        let (block, page) = page.filter(|_| !self.vm.has_poison())?;
-        let gpa = slots.showing(block, page).filter(|_| total == 1).map(|slot| slot.gpa_of(page));
-        let hva = if total == 1 { block.hva_of(page) } else { 0 };
-        let _ = self.seat.take_news(); // the reader that lost it may have told the same
-        Some(self.report(own, MemoryError { gpa, hva, len: block.page, lost: true }))
-    }
-
     /// KVM_RUN ended with EINTR: for SIGBUS, a kick, news, or somebody else's signal.
     fn interrupted(&self, own: &mut Own) -> Result<Exit> {
         let (mut bus, mut stale) = (None, false);
@@ -391,62 +375,6 @@ impl Vcpu {
         // The signal of a kick that was reported before it came is nobody's any more.
         let ours = bus.is_some() || stale && !self.seat.immediate_exit.get();
         Ok(if ours { Exit::Handled } else { Exit::Interrupted })
-    }
-
-    /// SIGBUS with an address: a marker of ours, or memory that is really broken.
-    fn broken_page(&self, own: &mut Own, code: i32, address: u64) -> Result<Exit> {
-        let slots = self.vm.engine.memory.slots();
-        let required = code == libc::BUS_MCEERR_AR;
-        let Some(slot) = slots.at_kvm_hva(address).filter(|_| required) else {
-            if required && address >= KERNEL_SPACE {
-                return self.broken_somewhere(own, &slots, address);
-            }
-            // Its slot may have been deleted since; real trouble comes again.
-            if required && self.stuck_at(own, address) < MOST_BROKEN {
-                return Ok(Exit::Handled);
-            }
-            let error = MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false };
-            return Ok(self.report(own, error));
-        };
-        let gpa = slot.region.gpa + (address - slot.region.hva);
-        self.fault(own, slot, gpa, 0, true)
-    }
-
-    /// For a read-only slot KVM signals an address that is none: gfn_to_hva_memslot answers KVM_HVA_ERR_RO_BAD, as if for a write
-    /// (kvm_send_hwpoison_signal). So whatever is absent in such slots is brought; they are ROMs, and small.
-    fn broken_somewhere(&self, own: &mut Own, slots: &Slots, address: u64) -> Result<Exit> {
-        let mut brought = false;
-        let readonly = || slots.iter().filter(|s| s.is_readonly());
-        for slot in readonly().filter(|s| s.block.is_marked()) {
-            for page in slot.pages().filter(|&p| matches!(slot.block.pages.get(p), State::Absent | State::Resolving)) {
-                match self.bring(&slot.block, page, 0, self.seat)? {
-                    Outcome::Retry => return self.again(own, slot, page),
-                    Outcome::Interrupted => return self.look_up(own),
-                    Outcome::Lost => {} // perhaps not the one that the guest wants
-                    _ => brought = true,
-                }
-            }
-        }
-        if brought || self.stuck_at(own, address) < MOST_BROKEN {
-            return Ok(Exit::Handled);
-        }
-        // Which one it is, is certain if there is only one.
-        let seen = readonly().filter(|s| s.space() == self.run.space());
-        let pages = seen.flat_map(|slot| slot.pages().map(move |page| (slot, page)));
-        let mut suspects = pages.filter(|(s, p)| {
-            s.block.pages.get(*p) == State::Lost || self.is_broken(&s.block, *p, s.block.kvm_hva_of(*p))
-        });
-        match (suspects.next(), suspects.next()) {
-            (Some((slot, page)), None) => Ok(match slot.block.pages.get(page) {
-                State::Lost => self.settled(own, slot, page, Outcome::Lost)?,
-                _ => self.report_broken(own, slot, page),
-            }),
-            (None, _) if own.stuck < MOST_MAPS => Ok(Exit::Handled),
-            _ => {
-                own.stuck = 0;
-                Ok(self.report(own, MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false }))
-            }
-        }
     }
 
     fn fault_at_gpa(&self, own: &mut Own, gpa: u64, access: Access) -> Result<Exit> {
@@ -600,16 +528,6 @@ impl Vcpu {
         }
         own.discards = discards;
         self.stuck_at(own, block.hva_of(page))
-    }
-
-    fn is_broken(&self, block: &Block, page: u64, hva: u64) -> bool {
-        install::is_broken(&self.vm.engine.memory, block, page, hva)
-    }
-
-    fn report_broken(&self, own: &mut Own, slot: &Slot, page: u64) -> Exit {
-        own.stuck = 0;
-        let (gpa, hva) = (Some(slot.gpa_of(page)), slot.block.hva_of(page));
-        self.report(own, MemoryError { gpa, hva, len: slot.block.page, lost: false })
     }
 
     fn report(&self, own: &mut Own, error: MemoryError) -> Exit {
