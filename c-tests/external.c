@@ -33,6 +33,7 @@ static struct vmm {
 	_Atomic uint8_t requested[PAGES];
 	atomic_uint calls, there_already, host_faults;
 	atomic_bool paused, stop;
+	atomic_bool waits; /* until a vCPU has asked, the stream sends only what is requested */
 	atomic_bool held; /* the resolver doesn't return, nor look at anything */
 } vmm;
 
@@ -66,7 +67,7 @@ static void *stream_main(void *arg)
 				page = p;
 		while (next < PAGES && vmm.received[next])
 			next++;
-		if (page == PAGES)
+		if (page == PAGES && !(vmm.waits && !vmm.calls))
 			page = next;
 		if (vmm.paused || page == PAGES)
 			usleep(100);
@@ -247,6 +248,7 @@ static void postcopy(enum backing backing)
 {
 	pthread_t host;
 	set_up(backing, true);
+	vmm.waits = true;
 	CHECK(!pthread_create(&host, NULL, touch_from_the_host, NULL), "pthread_create");
 	run_guests(READ_FIRST);
 	pthread_join(host, NULL);
