@@ -171,23 +171,24 @@ static void nested_svm(void)
 	leaf(0x80000001)->ecx |= SVM;
 }
 
-static void hyper_v(void)
+static void hypervisor(const char *signature)
 {
 	struct kvm_cpuid_entry2 *l = leaf(0x40000000);
 	l->eax = 0x40000001;
-	memcpy(&l->ebx, "Micr", 4);
-	memcpy(&l->ecx, "osof", 4);
-	memcpy(&l->edx, "t Hv", 4);
+	memcpy(&l->ebx, signature, 4);
+	memcpy(&l->ecx, signature + 4, 4);
+	memcpy(&l->edx, signature + 8, 4);
+}
+
+static void hyper_v(void)
+{
+	hypervisor("Microsoft Hv");
 	memcpy(&leaf(0x40000001)->eax, "Hv#1", 4);
 }
 
 static void xen(void)
 {
-	struct kvm_cpuid_entry2 *l = leaf(0x40000000);
-	l->eax = 0x40000001;
-	memcpy(&l->ebx, "XenV", 4);
-	memcpy(&l->ecx, "MMXe", 4);
-	memcpy(&l->edx, "nVMM", 4);
+	hypervisor("XenVMMXenVMM");
 }
 
 static void check_guest(void)

@@ -255,6 +255,8 @@ impl Fill {
             return match (self.options.finish)(&|| self.is_stopped()) {
                 // A page was discarded meanwhile.
                 Err(e) if e.errno == libc::EBUSY => None,
+                // Whether it was stopped or the VM freed, `lead` says.
+                Err(_) if self.is_stopped() => None,
                 result => Some(result),
             };
         }
