@@ -54,6 +54,7 @@ def matrix(environment):
 
 # What is run where, unless FILTER says otherwise. The stock kernels run everything; the patched ones, which differ in the flag only, what
 # the flag has to do with: all groups with the two ABIs that are least alike, and with the others what goes by way of an exit or a memslot.
+# In the order of how long that takes.
 EVERY_ABI = ("flag/", "toggle/")
 BY_ABI = ("dirty_log", "guests", "mmio", "own_loop", "prefault", "present", "race", "read_only", "restore", "slots", "taken_away")
 FILTERS = {
@@ -245,7 +246,8 @@ def run_all(machines, options):
     busy, but for a fifth of its time, in which its cases wait. What a machine prints comes when it is done. The comparison of speeds
     runs alone, after the others."""
     # The longest first, so that no CPU is idle at the end: unpatched kernels run everything.
-    waiting = sorted(enumerate(machines), key=lambda m: (m[1][2], m[1][1] is not None))
+    length = {abi: n for n, abi in enumerate((None, *FILTERS))}
+    waiting = sorted(enumerate(machines), key=lambda m: (m[1][2], length.get(m[1][1], 0)))
     results, running = {}, {}
     with tempfile.TemporaryDirectory(prefix="kvmfault-tier.") as scratch:
         try:
