@@ -1039,17 +1039,19 @@ int kvmfault_vm_enable(const struct kvmfault_vm *vm,
 /*
  * Creates, moves or deletes (`len` 0) a memslot, and tells KVM (KVM_SET_USER_MEMORY_REGION or
  * _REGION2). All its pages are absent at the start, unless KVMFAULT_MEMSLOT_PRESENT is given or the
- * memory is known from another slot.
+ * memory is known from another slot. What shared memory holds all the same (preallocated, used
+ * before) nobody sees until `kvmfault_pages_map` shows it; `kvmfault_pages_install` replaces it.
  *
  * On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that
  * no other slot shows becomes ordinary memory again, in which absent pages read as zeros (see
  * KVMFAULT_MEMSLOT_KEEP).
  *
  * Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another
- * slot, or private memory has content already), -EFAULT and -EACCES (hva isn't mapped, or not
- * readable and writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another
- * userfaultfd), -ENOENT (deleting what is not set), -EOPNOTSUPP (the forced mechanism can't serve
- * this memory), or KVM's errno. Any thread; calls take turns; not from callbacks.
+ * slot, or there is content already that can't be hidden: in private memory, in memory that is
+ * locked, and in any before Linux 5.14), -EFAULT and -EACCES (hva isn't mapped, or not readable and
+ * writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd),
+ * -ENOENT (deleting what is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory),
+ * or KVM's errno. Any thread; calls take turns; not from callbacks.
  */
 int kvmfault_memslot_set(const struct kvmfault_vm *vm,
                          const struct kvmfault_memslot *slot);
@@ -1099,8 +1101,9 @@ int kvmfault_vm_stats(const struct kvmfault_vm *vm,
 /*
  * Installs pages by copying `len` bytes from `src`: the guest, this process and whoever waits see
  * them at once. Pages that are present already are skipped and keep their bytes (so a range may
- * overlap with what others install); bytes that are in the page cache already stay as well. `gpa`
- * and `len` are multiples of the memory's page size, inside one slot.
+ * overlap with what others install). What is in the place of an absent page is replaced: shared
+ * memory may have been populated (preallocated, used before) when its slot was set. `gpa` and `len`
+ * are multiples of the memory's page size, inside one slot.
  *
  * Returns 0 if at least one page was installed by this call and all of the range is present now.
  * -EEXIST: all were present, nothing changed. -ENOENT: `gpa` is in no slot. -EINVAL: alignment,
@@ -1179,8 +1182,9 @@ int kvmfault_pages_lost(const struct kvmfault_vm *vm,
  * balloon, or for a post-copy that will fetch them anew. Pages that are being resolved stay so. Use
  * this and not madvise(2): the library must know.
  *
- * Returns 0; -ENOENT and -EINVAL as above; -EBUSY if vCPUs use the pages faster than they can be
- * taken away. Any thread; not from callbacks.
+ * Returns 0; -ENOENT and -EINVAL as above, and -EINVAL for memory that is locked (mlock(2)); -EBUSY
+ * if vCPUs use the pages faster than they can be taken away. Present pages that could not be
+ * dropped are still present then. Any thread; not from callbacks.
  */
 int kvmfault_pages_discard(const struct kvmfault_vm *vm,
                            uint64_t gpa,

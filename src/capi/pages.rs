@@ -8,8 +8,9 @@ use crate::memory::install::Source;
 use std::ffi::{c_int, c_void};
 
 /// Installs pages by copying `len` bytes from `src`: the guest, this process and whoever waits see them at once. Pages that are present
-/// already are skipped and keep their bytes (so a range may overlap with what others install); bytes that are in the page cache
-/// already stay as well. `gpa` and `len` are multiples of the memory's page size, inside one slot.
+/// already are skipped and keep their bytes (so a range may overlap with what others install). What is in the place of an absent page is
+/// replaced: shared memory may have been populated (preallocated, used before) when its slot was set. `gpa` and `len` are multiples of
+/// the memory's page size, inside one slot.
 ///
 /// Returns 0 if at least one page was installed by this call and all of the range is present now. -EEXIST: all were present, nothing
 /// changed. -ENOENT: `gpa` is in no slot. -EINVAL: alignment, `len` 0, beyond the slot's end, NULL. -EFAULT: `src` can't be read, or is
@@ -110,7 +111,8 @@ pub unsafe extern "C" fn kvmfault_pages_lost(vm: *const kvmfault_vm, gpa: u64, l
 /// Makes present or lost pages absent again and gives their memory back to the system: for a balloon, or for a post-copy that will fetch
 /// them anew. Pages that are being resolved stay so. Use this and not madvise(2): the library must know.
 ///
-/// Returns 0; -ENOENT and -EINVAL as above; -EBUSY if vCPUs use the pages faster than they can be taken away. Any thread; not from callbacks.
+/// Returns 0; -ENOENT and -EINVAL as above, and -EINVAL for memory that is locked (mlock(2)); -EBUSY if vCPUs use the pages faster than they
+/// can be taken away. Present pages that could not be dropped are still present then. Any thread; not from callbacks.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.

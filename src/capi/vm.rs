@@ -224,14 +224,16 @@ pub unsafe extern "C" fn kvmfault_vm_enable(vm: *const kvmfault_vm, caps: u64) -
 }
 
 /// Creates, moves or deletes (`len` 0) a memslot, and tells KVM (KVM_SET_USER_MEMORY_REGION or _REGION2). All its pages are absent at
-/// the start, unless KVMFAULT_MEMSLOT_PRESENT is given or the memory is known from another slot.
+/// the start, unless KVMFAULT_MEMSLOT_PRESENT is given or the memory is known from another slot. What shared memory holds all the same
+/// (preallocated, used before) nobody sees until `kvmfault_pages_map` shows it; `kvmfault_pages_install` replaces it.
 ///
 /// On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that no other slot shows becomes ordinary
 /// memory again, in which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP).
 ///
-/// Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another slot, or private memory has
-/// content already), -EFAULT and -EACCES (hva isn't mapped, or not readable and writable), -EBADF (`fd` is closed), -EBUSY (the memory is
-/// registered with another userfaultfd), -ENOENT (deleting what is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory), or KVM's errno. Any thread; calls take turns; not from callbacks.
+/// Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another slot, or there is content already that
+/// can't be hidden: in private memory, in memory that is locked, and in any before Linux 5.14), -EFAULT and -EACCES (hva isn't mapped, or
+/// not readable and writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd), -ENOENT (deleting what
+/// is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory), or KVM's errno. Any thread; calls take turns; not from callbacks.
 ///
 /// # Safety
 /// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.

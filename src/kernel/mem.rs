@@ -57,6 +57,12 @@ impl Mapping {
         self.address
     }
 
+    /// Undoes what mlockall(2) does to new mappings, and mlock(2) to duplicates of locked ones: what is locked can't be dropped.
+    pub fn unlock(&self) {
+        // SAFETY: the range is ours; this changes what the kernel may do with its pages, and not what is in them.
+        unsafe { libc::munlock(self.address as *const _, self.len as usize) };
+    }
+
     /// The mapping as 64-bit atomics; zero at first if it is anonymous.
     pub fn atomics(&self) -> &[AtomicU64] {
         // SAFETY: the range is mapped readable and writable, page-aligned, and lives as long as `self`; atomics may be shared.
@@ -79,7 +85,12 @@ pub fn advise(hva: u64, len: u64, advice: i32, what: &str) -> Result<()> {
     // SAFETY: the advice values used here drop or populate pages of guest memory, which Rust holds no reference to.
     match unsafe { libc::madvise(hva as *mut _, len as usize, advice) } {
         0 => Ok(()),
-        _ => Err(Error::last_os(what)),
+        _ => Err(Error::last_os(what)).map_err(|e: Error| match (e.errno, advice) {
+            (libc::EINVAL, libc::MADV_DONTNEED | libc::MADV_REMOVE) => {
+                Error::new(e.errno, format!("{}; memory that is locked (mlock) can't be dropped", e.message))
+            }
+            _ => e,
+        }),
     }
 }
 
@@ -132,7 +143,7 @@ pub fn is_poisoned(hva: u64, page: u64) -> bool {
     }
 }
 
-/// The first page of private anonymous memory that has content, if any has.
+/// The first page that has content, if any has: mapped, or in the page cache (but for hugetlb, of which only what is mapped shows).
 pub fn first_resident(hva: u64, len: u64) -> Result<Option<u64>> {
     const CHUNK: u64 = 1 << 16; // pages a call
     let mut resident = vec![0u8; (len / PAGE).min(CHUNK) as usize];

@@ -102,7 +102,7 @@ pub fn choose(host: &Host, forced: Option<usize>, kind: Kind, wish: &Wish) -> Re
 
 /// Does userfaultfd report minor faults (page cache, not mapped) for such memory? Then the VMM's mapping is registered for them,
 /// so that a host access to a page whose bytes are still being written waits until it is installed.
-fn has_minor(features: u64, kind: Kind) -> bool {
+pub fn has_minor(features: u64, kind: Kind) -> bool {
     use crate::kernel::uffd::{FEATURE_MINOR_HUGETLBFS, FEATURE_MINOR_SHMEM};
     match kind {
         Kind::Shared => features & FEATURE_MINOR_SHMEM != 0,

@@ -61,6 +61,9 @@ impl Mechanism for PoisonTrap {
             advise(alias.address(), len, libc::MADV_DONTDUMP, "madvise(MADV_DONTDUMP)")?;
             // Not for minor faults: a PRESENT page that isn't mapped yet needs no help, and an absent one has its marker.
             memory.uffd.register(alias.address(), len, false)?;
+            // With mlockall(MCL_FUTURE) it was populated as it was made.
+            alias.unlock();
+            advise(alias.address(), len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
         }
         let block = Block::new(shape, alias, false, wish.present)?;
         let block = if memory.external { block.with_deferral()? } else { block };

@@ -16,8 +16,8 @@ use std::sync::atomic::Ordering;
 /// Less than so many gates' pages (128 MiB of 4 KiB pages, a few milliseconds) are not worth another thread.
 const MARKED_ALONE: u64 = 64;
 
-/// Makes PRESENT and LOST pages absent and gives their memory back. Pages that are being resolved stay so. Where the VMM's mapping is the
-/// VMM's own affair, what is there stays: then this says that the pages are missing, and no more.
+/// Makes PRESENT and LOST pages absent and gives their memory back. Pages that are being resolved stay so, and PRESENT pages that can't be
+/// dropped. Where the VMM's mapping is the VMM's own affair, what is there stays: then this says that the pages are missing, and no more.
 pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     for group in gate_groups(pages) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
@@ -29,44 +29,66 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
             );
         }
         let inaccessible = memory.uffd.features() & FEATURE_POISON == 0 && !memory.external;
-        let take = |page| {
-            let taken = |from| block.pages.change(page, from, State::Resolving).is_ok();
-            if taken(State::Lost) {
-                return !inaccessible || protect(block.hva_of(page), block.page, true).is_ok();
+        for from in [State::Present, State::Lost] {
+            let take = |page| {
+                block.pages.change(page, from, State::Resolving).is_ok()
+                    && (from == State::Present
+                        || !inaccessible
+                        || protect(block.hva_of(page), block.page, true).is_ok())
+            };
+            for run in runs(group.clone(), take) {
+                let mut gone = from == State::Lost;
+                let dropped = drop_run(memory, block, &run, &mut gone);
+                let to = if dropped.is_err() && !gone { State::Present } else { State::Absent };
+                if to == State::Present {
+                    block.set_exits(run.clone(), false);
+                }
+                for page in run.clone() {
+                    let _ = block.pages.change(page, State::Resolving, to);
+                    WAITS.wake(block.hva_of(page));
+                }
+                wake(memory, block, &run)?;
+                dropped?;
+                stats.pages_discarded.add(run.end - run.start);
             }
-            taken(State::Present)
-        };
-        for run in runs(group, take) {
-            let dropped = drop_run(memory, block, &run);
-            for page in run.clone() {
-                let _ = block.pages.change(page, State::Resolving, State::Absent);
-                WAITS.wake(block.hva_of(page));
-            }
-            wake(memory, block, &run)?;
-            dropped?;
-            stats.pages_discarded.add(run.end - run.start);
         }
     }
     Ok(())
 }
 
-/// Takes the bytes away from everybody. KVM's alias goes first, so that a vCPU never sees the hole before its marker.
-fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
+/// Takes the bytes away from everybody, and says so in `gone` where an error may follow. KVM's alias goes first, so that a vCPU never sees the
+/// hole before its marker.
+fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     block.set_exits(run.clone(), true);
     block.take_deferred_runs(run.clone()).for_each(drop);
     if let Some(alias) = block.alias_of(run.start) {
         rearm(memory, block, alias, len)?;
     }
+    if memory.external {
+        return Ok(());
+    }
+    advise(hva, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
     match block.kind {
-        _ if memory.external => Ok(()),
-        Kind::Shared | Kind::HugetlbShared => {
-            // MADV_REMOVE leaves the marker of a LOST page; MADV_DONTNEED takes it away.
-            advise(hva, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
-            advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)")
+        // It leaves the marker of a LOST page, which MADV_DONTNEED took away.
+        Kind::Shared | Kind::HugetlbShared => advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)"),
+        Kind::Anon | Kind::HugetlbPrivate => {
+            *gone = true;
+            if block.is_marked() {
+                rearm(memory, block, hva, len)?;
+            }
+            Ok(())
         }
-        Kind::Anon | Kind::HugetlbPrivate if block.alias.is_none() => rearm(memory, block, hva, len),
-        Kind::Anon | Kind::HugetlbPrivate => fail!(EINVAL, "private memory has no alias"),
+    }
+}
+
+/// Drops whatever is in the place of a page that isn't PRESENT, in a pass for discards. What KVM sees there stays as it is: absent.
+pub fn clear(memory: &Memory, block: &Block, page: u64) -> Result<()> {
+    let (hva, len) = (block.hva_of(page), block.page);
+    match block.kind {
+        // It goes from all mappings; markers stay.
+        Kind::Shared | Kind::HugetlbShared => advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)"),
+        Kind::Anon | Kind::HugetlbPrivate => rearm(memory, block, hva, len),
     }
 }
 

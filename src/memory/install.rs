@@ -7,7 +7,7 @@
 use super::block::Block;
 use super::pages::State;
 use super::wait::{Pass, Patience, GATE_PAGES, WAITS};
-use super::Memory;
+use super::{discard, Memory};
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::{self, Kind, Mapping, PAGE};
 use crate::kernel::uffd::Step;
@@ -27,6 +27,16 @@ pub enum Source {
     Map,
     /// The VMM has put them into its mapping already (see `Memory::external`).
     Arrived,
+}
+
+impl Source {
+    /// What comes so many pages later.
+    fn from(self, block: &Block, pages: u64) -> Source {
+        match self {
+            Source::Copy(bytes) => Source::Copy(bytes + pages * block.page),
+            other => other,
+        }
+    }
 }
 
 /// Zeros to copy where UFFDIO_ZEROPAGE doesn't work: as long as the largest page, and costing nothing, for it is only read.
@@ -78,50 +88,67 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
     let mut installed = 0;
     let mut page = pages.start;
     while page < pages.end {
-        // While this lasts no page of the gate becomes LOST or is discarded: what the states say below stays true.
-        let _pass = memory.gates.install(block.gate_of(page));
         let end = pages.end.min((page / GATE_PAGES + 1) * GATE_PAGES);
+        // While this lasts no page of the gate becomes LOST or is discarded: what the states say below stays true.
+        let pass = memory.gates.install(block.gate_of(page));
         while page < end {
             match block.pages.get(page) {
                 State::Present => {
                     see(block, page..page + 1);
                     page += 1;
                 }
-                State::Lost => fail!(EHWPOISON, "the page at hva {:#x} is lost; discard it first", block.hva_of(page)),
+                State::Lost => return Err(is_lost(block, page)),
                 _ => {
                     let run_end = (page + 1..end)
                         .find(|&p| matches!(block.pages.get(p), State::Present | State::Lost))
                         .unwrap_or(end);
-                    let source = match source {
-                        Source::Copy(bytes) => Source::Copy(bytes + (page - pages.start) * block.page),
-                        other => other,
-                    };
-                    installed += install_run(memory, block, page..run_end, source, stats)?;
-                    page = run_end;
+                    let source = source.from(block, page - pages.start);
+                    let reached = install_run(memory, block, page..run_end, source, stats, &mut installed)?;
+                    page = reached;
+                    if reached < run_end {
+                        break;
+                    }
                 }
             }
+        }
+        drop(pass);
+        if page < end {
+            installed += replace(memory, block, page, source.from(block, page - pages.start), stats)?;
+            page += 1;
         }
     }
     Ok(installed)
 }
 
-/// Pages of one gate that were absent a moment ago.
-fn install_run(memory: &Memory, block: &Block, run: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
-    let mut installed = 0;
+fn is_lost(block: &Block, page: u64) -> Error {
+    Error::new(libc::EHWPOISON, format!("the page at hva {:#x} is lost; discard it first", block.hva_of(page)))
+}
+
+/// Pages of one gate that were absent a moment ago. Returns the end, or the first page in whose place something is already.
+fn install_run(
+    memory: &Memory,
+    block: &Block,
+    run: Range<u64>,
+    source: Source,
+    stats: &Stats,
+    installed: &mut u64,
+) -> Result<u64> {
     let mut at = run.start;
     let mut patience = Patience::default();
     while at < run.end {
-        let offset = (at - run.start) * block.page;
-        match bring(memory, block, at..run.end, source, offset)? {
+        match bring(memory, block, at..run.end, source.from(block, at - run.start))? {
             Step::Done(bytes) => {
                 let end = at + bytes / block.page;
-                installed += publish(memory, block, at..end, source, stats)?;
+                *installed += publish(memory, block, at..end, source, stats)?;
                 at = end;
             }
             Step::Exists => {
-                // Another installer was first; its wake-up may have been before the waiter's sleep.
                 stats.retries_exist.add(1);
-                installed += publish(memory, block, at..at + 1, source, stats)?;
+                if matches!(source, Source::Copy(_) | Source::Zero) {
+                    return Ok(at);
+                }
+                // Another installer was first; its wake-up may have been before the waiter's sleep.
+                *installed += publish(memory, block, at..at + 1, source, stats)?;
                 memory.uffd.wake(block.hva_of(at), block.page)?;
                 at += 1;
             }
@@ -131,15 +158,42 @@ fn install_run(memory: &Memory, block: &Block, run: Range<u64>, source: Source, 
             }
         }
     }
-    Ok(installed)
+    Ok(run.end)
+}
+
+/// Something was in an absent page's place. Another installer's bytes, mostly: then the page is PRESENT once that installer is through. If it
+/// isn't, nobody has installed what is there: the memory was populated before its slot was set (preallocated, or used before), or was written
+/// behind our back, or dropping it failed. Nobody may take that for the page, so it goes.
+fn replace(memory: &Memory, block: &Block, page: u64, source: Source, stats: &Stats) -> Result<u64> {
+    let hva = block.hva_of(page);
+    let _pass = memory.gates.discard(block.gate_of(page));
+    match block.pages.get(page) {
+        State::Present => {
+            see(block, page..page + 1);
+            // Its wake-up may have been before the waiter's sleep.
+            memory.uffd.wake(hva, block.page)?;
+            return Ok(0);
+        }
+        State::Lost => return Err(is_lost(block, page)),
+        State::Absent | State::Resolving => {}
+    }
+    let mut patience = Patience::default();
+    for _ in 0..1000 {
+        match bring(memory, block, page..page + 1, source)? {
+            Step::Done(_) => return publish(memory, block, page..page + 1, source, stats),
+            Step::Exists => discard::clear(memory, block, page)?,
+            Step::Again => patience.wait()?,
+        }
+    }
+    fail!(EBUSY, "the page at hva {hva:#x} is absent, and something else writes to it again and again")
 }
 
 /// Bytes into the VMM's mapping.
-fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source, offset: u64) -> Result<Step> {
+fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source) -> Result<Step> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     match source {
-        Source::Copy(bytes) => memory.uffd.copy(hva, bytes + offset, len).map_err(|e| match e.errno {
-            libc::EFAULT => Error::new(libc::EFAULT, format!("src: the bytes at {:#x} can't be read", bytes + offset)),
+        Source::Copy(bytes) => memory.uffd.copy(hva, bytes, len).map_err(|e| match e.errno {
+            libc::EFAULT => Error::new(libc::EFAULT, format!("src: the bytes at {bytes:#x} can't be read")),
             _ => explain(e, block, hva),
         }),
         // UFFDIO_ZEROPAGE doesn't replace a marker in private memory, and doesn't know hugetlb.

@@ -3,7 +3,7 @@
 use super::Vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::kvm::Region;
-use crate::kernel::mem::{self, Kind, ADDRESSES, PAGE};
+use crate::kernel::mem::{self, advise, Kind, ADDRESSES, PAGE};
 use crate::mechanism::{self, Wish, MECHANISMS};
 use crate::memory::block::{Block, Shape};
 use crate::memory::discard;
@@ -278,18 +278,33 @@ impl Vm {
                 backing.kind
             );
         }
-        if backing.kind == Kind::Anon && !request.present && !self.engine.memory.external {
-            if let Some(at) = mem::first_resident(hva, len)? {
-                fail!(
-                    EEXIST,
-                    "hva: the page at {at:#x} has content already: MADV_DONTNEED it, or use KVMFAULT_MEMSLOT_PRESENT"
-                );
-            }
-        }
         let wish = Wish { external: self.engine.memory.external, ..wish_of(request, offset) };
         let n = mechanism::choose(&self.host, self.forced, backing.kind, &wish)?;
         let shape = Shape { hva, len, page: backing.page, kind: backing.kind, mechanism: n };
-        MECHANISMS[n].new_block(&self.host, &self.engine.memory, shape, &wish)
+        let block = MECHANISMS[n].new_block(&self.host, &self.engine.memory, shape, &wish)?;
+        if !request.present && !self.engine.memory.external {
+            self.hide(&block).inspect_err(|_| self.engine.memory.unregister(&block))?;
+        }
+        Ok(block)
+    }
+
+    /// Whoever touches an absent page must fault: nothing may be mapped in its place, nor come from the page cache by itself.
+    fn hide(&self, block: &Block) -> Result<()> {
+        let Block { hva, len, kind, .. } = *block;
+        if mechanism::has_minor(self.host.features, kind) {
+            match advise(hva, len, libc::MADV_DONTNEED, "hva: madvise(MADV_DONTNEED)") {
+                // Locked memory, or hugetlb before Linux 5.18: if nothing is there, nothing need go.
+                Err(e) if e.errno == libc::EINVAL => {}
+                done => return done,
+            }
+        }
+        if let Some(at) = mem::first_resident(hva, len)? {
+            fail!(
+                EEXIST,
+                "hva: the page at {at:#x} has content already: drop it (MADV_DONTNEED, MADV_REMOVE; munlock before), or use KVMFAULT_MEMSLOT_PRESENT"
+            );
+        }
+        Ok(())
     }
 
     /// Turns the fast path of a live slot on or off.
