@@ -2,6 +2,7 @@
 
 mod broken;
 mod emulated;
+mod tables;
 #[cfg(test)]
 mod tests;
 
@@ -98,6 +99,9 @@ struct Own {
     attached: Option<(u64, SignalSet)>,
     /// What KVM itself accesses is there.
     prepared: bool,
+    /// KVM may be in the middle of a string instruction: see `tables`.
+    tables_due: bool,
+    walked: [tables::Walked; 2],
     /// An in-slot MMIO exit whose page isn't there yet.
     unfinished: bool,
     /// The page of the last fault that made no progress, and how often in a row.
@@ -243,7 +247,7 @@ impl Vcpu {
         self.before_run(&mut own)
     }
 
-    /// Brings what KVM itself accesses, before the first KVM_RUN; finishes what an interruption left, before others.
+    /// Finishes what an interruption left; brings what KVM itself accesses, before the first KVM_RUN and after a device's exit.
     fn before_run(&self, own: &mut Own) -> Result<Exit> {
         if own.unfinished {
             return self.finish(own, true);
@@ -253,12 +257,16 @@ impl Vcpu {
             let would_fail = |gpa: u64| slots.at(0, gpa).is_some_and(|s| s.block.is_marked());
             let bytes = kvm_itself::areas(&self.fd).flat_map(|area| [area.start, area.end - 1]); // two pages at most
             for byte in bytes.filter(|&byte| would_fail(byte)) {
-                match self.bring_range(own, byte, byte + 1)? {
+                match self.bring_range(own, 0, byte, byte + 1)? {
                     Exit::Handled => {}
                     other => return Ok(other),
                 }
             }
             own.prepared = true;
+            own.tables_due = true;
+        }
+        if own.tables_due {
+            return self.bring_tables(own);
         }
         Ok(Exit::Handled)
     }
@@ -272,14 +280,14 @@ impl Vcpu {
             Some(end) if len > 0 => end,
             _ => fail!(EINVAL, "len: is 0, or gpa {gpa:#x} plus {len:#x} wraps around"),
         };
-        self.bring_range(&mut own, gpa, end)
+        self.bring_range(&mut own, 0, gpa, end)
     }
 
-    fn bring_range(&self, own: &mut Own, gpa: u64, end: u64) -> Result<Exit> {
+    fn bring_range(&self, own: &mut Own, space: u32, gpa: u64, end: u64) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
         let mut at = gpa;
         while at < end {
-            let Some(slot) = slots.at(0, at) else { fail!(ENOENT, "gpa: {at:#x} is in no slot") };
+            let Some(slot) = slots.at(space, at) else { fail!(ENOENT, "gpa: {at:#x} is in no slot") };
             let page = slot.page_of(at);
             if slot.block.pages.get(page) != State::Present {
                 let exit = match self.bring(&slot.block, page, 0, self.seat)? {
@@ -335,7 +343,15 @@ impl Vcpu {
                 }
             }
             Ok(()) => match run.exit_reason() {
-                kb::KVM_EXIT_MMIO => self.finish(own, interruptible),
+                kb::KVM_EXIT_MMIO => {
+                    let exit = self.finish(own, interruptible)?;
+                    own.tables_due |= exit == Exit::Pass;
+                    Ok(exit)
+                }
+                kb::KVM_EXIT_IO => {
+                    (own.stuck, own.tables_due) = (0, true);
+                    Ok(Exit::Pass)
+                }
                 kb::KVM_EXIT_INTERNAL_ERROR if run.words()[0] as u32 == kb::KVM_INTERNAL_ERROR_EMULATION => {
                     self.emulation_failed(own)
                 }
