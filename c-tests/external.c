@@ -33,7 +33,7 @@ static struct vmm {
 	_Atomic uint8_t requested[PAGES];
 	atomic_uint calls, there_already, host_faults;
 	atomic_bool paused, stop;
-	atomic_bool waits; /* until a vCPU has asked, the stream sends only what is requested */
+	atomic_uint *waits_for; /* until this isn't 0 any more, the stream sends only what is requested */
 	atomic_bool held; /* the resolver doesn't return, nor look at anything */
 } vmm;
 
@@ -67,7 +67,7 @@ static void *stream_main(void *arg)
 				page = p;
 		while (next < PAGES && vmm.received[next])
 			next++;
-		if (page == PAGES && !(vmm.waits && !vmm.calls))
+		if (page == PAGES && !(vmm.waits_for && !*vmm.waits_for))
 			page = next;
 		if (vmm.paused || page == PAGES)
 			usleep(100);
@@ -248,7 +248,7 @@ static void postcopy(enum backing backing)
 {
 	pthread_t host;
 	set_up(backing, true);
-	vmm.waits = true;
+	vmm.waits_for = &vmm.calls; /* a vCPU has asked */
 	CHECK(!pthread_create(&host, NULL, touch_from_the_host, NULL), "pthread_create");
 	run_guests(READ_FIRST);
 	pthread_join(host, NULL);
@@ -355,6 +355,7 @@ static void too_early(void)
 		REFUSED(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0), EBUSY, "missing");
 	else /* the flag goes, and KVM sleeps in the VMM's userfaultfd */
 		OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0));
+	vmm.waits_for = trap ? &vmm.calls : &vmm.host_faults; /* or all might be there before a guest has begun */
 	vmm.paused = false;
 	run_guests(READ_FIRST);
 	UNTIL(kvmfault_pages_absent(vmm.m.library) == 0);
