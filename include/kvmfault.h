@@ -1252,7 +1252,13 @@ void kvmfault_vcpu_free(struct kvmfault_vcpu *vcpu);
  *
  * With `poison-trap`, what KVM itself writes for a guest fails quietly on an absent page. So the
  * areas of kvmclock, steal time, PV EOI and async page faults are brought before the first KVM_RUN,
- * as the vCPU's MSRs are then. (Those that a guest sets up later it has written to.)
+ * as the vCPU's MSRs are then. (Those that a guest sets up later it has written to.) So are the
+ * guest's page tables for what RSI and RDI point to, then and after each exit to a device: for the
+ * memory of a string instruction (INS, OUTS, MOVS) KVM walks them itself, and takes an absent one
+ * for a page that the guest hasn't mapped. Not known in time is what the first word of an OUTS
+ * needs that the guest hasn't touched before. The registers must be set before the first call; in
+ * PAE mode the first table is read anew then if it was absent (KVM_SET_SREGS reads it, and says
+ * nothing).
  *
  * A vCPU left with INTERRUPTED in the middle of an access that KVM emulates finishes it in the next
  * call; before its state is saved (or migrated), do as KVM's documentation says for KVM_EXIT_MMIO:
@@ -1282,9 +1288,9 @@ int kvmfault_vcpu_handle_exit(struct kvmfault_vcpu *vcpu,
  * For a VMM with its own loop and KVMFAULT_VCPU_RESUMES: call it before each KVM_RUN. It finishes
  * an access of the guest that KVM emulates and that an INTERRUPTED left in the middle; KVM_RUN
  * without that would give the guest wrong bytes. (Without the flag such waits are not interrupted.)
- * Before the first KVM_RUN it brings what `kvmfault_vcpu_run` brings then; without the flag that is
- * the VMM's to do (`kvmfault_vcpu_resolve`). Returns KVMFAULT_HANDLED if KVM_RUN may be called, or
- * else as `kvmfault_vcpu_handle_exit`.
+ * And it brings what `kvmfault_vcpu_run` brings before KVM_RUN; without the flag that is the VMM's
+ * to do (`kvmfault_vcpu_resolve`). Returns KVMFAULT_HANDLED if KVM_RUN may be called, or else as
+ * `kvmfault_vcpu_handle_exit`.
  */
 int kvmfault_vcpu_resume(struct kvmfault_vcpu *vcpu);
 

@@ -262,6 +262,10 @@ impl Vcpu {
                     other => return Ok(other),
                 }
             }
+            match self.load_first_table(own)? {
+                Exit::Handled => {}
+                other => return Ok(other),
+            }
             own.prepared = true;
             own.tables_due = true;
         }

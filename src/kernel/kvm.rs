@@ -41,6 +41,7 @@ const KVM_GET_CPUID2: u64 = iowr(0x91, size_of::<kb::kvm_cpuid2>());
 const KVM_GET_VCPU_EVENTS: u64 = ior(0x9f, size_of::<kb::kvm_vcpu_events>());
 const KVM_SET_VCPU_EVENTS: u64 = iow(0xa0, size_of::<kb::kvm_vcpu_events>());
 const KVM_ENABLE_CAP: u64 = iow(0xa3, size_of::<kb::kvm_enable_cap>());
+const KVM_GET_SREGS2: u64 = ior(0xcc, size_of::<kb::kvm_sregs2>());
 const KVM_PRE_FAULT_MEMORY: u64 = iowr(0xd5, size_of::<kb::kvm_pre_fault_memory>());
 
 /// Which of KVM's descriptors one is meant to be.
@@ -215,6 +216,12 @@ impl Descriptor {
     /// Sets them.
     pub fn set_sregs(&self, mut sregs: kb::kvm_sregs) -> Result<()> {
         self.set(KVM_SET_SREGS, &mut sregs, "KVM_SET_SREGS")
+    }
+
+    /// KVM's copies of the first table's entries, in PAE mode; None in others, and before Linux 5.14.
+    pub fn pdptrs(&self) -> Option<[u64; 4]> {
+        let sregs: kb::kvm_sregs2 = self.get(KVM_GET_SREGS2, "KVM_GET_SREGS2").ok()?;
+        (sregs.flags & u64::from(kb::KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0).then_some(sregs.pdptrs)
     }
 
     /// The vCPU's pending exceptions and interrupts.

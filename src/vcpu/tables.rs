@@ -80,6 +80,22 @@ impl Vcpu {
         Ok(Exit::Handled)
     }
 
+    /// In PAE mode KVM keeps copies of the four entries of the first table, which it reads as the vCPU is set up (KVM_SET_SREGS; load_pdptrs in
+    /// arch/x86/kvm/x86.c). If the table was absent, and nobody said what is in it (KVM_SET_SREGS2), the copies are empty: now it can be read.
+    pub(super) fn load_first_table(&self, own: &mut Own) -> Result<Exit> {
+        let sregs = self.fd.sregs()?;
+        let Some(Paging { levels: 3, top, .. }) = paging_of(&sregs) else { return Ok(Exit::Handled) };
+        let space = self.run.space();
+        let is_ours = self.vm.engine.memory.slots().at(space, top).is_some_and(|s| s.block.is_marked());
+        if is_ours && self.fd.pdptrs().is_none_or(|copies| copies.iter().all(|entry| entry & PRESENT == 0)) {
+            match self.bring_range(own, space, top, top + 1)? {
+                Exit::Handled => self.fd.set_sregs(sregs)?,
+                other => return Ok(other),
+            }
+        }
+        Ok(Exit::Handled)
+    }
+
     /// Goes down the tables as KVM will, and brings each; as far as they lie in memslots that the library knows, and can be had.
     fn walk(&self, own: &mut Own, operand: usize, paging: &Paging, address: u64) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
