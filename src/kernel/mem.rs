@@ -85,12 +85,16 @@ pub fn advise(hva: u64, len: u64, advice: i32, what: &str) -> Result<()> {
     // SAFETY: the advice values used here drop or populate pages of guest memory, which Rust holds no reference to.
     match unsafe { libc::madvise(hva as *mut _, len as usize, advice) } {
         0 => Ok(()),
-        _ => Err(Error::last_os(what)).map_err(|e: Error| match (e.errno, advice) {
-            (libc::EINVAL, libc::MADV_DONTNEED | libc::MADV_REMOVE) => {
-                Error::new(e.errno, format!("{}; memory that is locked (mlock) can't be dropped", e.message))
-            }
-            _ => e,
-        }),
+        _ => {
+            let error = Error::last_os(what);
+            let drops = matches!(advice, libc::MADV_DONTNEED | libc::MADV_REMOVE);
+            Err(match error.errno {
+                libc::EINVAL if drops => {
+                    Error::new(libc::EINVAL, format!("{error}; memory that is locked (mlock) can't be dropped"))
+                }
+                _ => error,
+            })
+        }
     }
 }
 

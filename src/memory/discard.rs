@@ -30,16 +30,12 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
         }
         let inaccessible = memory.uffd.features() & FEATURE_POISON == 0 && !memory.external;
         for from in [State::Present, State::Lost] {
-            let take = |page| {
-                block.pages.change(page, from, State::Resolving).is_ok()
-                    && (from == State::Present
-                        || !inaccessible
-                        || protect(block.hva_of(page), block.page, true).is_ok())
-            };
-            for run in runs(group.clone(), take) {
-                let mut gone = from == State::Lost;
-                let dropped = drop_run(memory, block, &run, &mut gone);
-                let to = if dropped.is_err() && !gone { State::Present } else { State::Absent };
+            for run in runs(group.clone(), |page| block.pages.change(page, from, State::Resolving).is_ok()) {
+                let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
+                let accessible = if from == State::Lost && inaccessible { protect(hva, len, true) } else { Ok(()) };
+                let mut gone = from == State::Lost && accessible.is_ok();
+                let dropped = accessible.and_then(|()| drop_run(memory, block, &run, &mut gone));
+                let to = if dropped.is_err() && !gone { from } else { State::Absent };
                 if to == State::Present {
                     block.set_exits(run.clone(), false);
                 }

@@ -42,6 +42,9 @@ impl Source {
 /// Zeros to copy where UFFDIO_ZEROPAGE doesn't work: as long as the largest page, and costing nothing, for it is only read.
 static ZEROS: Lazy<Result<Mapping>> = Lazy::new(|| Mapping::anonymous(1 << 30));
 
+/// So often in a row something may be in an absent page's place.
+const MOST_IN_THE_WAY: u32 = 1000;
+
 thread_local! {
     /// The page that a resolver is bringing on this thread (its address, 0 for none), and whether an install of this thread saw it present.
     static WATCHED: Cell<(u64, bool)> = const { Cell::new((0, false)) };
@@ -87,6 +90,7 @@ fn see(block: &Block, pages: Range<u64>) {
 pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
     let mut installed = 0;
     let mut page = pages.start;
+    let mut blocked = (page, 0);
     while page < pages.end {
         let end = pages.end.min((page / GATE_PAGES + 1) * GATE_PAGES);
         // While this lasts no page of the gate becomes LOST or is discarded: what the states say below stays true.
@@ -97,15 +101,14 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
                     see(block, page..page + 1);
                     page += 1;
                 }
-                State::Lost => return Err(is_lost(block, page)),
+                State::Lost => fail!(EHWPOISON, "the page at hva {:#x} is lost; discard it first", block.hva_of(page)),
                 _ => {
                     let run_end = (page + 1..end)
                         .find(|&p| matches!(block.pages.get(p), State::Present | State::Lost))
                         .unwrap_or(end);
                     let source = source.from(block, page - pages.start);
-                    let reached = install_run(memory, block, page..run_end, source, stats, &mut installed)?;
-                    page = reached;
-                    if reached < run_end {
+                    page = install_run(memory, block, page..run_end, source, stats, &mut installed)?;
+                    if page < run_end {
                         break;
                     }
                 }
@@ -113,15 +116,15 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
         }
         drop(pass);
         if page < end {
-            installed += replace(memory, block, page, source.from(block, page - pages.start), stats)?;
-            page += 1;
+            blocked = (page, if blocked.0 == page { blocked.1 + 1 } else { 1 });
+            if blocked.1 > MOST_IN_THE_WAY {
+                let hva = block.hva_of(page);
+                fail!(EBUSY, "the page at hva {hva:#x} is absent, and something else writes to it again and again");
+            }
+            make_room(memory, block, page)?;
         }
     }
     Ok(installed)
-}
-
-fn is_lost(block: &Block, page: u64) -> Error {
-    Error::new(libc::EHWPOISON, format!("the page at hva {:#x} is lost; discard it first", block.hva_of(page)))
 }
 
 /// Pages of one gate that were absent a moment ago. Returns the end, or the first page in whose place something is already.
@@ -163,29 +166,15 @@ fn install_run(
 
 /// Something was in an absent page's place. Another installer's bytes, mostly: then the page is PRESENT once that installer is through. If it
 /// isn't, nobody has installed what is there: the memory was populated before its slot was set (preallocated, or used before), or was written
-/// behind our back, or dropping it failed. Nobody may take that for the page, so it goes.
-fn replace(memory: &Memory, block: &Block, page: u64, source: Source, stats: &Stats) -> Result<u64> {
-    let hva = block.hva_of(page);
+/// behind our back, or dropping it failed. Nobody may take that for the page, so it goes. The bytes come in an ordinary pass again: reading
+/// them may take whoever installs in this gate.
+fn make_room(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     let _pass = memory.gates.discard(block.gate_of(page));
     match block.pages.get(page) {
-        State::Present => {
-            see(block, page..page + 1);
-            // Its wake-up may have been before the waiter's sleep.
-            memory.uffd.wake(hva, block.page)?;
-            return Ok(0);
-        }
-        State::Lost => return Err(is_lost(block, page)),
-        State::Absent | State::Resolving => {}
+        State::Absent | State::Resolving => discard::clear(memory, block, page),
+        // The other installer's wake-up may have been before the waiter's sleep.
+        State::Present | State::Lost => memory.uffd.wake(block.hva_of(page), block.page),
     }
-    let mut patience = Patience::default();
-    for _ in 0..1000 {
-        match bring(memory, block, page..page + 1, source)? {
-            Step::Done(_) => return publish(memory, block, page..page + 1, source, stats),
-            Step::Exists => discard::clear(memory, block, page)?,
-            Step::Again => patience.wait()?,
-        }
-    }
-    fail!(EBUSY, "the page at hva {hva:#x} is absent, and something else writes to it again and again")
 }
 
 /// Bytes into the VMM's mapping.

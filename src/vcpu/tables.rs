@@ -58,13 +58,19 @@ pub(super) struct Walked {
 }
 
 impl Vcpu {
+    /// How the guest translates addresses, if that matters: some memory is marked, the guest uses paging, and its registers can be read (those of
+    /// an encrypted guest can't, nor can KVM walk its tables).
+    fn paging(&self) -> Option<(kvm_sregs, Paging)> {
+        self.vm.engine.memory.slots().blocks().find(|b| b.is_marked())?;
+        let sregs = self.fd.sregs().ok()?;
+        paging_of(&sregs).map(|paging| (sregs, paging))
+    }
+
     /// Brings the tables of what RSI and RDI point to, which is where a string instruction goes on. (If the instruction was another, they are
     /// tables of the guest's all the same, or what doesn't look like any.) Called before KVM_RUN, so that it can be left and come back to.
     pub(super) fn bring_tables(&self, own: &mut Own) -> Result<Exit> {
-        let is_marked = self.vm.engine.memory.slots().blocks().any(|b| b.is_marked());
-        if is_marked {
-            let (regs, sregs) = (self.fd.regs()?, self.fd.sregs()?);
-            let Some(paging) = paging_of(&sregs) else { return Ok(Exit::Handled) };
+        if let Some((sregs, paging)) = self.paging() {
+            let regs = self.fd.regs()?;
             for (n, (segment, register)) in [(&sregs.ds, regs.rsi), (&sregs.es, regs.rdi)].into_iter().enumerate() {
                 let first = linear(&sregs, segment, register);
                 let last = first.wrapping_add(7);
@@ -83,8 +89,7 @@ impl Vcpu {
     /// In PAE mode KVM keeps copies of the four entries of the first table, which it reads as the vCPU is set up (KVM_SET_SREGS; load_pdptrs in
     /// arch/x86/kvm/x86.c). If the table was absent, and nobody said what is in it (KVM_SET_SREGS2), the copies are empty: now it can be read.
     pub(super) fn load_first_table(&self, own: &mut Own) -> Result<Exit> {
-        let sregs = self.fd.sregs()?;
-        let Some(Paging { levels: 3, top, .. }) = paging_of(&sregs) else { return Ok(Exit::Handled) };
+        let Some((sregs, Paging { levels: 3, top, .. })) = self.paging() else { return Ok(Exit::Handled) };
         let space = self.run.space();
         let is_ours = self.vm.engine.memory.slots().at(space, top).is_some_and(|s| s.block.is_marked());
         if is_ours && self.fd.pdptrs().is_none_or(|copies| copies.iter().all(|entry| entry & PRESENT == 0)) {
