@@ -1,238 +1,16 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A VMM that has a post-copy of its own, as QEMU does (KVMFAULT_VM_EXTERNAL_UFFD): its userfaultfd serves its threads, a stream brings the pages,
- * and the library spares the vCPUs that userfaultfd.
+ * The library beside a post-copy of the VMM's own (vmm.h): the whole of one, its end at the wrong time, and what doesn't go together.
  */
 #define _GNU_SOURCE
-#include "machine.h"
+#include "vmm.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/userfaultfd.h>
-#include <poll.h>
 #include <signal.h>
-#include <stdio.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <unistd.h>
-
-enum { PAGES = 2048, VCPUS = 4 };
-
-/* The VMM: one memory, half of it brought before the vCPUs run (pre-copy), the rest by a stream, asked for or not. */
-static struct vmm {
-	struct machine m;
-	struct ram ram;
-	struct source source; /* the other side's memory */
-	uint32_t *list;
-	uint64_t list_gpa;
-	int uffd, quit[2];
-	pthread_t stream, reader;
-	_Atomic uint8_t received[PAGES]; /* set after the page is in the VMM's mapping */
-	_Atomic uint8_t requested[PAGES];
-	atomic_uint calls, there_already, host_faults;
-	atomic_bool paused, stop;
-	atomic_uint *waits_for; /* until this isn't 0 any more, the stream sends only what is requested */
-	atomic_bool held; /* the resolver doesn't return, nor look at anything */
-} vmm;
-
-static uint64_t page_of(uint64_t hva)
-{
-	return (hva - (uintptr_t)vmm.ram.hva) / PAGE;
-}
-
-static void place(uint64_t page)
-{
-	static _Thread_local uint64_t bytes[512];
-	struct uffdio_copy copy = { .dst = (uintptr_t)vmm.ram.hva + page * PAGE, .src = (uintptr_t)bytes, .len = PAGE };
-	pattern_fill(&vmm.source.pattern, page, bytes);
-	while (ioctl(vmm.uffd, UFFDIO_COPY, &copy)) {
-		CHECK(errno == EAGAIN, "UFFDIO_COPY of page %lu: %s", page, strerror(errno));
-		copy.copy = 0;
-	}
-	vmm.received[page] = 1;
-	OK(kvmfault_pages_arrived(vmm.m.library, vmm.ram.hva + page * PAGE, PAGE));
-}
-
-/* Requested pages first; the others in order. */
-static void *stream_main(void *arg)
-{
-	(void)arg;
-	uint64_t next = 0;
-	while (!vmm.stop) {
-		uint64_t page = PAGES;
-		for (uint64_t p = 0; p < PAGES && page == PAGES; p++)
-			if (vmm.requested[p] && !vmm.received[p])
-				page = p;
-		while (next < PAGES && vmm.received[next])
-			next++;
-		if (page == PAGES && !(vmm.waits_for && !*vmm.waits_for))
-			page = next;
-		if (vmm.paused || page == PAGES)
-			usleep(100);
-		else
-			place(page);
-	}
-	return NULL;
-}
-
-static void request(uint64_t page)
-{
-	vmm.requested[page] = 1;
-}
-
-/* The VMM's own fault thread: for accesses of its other threads. */
-static void *reader_main(void *arg)
-{
-	(void)arg;
-	struct pollfd fds[2] = { { .fd = vmm.uffd, .events = POLLIN }, { .fd = vmm.quit[0], .events = POLLIN } };
-	struct uffd_msg message;
-	for (;;) {
-		SYS(poll(fds, 2, -1));
-		if (fds[1].revents)
-			return NULL;
-		if (read(vmm.uffd, &message, sizeof(message)) != sizeof(message))
-			continue;
-		CHECK(message.event == UFFD_EVENT_PAGEFAULT, "event %#x", message.event);
-		vmm.host_faults++;
-		request(page_of(message.arg.pagefault.address));
-	}
-}
-
-static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
-{
-	(void)opaque;
-	uint64_t page = page_of((uintptr_t)fault->hva);
-	vmm.calls++;
-	while (vmm.held)
-		wait_a_little();
-	if (vmm.received[page]) {
-		vmm.there_already++;
-		OK(kvmfault_pages_arrived(vm, fault->hva, fault->len));
-		return KVMFAULT_RESOLVED;
-	}
-	request(page);
-	return KVMFAULT_PENDING;
-}
-
-static int open_uffd(void)
-{
-	struct uffdio_api api = { .api = UFFD_API };
-	int fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-	if (fd < 0)
-		skip("userfaultfd(2): %s", strerror(errno));
-	SYS(ioctl(fd, UFFDIO_API, &api));
-	return fd;
-}
-
-static struct kvmfault_vm_options options_of_vmm(void)
-{
-	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
-	options.resolver = resolve;
-	options.flags = KVMFAULT_VM_EXTERNAL_UFFD;
-	return options;
-}
-
-static struct kvmfault_memslot slot_of_vmm(uint32_t number, uint64_t gpa)
-{
-	struct kvmfault_memslot slot = slot_on(&vmm.ram, number, gpa);
-	slot.block_hva = vmm.ram.hva;
-	slot.block_len = vmm.ram.len;
-	slot.flags = KVMFAULT_MEMSLOT_PRESENT;
-	return slot;
-}
-
-/* KVM has the slot already, on the VMM's mapping: it is made anew through the library, as when a post-copy begins in a VM that runs. */
-static void arm(uint32_t number, uint64_t gpa)
-{
-	struct kvmfault_memslot slot = slot_of_vmm(number, gpa);
-	struct kvmfault_region region = KVMFAULT_REGION_INIT;
-	struct kvm_userspace_memory_region plain = {
-		.slot = number, .guest_phys_addr = gpa, .memory_size = vmm.ram.len, .userspace_addr = (uintptr_t)vmm.ram.hva,
-	};
-	SYS(ioctl(vmm.m.vm, KVM_SET_USER_MEMORY_REGION, &plain));
-	plain.memory_size = 0;
-	SYS(ioctl(vmm.m.vm, KVM_SET_USER_MEMORY_REGION, &plain));
-	OK(kvmfault_memslot_prepare(vmm.m.library, &slot, &region));
-	machine_set_region(&vmm.m, &region);
-	EQUAL("the slot's mechanism", kvmfault_memslot_mechanism(vmm.m.library, number), test_mechanism());
-}
-
-static void set_up(enum backing backing, bool stream)
-{
-	struct kvmfault_vm_options options = options_of_vmm();
-	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
-		skip("the VMM's own userfaultfd is that mechanism (see refusals)");
-	if (backing == ANON && test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP)
-		skip("poison-trap leaves private memory to the VMM's userfaultfd (see refusals)");
-	memset(&vmm, 0, sizeof(vmm));
-	ram_create(&vmm.ram, backing, PAGES * PAGE);
-	machine_create(&vmm.m, PAGES * sizeof(uint32_t));
-	source_create(&vmm.source, RAM_GPA, vmm.ram.len, PATTERN);
-	vmm.list = machine_share(&vmm.m, PAGES * sizeof(uint32_t), &vmm.list_gpa);
-	list_shuffle(vmm.list, PAGES, 5);
-	/* Pre-copy: the first half, and of that a quarter is stale and dropped again. */
-	for (uint64_t page = 0; page < PAGES / 2; page++) {
-		if (page % 4) {
-			pattern_fill(&vmm.source.pattern, page, vmm.ram.hva + page * PAGE);
-			vmm.received[page] = 1;
-		}
-	}
-	vmm.uffd = open_uffd();
-	struct uffdio_register reg = {
-		.range = { (uintptr_t)vmm.ram.hva, vmm.ram.len },
-		.mode = UFFDIO_REGISTER_MODE_MISSING,
-	};
-	SYS(ioctl(vmm.uffd, UFFDIO_REGISTER, &reg));
-	machine_attach(&vmm.m, NULL, &options);
-	arm(RAM_SLOT, RAM_GPA);
-	for (uint64_t page = 0, end; page < PAGES; page = end) {
-		for (end = page + 1; end < PAGES && vmm.received[end] == vmm.received[page]; end++)
-			;
-		if (!vmm.received[page])
-			OK(kvmfault_pages_missing(vmm.m.library, vmm.ram.hva + page * PAGE, (end - page) * PAGE));
-	}
-	EQUAL("pages missing", kvmfault_pages_absent(vmm.m.library), PAGES / 2 + PAGES / 8);
-	SYS(pipe(vmm.quit));
-	CHECK(!pthread_create(&vmm.reader, NULL, reader_main, NULL), "pthread_create");
-	vmm.paused = !stream;
-	CHECK(!pthread_create(&vmm.stream, NULL, stream_main, NULL), "pthread_create");
-}
-
-static void tear_down(void)
-{
-	vmm.stop = true;
-	SYS(write(vmm.quit[1], "", 1));
-	pthread_join(vmm.stream, NULL);
-	pthread_join(vmm.reader, NULL);
-	machine_destroy(&vmm.m);
-	close(vmm.uffd);
-	ram_destroy(&vmm.ram);
-	source_destroy(&vmm.source);
-}
-
-static void *verify(struct vcpu *v)
-{
-	vcpu_attach(v);
-	vcpu_verify(v);
-	vcpu_detach(v);
-	return NULL;
-}
-
-/* All vCPUs, at both levels, each its part of the list. */
-static void run_guests(int mode)
-{
-	struct vcpu *v[VCPUS];
-	for (int i = 0; i < VCPUS; i++) {
-		uint64_t part = PAGES / VCPUS;
-		v[i] = i < (int)vmm.m.vcpus ? vmm.m.vcpu[i] : machine_add_vcpu(&vmm.m, i % 2 ? 0 : 3);
-		vcpu_load_verify(v[i], RAM_GPA, vmm.list_gpa + i * part * sizeof(*vmm.list), part, &vmm.source.pattern, mode);
-		vcpu_start(v[i], verify, NULL);
-	}
-	for (int i = 0; i < VCPUS; i++)
-		vcpu_join(v[i]);
-}
 
 static void *touch_from_the_host(void *arg)
 {
@@ -247,10 +25,10 @@ static void *touch_from_the_host(void *arg)
 static void postcopy(enum backing backing)
 {
 	pthread_t host;
-	set_up(backing, true);
+	vmm_set_up(backing, true);
 	vmm.waits_for = &vmm.calls; /* a vCPU has asked */
 	CHECK(!pthread_create(&host, NULL, touch_from_the_host, NULL), "pthread_create");
-	run_guests(READ_FIRST);
+	vmm_run_guests(READ_FIRST);
 	pthread_join(host, NULL);
 	UNTIL(kvmfault_pages_absent(vmm.m.library) == 0);
 	struct kvmfault_stats stats = machine_stats(&vmm.m);
@@ -266,9 +44,9 @@ static void postcopy(enum backing backing)
 	/* Dropped mappings, which a released alias takes as any memory does. */
 	if (backing != ANON)
 		SYS(madvise(vmm.ram.hva, vmm.ram.len / 2, MADV_DONTNEED));
-	run_guests(READ_FIRST);
+	vmm_run_guests(READ_FIRST);
 	EQUAL("resolver calls after the end", vmm.calls, calls);
-	tear_down();
+	vmm_tear_down();
 }
 
 static void postcopy_memfd(void)
@@ -299,12 +77,12 @@ static void end_while_pages_arrive(void)
 {
 	for (unsigned long round = 0; round < SCALED(20, 5); round++) {
 		pthread_t thread;
-		set_up(MEMFD, true);
+		vmm_set_up(MEMFD, true);
 		CHECK(!pthread_create(&thread, NULL, end_again_and_again, NULL), "pthread_create");
 		pthread_join(thread, NULL);
 		UNTIL(test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP || kvmfault_pages_absent(vmm.m.library) == 0);
-		run_guests(READ_FIRST);
-		tear_down();
+		vmm_run_guests(READ_FIRST);
+		vmm_tear_down();
 	}
 }
 
@@ -323,17 +101,17 @@ static void end_waits_for_resolver(void)
 {
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
 		pthread_t thread;
-		set_up(MEMFD, false);
+		vmm_set_up(MEMFD, false);
 		ended = false;
 		vmm.held = true;
 		vmm.list[0] = PAGES - 1; /* missing */
 		struct vcpu *v = machine_add_vcpu(&vmm.m, cpl);
 		vcpu_load_verify(v, RAM_GPA, vmm.list_gpa, 1, &vmm.source.pattern, READ_FIRST);
-		vcpu_start(v, verify, NULL);
+		vcpu_start_verify(v);
 		UNTIL(vmm.calls == 1);
 		for (uint64_t page = 0; page < PAGES; page++)
 			if (!vmm.received[page])
-				place(page);
+				vmm_place(page);
 		UNTIL(kvmfault_pages_absent(vmm.m.library) == 0);
 		CHECK(!pthread_create(&thread, NULL, end_once, NULL), "pthread_create");
 		usleep(100000);
@@ -342,7 +120,7 @@ static void end_waits_for_resolver(void)
 		pthread_join(thread, NULL);
 		vcpu_join(v);
 		EQUAL("resolver calls", vmm.calls, 1);
-		tear_down();
+		vmm_tear_down();
 	}
 }
 
@@ -350,14 +128,14 @@ static void end_waits_for_resolver(void)
 static void too_early(void)
 {
 	bool trap = test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP;
-	set_up(MEMFD, false);
+	vmm_set_up(MEMFD, false);
 	if (trap)
 		REFUSED(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0), EBUSY, "missing");
 	else /* the flag goes, and KVM sleeps in the VMM's userfaultfd */
 		OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0));
 	vmm.waits_for = trap ? &vmm.calls : &vmm.host_faults; /* or all might be there before a guest has begun */
 	vmm.paused = false;
-	run_guests(READ_FIRST);
+	vmm_run_guests(READ_FIRST);
 	UNTIL(kvmfault_pages_absent(vmm.m.library) == 0);
 	CHECK(trap ? vmm.calls > 0 : vmm.host_faults > 0, "%u resolver calls, %u faults of the VMM's", vmm.calls, vmm.host_faults);
 	OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0));
@@ -365,26 +143,26 @@ static void too_early(void)
 		REFUSED(kvmfault_pages_missing(vmm.m.library, vmm.ram.hva, PAGE), EBUSY, "off");
 		EQUAL("state", kvmfault_pages_state(vmm.m.library, RAM_GPA), KVMFAULT_PAGE_PRESENT);
 	}
-	tear_down();
+	vmm_tear_down();
 }
 
 /* A page is called missing after it came (its VMM looked at its books too early): the resolver is asked, knows better, and nothing is lost. */
 static void stale_missing(void)
 {
-	set_up(MEMFD, false);
+	vmm_set_up(MEMFD, false);
 	for (uint64_t page = 0; page < PAGES; page++)
 		if (!vmm.received[page])
-			place(page);
+			vmm_place(page);
 	EQUAL("pages missing", kvmfault_pages_absent(vmm.m.library), 0);
 	OK(kvmfault_pages_missing(vmm.m.library, vmm.ram.hva, vmm.ram.len));
 	EQUAL("pages called missing", kvmfault_pages_absent(vmm.m.library), PAGES);
-	run_guests(READ_FIRST);
+	vmm_run_guests(READ_FIRST);
 	/* With the memslot flag KVM may find the pages in the VMM's page tables, and then doesn't ask. */
 	if (test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP)
 		EQUAL("resolver calls", vmm.calls, PAGES);
 	EQUAL("of those for pages that were there", vmm.there_already, vmm.calls);
 	EQUAL("pages missing", kvmfault_pages_absent(vmm.m.library), PAGES - vmm.calls);
-	tear_down();
+	vmm_tear_down();
 }
 
 /* Slots come and go while pages are missing, and a second one shows the same memory; states stay with the memory. */
@@ -392,31 +170,31 @@ static void slots_change(void)
 {
 	struct kvmfault_memslot slot;
 	struct kvmfault_region region = KVMFAULT_REGION_INIT;
-	set_up(MEMFD, false);
+	vmm_set_up(MEMFD, false);
 	uint64_t missing = kvmfault_pages_absent(vmm.m.library);
 	for (int round = 0; round < 3; round++) {
-		slot = slot_of_vmm(RAM_SLOT, RAM_GPA);
+		slot = vmm_slot(RAM_SLOT, RAM_GPA);
 		slot.len = 0;
 		slot.flags = KVMFAULT_MEMSLOT_KEEP;
 		struct kvm_userspace_memory_region none = { .slot = RAM_SLOT };
 		SYS(ioctl(vmm.m.vm, KVM_SET_USER_MEMORY_REGION, &none));
 		OK(kvmfault_memslot_prepare(vmm.m.library, &slot, &region));
-		place(PAGES / 2 + round); /* while no slot shows it */
-		slot = slot_of_vmm(RAM_SLOT, RAM_GPA);
+		vmm_place(PAGES / 2 + round); /* while no slot shows it */
+		slot = vmm_slot(RAM_SLOT, RAM_GPA);
 		OK(kvmfault_memslot_prepare(vmm.m.library, &slot, &region));
 		machine_set_region(&vmm.m, &region);
 		EQUAL("pages missing", kvmfault_pages_absent(vmm.m.library), missing - round - 1);
 	}
-	slot = slot_of_vmm(RAM_SLOT + 1, RAM_GPA + vmm.ram.len);
+	slot = vmm_slot(RAM_SLOT + 1, RAM_GPA + vmm.ram.len);
 	OK(kvmfault_memslot_prepare(vmm.m.library, &slot, &region));
 	machine_set_region(&vmm.m, &region);
 	EQUAL("pages missing with two slots", kvmfault_pages_absent(vmm.m.library), missing - 3);
 	vmm.paused = false;
-	run_guests(READ_FIRST);
+	vmm_run_guests(READ_FIRST);
 	UNTIL(kvmfault_pages_absent(vmm.m.library) == 0);
 	OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0));
 	OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT + 1, 0));
-	tear_down();
+	vmm_tear_down();
 }
 
 /* The VMM's address of what KVM may know by another. */
@@ -424,8 +202,8 @@ static void addresses(void)
 {
 	struct kvmfault_memslot slot;
 	struct kvmfault_region region = KVMFAULT_REGION_INIT;
-	set_up(MEMFD, false);
-	slot = slot_of_vmm(RAM_SLOT, RAM_GPA);
+	vmm_set_up(MEMFD, false);
+	slot = vmm_slot(RAM_SLOT, RAM_GPA);
 	OK(kvmfault_memslot_prepare(vmm.m.library, &slot, &region));
 	for (uint64_t offset = 0; offset < vmm.ram.len; offset += 12345) {
 		void *expected = vmm.ram.hva + offset;
@@ -435,7 +213,7 @@ static void addresses(void)
 	CHECK(!kvmfault_vm_address(vmm.m.library, vmm.ram.hva + vmm.ram.len), "an address behind the memory");
 	CHECK(!kvmfault_vm_address(vmm.m.library, NULL), "NULL");
 	CHECK(!kvmfault_vm_address(NULL, vmm.ram.hva), "no VM");
-	tear_down();
+	vmm_tear_down();
 }
 
 /* ---- a kick by the handler of the kick signal, as QEMU's ---- */
@@ -497,7 +275,7 @@ static void kick_in_handler(void)
 	SYS(sigaction(SIGUSR1, &kick, NULL));
 	SYS(sigaction(SIGBUS, &bus, NULL));
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
-		set_up(MEMFD, false);
+		vmm_set_up(MEMFD, false);
 		signals = interrupted = done = 0;
 		vmm.list[0] = PAGES - 1; /* missing */
 		struct vcpu *v = machine_add_vcpu(&vmm.m, cpl);
@@ -516,7 +294,7 @@ static void kick_in_handler(void)
 		vmm.paused = false;
 		UNTIL(done);
 		vcpu_join(v);
-		tear_down();
+		vmm_tear_down();
 	}
 	note("slowest of %d: %.1f ms", 2 * KICKS, slowest * 1e3);
 }
@@ -546,7 +324,7 @@ static void *resolve_main(struct vcpu *v)
 
 static void resolve_by_vcpu(void)
 {
-	set_up(MEMFD, false);
+	vmm_set_up(MEMFD, false);
 	done = interrupted = 0;
 	struct vcpu *v = machine_add_vcpu(&vmm.m, 3);
 	vcpu_start(v, resolve_main, NULL);
@@ -555,22 +333,22 @@ static void resolve_by_vcpu(void)
 		OK(kvmfault_vcpu_kick(v->handle));
 		UNTIL(interrupted == i + 1);
 	}
-	place(PAGES - 2);
+	vmm_place(PAGES - 2);
 	UNTIL(vmm.calls == 2); /* the other page that the range touches */
 	EQUAL("done with one page of two", done, 0);
-	place(PAGES - 1);
+	vmm_place(PAGES - 1);
 	UNTIL(done);
 	EQUAL("vcpu_resolve", last, KVMFAULT_HANDLED);
 	vcpu_join(v);
 	REFUSED(kvmfault_vcpu_resolve(NULL, RAM_GPA, 1), EINVAL, "vcpu");
-	tear_down();
+	vmm_tear_down();
 }
 
 /* ---- what doesn't go together ---- */
 
 static void refusals(void)
 {
-	struct kvmfault_vm_options options = options_of_vmm();
+	struct kvmfault_vm_options options = vmm_options();
 	struct machine plain;
 	struct source source;
 	struct ram ram;
@@ -599,7 +377,7 @@ static void refusals(void)
 	options.reader_threads = 1;
 	REFUSED(kvmfault_vm_new(&options, &plain.library), EINVAL, "reader_threads");
 	machine_destroy(&plain);
-	set_up(MEMFD, false);
+	vmm_set_up(MEMFD, false);
 	struct kvmfault_vm *vm = vmm.m.library;
 	uint8_t *hva = vmm.ram.hva, *missing = hva + (PAGES - 1) * PAGE;
 	static uint8_t bytes[PAGE];
@@ -642,7 +420,7 @@ static void refusals(void)
 	OK(kvmfault_pages_lost(vm, RAM_GPA + (PAGES - 1) * PAGE, PAGE));
 	REFUSED(kvmfault_pages_arrived(vm, missing, PAGE), EHWPOISON, "lost");
 	EQUAL("pages missing", kvmfault_pages_absent(vm), PAGES / 2 + PAGES / 8 - 1);
-	tear_down();
+	vmm_tear_down();
 }
 
 static const struct test_case cases[] = {

@@ -9,81 +9,18 @@
 #ifndef MACHINE_H
 #define MACHINE_H
 
-#include "harness.h"
+#include "ram.h"
 
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <stdatomic.h>
 
-#define PAGE 4096ul
-#define HUGE_PAGE (2ul << 20)
 #define RAM_GPA 0x40000000ul      /* where test memory usually is */
 #define GUEST_LIMIT 0x200000000ul /* the guest's page tables end here: 8 GiB, addresses equal physical ones */
 #define NOWHERE_GPA 0x180000000ul /* reachable, and no memory is there */
 #define RAM_SLOT 1
 #define STOP_PORT 0x10
 enum { MOST_VCPUS = 256 };
-
-/* ---- memory under test ---- */
-
-enum backing { ANON, MEMFD, HUGETLB };
-struct ram {
-	enum backing backing;
-	uint8_t *hva;
-	uint64_t len, page; /* bytes; of one of its pages, too */
-	int fd;             /* -1 for ANON */
-};
-const char *backing_name(enum backing backing);
-/* Skips the case if there are no huge pages and none can be had. */
-void ram_create(struct ram *ram, enum backing backing, uint64_t len);
-void ram_destroy(struct ram *ram);
-
-/* ---- what is in it ---- */
-
-/* Word w of page p (4 KiB, 512 words) is (p + 1) * factor + w, or zero if zero_mask != 0 and (p & zero_mask) == zero_mask. */
-struct pattern {
-	uint64_t factor, zero_mask;
-};
-#define PATTERN ((struct pattern){ .factor = 0x9e3779b97f4a7c15ul, .zero_mask = 0 })
-uint64_t pattern_word(const struct pattern *pattern, uint64_t page, unsigned word);
-void pattern_fill(const struct pattern *pattern, uint64_t page, void *to);
-/* Fails the case at the first word of the 4 KiB pages [first, first + count) that isn't the pattern's. */
-void pattern_check(const struct pattern *pattern, const void *memory, uint64_t first, uint64_t count);
-
-/* A resolver that brings the pattern, and counts its calls. `opaque` of kvmfault_vm_options. */
-struct source {
-	struct pattern pattern;
-	uint64_t gpa; /* of page 0 */
-	uint64_t pages;
-	bool window;              /* install all of the readahead window */
-	_Atomic uint32_t *calls;  /* of each page, by the page that was asked for */
-	atomic_ulong total, vcpu, host, prefetch; /* calls; by origin */
-};
-void source_create(struct source *source, uint64_t gpa, uint64_t len, struct pattern pattern);
-void source_destroy(struct source *source);
-int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault);
-/* Installs what the fault asks for, without counting: for resolvers of a test's own. Returns what kvmfault_pages_install does. */
-int source_install(const struct source *source, struct kvmfault_vm *vm, uint64_t gpa, uint64_t len);
-
-/*
- * A resolver that answers KVMFAULT_PENDING for some pages: another thread installs them after a while. `opaque` is the struct.
- * Start and stop it around the vCPUs' run.
- */
-struct later {
-	struct source *source;
-	unsigned every; /* one page in so many is left to the thread */
-	unsigned most_us; /* it waits up to so many microseconds before each */
-	struct kvmfault_vm *vm;
-	pthread_t thread;
-	pthread_mutex_t lock;
-	pthread_cond_t news;
-	uint64_t queue[4096];
-	unsigned head, tail;
-	bool stop;
-};
-void later_create(struct later *later, struct source *source, unsigned every, unsigned most_us);
-void later_stop(struct later *later);
-int later_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault);
 
 /* ---- the machine ---- */
 
@@ -155,6 +92,8 @@ enum { READ_FIRST = 0, WRITE_FIRST = 1 };
 void vcpu_load_verify(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, const struct pattern *pattern, int mode);
 /* Runs it, and fails the case with what the guest found if that is wrong. */
 void vcpu_verify(struct vcpu *vcpu);
+/* The same on a thread of its own, to be joined with vcpu_join; with a handle for as long. */
+void vcpu_start_verify(struct vcpu *vcpu);
 /* The latter half of it, for a loop of the case's own: what the guest has stopped with. */
 void vcpu_check_verified(struct vcpu *vcpu, uint32_t stopped_with);
 /* guest/touch.S */

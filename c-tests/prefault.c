@@ -142,14 +142,6 @@ static void *change_slots(void *opaque)
 	return NULL;
 }
 
-static void *verify(struct vcpu *v)
-{
-	vcpu_attach(v);
-	vcpu_verify(v);
-	vcpu_detach(v);
-	return NULL;
-}
-
 static void *watch(void *unused)
 {
 	poll(NULL, 0, 25000);
@@ -189,7 +181,7 @@ static void slot_changes(void)
 		uint64_t first = pages * i / VCPUS, end = pages * (i + 1) / VCPUS;
 		struct vcpu *v = machine_add_vcpu(&m, i % 2 ? 0 : 3);
 		vcpu_load_verify(v, RAM_GPA, list_gpa + first * sizeof(uint32_t), end - first, &source.pattern, READ_FIRST);
-		vcpu_start(v, verify, NULL);
+		vcpu_start_verify(v);
 	}
 	for (int i = 0; i < VCPUS; i++)
 		vcpu_join(m.vcpu[i]);

@@ -19,14 +19,6 @@ struct plan {
 	int snapshot; /* a file for the built-in source, or -1 for the test's own */
 };
 
-static void *verify(struct vcpu *v)
-{
-	vcpu_attach(v);
-	vcpu_verify(v);
-	vcpu_detach(v);
-	return NULL;
-}
-
 /* Restores a VM of VCPUS vCPUs, each with its share of the list; even ones run at CPL 3 and odd ones at CPL 0. */
 static void restore(const struct plan *p)
 {
@@ -68,7 +60,7 @@ static void restore(const struct plan *p)
 		uint64_t first = pages * i / VCPUS, end = pages * (i + 1) / VCPUS;
 		struct vcpu *v = machine_add_vcpu(&m, i % 2 ? 0 : 3);
 		vcpu_load_verify(v, RAM_GPA, list_gpa + first * sizeof(*list), end - first, &pattern, p->mode);
-		vcpu_start(v, verify, NULL);
+		vcpu_start_verify(v);
 	}
 	for (int i = 0; i < VCPUS; i++)
 		vcpu_join(m.vcpu[i]);
