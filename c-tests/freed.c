@@ -6,7 +6,7 @@
 #include <errno.h>
 #include <unistd.h>
 
-static atomic_int finalized;
+static atomic_int finalized, attached;
 static atomic_bool let_go, left;
 
 static void finalizer(void *opaque)
@@ -42,6 +42,7 @@ static void *run_until_shutdown(struct vcpu *v)
 {
 	int ret;
 	vcpu_attach(v);
+	attached++;
 	while ((ret = kvmfault_vcpu_run(v->handle)) == KVMFAULT_INTERRUPTED)
 		;
 	CHECK(ret == -ESHUTDOWN, "%s", vcpu_describe(v, ret));
@@ -92,7 +93,7 @@ static void free_while_waiting(void)
 		lab_load_read(lab.m.vcpu[i], i / 2);
 		vcpu_start(lab.m.vcpu[i], run_until_shutdown, NULL);
 	}
-	UNTIL(lab.calls == N / 2);
+	UNTIL(lab.calls == N / 2 && attached == N);
 	usleep(20000);
 	free_vm();
 	UNTIL(lab.finished == N);
