@@ -548,8 +548,9 @@ struct kvmfault_memslot {
    */
   uint64_t len;
   /*
-   * The memory in this process: mapped, readable and writable, of one kind throughout. It must stay
-   * mapped, and must not be mapped over, until the slot is deleted.
+   * The memory in this process: mapped, readable and writable, of one kind throughout, in one
+   * mapping or several side by side. It must stay mapped, and must not be mapped over, until the
+   * slot is deleted.
    */
   void *hva;
   /*
@@ -568,7 +569,8 @@ struct kvmfault_memslot {
   int memory;
   /*
    * The descriptor that the memory is a mapping of, or -1. Only `poison-trap` on shared hugetlb
-   * memory needs it (the kernel can't duplicate such a mapping without).
+   * memory needs it (the kernel can't duplicate such a mapping without; memory of several files is
+   * opened anew instead, which needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN).
    */
   int fd;
   /*

@@ -256,8 +256,8 @@ pub struct kvmfault_memslot {
     pub gpa: u64,
     /// Length in bytes, a multiple of the memory's page size. 0 deletes the slot.
     pub len: u64,
-    /// The memory in this process: mapped, readable and writable, of one kind throughout. It must stay mapped, and must not
-    /// be mapped over, until the slot is deleted.
+    /// The memory in this process: mapped, readable and writable, of one kind throughout, in one mapping or several side by side. It must
+    /// stay mapped, and must not be mapped over, until the slot is deleted.
     pub hva: *mut c_void,
     /// NULL, or the start of the larger block of host memory (QEMU's RAMBlock) that the slot is a window of. Page states
     /// belong to the block: slots that overlap in host memory must name the same block (the same `hva` and `len` is the
@@ -268,7 +268,8 @@ pub struct kvmfault_memslot {
     /// KVMFAULT_MEMORY_*.
     pub memory: c_int,
     /// The descriptor that the memory is a mapping of, or -1. Only `poison-trap` on shared hugetlb memory needs it
-    /// (the kernel can't duplicate such a mapping without).
+    /// (the kernel can't duplicate such a mapping without; memory of several files is opened anew instead, which needs
+    /// CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN).
     pub fd: c_int,
     /// Where in that file `block_hva` (or `hva` without a block) begins, in bytes.
     pub fd_offset: u64,

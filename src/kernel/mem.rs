@@ -3,8 +3,7 @@
 use crate::error::{fail, Error, Result};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::RawFd;
 use std::sync::atomic::AtomicU64;
 
 /// The base page size of x86-64.
@@ -41,15 +40,52 @@ impl Mapping {
         Ok(Mapping { address: address as u64, len })
     }
 
-    /// A second mapping of the shared memory at `hva`, without knowing its file: mremap(2) with an old size of 0.
-    /// The kernel does this for shared mappings only, and not for hugetlb.
-    pub fn duplicate(hva: u64, len: u64) -> Result<Mapping> {
-        // SAFETY: with an old size of 0 the old mapping stays as it is, and without MREMAP_FIXED the new range is unused.
-        let address = unsafe { libc::mremap(hva as *mut _, 0, len as usize, libc::MREMAP_MAYMOVE) };
-        if address == libc::MAP_FAILED {
-            return Err(Error::last_os("mremap to a second mapping"));
+    /// Room for something of `len` bytes, inaccessible as yet. It begins at the same place in a unit of `align` bytes as `like`, so that huge pages
+    /// that fit there fit here.
+    pub fn room(len: u64, like: u64, align: u64) -> Result<Mapping> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let mut room = Mapping::map(0, len + align, libc::PROT_NONE, flags, -1, 0, "mmap of room for a mapping")?;
+        let before = like.wrapping_sub(room.address) % align;
+        drop(room.split_off(before + len));
+        Ok(room.split_off(before))
+    }
+
+    /// What begins at an offset, as a mapping of its own.
+    fn split_off(&mut self, offset: u64) -> Mapping {
+        let rest = Mapping { address: self.address + offset, len: self.len - offset };
+        self.len = offset;
+        rest
+    }
+
+    /// Replaces a part by a shared mapping of `fd`.
+    pub fn fill_from_file(&mut self, at: u64, len: u64, fd: RawFd, offset: u64) -> Result<()> {
+        assert!(at % PAGE == 0 && at + len <= self.len);
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        let to = self.address + at;
+        // SAFETY: what is replaced is ours, and Rust holds no reference to it (`self` is borrowed exclusively).
+        let done = unsafe { libc::mmap(to as *mut _, len as usize, prot, flags, fd, offset as i64) };
+        self.filled(done, "mmap of a shared mapping")
+    }
+
+    /// Replaces a part by a second mapping of the shared memory at `hva`, which is one mapping, without knowing its file: mremap(2) with an old
+    /// size of 0. The kernel does this for shared mappings only, and not for hugetlb.
+    pub fn fill_from_mapping(&mut self, at: u64, len: u64, hva: u64) -> Result<()> {
+        assert!(at % PAGE == 0 && at + len <= self.len);
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: with an old size of 0 the old mapping stays as it is; what is replaced is ours, as above.
+        let done =
+            unsafe { libc::mremap(hva as *mut _, 0, len as usize, flags, (self.address + at) as *mut libc::c_void) };
+        self.filled(done, "mremap to a second mapping")
+    }
+
+    fn filled(&mut self, result: *mut libc::c_void, what: &str) -> Result<()> {
+        if result != libc::MAP_FAILED {
+            return Ok(());
         }
-        Ok(Mapping { address: address as u64, len })
+        let error = Error::last_os(what);
+        // The kernel may have made a hole before it failed, and another thread may have got it for a mapping of its own: none of it is unmapped.
+        self.len = 0;
+        Err(error)
     }
 
     /// Where it begins.
@@ -72,7 +108,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range is ours alone; no reference outlives `self` (see `atomics`).
+        // SAFETY: the range is ours alone; no reference outlives `self` (see `atomics`). An empty one is EINVAL.
         unsafe { libc::munmap(self.address as *mut _, self.len as usize) };
     }
 }
@@ -188,50 +224,67 @@ pub struct Backing {
     pub page: u64,
 }
 
-/// Looks up [hva, hva + len) in /proc/self/smaps' short form; an error names what is wrong with it.
+/// Looks up what [hva, hva + len) is; an error names what is wrong with it.
 pub fn inspect(hva: u64, len: u64) -> Result<Backing> {
-    let maps = File::open("/proc/self/maps").map_err(|e| Error::from_io("/proc/self/maps", &e))?;
-    let mut at = hva;
-    let mut found: Option<(Kind, Option<u64>)> = None;
-    for line in BufReader::new(maps).lines() {
-        let line = line.map_err(|e| Error::from_io("/proc/self/maps", &e))?;
-        let Some(map) = parse_maps_line(&line) else { continue };
-        if map.end <= at || map.start >= hva + len {
-            continue;
-        }
-        if map.start > at {
-            break;
-        }
+    let mut found: Option<Backing> = None;
+    let mut file = None;
+    for map in mappings(hva, len)? {
         if !map.readable || !map.writable {
             fail!(EACCES, "hva: [{:#x}, {:#x}) is not mapped readable and writable", map.start, map.end);
         }
-        let kind = kind_of(&map)?;
-        if found.is_some_and(|first| first != kind) {
+        // Finding it out is slow, and a mapping may be cut into many.
+        let this_file = (map.inode, map.device, map.shared);
+        if file.replace(this_file) == Some(this_file) {
+            continue;
+        }
+        let backing = backing_of(&map)?;
+        if found.is_some_and(|first| first != backing) {
             fail!(EINVAL, "hva: [{hva:#x}, {:#x}) is memory of more than one kind", hva + len);
         }
-        found.get_or_insert(kind);
-        at = map.end;
+        found = Some(backing);
     }
-    match found {
-        Some((kind, page)) if at >= hva + len => Ok(Backing { kind, page: page.unwrap_or(PAGE) }),
-        _ => fail!(EFAULT, "hva: nothing is mapped at {at:#x}, inside [{hva:#x}, {:#x})", hva + len),
-    }
+    found.ok_or_else(|| Error::new(libc::EINVAL, "len: is 0"))
 }
 
-/// A line of /proc/self/maps.
-struct MapsLine<'a> {
-    start: u64,
-    end: u64,
+/// The mappings that make up [hva, hva + len), in order; an error if something in it isn't mapped.
+pub fn mappings(hva: u64, len: u64) -> Result<Vec<MapsLine>> {
+    let maps = File::open("/proc/self/maps").map_err(|e| Error::from_io("/proc/self/maps", &e))?;
+    let (mut at, mut found) = (hva, Vec::new());
+    for line in BufReader::new(maps).lines() {
+        let line = line.map_err(|e| Error::from_io("/proc/self/maps", &e))?;
+        let Some(map) = parse_maps_line(&line).filter(|m| m.end > at) else { continue };
+        if map.start > at || at >= hva + len {
+            break;
+        }
+        at = map.end;
+        found.push(map);
+    }
+    if at < hva + len {
+        fail!(EFAULT, "hva: nothing is mapped at {at:#x}, inside [{hva:#x}, {:#x})", hva + len);
+    }
+    Ok(found)
+}
+
+/// A line of /proc/self/maps: one mapping.
+#[derive(Debug)]
+pub struct MapsLine {
+    /// Its first byte.
+    pub start: u64,
+    /// The byte behind its last.
+    pub end: u64,
     readable: bool,
     writable: bool,
     shared: bool,
-    offset: u64,
-    inode: u64,
-    device: u64,
-    name: &'a str,
+    /// Where in its file it begins.
+    pub offset: u64,
+    /// The file's number; 0 if there is none.
+    pub inode: u64,
+    /// The file's device.
+    pub device: u64,
+    name: String,
 }
 
-fn parse_maps_line(line: &str) -> Option<MapsLine<'_>> {
+fn parse_maps_line(line: &str) -> Option<MapsLine> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let rights = fields.next()?.as_bytes();
@@ -247,30 +300,30 @@ fn parse_maps_line(line: &str) -> Option<MapsLine<'_>> {
         offset,
         inode: fields.next()?.parse().ok()?,
         device,
-        name: fields.next().unwrap_or("").trim_start(),
+        name: fields.next().unwrap_or("").trim_start().to_owned(),
     })
 }
 
-/// The kind of a mapping, and its page size if that isn't the base page.
-fn kind_of(map: &MapsLine<'_>) -> Result<(Kind, Option<u64>)> {
+fn backing_of(map: &MapsLine) -> Result<Backing> {
+    let of_base_pages = |kind| Ok(Backing { kind, page: PAGE });
     if map.inode == 0 && !map.shared {
-        return Ok((Kind::Anon, None));
+        return of_base_pages(Kind::Anon);
     }
     // A file: hugetlbfs or tmpfs, told apart by the file system's magic number. /proc/self/map_files needs privileges;
     // KernelPageSize in smaps doesn't.
     let page = kernel_page_size(map.start)?;
     if page > PAGE {
         let kind = if map.shared { Kind::HugetlbShared } else { Kind::HugetlbPrivate };
-        return Ok((kind, Some(page)));
+        return Ok(Backing { kind, page });
     }
     let shmem = map.name.starts_with("/memfd:")
         || map.name.starts_with("/dev/zero")
         || map.name.starts_with("/SYSV")
         || map.name.starts_with("/dev/shm/")
         || map.name.starts_with("[anon_shmem:") // named by prctl(PR_SET_VMA_ANON_NAME)
-        || is_tmpfs(map.name);
+        || is_tmpfs(&map.name);
     match (map.shared, shmem) {
-        (true, true) => Ok((Kind::Shared, None)),
+        (true, true) => of_base_pages(Kind::Shared),
         (true, false) => fail!(
             EINVAL,
             "hva: {} is a shared file mapping; userfaultfd serves memfd, tmpfs and hugetlb only",
@@ -306,41 +359,6 @@ fn kernel_page_size(start: u64) -> Result<u64> {
     Ok(PAGE)
 }
 
-/// A second shared mapping of the hugetlb memory at `hva`. mremap(2) can't duplicate it, so `fd` must be its file; without one
-/// /proc/self/map_files is tried, which needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
-pub fn duplicate_by_file(hva: u64, len: u64, fd: Option<(RawFd, u64)>) -> Result<Mapping> {
-    if let Some((fd, offset)) = fd {
-        check_file(hva, fd, offset)?;
-        return Mapping::shared(fd, offset, len, true);
-    }
-    let maps = std::fs::read_to_string("/proc/self/maps").map_err(|e| Error::from_io("/proc/self/maps", &e))?;
-    let map = maps.lines().filter_map(parse_maps_line).find(|m| m.start <= hva && hva < m.end);
-    let Some(MapsLine { start, end, offset, .. }) = map else { fail!(EFAULT, "hva: nothing is mapped at {hva:#x}") };
-    let range = format!("{start:x}-{end:x}");
-    let file = File::options().read(true).write(true).open(format!("/proc/self/map_files/{range}"));
-    let file = file.map_err(|e| {
-        Error::from_io("hugetlb memory can be mapped a second time only with its descriptor (kvmfault_memslot.fd); /proc/self/map_files", &e)
-    })?;
-    Mapping::shared(file.as_raw_fd(), offset + (hva - start), len, true)
-}
-
-/// Is the memory at `hva` a mapping of the file `fd`, from `offset` on?
-fn check_file(hva: u64, fd: RawFd, offset: u64) -> Result<()> {
-    let file = std::fs::metadata(format!("/proc/self/fd/{fd}"))
-        .map_err(|e| Error::new(libc::EBADF, format!("fd: descriptor {fd} is not open: {e}")))?;
-    let maps = std::fs::read_to_string("/proc/self/maps").map_err(|e| Error::from_io("/proc/self/maps", &e))?;
-    let map = maps.lines().filter_map(parse_maps_line).find(|m| m.start <= hva && hva < m.end);
-    match map.filter(|m| m.inode == file.ino() && m.device == file.dev()) {
-        Some(map) if map.offset + (hva - map.start) == offset => Ok(()),
-        Some(map) => fail!(
-            EINVAL,
-            "fd_offset: hva {hva:#x} is a mapping of the file from {:#x} on, not from {offset:#x}",
-            map.offset + (hva - map.start)
-        ),
-        None => fail!(EINVAL, "fd: {fd} is not the file that is mapped at hva {hva:#x}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -368,17 +386,5 @@ mod tests {
         let mut byte = [0];
         assert_eq!(read(PAGE, &mut byte).unwrap_err().errno, libc::EFAULT);
         assert_eq!(write(PAGE, &byte).unwrap_err().errno, libc::EFAULT);
-    }
-
-    #[test]
-    fn a_duplicate_shows_the_same_memory() {
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-        let one = Mapping::map(0, PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0, "mmap").unwrap();
-        assert_eq!(inspect(one.address(), PAGE).unwrap().kind, Kind::Shared);
-        let two = Mapping::duplicate(one.address(), PAGE).unwrap();
-        write(one.address(), &[42]).unwrap();
-        let mut byte = [0];
-        read(two.address(), &mut byte).unwrap();
-        assert_eq!(byte, [42]);
     }
 }

@@ -4,6 +4,7 @@
 //! given is checked by the kernel (an address that isn't mapped is EFAULT, not undefined behaviour).
 
 pub mod abi;
+pub mod alias;
 pub mod file;
 pub mod kvm;
 pub mod mem;

@@ -161,7 +161,8 @@ impl Uffd {
     /// Tries UFFDIO_POISON on a page of our own.
     fn can_poison(&self) -> bool {
         let Ok(page) = Mapping::anonymous(PAGE) else { return false };
-        let works = self.register(page.address(), PAGE, false).is_ok() && self.poison(page.address(), PAGE).is_ok();
+        let works =
+            self.register(page.address(), PAGE, false).is_ok() && self.poison(page.address(), PAGE, PAGE).is_ok();
         let _ = self.unregister(page.address(), PAGE);
         works
     }
@@ -199,32 +200,36 @@ impl Uffd {
         self.uffd.wake(hva as *mut _, len as usize).map_err(|e| from_crate("UFFDIO_WAKE", e))
     }
 
-    /// Copies bytes of this process into absent pages. A `source` that can't be read is EFAULT.
-    pub fn copy(&self, hva: u64, source: u64, len: u64) -> Result<Step> {
-        let mut arg = [hva, source, len, 0, 0];
-        let result = ioctl(&self.uffd, UFFDIO_COPY, &mut arg);
-        step("UFFDIO_COPY", result, arg[4], len)
+    /// Copies bytes of this process into absent pages of `page` bytes. A `source` that can't be read is EFAULT.
+    pub fn copy(&self, hva: u64, source: u64, len: u64, page: u64) -> Result<Step> {
+        in_one_mapping(len, page, |len| {
+            let mut arg = [hva, source, len, 0, 0];
+            let result = ioctl(&self.uffd, UFFDIO_COPY, &mut arg);
+            step("UFFDIO_COPY", result, arg[4], len)
+        })
     }
 
     /// Installs zero pages.
-    pub fn zero(&self, hva: u64, len: u64) -> Result<Step> {
-        let mut arg = [hva, len, 0, 0];
-        let result = ioctl(&self.uffd, UFFDIO_ZEROPAGE, &mut arg);
-        step("UFFDIO_ZEROPAGE", result, arg[3], len)
+    pub fn zero(&self, hva: u64, len: u64, page: u64) -> Result<Step> {
+        self.install("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE, hva, len, page)
     }
 
     /// Maps pages that are in the page cache; EFAULT where there is none.
-    pub fn map(&self, hva: u64, len: u64) -> Result<Step> {
-        let mut arg = [hva, len, 0, 0];
-        let result = ioctl(&self.uffd, UFFDIO_CONTINUE, &mut arg);
-        step("UFFDIO_CONTINUE", result, arg[3], len)
+    pub fn map(&self, hva: u64, len: u64, page: u64) -> Result<Step> {
+        self.install("UFFDIO_CONTINUE", UFFDIO_CONTINUE, hva, len, page)
     }
 
     /// Puts poison markers where nothing is mapped.
-    pub fn poison(&self, hva: u64, len: u64) -> Result<Step> {
-        let mut arg = [hva, len, 0, 0];
-        let result = ioctl(&self.uffd, UFFDIO_POISON, &mut arg);
-        step("UFFDIO_POISON", result, arg[3], len)
+    pub fn poison(&self, hva: u64, len: u64, page: u64) -> Result<Step> {
+        self.install("UFFDIO_POISON", UFFDIO_POISON, hva, len, page)
+    }
+
+    fn install(&self, what: &str, request: u64, hva: u64, len: u64, page: u64) -> Result<Step> {
+        in_one_mapping(len, page, |len| {
+            let mut arg = [hva, len, 0, 0];
+            let result = ioctl(&self.uffd, request, &mut arg);
+            step(what, result, arg[3], len)
+        })
     }
 
     /// The next fault, if there is one.
@@ -256,6 +261,18 @@ fn ioctl<const N: usize>(uffd: &userfaultfd::Uffd, request: u64, arg: &mut [u64;
     match unsafe { libc::ioctl(uffd.as_raw_fd(), request, arg.as_mut_ptr()) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// An install that begins in one mapping and ends in another is ENOENT, and does nothing (find_dst_vma in mm/userfaultfd.c). To the VMM both may
+/// be one piece of memory: it has treated a part differently (madvise, mbind), or it is of several files. So less is tried, down to a page.
+fn in_one_mapping(len: u64, page: u64, mut attempt: impl FnMut(u64) -> Result<Step>) -> Result<Step> {
+    let mut len = len;
+    loop {
+        match attempt(len) {
+            Err(e) if e.errno == libc::ENOENT && len > page => len = len / page / 2 * page,
+            result => return result,
+        }
     }
 }
 
@@ -293,10 +310,10 @@ mod tests {
         let source = Mapping::anonymous(4 * PAGE).unwrap();
         mem::write(source.address(), &[7; 4 * PAGE as usize]).unwrap();
         uffd.register(memory.address(), 4 * PAGE, false).unwrap();
-        assert_eq!(uffd.copy(memory.address() + 2 * PAGE, source.address(), PAGE), Ok(Step::Done(PAGE)));
-        assert_eq!(uffd.copy(memory.address(), source.address(), 4 * PAGE), Ok(Step::Done(2 * PAGE)));
-        assert_eq!(uffd.copy(memory.address(), source.address(), PAGE), Ok(Step::Exists));
-        assert_eq!(uffd.copy(memory.address() + 3 * PAGE, PAGE, PAGE).unwrap_err().errno, libc::EFAULT);
+        assert_eq!(uffd.copy(memory.address() + 2 * PAGE, source.address(), PAGE, PAGE), Ok(Step::Done(PAGE)));
+        assert_eq!(uffd.copy(memory.address(), source.address(), 4 * PAGE, PAGE), Ok(Step::Done(2 * PAGE)));
+        assert_eq!(uffd.copy(memory.address(), source.address(), PAGE, PAGE), Ok(Step::Exists));
+        assert_eq!(uffd.copy(memory.address() + 3 * PAGE, PAGE, PAGE, PAGE).unwrap_err().errno, libc::EFAULT);
         let mut byte = [0];
         mem::read(memory.address() + PAGE, &mut byte).unwrap();
         assert_eq!(byte, [7]);
@@ -311,6 +328,6 @@ mod tests {
         let second = Uffd::adopt(first.as_raw_fd()).unwrap();
         let memory = Mapping::anonymous(PAGE).unwrap();
         second.register(memory.address(), PAGE, false).unwrap();
-        assert_eq!(first.zero(memory.address(), PAGE), Ok(Step::Done(PAGE)));
+        assert_eq!(first.zero(memory.address(), PAGE, PAGE), Ok(Step::Done(PAGE)));
     }
 }

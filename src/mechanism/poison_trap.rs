@@ -7,8 +7,9 @@
 
 use super::{has_minor, kvm_itself, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
+use crate::kernel::alias;
 use crate::kernel::kvm::Descriptor;
-use crate::kernel::mem::{self, advise, Kind, Mapping};
+use crate::kernel::mem::{advise, Kind};
 use crate::kernel::uffd::{Registration, FEATURE_POISON};
 use crate::memory::block::{Block, Shape};
 use crate::memory::{discard, install, Memory};
@@ -48,10 +49,9 @@ impl Mechanism for PoisonTrap {
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        let Shape { hva, len, kind, .. } = shape;
+        let Shape { hva, len, page, kind, .. } = shape;
         let alias = match kind {
-            Kind::Shared => Some(Mapping::duplicate(hva, len)?),
-            Kind::HugetlbShared => Some(mem::duplicate_by_file(hva, len, wish.file)?),
+            Kind::Shared | Kind::HugetlbShared => Some(alias::duplicate(hva, len, page, kind, wish.file)?),
             Kind::Anon | Kind::HugetlbPrivate => None,
         };
         let registration = memory.try_register(hva, len, has_minor(host.features, kind))?;

@@ -92,7 +92,7 @@ pub fn clear(memory: &Memory, block: &Block, page: u64) -> Result<()> {
 /// vCPU may slip in between and map the old page again (it is still in the page cache): then do it over.
 fn rearm(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
     for _ in 0..1000 {
-        if block.is_marked() && mark_all(memory, at, len)? {
+        if block.is_marked() && mark_all(memory, at, len, block.page)? {
             return Ok(());
         }
         advise(at, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
@@ -104,11 +104,11 @@ fn rearm(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
 }
 
 /// Marks a range that should be empty; false if a page of it isn't.
-fn mark_all(memory: &Memory, at: u64, len: u64) -> Result<bool> {
+fn mark_all(memory: &Memory, at: u64, len: u64, page: u64) -> Result<bool> {
     let mut patience = Patience::default();
     let mut done = 0;
     while done < len {
-        match memory.uffd.poison(at + done, len - done)? {
+        match memory.uffd.poison(at + done, len - done, page)? {
             Step::Done(bytes) => done += bytes,
             Step::Exists => return Ok(false),
             Step::Again => patience.wait()?,
@@ -134,11 +134,11 @@ pub fn lose(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
             let markers = memory.uffd.features() & FEATURE_POISON != 0;
             match (memory.external, markers) {
                 (true, _) => {} // vCPUs are told; what others see there is the VMM's affair
-                (false, true) => drop(mark_all(memory, hva, len)?),
+                (false, true) => drop(mark_all(memory, hva, len, block.page)?),
                 (false, false) => protect(hva, len, false)?,
             }
             if let Some(alias) = block.alias_of(run.start).filter(|_| markers) {
-                mark_all(memory, alias, len)?;
+                mark_all(memory, alias, len, block.page)?;
             }
             run.clone().for_each(|page| WAITS.wake(block.hva_of(page)));
             wake(memory, block, &run)?;
@@ -164,7 +164,7 @@ fn mark_group(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
         let mut page = run.start;
         while page < run.end {
             let at = block.kvm_hva_of(page);
-            match memory.uffd.poison(at, (run.end - page) * block.page)? {
+            match memory.uffd.poison(at, (run.end - page) * block.page, block.page)? {
                 Step::Done(bytes) => page += bytes / block.page,
                 Step::Exists => page += 1,
                 Step::Again => patience.wait()?,

@@ -181,20 +181,20 @@ fn make_room(memory: &Memory, block: &Block, page: u64) -> Result<()> {
 fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source) -> Result<Step> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     match source {
-        Source::Copy(bytes) => memory.uffd.copy(hva, bytes, len).map_err(|e| match e.errno {
+        Source::Copy(bytes) => memory.uffd.copy(hva, bytes, len, block.page).map_err(|e| match e.errno {
             libc::EFAULT => Error::new(libc::EFAULT, format!("src: the bytes at {bytes:#x} can't be read")),
             _ => explain(e, block, hva),
         }),
         // UFFDIO_ZEROPAGE doesn't replace a marker in private memory, and doesn't know hugetlb.
         Source::Zero if block.kind == Kind::Shared || block.kind == Kind::Anon && !block.is_marked() => {
-            memory.uffd.zero(hva, len).map_err(|e| explain(e, block, hva))
+            memory.uffd.zero(hva, len, block.page).map_err(|e| explain(e, block, hva))
         }
         Source::Zero => {
             let zeros = ZEROS.as_ref().map_err(Clone::clone)?;
             let len = len.min((1 << 30) / block.page * block.page).max(block.page);
-            memory.uffd.copy(hva, zeros.address(), len).map_err(|e| explain(e, block, hva))
+            memory.uffd.copy(hva, zeros.address(), len, block.page).map_err(|e| explain(e, block, hva))
         }
-        Source::Map => memory.uffd.map(hva, len).map_err(|e| match e.errno {
+        Source::Map => memory.uffd.map(hva, len, block.page).map_err(|e| match e.errno {
             libc::EFAULT => Error::new(libc::ENOENT, format!("the page at hva {hva:#x} is not in the page cache")),
             _ => explain(e, block, hva),
         }),
@@ -298,12 +298,12 @@ pub fn map_vmm(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     let hva = block.hva_of(page);
     if let Some(_pass) = keep_present(memory, block, page) {
         let mapped = match block.kind {
-            Kind::Shared | Kind::HugetlbShared => memory.uffd.map(hva, block.page),
-            _ => memory.uffd.zero(hva, block.page),
+            Kind::Shared | Kind::HugetlbShared => memory.uffd.map(hva, block.page, block.page),
+            _ => memory.uffd.zero(hva, block.page, block.page),
         };
         match mapped {
             Err(e) if e.errno == libc::EFAULT && block.kind == Kind::Shared => {
-                memory.uffd.zero(hva, block.page)?;
+                memory.uffd.zero(hva, block.page, block.page)?;
             }
             // hugetlb has no UFFDIO_ZEROPAGE; KVM without minor faults gets the page by itself once it is awake.
             Err(e) if e.errno == libc::EINVAL => {}
@@ -326,7 +326,7 @@ fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> 
     let mut at = alias;
     let mut patience = Patience::default();
     while at < end {
-        let step = match memory.uffd.map(at, end - at) {
+        let step = match memory.uffd.map(at, end - at, block.page) {
             // No longer registered: the alias needs no help any more. (While a page is missing it is.)
             Err(e) if e.errno == libc::ENOENT && block.is_released() => return Ok(()),
             Err(e) if e.errno == libc::EFAULT && memory.external => {
@@ -392,7 +392,7 @@ mod tests {
         if memory.uffd.features() & crate::kernel::uffd::FEATURE_POISON == 0 {
             return eprintln!("skipped: the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
         }
-        memory.uffd.poison(ram.address(), 4 * PAGE).unwrap();
+        memory.uffd.poison(ram.address(), 4 * PAGE, PAGE).unwrap();
         block.marked.store(true, std::sync::atomic::Ordering::SeqCst);
         assert_eq!(mem::read(ram.address(), &mut [0]).unwrap_err().errno, libc::EFAULT);
         assert_eq!(install(&memory, &block, 0..4, Source::Zero, &Stats::default()), Ok(4));
@@ -500,7 +500,7 @@ mod tests {
                 }
                 if block.pages.get(0) == State::Lost {
                     lost += 1;
-                    wrong += (memory.uffd.poison(block.hva, PAGE) != Ok(Step::Exists)) as u32;
+                    wrong += (memory.uffd.poison(block.hva, PAGE, PAGE) != Ok(Step::Exists)) as u32;
                 }
                 let _ = discard::discard(&memory, &block, 0..1, &stats);
             }

@@ -1,0 +1,88 @@
+//! A second mapping of shared memory, made of the same pieces as the first: to the VMM a block is one, to the kernel it may be several files side by
+//! side, or one mapping that was cut (madvise, mbind and mlock do that to parts).
+
+use super::mem::{mappings, Kind, Mapping, MapsLine};
+use crate::error::{fail, Error, Result};
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::MetadataExt;
+
+/// Of transparent huge pages. A mapping that begins elsewhere in such a unit than its file does can't have them, and nor can the guest.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// Maps the memory at `hva` a second time. `file` is the file that it is a mapping of, and where it begins there: used for hugetlb only, which can't be
+/// duplicated without; if it isn't given, /proc/self/map_files is tried, which needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
+pub fn duplicate(hva: u64, len: u64, page: u64, kind: Kind, file: Option<(RawFd, u64)>) -> Result<Mapping> {
+    let mut alias = Mapping::room(len, hva, HUGE_PAGE.max(page))?;
+    for map in mappings(hva, len)? {
+        let (start, end) = (map.start.max(hva), map.end.min(hva + len));
+        let (at, len) = (start - hva, end - start);
+        let offset = map.offset + (start - map.start);
+        match (kind, file) {
+            (Kind::HugetlbShared, Some((fd, first))) => {
+                check_file(&map, start, fd, first + at)?;
+                alias.fill_from_file(at, len, fd, offset)?;
+            }
+            (Kind::HugetlbShared, None) => alias.fill_from_file(at, len, open(&map)?.as_raw_fd(), offset)?,
+            _ => alias.fill_from_mapping(at, len, start)?,
+        }
+    }
+    Ok(alias)
+}
+
+/// The file of a mapping.
+fn open(map: &MapsLine) -> Result<File> {
+    let path = format!("/proc/self/map_files/{:x}-{:x}", map.start, map.end);
+    File::options().read(true).write(true).open(path).map_err(|e| {
+        Error::from_io("hugetlb memory can be mapped a second time only with its descriptor (kvmfault_memslot.fd); /proc/self/map_files", &e)
+    })
+}
+
+/// Is what begins at `hva` in this mapping the file `fd`, from `offset` on?
+fn check_file(map: &MapsLine, hva: u64, fd: RawFd, offset: u64) -> Result<()> {
+    let file = std::fs::metadata(format!("/proc/self/fd/{fd}"))
+        .map_err(|e| Error::new(libc::EBADF, format!("fd: descriptor {fd} is not open: {e}")))?;
+    if (map.inode, map.device) != (file.ino(), file.dev()) {
+        fail!(EINVAL, "fd: {fd} is not the file that is mapped at hva {hva:#x}");
+    }
+    let begins = map.offset + (hva - map.start);
+    if begins != offset {
+        fail!(EINVAL, "fd_offset: hva {hva:#x} is a mapping of the file from {begins:#x} on, not from {offset:#x}");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::mem::{inspect, read, write, PAGE};
+    use super::*;
+
+    fn shared_file(name: &str, pages: u64) -> File {
+        let path = format!("/dev/shm/kvmfault-{}-{name}", std::process::id());
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file.set_len(pages * PAGE).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_duplicate_shows_the_same_memory() {
+        let [one, two] = ["one", "two"].map(|name| shared_file(name, 8));
+        // The second file, the first from its fourth page on, and the first from its beginning: they don't merge.
+        let mut memory = Mapping::room(9 * PAGE, PAGE, HUGE_PAGE).unwrap();
+        for (n, (file, offset)) in [(&two, 0), (&one, 4 * PAGE), (&one, 0)].into_iter().enumerate() {
+            memory.fill_from_file(n as u64 * 3 * PAGE, 3 * PAGE, file.as_raw_fd(), offset).unwrap();
+        }
+        // And begins and ends inside of mappings.
+        let (hva, len) = (memory.address() + PAGE, 7 * PAGE);
+        assert_eq!((mappings(hva, len).unwrap().len(), inspect(hva, len).unwrap().kind), (3, Kind::Shared));
+        let alias = duplicate(hva, len, PAGE, Kind::Shared, None).unwrap();
+        assert_eq!(alias.address() % HUGE_PAGE, hva % HUGE_PAGE);
+        for page in 0..7 {
+            write(hva + page * PAGE, &[page as u8 + 1]).unwrap();
+            let mut byte = [0];
+            read(alias.address() + page * PAGE, &mut byte).unwrap();
+            assert_eq!(byte, [page as u8 + 1]);
+        }
+    }
+}
