@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <linux/userfaultfd.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -423,6 +424,64 @@ static void refusals(void)
 	vmm_tear_down();
 }
 
+/* Huge pages that are missing are dropped all the same, as post-copy does with what it has never got. */
+struct punched {
+	struct source source;
+	struct ram ram;
+	int uffd;
+};
+
+static int bring_huge_page(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	struct punched *p = opaque;
+	void *bytes = aligned_alloc(PAGE, HUGE_PAGE);
+	CHECK(bytes, "no memory");
+	uint64_t first = (fault->gpa - RAM_GPA) / PAGE;
+	for (uint64_t page = 0; page < HUGE_PAGE / PAGE; page++)
+		pattern_fill(&p->source.pattern, first + page, (uint8_t *)bytes + page * PAGE);
+	struct uffdio_copy copy = { .dst = (uintptr_t)fault->hva, .src = (uintptr_t)bytes, .len = HUGE_PAGE };
+	SYS(ioctl(p->uffd, UFFDIO_COPY, &copy));
+	free(bytes);
+	p->source.total++;
+	OK(kvmfault_pages_arrived(vm, fault->hva, fault->len));
+	return KVMFAULT_RESOLVED;
+}
+
+static void punched_hugetlb(void)
+{
+	enum { COUNT = 4 };
+	struct punched p = { .uffd = vmm_open_uffd() };
+	struct machine m;
+	struct kvmfault_vm_options options = vmm_options();
+	uint64_t list_gpa, pages = COUNT * HUGE_PAGE / PAGE;
+	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
+		skip("the VMM's own userfaultfd is that mechanism (see refusals)");
+	ram_create(&p.ram, HUGETLB, COUNT * HUGE_PAGE);
+	source_create(&p.source, RAM_GPA, p.ram.len, PATTERN);
+	machine_create(&m, pages * sizeof(uint32_t));
+	list_sequential(machine_share(&m, pages * sizeof(uint32_t), &list_gpa), pages);
+	options.resolver = bring_huge_page;
+	options.opaque = &p;
+	machine_attach(&m, NULL, &options);
+	struct uffdio_register reg = { .range = { (uintptr_t)p.ram.hva, p.ram.len }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+	SYS(ioctl(p.uffd, UFFDIO_REGISTER, &reg));
+	machine_set_slot(&m, &p.ram, RAM_SLOT, RAM_GPA);
+	struct vcpu *v = machine_add_vcpu(&m, 3);
+	vcpu_attach(v);
+	for (int round = 1; round <= 2; round++) {
+		SYS(madvise(p.ram.hva, p.ram.len, MADV_REMOVE));
+		OK(kvmfault_pages_missing(m.library, p.ram.hva, p.ram.len));
+		vcpu_load_verify(v, RAM_GPA, list_gpa, pages, &p.source.pattern, READ_FIRST);
+		vcpu_verify(v);
+		EQUAL("resolver calls", p.source.total, round * COUNT);
+	}
+	vcpu_detach(v);
+	machine_destroy(&m);
+	ram_destroy(&p.ram);
+	source_destroy(&p.source);
+	close(p.uffd);
+}
+
 static const struct test_case cases[] = {
 	{ "postcopy-memfd", postcopy_memfd, true },
 	{ "postcopy-anon", postcopy_anon, true },
@@ -434,6 +493,7 @@ static const struct test_case cases[] = {
 	{ "addresses", addresses, true },
 	{ "kick-in-handler", kick_in_handler, true },
 	{ "resolve-by-vcpu", resolve_by_vcpu, true },
+	{ "punched-hugetlb", punched_hugetlb, true },
 	{ "refusals", refusals, true },
 };
 TEST_MAIN(cases)

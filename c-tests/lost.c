@@ -187,11 +187,29 @@ static void lost_while_resolving(void)
 	lab_tear_down();
 }
 
+/* A lost page is told as such to whoever comes to it, also when the VMM has dropped what shows that. */
+static void lost_and_dropped(void)
+{
+	pthread_t thread;
+	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
+	OK(kvmfault_probe(-1, &probe));
+	if (!(probe.mechanisms_anon & 1u << KVMFAULT_MECHANISM_POISON_TRAP))
+		skip("without UFFDIO_POISON the page is inaccessible, which doesn't go away");
+	lab_set_up(MEMFD, answer_lost, 1, 3);
+	OK(kvmfault_pages_lost(lab.m.library, RAM_GPA + 9 * PAGE, PAGE));
+	SYS(madvise(lab.ram.hva + 9 * PAGE, PAGE, MADV_DONTNEED));
+	CHECK(!pthread_create(&thread, NULL, touch_lost, lab.ram.hva + 9 * PAGE), "pthread_create");
+	pthread_join(thread, NULL);
+	EQUAL("resolver calls", lab.calls, 0);
+	lab_tear_down();
+}
+
 static const struct test_case cases[] = {
 	{ "memfd", lost_memfd, true },
 	{ "anon", lost_anon, true },
 	{ "cpl0", lost_cpl0, true },
 	{ "while-pending", lost_while_pending, true },
 	{ "while-resolving", lost_while_resolving, true },
+	{ "and-dropped", lost_and_dropped, true },
 };
 TEST_MAIN(cases)

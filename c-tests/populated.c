@@ -197,6 +197,66 @@ static void shown(void)
 	ram_destroy(&ram);
 }
 
+/* The file by a mapping of the test's own, at a multiple of 2 MiB: as another process has it. */
+static uint8_t *map_again(const struct ram *ram)
+{
+	uint8_t *room = mmap(NULL, ram->len + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	CHECK(room != MAP_FAILED, "mmap: %s", strerror(errno));
+	uint8_t *start = (uint8_t *)round_up((uintptr_t)room, HUGE_PAGE);
+	CHECK(mmap(start, ram->len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, ram->fd, 0) != MAP_FAILED, "mmap: %s", strerror(errno));
+	return start;
+}
+
+/* What is written to the file of absent pages, by another mapping and bit by bit, the guest sees when the resolver says so and not before. */
+static void written(enum backing backing)
+{
+	struct scene s;
+	scene_create(&s, backing, length_of(backing), 0, 0);
+	uint64_t units = s.ram.len / s.ram.page;
+	struct vcpu *v = scene_add_vcpu(&s, 3);
+	for (int round = 0; round < 2; round++) {
+		unsigned long here = s.here, elsewhere = s.elsewhere;
+		memset(map_again(&s.ram), STALE, s.ram.len);
+		scene_visit(&s, v, 0, s.pages, READ_FIRST);
+		EQUAL("resolver calls", s.here - here + s.elsewhere - elsewhere, units);
+		if (test_mechanism() != KVMFAULT_MECHANISM_USERFAULTFD)
+			EQUAL("those on the vCPU's thread", s.here - here, units);
+		scene_expect_all_present(&s);
+		OK(kvmfault_pages_discard(s.m.library, RAM_GPA, s.ram.len));
+	}
+	vcpu_detach(v);
+	scene_destroy(&s);
+}
+
+static void written_memfd(void)
+{
+	written(MEMFD);
+}
+
+static void written_hugetlb(void)
+{
+	written(HUGETLB);
+}
+
+/* The kernel makes a huge page of it (khugepaged does that by itself), and for that drops page tables of all mappings. */
+static void collapsed(void)
+{
+	struct scene s;
+	create(&s, MEMFD);
+	struct vcpu *v = scene_add_vcpu(&s, 3);
+	scene_visit(&s, v, 0, 1, READ_FIRST);
+	OK(kvmfault_pages_lost(s.m.library, RAM_GPA + PAGE, PAGE));
+	uint8_t *again = map_again(&s.ram);
+	for (uint64_t page = 1; page < s.pages; page++)
+		memset(again + page * PAGE, STALE, PAGE); /* no holes */
+	if (madvise(again, HUGE_PAGE, 25 /* MADV_COLLAPSE */) != 0)
+		skip("MADV_COLLAPSE of shared memory: %s", strerror(errno));
+	scene_visit(&s, v, 2, s.pages - 2, READ_FIRST);
+	REFUSED(kvmfault_pages_install(s.m.library, RAM_GPA + PAGE, again, PAGE), EHWPOISON, "lost");
+	vcpu_detach(v);
+	scene_destroy(&s);
+}
+
 /* Locked memory can't be hidden, and says so; what is locked as it comes, and what else a VMM locks, is no trouble. */
 static void locked(void)
 {
@@ -240,6 +300,27 @@ static void locked_on_fault(void)
 	scene_destroy(&s);
 }
 
+/* mlockall() once the slot is there: it gets all pages, and of what it locks the VMM knows only its own mapping. */
+static void locked_later(void)
+{
+	struct scene s;
+	scene_create(&s, MEMFD, 64 * PAGE, 0, 0);
+	struct vcpu *v = scene_add_vcpu(&s, 3);
+	scene_visit(&s, v, 0, s.pages / 2, READ_FIRST);
+	if (mlockall(MCL_CURRENT) != 0)
+		skip("mlockall: %s (RLIMIT_MEMLOCK)", strerror(errno));
+	scene_expect_all_present(&s);
+	REFUSED(kvmfault_pages_discard(s.m.library, RAM_GPA, s.ram.len), EINVAL, "mlock");
+	SYS(munlock(s.ram.hva, s.ram.len));
+	OK(kvmfault_pages_discard(s.m.library, RAM_GPA, s.ram.len));
+	unsigned long calls = s.source.total;
+	scene_visit(&s, v, 0, s.pages, READ_FIRST);
+	EQUAL("resolver calls", s.source.total - calls, s.pages);
+	vcpu_detach(v);
+	SYS(munlockall());
+	scene_destroy(&s);
+}
+
 static const struct test_case cases[] = {
 	{ "memfd", seen_memfd, true },
 	{ "hugetlb", seen_hugetlb, true },
@@ -247,7 +328,11 @@ static const struct test_case cases[] = {
 	{ "raced", raced, true },
 	{ "filled", filled, true },
 	{ "shown", shown, true },
+	{ "written-memfd", written_memfd, true },
+	{ "written-hugetlb", written_hugetlb, true },
+	{ "collapsed", collapsed, true },
 	{ "locked", locked, true },
 	{ "locked-on-fault", locked_on_fault, true },
+	{ "locked-later", locked_later, true },
 };
 TEST_MAIN(cases)

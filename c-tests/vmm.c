@@ -92,7 +92,7 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	return KVMFAULT_PENDING;
 }
 
-static int open_uffd(void)
+int vmm_open_uffd(void)
 {
 	struct uffdio_api api = { .api = UFFD_API };
 	int fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
@@ -155,7 +155,7 @@ void vmm_set_up(enum backing backing, bool stream)
 			vmm.received[page] = 1;
 		}
 	}
-	vmm.uffd = open_uffd();
+	vmm.uffd = vmm_open_uffd();
 	struct uffdio_register reg = {
 		.range = { (uintptr_t)vmm.ram.hva, vmm.ram.len },
 		.mode = UFFDIO_REGISTER_MODE_MISSING,

@@ -30,6 +30,8 @@ extern struct vmm {
 /* The VM and its memory, of which five eighths are missing; `stream` false: the stream is paused at first. */
 void vmm_set_up(enum backing backing, bool stream);
 void vmm_tear_down(void);
+/* A userfaultfd of the VMM's; skips the case if it can't be had. */
+int vmm_open_uffd(void);
 /* What vmm_set_up gives to kvmfault_vm_new, and a slot on all of the memory. */
 struct kvmfault_vm_options vmm_options(void);
 struct kvmfault_memslot vmm_slot(uint32_t number, uint64_t gpa);

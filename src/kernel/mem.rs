@@ -113,7 +113,9 @@ impl Drop for Mapping {
     }
 }
 
-/// MADV_COLLAPSE (Linux 6.1), of linux/mman.h.
+/// MADV_DONTNEED_LOCKED (Linux 5.18), of linux/mman.h.
+pub const MADV_DONTNEED_LOCKED: i32 = 24;
+/// MADV_COLLAPSE (Linux 6.1).
 pub const MADV_COLLAPSE: i32 = 25;
 
 /// madvise(2) on a range that the caller owns.

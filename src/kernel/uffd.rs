@@ -49,6 +49,17 @@ pub enum Step {
     Again,
 }
 
+/// What a range is registered for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Mode {
+    /// Not only faults where there is no page, but also those where it is in the page cache and not mapped.
+    pub minor: bool,
+    /// The range carries markers, and the kernel is to leave its page tables alone. Of shared memory it drops them when it makes huge pages of the
+    /// page cache (retract_page_tables in mm/khugepaged.c), but for ranges that are registered for write protection, too; nor does it share
+    /// those of hugetlb there. Nothing is write-protected. A range stays so until it is unregistered: to register it without is EBUSY (Linux 7.3).
+    pub keeps_tables: bool,
+}
+
 /// A fault that the kernel reported through the userfaultfd.
 #[derive(Debug, Clone, Copy)]
 pub struct Message {
@@ -161,8 +172,8 @@ impl Uffd {
     /// Tries UFFDIO_POISON on a page of our own.
     fn can_poison(&self) -> bool {
         let Ok(page) = Mapping::anonymous(PAGE) else { return false };
-        let works =
-            self.register(page.address(), PAGE, false).is_ok() && self.poison(page.address(), PAGE, PAGE).is_ok();
+        let works = self.register(page.address(), PAGE, Mode::default()).is_ok()
+            && self.poison(page.address(), PAGE, PAGE).is_ok();
         let _ = self.unregister(page.address(), PAGE);
         works
     }
@@ -172,22 +183,25 @@ impl Uffd {
         self.features
     }
 
-    /// Registers a range for missing faults, and for minor faults too if asked.
-    pub fn register(&self, hva: u64, len: u64, minor: bool) -> Result<()> {
-        let mode = if minor { RegisterMode::MISSING | RegisterMode::MINOR } else { RegisterMode::MISSING };
-        match self.uffd.register_with_mode(hva as *mut _, len as usize, mode) {
-            Ok(_) => Ok(()),
-            Err(e) => Err(match from_crate("hva: UFFDIO_REGISTER", e) {
-                e if e.errno == libc::EBUSY => e.context("another userfaultfd has this memory registered"),
-                e => e,
-            }),
-        }
+    /// Registers a range.
+    pub fn register(&self, hva: u64, len: u64, mode: Mode) -> Result<()> {
+        let register = |mode| self.uffd.register_with_mode(hva as *mut _, len as usize, mode).map(drop);
+        let faults = if mode.minor { RegisterMode::MISSING | RegisterMode::MINOR } else { RegisterMode::MISSING };
+        let registered = match mode.keeps_tables {
+            // A kernel without write protection of shared memory (CONFIG_PTE_MARKER_UFFD_WP) refuses; then it must do without.
+            true => register(faults | RegisterMode::WRITE_PROTECT).or_else(|_| register(faults)),
+            false => register(faults),
+        };
+        registered.map_err(|e| match from_crate("hva: UFFDIO_REGISTER", e) {
+            e if e.errno == libc::EBUSY => e.context("another userfaultfd has this memory registered"),
+            e => e,
+        })
     }
 
     /// Registers a range that is unregistered again unless the registration is kept. A failure must not be followed by a plain
     /// `unregister`: before Linux 6.17 the kernel lets any userfaultfd undo what another one has registered.
-    pub fn try_register(&self, hva: u64, len: u64, minor: bool) -> Result<Registration<'_>> {
-        self.register(hva, len, minor).map(|()| Registration { uffd: self, hva, len })
+    pub fn try_register(&self, hva: u64, len: u64, mode: Mode) -> Result<Registration<'_>> {
+        self.register(hva, len, mode).map(|()| Registration { uffd: self, hva, len })
     }
 
     /// Unregisters a range; whoever waits there wakes and takes the fault without userfaultfd.
@@ -309,7 +323,7 @@ mod tests {
         let memory = Mapping::anonymous(4 * PAGE).unwrap();
         let source = Mapping::anonymous(4 * PAGE).unwrap();
         mem::write(source.address(), &[7; 4 * PAGE as usize]).unwrap();
-        uffd.register(memory.address(), 4 * PAGE, false).unwrap();
+        uffd.register(memory.address(), 4 * PAGE, Mode::default()).unwrap();
         assert_eq!(uffd.copy(memory.address() + 2 * PAGE, source.address(), PAGE, PAGE), Ok(Step::Done(PAGE)));
         assert_eq!(uffd.copy(memory.address(), source.address(), 4 * PAGE, PAGE), Ok(Step::Done(2 * PAGE)));
         assert_eq!(uffd.copy(memory.address(), source.address(), PAGE, PAGE), Ok(Step::Exists));
@@ -327,7 +341,7 @@ mod tests {
         let first = needs!(Uffd::open());
         let second = Uffd::adopt(first.as_raw_fd()).unwrap();
         let memory = Mapping::anonymous(PAGE).unwrap();
-        second.register(memory.address(), PAGE, false).unwrap();
+        second.register(memory.address(), PAGE, Mode::default()).unwrap();
         assert_eq!(first.zero(memory.address(), PAGE, PAGE), Ok(Step::Done(PAGE)));
     }
 }

@@ -1,7 +1,7 @@
 //! `memslot-flag`: KVM_RUN exits with the address where the flag forbids the slow path. The VMM's mapping keeps classic
 //! userfaultfd for everybody else: host threads, KVM's own copy_to_user, vhost.
 
-use super::{has_minor, Host, Mechanism, Wish};
+use super::{unmarked, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
 use crate::kernel::kvm::Region;
 use crate::kernel::mem::{advise, Kind, PAGE};
@@ -37,7 +37,7 @@ impl Mechanism for MemslotFlag {
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        let registration = memory.try_register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
+        let registration = memory.try_register(shape.hva, shape.len, unmarked(host.features, shape.kind))?;
         let bitmap = host.abi.is_some_and(|abi| abi.bitmap);
         let block = Block::new(shape, None, bitmap, wish.present)?;
         registration.into_iter().for_each(Registration::keep);

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::kernel::abi::Abi;
 use crate::kernel::kvm::{Descriptor, Region};
 use crate::kernel::mem::Kind;
+use crate::kernel::uffd::Mode;
 use crate::memory::block::{Block, Shape};
 use crate::memory::slots::Slot;
 use crate::memory::Memory;
@@ -111,9 +112,14 @@ pub fn has_minor(features: u64, kind: Kind) -> bool {
     }
 }
 
+/// What the VMM's mapping is registered for.
+fn unmarked(features: u64, kind: Kind) -> Mode {
+    Mode { minor: has_minor(features, kind), keeps_tables: false }
+}
+
 /// Memory that was released is to be memory again in which pages can be missing.
 pub fn register_again(memory: &Memory, block: &Block) -> Result<()> {
-    memory.uffd.register(block.hva, block.len, has_minor(memory.uffd.features(), block.kind))?;
+    memory.uffd.register(block.hva, block.len, unmarked(memory.uffd.features(), block.kind))?;
     block.set_released(false);
     Ok(())
 }

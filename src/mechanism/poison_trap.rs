@@ -5,12 +5,12 @@
 //! KVM's alone and carries the markers; the VMM's own mapping keeps classic userfaultfd. Private memory can't be mapped twice:
 //! there the VMM must declare that only vCPUs touch absent pages.
 
-use super::{has_minor, kvm_itself, Host, Mechanism, Wish};
+use super::{has_minor, kvm_itself, unmarked, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
 use crate::kernel::alias;
 use crate::kernel::kvm::Descriptor;
 use crate::kernel::mem::{advise, Kind};
-use crate::kernel::uffd::{Registration, FEATURE_POISON};
+use crate::kernel::uffd::{Mode, Registration, FEATURE_POISON};
 use crate::memory::block::{Block, Shape};
 use crate::memory::{discard, install, Memory};
 use crate::stats::Stats;
@@ -54,13 +54,13 @@ impl Mechanism for PoisonTrap {
             Kind::Shared | Kind::HugetlbShared => Some(alias::duplicate(hva, len, page, kind, wish.file)?),
             Kind::Anon | Kind::HugetlbPrivate => None,
         };
-        let registration = memory.try_register(hva, len, has_minor(host.features, kind))?;
+        let registration = memory.try_register(hva, len, unmarked(host.features, kind))?;
         if let Some(alias) = &alias {
             // Neither forked children nor core dumps have any business there.
             advise(alias.address(), len, libc::MADV_DONTFORK, "madvise(MADV_DONTFORK)")?;
             advise(alias.address(), len, libc::MADV_DONTDUMP, "madvise(MADV_DONTDUMP)")?;
             // Not for minor faults: a PRESENT page that isn't mapped yet needs no help, and an absent one has its marker.
-            memory.uffd.register(alias.address(), len, false)?;
+            memory.uffd.register(alias.address(), len, Mode { minor: false, keeps_tables: true })?;
             // With mlockall(MCL_FUTURE) it was populated as it was made.
             alias.unlock();
             advise(alias.address(), len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
@@ -79,7 +79,8 @@ impl Mechanism for PoisonTrap {
         }
         if let (Some(alias), Kind::Shared | Kind::HugetlbShared) = (&block.alias, block.kind) {
             // Without markers, absent pages whose bytes are in the page cache are minor faults.
-            memory.uffd.register(alias.address(), block.len, !on && has_minor(memory.uffd.features(), block.kind))?;
+            let minor = !on && has_minor(memory.uffd.features(), block.kind);
+            memory.uffd.register(alias.address(), block.len, Mode { minor, keeps_tables: true })?;
         }
         match (on, block.is_marked()) {
             (true, false) => discard::mark(memory, block),

@@ -1,6 +1,6 @@
 //! `userfaultfd`: the classic way. KVM's slow path sleeps in the kernel until a reader thread has brought the page.
 
-use super::{has_minor, Host, Mechanism, Wish};
+use super::{unmarked, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
 use crate::kernel::mem::Kind;
 use crate::kernel::uffd::Registration;
@@ -28,7 +28,7 @@ impl Mechanism for Userfaultfd {
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        let registration = memory.try_register(shape.hva, shape.len, has_minor(host.features, shape.kind))?;
+        let registration = memory.try_register(shape.hva, shape.len, unmarked(host.features, shape.kind))?;
         let block = Block::new(shape, None, false, wish.present)?;
         registration.into_iter().for_each(Registration::keep);
         Ok(block)

@@ -6,7 +6,7 @@ use super::pages::State;
 use super::wait::{Patience, GATE_PAGES, WAITS};
 use super::Memory;
 use crate::error::{fail, Result};
-use crate::kernel::mem::{advise, protect, Kind};
+use crate::kernel::mem::{advise, protect, Kind, MADV_DONTNEED_LOCKED};
 use crate::kernel::thread;
 use crate::kernel::uffd::{Step, FEATURE_POISON};
 use crate::stats::Stats;
@@ -48,8 +48,18 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
                 stats.pages_discarded.add(run.end - run.start);
             }
         }
+        if memory.external && takes_markers(block) {
+            // What was missing already, the VMM may have dropped all the same.
+            mark_missing(memory, block, group)?;
+        }
     }
     Ok(())
+}
+
+/// Does dropping pages from the file take the markers away, too? From shared memory it doesn't; hugetlb clears whatever isn't a page
+/// (__unmap_hugepage_range in mm/hugetlb.c).
+fn takes_markers(block: &Block) -> bool {
+    block.kind == Kind::HugetlbShared && block.is_marked()
 }
 
 /// Takes the bytes away from everybody, and says so in `gone` where an error may follow. KVM's alias goes first, so that a vCPU never sees the
@@ -66,8 +76,8 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -
     }
     advise(hva, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
     match block.kind {
-        // It leaves the marker of a LOST page, which MADV_DONTNEED took away.
-        Kind::Shared | Kind::HugetlbShared => advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)"),
+        // What MADV_DONTNEED took away before was the marker of a LOST page.
+        Kind::Shared | Kind::HugetlbShared => remove(memory, block, run.clone()),
         Kind::Anon | Kind::HugetlbPrivate => {
             *gone = true;
             if block.is_marked() {
@@ -80,11 +90,20 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -
 
 /// Drops whatever is in the place of a page that isn't PRESENT, in a pass for discards. What KVM sees there stays as it is: absent.
 pub fn clear(memory: &Memory, block: &Block, page: u64) -> Result<()> {
-    let (hva, len) = (block.hva_of(page), block.page);
     match block.kind {
-        // It goes from all mappings; markers stay.
-        Kind::Shared | Kind::HugetlbShared => advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)"),
-        Kind::Anon | Kind::HugetlbPrivate => rearm(memory, block, hva, len),
+        Kind::Shared | Kind::HugetlbShared => remove(memory, block, page..page + 1),
+        Kind::Anon | Kind::HugetlbPrivate => rearm(memory, block, block.hva_of(page), block.page),
+    }
+}
+
+/// Drops pages from their file, and so from all mappings; markers stay.
+fn remove(memory: &Memory, block: &Block, run: Range<u64>) -> Result<()> {
+    let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
+    advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)")?;
+    match block.alias_of(run.start) {
+        // Before anybody may bring the bytes: without a marker a vCPU would see them come.
+        Some(alias) if takes_markers(block) => rearm(memory, block, alias, len),
+        _ => Ok(()),
     }
 }
 
@@ -92,10 +111,10 @@ pub fn clear(memory: &Memory, block: &Block, page: u64) -> Result<()> {
 /// vCPU may slip in between and map the old page again (it is still in the page cache): then do it over.
 fn rearm(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
     for _ in 0..1000 {
-        if block.is_marked() && mark_all(memory, at, len, block.page)? {
+        if block.is_marked() && mark_until(memory, at, len, block.page)? == len {
             return Ok(());
         }
-        advise(at, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
+        empty(block, at, len)?;
         if !block.is_marked() {
             return Ok(());
         }
@@ -103,18 +122,12 @@ fn rearm(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
     fail!(EBUSY, "the pages at {at:#x} are used faster than they can be discarded")
 }
 
-/// Marks a range that should be empty; false if a page of it isn't.
-fn mark_all(memory: &Memory, at: u64, len: u64, page: u64) -> Result<bool> {
-    let mut patience = Patience::default();
-    let mut done = 0;
-    while done < len {
-        match memory.uffd.poison(at + done, len - done, page)? {
-            Step::Done(bytes) => done += bytes,
-            Step::Exists => return Ok(false),
-            Step::Again => patience.wait()?,
-        }
+/// Unmaps a range of the mapping that KVM uses. The alias is nobody else's: if mlockall(2) has locked it, that doesn't count.
+fn empty(block: &Block, at: u64, len: u64) -> Result<()> {
+    match block.alias {
+        Some(_) => advise(at, len, MADV_DONTNEED_LOCKED, "madvise(MADV_DONTNEED_LOCKED)"),
+        None => advise(at, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)"),
     }
-    Ok(true)
 }
 
 /// Makes pages LOST that aren't PRESENT, and tells whoever waits for them: a marker makes the kernel answer as it would for a broken page
@@ -130,21 +143,35 @@ pub fn lose(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
         };
         for run in runs(group, take) {
             lost += run.end - run.start;
-            let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
-            let markers = memory.uffd.features() & FEATURE_POISON != 0;
-            match (memory.external, markers) {
-                (true, _) => {} // vCPUs are told; what others see there is the VMM's affair
-                (false, true) => drop(mark_all(memory, hva, len, block.page)?),
-                (false, false) => protect(hva, len, false)?,
-            }
-            if let Some(alias) = block.alias_of(run.start).filter(|_| markers) {
-                mark_all(memory, alias, len, block.page)?;
-            }
+            show_lost(memory, block, &run)?;
             run.clone().for_each(|page| WAITS.wake(block.hva_of(page)));
             wake(memory, block, &run)?;
         }
     }
     Ok(lost)
+}
+
+/// Somebody has come to a page that is LOST, and was not told so: it isn't shown any more, as the VMM has dropped it by itself (MADV_DONTNEED).
+pub fn show_lost_again(memory: &Memory, block: &Block, page: u64) -> Result<()> {
+    let _pass = memory.gates.discard(block.gate_of(page));
+    match block.pages.get(page) {
+        State::Lost => show_lost(memory, block, &(page..page + 1)),
+        _ => Ok(()),
+    }
+}
+
+fn show_lost(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
+    let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
+    let markers = memory.uffd.features() & FEATURE_POISON != 0;
+    match (memory.external, markers) {
+        (true, _) => {} // vCPUs are told; what others see there is the VMM's affair
+        (false, true) => mark_empty(memory, hva, len, block.page)?,
+        (false, false) => protect(hva, len, false)?,
+    }
+    match block.alias_of(run.start) {
+        Some(alias) if markers => mark_empty(memory, alias, len, block.page),
+        _ => Ok(()),
+    }
 }
 
 /// Puts markers on all absent pages of a block, in the mapping that KVM uses. Pages that arrive meanwhile are left alone.
@@ -153,25 +180,43 @@ pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
     block.set_released(false);
     thread::in_parallel(0..block.pages.len().div_ceil(GATE_PAGES), MARKED_ALONE, |groups| {
         let pages = groups.start * GATE_PAGES..(groups.end * GATE_PAGES).min(block.pages.len());
-        gate_groups(pages).try_for_each(|group| mark_group(memory, block, group))
+        gate_groups(pages).try_for_each(|group| {
+            let _pass = memory.gates.discard(block.gate_of(group.start));
+            mark_missing(memory, block, group)
+        })
     })
 }
 
-fn mark_group(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
-    let _pass = memory.gates.discard(block.gate_of(group.start));
-    for run in runs(group, |page| block.pages.get(page) != State::Present) {
-        let mut patience = Patience::default();
-        let mut page = run.start;
-        while page < run.end {
-            let at = block.kvm_hva_of(page);
-            match memory.uffd.poison(at, (run.end - page) * block.page, block.page)? {
-                Step::Done(bytes) => page += bytes / block.page,
-                Step::Exists => page += 1,
-                Step::Again => patience.wait()?,
-            }
-        }
+/// Puts markers on the absent pages of one gate, in a pass for discards.
+fn mark_missing(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
+    let mut missing = runs(group, |page| block.pages.get(page) != State::Present);
+    missing.try_for_each(|run| {
+        let len = (run.end - run.start) * block.page;
+        mark_empty(memory, block.kvm_hva_of(run.start), len, block.page)
+    })
+}
+
+/// Puts markers where nothing is.
+fn mark_empty(memory: &Memory, at: u64, len: u64, page: u64) -> Result<()> {
+    let mut done = 0;
+    while done < len {
+        done += mark_until(memory, at + done, len - done, page)? + page;
     }
     Ok(())
+}
+
+/// Puts markers up to the first page where something is; to how many bytes.
+fn mark_until(memory: &Memory, at: u64, len: u64, page: u64) -> Result<u64> {
+    let mut patience = Patience::default();
+    let mut done = 0;
+    while done < len {
+        match memory.uffd.poison(at + done, len - done, page)? {
+            Step::Done(bytes) => done += bytes,
+            Step::Exists => break,
+            Step::Again => patience.wait()?,
+        }
+    }
+    Ok(done)
 }
 
 /// Takes the markers away again: vCPUs' faults then go the classic way. LOST pages keep theirs.
@@ -179,8 +224,7 @@ pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
     for group in gate_groups(0..block.pages.len()) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
         for run in runs(group, |page| matches!(block.pages.get(page), State::Absent | State::Resolving)) {
-            let at = block.kvm_hva_of(run.start);
-            advise(at, (run.end - run.start) * block.page, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
+            empty(block, block.kvm_hva_of(run.start), (run.end - run.start) * block.page)?;
         }
     }
     block.marked.store(false, Ordering::SeqCst);
@@ -209,8 +253,7 @@ pub fn release(memory: &Memory, block: &Block) -> Result<()> {
     close(memory, block)?;
     block.marked.store(false, Ordering::SeqCst);
     for run in block.take_deferred_runs(0..block.pages.len()) {
-        let at = alias.address() + run.start * block.page;
-        advise(at, (run.end - run.start) * block.page, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
+        empty(block, block.kvm_hva_of(run.start), (run.end - run.start) * block.page)?;
     }
     memory.uffd.unregister(alias.address(), block.len)
 }

@@ -352,7 +352,7 @@ fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::uffd::Uffd;
+    use crate::kernel::uffd::{Mode, Uffd};
     use crate::memory::block::Shape;
     use crate::memory::discard;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
@@ -361,7 +361,7 @@ mod tests {
     fn memory_and_block(pages: u64) -> Result<(Memory, Mapping, Block)> {
         let memory = Memory::new(Uffd::open()?, false);
         let ram = Mapping::anonymous(pages * PAGE).unwrap();
-        memory.uffd.register(ram.address(), pages * PAGE, false).unwrap();
+        memory.uffd.register(ram.address(), pages * PAGE, Mode::default()).unwrap();
         let shape = Shape { hva: ram.address(), len: pages * PAGE, page: PAGE, kind: Kind::Anon, mechanism: 0 };
         let block = Block::new(shape, None, false, false).unwrap();
         Ok((memory, ram, block))
@@ -409,7 +409,7 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         file.set_len(2 * PAGE).unwrap();
         let ram = Mapping::shared(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 2 * PAGE, true).unwrap();
-        memory.uffd.register(ram.address(), 2 * PAGE, false).unwrap();
+        memory.uffd.register(ram.address(), 2 * PAGE, Mode::default()).unwrap();
         let shape = Shape { hva: ram.address(), len: 2 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
         let shared = Block::new(shape, None, false, false).unwrap();
         let bytes = Mapping::anonymous(PAGE).unwrap();

@@ -11,7 +11,7 @@ pub mod slots;
 pub mod wait;
 
 use crate::error::Result;
-use crate::kernel::uffd::{Registration, Uffd};
+use crate::kernel::uffd::{Mode, Registration, Uffd};
 use crate::stats::Shards;
 use arc_swap::{ArcSwap, Guard};
 use block::Block;
@@ -41,10 +41,10 @@ impl Memory {
     }
 
     /// Registers the VMM's mapping of a new block, for as long as the registration is kept; nothing where that is the VMM's own affair.
-    pub fn try_register(&self, hva: u64, len: u64, minor: bool) -> Result<Option<Registration<'_>>> {
+    pub fn try_register(&self, hva: u64, len: u64, mode: Mode) -> Result<Option<Registration<'_>>> {
         match self.external {
             true => Ok(None),
-            false => self.uffd.try_register(hva, len, minor).map(Some),
+            false => self.uffd.try_register(hva, len, mode).map(Some),
         }
     }
 

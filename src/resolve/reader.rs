@@ -112,7 +112,8 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
     let failed = match outcome {
         Ok(Outcome::WasPresent) => map(engine, &block, page, message.hva).err(),
         Ok(Outcome::Lost) => {
-            // Markers have told it already where the kernel has them.
+            let _ = discard::show_lost_again(&engine.memory, &block, page);
+            // Markers tell it where the kernel has them.
             if engine.memory.uffd.features() & FEATURE_POISON == 0 {
                 if let Some(seat) = &seat {
                     seat.tell(turn, News::Lost(hva));
