@@ -8,10 +8,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/userfaultfd.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 static atomic_uint finalized;
@@ -109,6 +111,25 @@ static void wrong_descriptors(void)
 		refuse(&options, cases[i].error, cases[i].words);
 		subject_unharmed(&s);
 	}
+	subject_destroy(&s);
+}
+
+/* One that is set up already, in a way that doesn't go with the library. */
+static void unfit_userfaultfd(void)
+{
+	struct subject s;
+	static const uint64_t unfit[] = { UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_EVENT_UNMAP,
+					  UFFD_FEATURE_SIGBUS };
+	subject_create(&s);
+	for (size_t i = 0; i < sizeof(unfit) / sizeof(*unfit); i++) {
+		struct kvmfault_vm_options options = good(&s);
+		struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_MISSING_SHMEM | unfit[i] };
+		options.uffd = SYS(syscall(SYS_userfaultfd, O_CLOEXEC));
+		SYS(ioctl(options.uffd, UFFDIO_API, &api));
+		refuse(&options, EINVAL, "uffd");
+		SYS(close(options.uffd));
+	}
+	subject_unharmed(&s);
 	subject_destroy(&s);
 }
 
@@ -329,6 +350,7 @@ static void descriptors_are_duplicated(void)
 static const struct test_case cases[] = {
 	{ "null-arguments", null_arguments, false },
 	{ "wrong-descriptors", wrong_descriptors, false },
+	{ "unfit-userfaultfd", unfit_userfaultfd, false },
 	{ "wrong-numbers", wrong_numbers, false },
 	{ "wrong-abi", wrong_abi, false },
 	{ "forced-mechanism", forced_mechanism, false },

@@ -474,8 +474,9 @@ struct kvmfault_vm_options {
   int mechanism;
   /*
    * A userfaultfd that a more privileged process opened, or -1: the library opens one. Its
-   * UFFDIO_API may have been done or not. O_NONBLOCK is set on it. From a fork or another process
-   * it can't work: it serves the memory of its creator.
+   * UFFDIO_API may have been done (without events, and without UFFD_FEATURE_SIGBUS) or not.
+   * O_NONBLOCK is set on it. From a fork or another process it can't work: it serves the memory of
+   * its creator.
    */
   int uffd;
   /*

@@ -16,6 +16,8 @@ pub const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 pub const FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
 /// UFFD_FEATURE_THREAD_ID, Linux 4.14.
 pub const FEATURE_THREAD_ID: u64 = 1 << 8;
+/// Events: whoever changes the memory waits until one is read, which a reader may have to wait for; and SIGBUS, with which nothing is ever read.
+const UNFIT: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 7;
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
 
@@ -155,8 +157,8 @@ impl Uffd {
         Uffd::handshake(uffd)
     }
 
-    /// UFFDIO_API. Where all wishes are refused it was done before, with features that can't be asked for; then POISON and
-    /// minor faults are tried or assumed, and thread ids are not.
+    /// UFFDIO_API. Where all wishes are refused it was done before. What was asked for then /proc tells; POISON and minor faults need no asking, and
+    /// are tried or assumed.
     fn handshake(uffd: userfaultfd::Uffd) -> Result<Uffd> {
         for wish in WISHES {
             let mut api = [UFFD_API, wish, 0];
@@ -164,7 +166,14 @@ impl Uffd {
                 return Ok(Uffd { uffd, features: wish });
             }
         }
-        let adopted = Uffd { uffd, features: WISHES[0] & !FEATURE_THREAD_ID };
+        let asked = features_of(uffd.as_raw_fd()).unwrap_or(0);
+        if asked & UNFIT != 0 {
+            return Err(Error::new(
+                libc::EINVAL,
+                format!("uffd: its UFFDIO_API was done with features {asked:#x}; those of {UNFIT:#x} (events, SIGBUS) don't go with the library"),
+            ));
+        }
+        let adopted = Uffd { uffd, features: WISHES[0] & (!FEATURE_THREAD_ID | asked) };
         let features = if adopted.can_poison() { adopted.features } else { adopted.features & !FEATURE_POISON };
         Ok(Uffd { features, ..adopted })
     }
@@ -255,7 +264,7 @@ impl Uffd {
                 minor: kind == FaultKind::Minor,
                 thread: (self.features & FEATURE_THREAD_ID != 0).then(|| thread_id.as_raw()),
             })),
-            // Events (fork, remap, remove, unmap) come only to those who asked: an adopted userfaultfd's first owner may have.
+            // Events (fork, remap, remove, unmap) come only to those who asked.
             Ok(_) => Ok(None),
             Err(e) => Err(from_crate("reading the userfaultfd", e)),
         }
@@ -266,6 +275,13 @@ impl AsRawFd for Uffd {
     fn as_raw_fd(&self) -> RawFd {
         self.uffd.as_raw_fd()
     }
+}
+
+/// The features that UFFDIO_API was done with, as /proc tells: "API:", the version, and these (userfaultfd_show_fdinfo in fs/userfaultfd.c).
+fn features_of(fd: RawFd) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("API:"))?;
+    u64::from_str_radix(line.trim().split(':').nth(1)?, 16).ok()
 }
 
 fn ioctl<const N: usize>(uffd: &userfaultfd::Uffd, request: u64, arg: &mut [u64; N]) -> std::io::Result<()> {
