@@ -376,9 +376,9 @@ impl Vm {
         for (n, block) in blocks.iter().enumerate() {
             discard::close(memory, block).inspect_err(|_| blocks[..n].iter().for_each(|b| b.set_released(false)))?;
         }
-        for slot in slots.iter().filter(|s| blocks.iter().any(|b| Arc::ptr_eq(b, &s.block))) {
-            self.switch(slot.region.slot, false)?;
-        }
+        let mut released = slots.iter().filter(|s| blocks.iter().any(|b| Arc::ptr_eq(b, &s.block)));
+        let switched = released.try_for_each(|slot| self.switch(slot.region.slot, false));
+        switched.inspect_err(|_| blocks.iter().for_each(|b| b.set_released(false)))?;
         blocks.iter().for_each(|block| memory.unregister(block));
         Ok(blocks)
     }
