@@ -622,7 +622,10 @@ struct kvmfault_region {
    */
   uint64_t memory_size;
   /*
-   * The address to give to KVM: the memslot's `hva`, or the library's private alias of it.
+   * The address to give to KVM: the memslot's `hva`, or the library's private alias of it. The
+   * alias is a mapping for itself: what the VMM does to its own (mprotect, a userfaultfd's write
+   * protection) doesn't stop vCPUs there, also when nothing is absent any more. A VMM that needs
+   * that deletes the slot, and sets it with its own address without the library.
    */
   uint64_t userspace_addr;
   /*

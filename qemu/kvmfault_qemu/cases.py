@@ -147,6 +147,24 @@ def onward(run):
         run.row["verified"] = True
 
 
+def snapshot(run):
+    """A background snapshot of what has come by post-copy: the guest goes on, and what it writes meanwhile isn't in it."""
+    with run.migration() as m:
+        up_to_switch(m)
+        finish(run, m)
+        m.source.end()  # its memory is needed
+        file = run.setting.sockets / "snapshot"
+        m.snapshot(m.destination, file)
+        run.row.update(completed=False, verified=False)
+        m.verify(m.destination)
+        third = m.start("third", incoming=True)
+        third.execute("migrate-incoming", uri=f"file:{file}")
+        m.until_status(third, "completed")
+        run.row["completed"] = True
+        m.verify(third)
+        run.row["verified"] = True
+
+
 def precopy(run):
     with run.migration(postcopy=False) as m:
         m.start_source()
@@ -209,6 +227,7 @@ CASES = {
     "cancel": cancel,
     "dirty-log": dirty_log,
     "onward": onward,
+    "snapshot": snapshot,
     "precopy": precopy,
     "stop-cont": stop_cont,
     "private": private,

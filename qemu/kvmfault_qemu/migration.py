@@ -120,6 +120,15 @@ class Migration:
         self.destination.execute("migrate-recover", uri=f"unix:{address}")
         self.source.execute("migrate", uri=f"unix:{address}", resume=True)
 
+    def snapshot(self, process, file):
+        """The guest runs on, for some seconds, while the file is written."""
+        states = {name: False for name in ("postcopy-ram", "postcopy-preempt", "postcopy-blocktime")} | {"background-snapshot": True}
+        process.execute("migrate-set-capabilities",
+                        capabilities=[{"capability": name, "state": state} for name, state in states.items()])
+        process.execute("migrate-set-parameters", max_bandwidth=self.bandwidth)
+        process.execute("migrate", uri=f"file:{file}")
+        self.until_status(process, "completed")
+
     def sent(self, part):
         """Until that part of memory has gone over in the first phase."""
         def reached():

@@ -297,7 +297,9 @@ pub struct kvmfault_region {
     pub guest_phys_addr: u64,
     /// As in the memslot; 0 deletes.
     pub memory_size: u64,
-    /// The address to give to KVM: the memslot's `hva`, or the library's private alias of it.
+    /// The address to give to KVM: the memslot's `hva`, or the library's private alias of it. The alias is a mapping for itself: what the VMM
+    /// does to its own (mprotect, a userfaultfd's write protection) doesn't stop vCPUs there, also when nothing is absent any more.
+    /// A VMM that needs that deletes the slot, and sets it with its own address without the library.
     pub userspace_addr: u64,
     /// For the KVM Userfault ABI: goes to the field of that name; otherwise 0.
     pub userfault_bitmap: u64,
