@@ -551,7 +551,8 @@ struct kvmfault_memslot {
   /*
    * The memory in this process: mapped, readable and writable, of one kind throughout, in one
    * mapping or several side by side. It must stay mapped, and must not be mapped over, until the
-   * slot is deleted.
+   * slot is deleted. Absent pages are kept from this process only: another one that maps the memory
+   * (a vhost-user backend) reads zeros there, and what it writes is lost when the page comes.
    */
   void *hva;
   /*

@@ -257,7 +257,8 @@ pub struct kvmfault_memslot {
     /// Length in bytes, a multiple of the memory's page size. 0 deletes the slot.
     pub len: u64,
     /// The memory in this process: mapped, readable and writable, of one kind throughout, in one mapping or several side by side. It must
-    /// stay mapped, and must not be mapped over, until the slot is deleted.
+    /// stay mapped, and must not be mapped over, until the slot is deleted. Absent pages are kept from this process only: another one that
+    /// maps the memory (a vhost-user backend) reads zeros there, and what it writes is lost when the page comes.
     pub hva: *mut c_void,
     /// NULL, or the start of the larger block of host memory (QEMU's RAMBlock) that the slot is a window of. Page states
     /// belong to the block: slots that overlap in host memory must name the same block (the same `hva` and `len` is the
