@@ -107,6 +107,21 @@ static void restored(void)
 	}
 }
 
+/* A page of theirs that is lost keeps nobody from running. */
+static void lost_area(void)
+{
+	struct scene s;
+	bool taken[AREAS];
+	scene_create(&s, MEMFD, PAGES * PAGE, 0, 0);
+	struct vcpu *v = scene_add_vcpu(&s, 3);
+	for (int i = 0; i < AREAS; i++)
+		OK(kvmfault_pages_lost(s.m.library, RAM_GPA + areas[i].page * PAGE, PAGE));
+	restore(v, taken); /* which may touch some */
+	scene_visit(&s, v, 0, 8, READ_FIRST);
+	vcpu_detach(v);
+	scene_destroy(&s);
+}
+
 /* The same for a VMM that calls KVM_RUN itself. */
 static void restored_own_loop(void)
 {
@@ -131,6 +146,31 @@ static void restored_own_loop(void)
 	} while (ret == KVMFAULT_HANDLED || ret == KVMFAULT_INTERRUPTED);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
 	check_areas(&s, taken, trap);
+	vcpu_detach(v);
+	scene_destroy(&s);
+}
+
+/*
+ * System management mode: KVM saves the registers at the vCPU's SMBASE, and reads them from there, in address space 1. The handler is the one
+ * instruction that ends it.
+ */
+static void management_mode(void)
+{
+	enum { HANDLER = 8, SAVED = 15, SMBASE_MSR = 0x9e }; /* pages: SMBASE + 0x8000, and + 0xfe00 */
+	struct scene s;
+	uint8_t code[PAGE] = { 0x0f, 0xaa }, before[PAGE]; /* rsm */
+	scene_create(&s, MEMFD, PAGES * PAGE, 0, 0);
+	struct vcpu *v = scene_add_vcpu(&s, 3);
+	if (ioctl(s.m.vm, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM) <= 0 || !set_msr(v, SMBASE_MSR, RAM_GPA))
+		skip("this KVM has no system management mode");
+	machine_set_slot(&s.m, &s.ram, 1u << 16 | RAM_SLOT, RAM_GPA);
+	OK(kvmfault_pages_install(s.m.library, RAM_GPA + HANDLER * PAGE, code, PAGE));
+	SYS(ioctl(v->fd, KVM_SMI));
+	scene_visit(&s, v, 0, HANDLER, READ_FIRST);
+	UNTIL(is_present(&s, SAVED));
+	pattern_fill(&s.source.pattern, SAVED, before);
+	CHECK(!memcmp(s.ram.hva + SAVED * PAGE, before, 0xe00), "what is beside the registers has changed");
+	CHECK(memcmp(s.ram.hva + SAVED * PAGE + 0xe00, before + 0xe00, 0x200), "KVM has saved nothing");
 	vcpu_detach(v);
 	scene_destroy(&s);
 }
@@ -227,6 +267,8 @@ static void check_guest(void)
 static const struct test_case cases[] = {
 	{ "restored", restored, true },
 	{ "restored-own-loop", restored_own_loop, true },
+	{ "lost-area", lost_area, true },
+	{ "management-mode", management_mode, true },
 	{ "check-guest", check_guest, true },
 };
 TEST_MAIN(cases)

@@ -254,11 +254,14 @@ impl Vcpu {
         }
         if !own.prepared {
             let slots = self.vm.engine.memory.slots();
-            let would_fail = |gpa: u64| slots.at(0, gpa).is_some_and(|s| s.block.is_marked());
-            let bytes = kvm_itself::areas(&self.fd).flat_map(|area| [area.start, area.end - 1]); // two pages at most
-            for byte in bytes.filter(|&byte| would_fail(byte)) {
-                match self.bring_range(own, 0, byte, byte + 1)? {
-                    Exit::Handled => {}
+            let would_fail = |space, gpa: u64| slots.at(space, gpa).is_some_and(|s| s.block.is_marked());
+            // Each is in two pages at most.
+            let bytes =
+                kvm_itself::areas(&self.fd).flat_map(|(space, area)| [(space, area.start), (space, area.end - 1)]);
+            for (space, byte) in bytes.filter(|&(space, byte)| would_fail(space, byte)) {
+                match self.bring_range(own, space, byte, byte + 1)? {
+                    // One that is lost the guest meets by itself, if it wants it.
+                    Exit::Handled | Exit::MemoryError => {}
                     other => return Ok(other),
                 }
             }

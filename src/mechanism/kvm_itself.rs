@@ -21,12 +21,22 @@ const AREAS: [Area; 4] = [
     Area { msr: 0x4b56_4d04, align: 4, len: 4 },  // MSR_KVM_PV_EOI_EN
 ];
 
-/// The areas of this vCPU in guest physical memory, as its MSRs say now.
-pub fn areas(vcpu: &Descriptor) -> impl Iterator<Item = Range<u64>> + '_ {
-    AREAS.iter().filter_map(|area| {
+/// System management mode: where KVM saves the registers, from the vCPU's SMBASE on (IA32_SMBASE), in address space 1. If it can't, it declares the
+/// VM dead (enter_smm in arch/x86/kvm/smm.c).
+const SMBASE: u32 = 0x9e;
+const SAVED: Range<u64> = 0xfe00..0x1_0000;
+/// SMBASE after a reset.
+const FIRST_SMBASE: u64 = 0x3_0000;
+
+/// The areas of this vCPU, as its MSRs say now: address space, and where in guest physical memory.
+pub fn areas(vcpu: &Descriptor) -> impl Iterator<Item = (u32, Range<u64>)> + '_ {
+    let shared = AREAS.iter().filter_map(|area| {
         let start = vcpu.msr(area.msr).filter(|value| value & 1 != 0)? & !(area.align - 1);
-        Some(start..start.checked_add(area.len)?)
-    })
+        Some((0, start..start.checked_add(area.len)?))
+    });
+    // A guest that is reset finds the first one again.
+    let saved = vcpu.msr(SMBASE).into_iter().flat_map(|smbase| [smbase, FIRST_SMBASE]);
+    shared.chain(saved.filter_map(|smbase| Some((1, smbase.checked_add(SAVED.start)?..smbase.checked_add(SAVED.end)?))))
 }
 
 /// Does the hardware walk the guest's page tables? What the module parameters of kvm_intel and kvm_amd say; other KVMs (pvm) shadow.
