@@ -197,16 +197,6 @@ static void shown(void)
 	ram_destroy(&ram);
 }
 
-/* The file by a mapping of the test's own, at a multiple of 2 MiB: as another process has it. */
-static uint8_t *map_again(const struct ram *ram)
-{
-	uint8_t *room = mmap(NULL, ram->len + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	CHECK(room != MAP_FAILED, "mmap: %s", strerror(errno));
-	uint8_t *start = (uint8_t *)round_up((uintptr_t)room, HUGE_PAGE);
-	CHECK(mmap(start, ram->len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, ram->fd, 0) != MAP_FAILED, "mmap: %s", strerror(errno));
-	return start;
-}
-
 /* What is written to the file of absent pages, by another mapping and bit by bit, the guest sees when the resolver says so and not before. */
 static void written(enum backing backing)
 {
@@ -216,7 +206,7 @@ static void written(enum backing backing)
 	struct vcpu *v = scene_add_vcpu(&s, 3);
 	for (int round = 0; round < 2; round++) {
 		unsigned long here = s.here, elsewhere = s.elsewhere;
-		memset(map_again(&s.ram), STALE, s.ram.len);
+		memset(ram_map_again(&s.ram), STALE, s.ram.len);
 		scene_visit(&s, v, 0, s.pages, READ_FIRST);
 		EQUAL("resolver calls", s.here - here + s.elsewhere - elsewhere, units);
 		if (test_mechanism() != KVMFAULT_MECHANISM_USERFAULTFD)
@@ -246,7 +236,7 @@ static void collapsed(void)
 	struct vcpu *v = scene_add_vcpu(&s, 3);
 	scene_visit(&s, v, 0, 1, READ_FIRST);
 	OK(kvmfault_pages_lost(s.m.library, RAM_GPA + PAGE, PAGE));
-	uint8_t *again = map_again(&s.ram);
+	uint8_t *again = ram_map_again(&s.ram);
 	for (uint64_t page = 1; page < s.pages; page++)
 		memset(again + page * PAGE, STALE, PAGE); /* no holes */
 	if (madvise(again, HUGE_PAGE, 25 /* MADV_COLLAPSE */) != 0)

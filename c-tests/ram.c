@@ -97,6 +97,13 @@ void ram_destroy(struct ram *ram)
 		close(ram->fd);
 }
 
+uint8_t *ram_map_again(const struct ram *ram)
+{
+	uint8_t *mapped = map_shared(ram->fd, ram->len);
+	CHECK(mapped != MAP_FAILED, "mmap: %s", strerror(errno));
+	return mapped;
+}
+
 /* ---- what is in it ---- */
 
 static bool is_zero(const struct pattern *p, uint64_t page)

@@ -29,6 +29,8 @@ const char *backing_name(enum backing backing);
 /* Skips the case if there are no huge pages and none can be had. */
 void ram_create(struct ram *ram, enum backing backing, uint64_t len);
 void ram_destroy(struct ram *ram);
+/* All of its file by another mapping, as another process has it; at a multiple of 2 MiB. Not for ANON. */
+uint8_t *ram_map_again(const struct ram *ram);
 
 /* ---- what is in it ---- */
 

@@ -1258,14 +1258,14 @@ void kvmfault_vcpu_free(struct kvmfault_vcpu *vcpu);
  * from callbacks.
  *
  * With `poison-trap`, what KVM itself writes for a guest fails quietly on an absent page. So the
- * areas of kvmclock, steal time, PV EOI and async page faults are brought before the first KVM_RUN,
- * as the vCPU's MSRs are then. (Those that a guest sets up later it has written to.) So are the
- * guest's page tables for what RSI and RDI point to, then and after each exit to a device: for the
- * memory of a string instruction (INS, OUTS, MOVS) KVM walks them itself, and takes an absent one
- * for a page that the guest hasn't mapped. Not known in time is what the first word of an OUTS
- * needs that the guest hasn't touched before. The registers must be set before the first call; in
- * PAE mode the first table is read anew then if it was absent (KVM_SET_SREGS reads it, and says
- * nothing).
+ * areas of kvmclock, steal time, PV EOI and async page faults, and where system management mode
+ * saves the registers, are brought before the first KVM_RUN, as the vCPU's MSRs are then. (Those
+ * that a guest sets up later it has written to.) So are the guest's page tables for what RSI and
+ * RDI point to, then and after each exit to a device: for the memory of a string instruction (INS,
+ * OUTS, MOVS) KVM walks them itself, and takes an absent one for a page that the guest hasn't
+ * mapped. Not known in time is what the first word of an OUTS needs that the guest hasn't touched
+ * before. The registers must be set before the first call; in PAE mode the first table is read anew
+ * then if it was absent (KVM_SET_SREGS reads it, and says nothing).
  *
  * A vCPU left with INTERRUPTED in the middle of an access that KVM emulates finishes it in the next
  * call; before its state is saved (or migrated), do as KVM's documentation says for KVM_EXIT_MMIO:

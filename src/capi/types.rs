@@ -214,7 +214,8 @@ pub struct kvmfault_vm_options {
     /// -EOPNOTSUPP, and the reason in `kvmfault_last_error`, where it can't work.
     pub mechanism: c_int,
     /// A userfaultfd that a more privileged process opened, or -1: the library opens one. Its UFFDIO_API may have been done
-    /// (without events, and without UFFD_FEATURE_SIGBUS) or not. O_NONBLOCK is set on it. From a fork or another process it can't work: it serves the memory of its creator.
+    /// (without events, and without UFFD_FEATURE_SIGBUS) or not. O_NONBLOCK is set on it. From a fork or another process it can't
+    /// work: it serves the memory of its creator.
     pub uffd: c_int,
     /// NULL, or the name of an ABI of the memslot flag ("v2", "v3", "v4", "v7", "userfault-v3") to use without asking
     /// KVM_CHECK_EXTENSION, for a kernel with numbers of its own. It is still proven in a scratch VM:

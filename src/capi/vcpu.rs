@@ -82,7 +82,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_free(vcpu: *mut kvmfault_vcpu) {
 /// vCPU's thread; not from callbacks.
 ///
 /// With `poison-trap`, what KVM itself writes for a guest fails quietly on an absent page. So the areas of kvmclock, steal time, PV EOI and async
-/// page faults are brought before the first KVM_RUN, as the vCPU's MSRs are then. (Those that a guest sets up later it has written to.)
+/// page faults, and where system management mode saves the registers, are brought before the first KVM_RUN, as the vCPU's MSRs are then. (Those that a guest sets up later it has written to.)
 /// So are the guest's page tables for what RSI and RDI point to, then and after each exit to a device: for the memory of a string instruction
 /// (INS, OUTS, MOVS) KVM walks them itself, and takes an absent one for a page that the guest hasn't mapped. Not known in time is
 /// what the first word of an OUTS needs that the guest hasn't touched before. The registers must be set before the first call; in PAE

@@ -1,18 +1,16 @@
 //! A second mapping of shared memory, made of the same pieces as the first: to the VMM a block is one, to the kernel it may be several files side by
 //! side, or one mapping that was cut (madvise, mbind and mlock do that to parts).
 
-use super::mem::{mappings, Kind, Mapping, MapsLine};
+use super::mem::{mappings, Kind, Mapping, MapsLine, HUGE_PAGE};
 use crate::error::{fail, Error, Result};
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 
-/// Of transparent huge pages. A mapping that begins elsewhere in such a unit than its file does can't have them, and nor can the guest.
-const HUGE_PAGE: u64 = 2 << 20;
-
 /// Maps the memory at `hva` a second time. `file` is the file that it is a mapping of, and where it begins there: used for hugetlb only, which can't be
 /// duplicated without; if it isn't given, /proc/self/map_files is tried, which needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
 pub fn duplicate(hva: u64, len: u64, page: u64, kind: Kind, file: Option<(RawFd, u64)>) -> Result<Mapping> {
+    // A mapping that begins elsewhere in a huge page than its file does can't have such, and nor can the guest.
     let mut alias = Mapping::room(len, hva, HUGE_PAGE.max(page))?;
     for map in mappings(hva, len)? {
         let (start, end) = (map.start.max(hva), map.end.min(hva + len));
@@ -54,20 +52,13 @@ fn check_file(map: &MapsLine, hva: u64, fd: RawFd, offset: u64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::file::tests;
     use super::super::mem::{inspect, read, write, PAGE};
     use super::*;
 
-    fn shared_file(name: &str, pages: u64) -> File {
-        let path = format!("/dev/shm/kvmfault-{}-{name}", std::process::id());
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        file.set_len(pages * PAGE).unwrap();
-        file
-    }
-
     #[test]
     fn a_duplicate_shows_the_same_memory() {
-        let [one, two] = ["one", "two"].map(|name| shared_file(name, 8));
+        let [one, two] = [8, 8].map(|pages| tests::shared(pages * PAGE));
         // The second file, the first from its fourth page on, and the first from its beginning: they don't merge.
         let mut memory = Mapping::room(9 * PAGE, PAGE, HUGE_PAGE).unwrap();
         for (n, (file, offset)) in [(&two, 0), (&one, 4 * PAGE), (&one, 0)].into_iter().enumerate() {

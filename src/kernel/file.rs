@@ -32,3 +32,20 @@ pub fn seek(file: &File, from: u64, whence: i32) -> Result<Option<u64>> {
         },
     }
 }
+
+/// For tests everywhere.
+#[cfg(test)]
+pub mod tests {
+    use std::fs::File;
+    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+    /// A file in tmpfs that nobody else knows.
+    pub fn shared(len: u64) -> File {
+        static LAST: AtomicU32 = AtomicU32::new(0);
+        let path = format!("/dev/shm/kvmfault-test-{}-{}", std::process::id(), LAST.fetch_add(1, Relaxed));
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file.set_len(len).unwrap();
+        file
+    }
+}

@@ -8,6 +8,8 @@ use std::sync::atomic::AtomicU64;
 
 /// The base page size of x86-64.
 pub const PAGE: u64 = 4096;
+/// Of transparent huge pages.
+pub const HUGE_PAGE: u64 = 2 << 20;
 /// Where a process's addresses end, unless it asks for more.
 pub const ADDRESSES: u64 = 1 << 47;
 

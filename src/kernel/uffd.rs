@@ -197,8 +197,11 @@ impl Uffd {
         let register = |mode| self.uffd.register_with_mode(hva as *mut _, len as usize, mode).map(drop);
         let faults = if mode.minor { RegisterMode::MISSING | RegisterMode::MINOR } else { RegisterMode::MISSING };
         let registered = match mode.keeps_tables {
-            // A kernel without write protection of shared memory (CONFIG_PTE_MARKER_UFFD_WP) refuses; then it must do without.
-            true => register(faults | RegisterMode::WRITE_PROTECT).or_else(|_| register(faults)),
+            true => match register(faults | RegisterMode::WRITE_PROTECT) {
+                // The kernel has no write protection of shared memory (CONFIG_PTE_MARKER_UFFD_WP): then it must do without.
+                Err(userfaultfd::Error::SystemError(e)) if e as i32 == libc::EINVAL => register(faults),
+                registered => registered,
+            },
             false => register(faults),
         };
         registered.map_err(|e| match from_crate("hva: UFFDIO_REGISTER", e) {

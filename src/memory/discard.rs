@@ -77,7 +77,11 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -
     advise(hva, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
     match block.kind {
         // What MADV_DONTNEED took away before was the marker of a LOST page.
-        Kind::Shared | Kind::HugetlbShared => remove(memory, block, run.clone()),
+        Kind::Shared | Kind::HugetlbShared => {
+            remove(block, run)?;
+            *gone = true;
+            mark_removed(memory, block, run)
+        }
         Kind::Anon | Kind::HugetlbPrivate => {
             *gone = true;
             if block.is_marked() {
@@ -91,18 +95,25 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -
 /// Drops whatever is in the place of a page that isn't PRESENT, in a pass for discards. What KVM sees there stays as it is: absent.
 pub fn clear(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     match block.kind {
-        Kind::Shared | Kind::HugetlbShared => remove(memory, block, page..page + 1),
+        Kind::Shared | Kind::HugetlbShared => {
+            let run = page..page + 1;
+            remove(block, &run)?;
+            mark_removed(memory, block, &run)
+        }
         Kind::Anon | Kind::HugetlbPrivate => rearm(memory, block, block.hva_of(page), block.page),
     }
 }
 
-/// Drops pages from their file, and so from all mappings; markers stay.
-fn remove(memory: &Memory, block: &Block, run: Range<u64>) -> Result<()> {
+/// Drops pages from their file, and so from all mappings.
+fn remove(block: &Block, run: &Range<u64>) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
-    advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)")?;
+    advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)")
+}
+
+/// Puts the alias's markers back where that took them. Before anybody may bring the bytes: without a marker a vCPU would see them come.
+fn mark_removed(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     match block.alias_of(run.start) {
-        // Before anybody may bring the bytes: without a marker a vCPU would see them come.
-        Some(alias) if takes_markers(block) => rearm(memory, block, alias, len),
+        Some(alias) if takes_markers(block) => rearm(memory, block, alias, (run.end - run.start) * block.page),
         _ => Ok(()),
     }
 }

@@ -403,11 +403,8 @@ mod tests {
     #[test]
     fn what_was_discarded_meanwhile_is_not_mapped() {
         let (anon_memory, _ram, anon) = needs!(memory_and_block(2));
-        let (memory, path) =
-            (Memory::new(Uffd::open().unwrap(), false), format!("/dev/shm/kvmfault-{}", std::process::id()));
-        let file = std::fs::File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        file.set_len(2 * PAGE).unwrap();
+        let memory = Memory::new(Uffd::open().unwrap(), false);
+        let file = crate::kernel::file::tests::shared(2 * PAGE);
         let ram = Mapping::shared(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 2 * PAGE, true).unwrap();
         memory.uffd.register(ram.address(), 2 * PAGE, Mode::default()).unwrap();
         let shape = Shape { hva: ram.address(), len: 2 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };

@@ -103,11 +103,7 @@ impl Machine {
 }
 
 fn shared(len: u64) -> Mapping {
-    let path = format!("/dev/shm/kvmfault-test-{}-{:?}", std::process::id(), std::thread::current().id());
-    let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
-    std::fs::remove_file(&path).unwrap();
-    file.set_len(len).unwrap();
-    Mapping::shared(file.as_raw_fd(), 0, len, true).unwrap()
+    Mapping::shared(crate::kernel::file::tests::shared(len).as_raw_fd(), 0, len, true).unwrap()
 }
 
 fn vcpu(vm: &Descriptor, n: u64) -> Descriptor {

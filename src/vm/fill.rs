@@ -15,9 +15,6 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-/// Huge pages of x86.
-const HUGE_PAGE: u64 = 2 << 20;
-
 /// A fill as the VMM asks for it.
 pub struct FillRequest {
     /// 1 to 64; 0 for the usual number.
@@ -135,12 +132,12 @@ fn recover_huge_pages(block: &Block, is_stopped: &dyn Fn() -> bool) {
     if !matches!(block.kind, Kind::Anon | Kind::Shared) {
         return;
     }
-    let (start, end) = (block.hva.next_multiple_of(HUGE_PAGE), block.hva + block.len);
-    for at in (start..end).step_by(HUGE_PAGE as usize).take_while(|at| at + HUGE_PAGE <= end) {
+    let (start, end) = (block.hva.next_multiple_of(mem::HUGE_PAGE), block.hva + block.len);
+    for at in (start..end).step_by(mem::HUGE_PAGE as usize).take_while(|at| at + mem::HUGE_PAGE <= end) {
         if is_stopped() || block.gone.load(std::sync::atomic::Ordering::SeqCst) {
             return;
         }
-        match mem::advise(at, HUGE_PAGE, mem::MADV_COLLAPSE, "madvise(MADV_COLLAPSE)") {
+        match mem::advise(at, mem::HUGE_PAGE, mem::MADV_COLLAPSE, "madvise(MADV_COLLAPSE)") {
             // Not in this kernel (before Linux 6.1), not for this memory, or not wanted.
             Err(e) if e.errno == libc::EINVAL => return,
             // Just this one: pinned, or no huge page free.
