@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import tempfile
 import unittest
+import unittest.mock
 
 from kvmfault_vm import cases, cpio, guestlog, initrd, machine, tier
 
@@ -84,6 +85,20 @@ class Cases(unittest.TestCase):
             ("stock-6.12", "v7", None, "a", 1, 0, 0, None),
             ("stock-6.12", "v7", None, "machine", 0, 1, 0, "the guest kernel warned: W"),
         ])
+
+
+class Fault(unittest.TestCase):
+    def test_whose_fault(self):
+        kernel, ours, theirs = "the guest kernel oopsed: int3", "peer.c:99: the memory is wrong", f"peer.c:77: {tier.SELFTEST_FAILED}: SHUTDOWN"
+        for thread, problem, failed, fault in (
+                ("multi", None, [], None), ("multi", None, [ours], None), ("multi", "no end after 3 s", [theirs], None),
+                ("multi", kernel, [ours], kernel), ("multi", None, [theirs], theirs), ("multi", None, [theirs, ours], None),
+                ("single", kernel, [], None), ("single", None, [theirs], None)):
+            with unittest.mock.patch.dict("os.environ", KVMFAULT_VM_TCG_THREAD=thread):
+                self.assertEqual(tier.not_the_librarys(problem, failed), fault)
+
+    def test_as_the_case_says_it(self):
+        self.assertIn(f'"{tier.SELFTEST_FAILED}: ', (pathlib.Path(__file__).parents[1] / "peer.c").read_text())
 
 
 class Matrix(unittest.TestCase):

@@ -69,6 +69,7 @@ FILTERS = {
 PEER = "peer"
 PEER_ABI = "v7"
 PEER_TRIES = 5
+SELFTEST_FAILED = "the selftest failed"  # as peer.c says it
 
 # Longer than any one case may take (the runner ends it before): a machine that is merely slow says something meanwhile.
 SILENCE = 330
@@ -112,9 +113,15 @@ def boot(name, abi, options, reader):
     return None
 
 
-def is_emulators(problem):
-    """With more than one thread the guest kernel's own troubles (a stray int3, a stalled CPU) are the emulator's fault."""
-    return problem is not None and "guest kernel" in problem and os.environ.get("KVMFAULT_VM_TCG_THREAD") == "multi"
+def not_the_librarys(problem, failed):
+    """With more than one thread the guest kernel's own troubles (a stray int3, a stalled CPU) are the emulator's fault. That the kernel's
+    selftest fails, which knows nothing of the library, was seen once in some 50 runs of the tier (its guest crashed), and not in 1300 runs
+    of it alone. Returns what happened, or None. `failed`: why cases failed."""
+    if os.environ.get("KVMFAULT_VM_TCG_THREAD") != "multi":
+        return None
+    if problem:
+        return problem if "guest kernel" in problem else None
+    return failed[0] if failed and all(SELFTEST_FAILED in reason for reason in failed) else None
 
 
 def rows(name, abi, reader, problem):
@@ -232,9 +239,10 @@ def run_one(name, abi, options):
             print(f"tier: skipped: {error}", flush=True)
             write_json(options.json, [dict(zip(ROW_KEYS, (name, abi, None, "machine", 0, 0, 1, str(error))))])
             return 77
-        if not is_emulators(problem) or n == tries:
+        fault = not_the_librarys(problem, [c.reason for c in reader.cases if c.result == "FAIL"])
+        if not fault or n == tries:
             break
-        print(f"tier: the emulator's fault, try {n} of {tries}: {problem}", flush=True)
+        print(f"tier: not the library's fault, try {n} of {tries}: {fault}", flush=True)
     if problem:
         print(f"tier: FAILED: {problem}", flush=True)
     write_json(options.json, rows(name, abi, reader, problem))
