@@ -152,7 +152,7 @@ static void wrong_numbers(void)
 		options.readahead = *bad;
 		refuse(&options, EINVAL, "readahead");
 	}
-	for (int bit = 2; bit < 64; bit++) {
+	for (int bit = 3; bit < 64; bit++) {
 		struct kvmfault_vm_options options = good(&s);
 		options.flags = 1ull << bit;
 		refuse(&options, EINVAL, "flags");

@@ -278,12 +278,6 @@ struct lazy {
 	uint64_t clock_before, clock_after; /* KVM_GET_CLOCK */
 };
 
-static bool resolve_first(void)
-{
-	/* What KVM reads or writes by itself, and not for an instruction of the guest: see kvmfault_pages_resolve. */
-	return test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP;
-}
-
 static uint64_t get_clock(struct lazy *l)
 {
 	struct kvm_clock_data data;
@@ -302,17 +296,16 @@ static void run_lazily(struct lazy *l, enum kind kind, enum backing backing)
 	l->clock = share_clock(&l->m, &shared);
 	options.resolver = resolve;
 	options.opaque = &l->source;
+	options.flags = KVMFAULT_VM_FILTER_MSRS; /* the guest tells KVM of its areas before it has touched them */
 	machine_attach(&l->m, NULL, &options);
 	machine_set_slot(&l->m, &l->ram, RAM_SLOT, RAM_GPA);
 	l->v = add_vcpu(&l->m, kind, shared);
-	if (resolve_first() && !two_dimensional()) {
+	if (test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP && !two_dimensional()) {
 		OK(kvmfault_pages_resolve(l->m.library, AT(TOP_TABLE), (LOW_DIRECTORY + 1 - TOP_TABLE) * PAGE));
 		OK(kvmfault_pages_resolve(l->m.library, AT(TABLES), RAM_PAGES / 512 * PAGE));
 		/* Where KVM emulates the guest it also reads the tables of segments and interrupts. */
 		OK(kvmfault_pages_resolve(l->m.library, AT(GDT), 2 * PAGE));
 	}
-	if (resolve_first() && kind == TIMER)
-		OK(kvmfault_pages_resolve(l->m.library, AT(CLOCK), 2 * PAGE));
 	vcpu_attach(l->v);
 	l->started = now();
 	l->clock_before = kind == TIMER ? get_clock(l) : 0;

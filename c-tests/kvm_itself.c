@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <time.h>
 
 enum { PAGES = 64 };
 #define VMX (1u << 5) /* in leaf 1, ECX */
@@ -20,14 +21,22 @@ static const struct area {
 	const char *name;
 	uint32_t msr;
 	uint64_t page, offset, len;
+	bool enable;  /* a bit of the MSR */
 	bool written; /* as soon as the vCPU runs */
 } areas[] = {
-	{ "kvmclock", 0x4b564d01, 40, 36, 32, true }, /* aligned to 4 bytes, and no more */
-	{ "async page faults", 0x4b564d02, 43, 64, 64, false },
-	{ "steal time", 0x4b564d03, 45, 128, 64, true },
-	{ "PV EOI", 0x4b564d04, 47, 256, 4, false },
+	{ "kvmclock", 0x4b564d01, 40, 36, 32, true, true }, /* aligned to 4 bytes, and no more */
+	{ "async page faults", 0x4b564d02, 43, 64, 64, true, false },
+	{ "steal time", 0x4b564d03, 45, 128, 64, true, true },
+	{ "PV EOI", 0x4b564d04, 47, 256, 4, true, false },
+	{ "wall clock", 0x4b564d00, 50, PAGE - 4, 12, false, false }, /* written when the MSR is; in two pages */
 };
-enum { AREAS = sizeof(areas) / sizeof(*areas) };
+enum { KVMCLOCK, ASYNC_PF, STEAL_TIME, PV_EOI, WALL_CLOCK, AREAS };
+_Static_assert(AREAS == sizeof(areas) / sizeof(*areas), "one each");
+
+static uint64_t msr_value(const struct area *a)
+{
+	return RAM_GPA + a->page * PAGE + a->offset + a->enable;
+}
 
 static bool set_msr(struct vcpu *v, uint32_t index, uint64_t value)
 {
@@ -42,10 +51,10 @@ static bool set_msr(struct vcpu *v, uint32_t index, uint64_t value)
 static void restore(struct vcpu *v, bool taken[AREAS])
 {
 	for (int i = 0; i < AREAS; i++) {
-		taken[i] = set_msr(v, areas[i].msr, RAM_GPA + areas[i].page * PAGE + areas[i].offset + 1);
+		taken[i] = set_msr(v, areas[i].msr, msr_value(&areas[i]));
 		printf("%s: %s\n", areas[i].name, taken[i] ? "set" : "not here");
 	}
-	if (!taken[0] && !taken[2])
+	if (!taken[KVMCLOCK] && !taken[STEAL_TIME])
 		skip("this KVM has neither kvmclock nor steal time");
 }
 
@@ -141,13 +150,163 @@ static void restored_own_loop(void)
 	do {
 		OK(kvmfault_vcpu_resume(v->handle));
 		if (trap)
-			check_areas(&s, (bool[AREAS]){ 0, taken[1], 0, taken[3] }, true);
+			check_areas(&s, (bool[AREAS]){ [ASYNC_PF] = taken[ASYNC_PF], [PV_EOI] = taken[PV_EOI], [WALL_CLOCK] = taken[WALL_CLOCK] }, true);
 		ret = kvmfault_vcpu_handle_exit(v->handle, ioctl(v->fd, KVM_RUN, 0));
 	} while (ret == KVMFAULT_HANDLED || ret == KVMFAULT_INTERRUPTED);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
 	check_areas(&s, taken, trap);
 	vcpu_detach(v);
 	scene_destroy(&s);
+}
+
+/* ---- areas that a guest names while it runs ---- */
+
+static struct vcpu *later_vcpu;
+static bool kick_at[PAGES]; /* of these pages the first fault gets a kick instead */
+static uint64_t asked_for;  /* the page of the last one that did */
+
+static int bring(struct kvmfault_vm *vm, uint64_t page)
+{
+	uint8_t bytes[PAGE];
+	pattern_fill(&PATTERN, page, bytes);
+	return kvmfault_pages_install(vm, RAM_GPA + page * PAGE, bytes, PAGE);
+}
+
+static int resolve_later(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	uint64_t page = (fault->gpa - RAM_GPA) / PAGE;
+	(void)opaque;
+	if (!kick_at[page])
+		return bring(vm, page);
+	kick_at[page] = false;
+	asked_for = page;
+	kvmfault_vcpu_kick(later_vcpu->handle);
+	return KVMFAULT_PENDING;
+}
+
+/* Which MSRs a guest can set: as the guest will, but from outside, and with no address. */
+static void find_msrs(struct vcpu *v, bool taken[AREAS])
+{
+	for (int i = 0; i < AREAS; i++)
+		taken[i] = set_msr(v, areas[i].msr, 0) && i != ASYNC_PF; /* which wants more than an address */
+	if (!taken[KVMCLOCK] && !taken[STEAL_TIME])
+		skip("this KVM has neither kvmclock nor steal time");
+}
+
+/* Guest code: sets them, and stops. */
+static void put_writes(uint8_t *code, const bool taken[AREAS])
+{
+	for (int i = 0; i < AREAS; i++) {
+		uint32_t value = (uint32_t)msr_value(&areas[i]);
+		if (!taken[i])
+			continue;
+		*code++ = 0xb9; /* mov ecx, imm32 */
+		memcpy(code, &areas[i].msr, 4);
+		code[4] = 0xb8; /* mov eax, imm32 */
+		memcpy(code + 5, &value, 4);
+		memcpy(code + 9, (uint8_t[]){ 0x31, 0xd2, 0x0f, 0x30 }, 4); /* xor edx, edx; wrmsr */
+		code += 13;
+	}
+	memcpy(code, (uint8_t[]){ 0xe7, STOP_PORT, 0xeb, 0xfc }, 4); /* stop: out STOP_PORT, eax; jmp stop */
+}
+
+static void check_wall_clock(const struct ram *ram)
+{
+	struct {
+		uint32_t version, sec, nsec;
+	} clock;
+	memcpy(&clock, ram->hva + areas[WALL_CLOCK].page * PAGE + areas[WALL_CLOCK].offset, sizeof(clock));
+	CHECK(clock.version && clock.version % 2 == 0, "the wall clock has version %u", clock.version);
+	CHECK(clock.sec <= time(NULL) && clock.sec > time(NULL) - 600, "the VM started at %u, and it is %lu", clock.sec, time(NULL));
+}
+
+static int run_once(struct vcpu *v, bool own_loop)
+{
+	return own_loop ? kvmfault_vcpu_handle_exit(v->handle, ioctl(v->fd, KVM_RUN, 0)) : kvmfault_vcpu_run(v->handle);
+}
+
+/* Then the VM has no filter any more: the writes are no exits. */
+static void without_library(struct machine *m, const struct ram *ram, struct vcpu *v, const struct kvm_regs *regs)
+{
+	struct kvmfault_memslot slot = slot_on(ram, RAM_SLOT, RAM_GPA);
+	struct kvm_userspace_memory_region region = {
+		.slot = RAM_SLOT, .guest_phys_addr = RAM_GPA, .memory_size = ram->len, .userspace_addr = (uintptr_t)ram->hva,
+	};
+	uint32_t value;
+	slot.len = 0;
+	OK(kvmfault_memslot_set(m->library, &slot));
+	vcpu_detach(v);
+	kvmfault_vm_free(m->library);
+	m->library = NULL;
+	SYS(ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &region));
+	SYS(ioctl(v->fd, KVM_SET_REGS, regs));
+	SYS(ioctl(v->fd, KVM_RUN, 0));
+	CHECK(vcpu_stopped(v, &value), "%s", vcpu_describe(v, KVMFAULT_PASS));
+}
+
+static void name_later(bool own_loop, bool kicks)
+{
+	enum { CODE = 8 };
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	bool taken[AREAS], trap = test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP;
+	uint8_t code[PAGE] = { 0 }, before[2 * PAGE];
+	struct machine m;
+	struct ram ram;
+	struct kvm_regs regs = { .rip = RAM_GPA + CODE * PAGE, .rflags = 2 };
+	uint32_t value;
+	int ret, interrupted = 0;
+	printf("%s%s\n", own_loop ? "own loop" : "run", kicks ? ", kicks" : "");
+	ram_create(&ram, MEMFD, PAGES * PAGE);
+	machine_create(&m, 0);
+	options.resolver = resolve_later;
+	options.flags = KVMFAULT_VM_FILTER_MSRS;
+	machine_attach(&m, NULL, &options);
+	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
+	struct vcpu *v = later_vcpu = machine_add_vcpu(&m, 0);
+	find_msrs(v, taken);
+	put_writes(code, taken);
+	OK(kvmfault_pages_install(m.library, regs.rip, code, PAGE));
+	SYS(ioctl(v->fd, KVM_SET_REGS, &regs));
+	vcpu_attach(v);
+	for (int i = 0; i < AREAS && kicks; i++)
+		kick_at[areas[i].page] = taken[i];
+	while ((ret = run_once(v, own_loop)) == KVMFAULT_HANDLED || ret == KVMFAULT_INTERRUPTED) {
+		if (ret == KVMFAULT_INTERRUPTED && asked_for) {
+			interrupted++;
+			OK(bring(m.library, asked_for));
+			asked_for = 0;
+		}
+	}
+	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
+	for (int i = 0; i < AREAS; i++) {
+		const struct area *a = &areas[i];
+		if (!taken[i] || (i == PV_EOI && !trap)) /* that area KVM writes with an interrupt */
+			continue;
+		printf("%s\n", a->name);
+		CHECK(!kicks || !kick_at[a->page], "the page was not asked for");
+		EQUAL("state", kvmfault_pages_state(m.library, RAM_GPA + a->page * PAGE), KVMFAULT_PAGE_PRESENT);
+		pattern_fill(&PATTERN, a->page, before);
+		pattern_fill(&PATTERN, a->page + 1, before + PAGE);
+		const uint8_t *after = ram.hva + a->page * PAGE;
+		CHECK(i == PV_EOI || memcmp(after + a->offset, before + a->offset, a->len), "KVM has written nothing");
+		CHECK(!memcmp(after, before, a->offset), "what is before it has changed");
+		uint64_t end = a->offset + a->len, pages = end > PAGE ? 2 : 1;
+		CHECK(!memcmp(after + end, before + end, pages * PAGE - end), "what is behind it has changed");
+	}
+	if (taken[WALL_CLOCK])
+		check_wall_clock(&ram);
+	CHECK(!kicks || interrupted >= 3, "%d interruptions", interrupted);
+	without_library(&m, &ram, v, &regs);
+	machine_destroy(&m);
+	ram_destroy(&ram);
+}
+
+static void named_later(void)
+{
+	name_later(false, false);
+	name_later(true, false);
+	if (test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP)
+		name_later(false, true);
 }
 
 /*
@@ -268,6 +427,7 @@ static const struct test_case cases[] = {
 	{ "restored", restored, true },
 	{ "restored-own-loop", restored_own_loop, true },
 	{ "lost-area", lost_area, true },
+	{ "named-later", named_later, true },
 	{ "management-mode", management_mode, true },
 	{ "check-guest", check_guest, true },
 };

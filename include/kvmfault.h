@@ -217,6 +217,25 @@
 #define KVMFAULT_VM_EXTERNAL_UFFD (1 << 1)
 
 /*
+ * `kvmfault_vm_options.flags`: areas that a guest names while it runs come too. A guest tells KVM
+ * by MSRs (0x4b564d00 to 0x4b564d04) where to write the wall clock, kvmclock, steal time, async
+ * page faults and PV EOI; with `poison-trap` KVM's write fails quietly on an absent page, and the
+ * guest reads old time. That can be when a guest that was restored brings a CPU online or wakes
+ * from suspend, and has not touched the page since.
+ *
+ * With this flag, and where `poison-trap` is in use, the library sets the VM's MSR filter
+ * (KVM_X86_SET_MSR_FILTER, with KVM_CAP_X86_USER_SPACE_MSR) for writes to those, and
+ * `kvmfault_vcpu_run` and `kvmfault_vcpu_handle_exit` serve the exits (KVM_EXIT_X86_WRMSR): they
+ * bring the page and set the MSR. `kvmfault_vm_free` takes the filter away. For a VMM with no MSR
+ * filter of its own, which KVM would forget; one that has one adds those MSRs, and at such an exit
+ * calls `kvmfault_vcpu_resolve` for the area, and KVM_SET_MSRS. Linux 5.10.
+ *
+ * Setting it, and taking it away, waits as a change of memslots does for a vCPU that sleeps in KVM
+ * for a page which only a userfaultfd of the VMM's own brings.
+ */
+#define KVMFAULT_VM_FILTER_MSRS (1 << 2)
+
+/*
  * `kvmfault_memslot.flags`: nothing but vCPUs touches absent pages of this memory: no thread of the
  * VMM, no system call, no device, no vhost. Lets `poison-trap` work on private anonymous memory. A
  * host access to an absent page then ends in SIGBUS (threads) or EFAULT (system calls) instead of
@@ -988,10 +1007,10 @@ int kvmfault_vm_new(const struct kvmfault_vm_options *options,
  * Gives the VM back. NULL is allowed; a handle that was freed before is left alone (and
  * `kvmfault_last_error` says so).
  *
- * Waits for nothing: vCPUs inside `kvmfault_vcpu_run` return -ESHUTDOWN, whoever waits for a page
- * goes, and resolver calls under way end when they end. The finalizer runs after the last of them,
- * on whichever thread that is; only then may `opaque` go. vCPU handles stay valid and return
- * -ESHUTDOWN; free them too, before or after.
+ * Waits for nothing (but see KVMFAULT_VM_FILTER_MSRS): vCPUs inside `kvmfault_vcpu_run` return
+ * -ESHUTDOWN, whoever waits for a page goes, and resolver calls under way end when they end. The
+ * finalizer runs after the last of them, on whichever thread that is; only then may `opaque` go.
+ * vCPU handles stay valid and return -ESHUTDOWN; free them too, before or after.
  *
  * The memory of its slots must stay mapped until then too: an install under way writes to it.
  *
@@ -1258,18 +1277,19 @@ void kvmfault_vcpu_free(struct kvmfault_vcpu *vcpu);
  * from callbacks.
  *
  * With `poison-trap`, what KVM itself writes for a guest fails quietly on an absent page. So the
- * areas of kvmclock, steal time, PV EOI and async page faults, and where system management mode
- * saves the registers, are brought before the first KVM_RUN, as the vCPU's MSRs are then. (Those
- * that a guest sets up later it has written to.) So are the guest's page tables for what RSI and
- * RDI point to, then and after each exit to a device: for the memory of a string instruction (INS,
- * OUTS, MOVS) KVM walks them itself, and takes an absent one for a page that the guest hasn't
- * mapped. Not known in time is what the first word of an OUTS needs that the guest hasn't touched
- * before. The registers must be set before the first call; in PAE mode the first table is read anew
- * then if it was absent (KVM_SET_SREGS reads it, and says nothing).
+ * areas of the wall clock, kvmclock, steal time, PV EOI and async page faults, and where system
+ * management mode saves the registers, are brought before the first KVM_RUN, as the vCPU's MSRs are
+ * then. Those that a guest names later it has mostly written to before; for others there is
+ * KVMFAULT_VM_FILTER_MSRS. So are the guest's page tables for what RSI and RDI point to, then and
+ * after each exit to a device: for the memory of a string instruction (INS, OUTS, MOVS) KVM walks
+ * them itself, and takes an absent one for a page that the guest hasn't mapped. Not known in time
+ * is what the first word of an OUTS needs that the guest hasn't touched before. The registers must
+ * be set before the first call; in PAE mode the first table is read anew then if it was absent
+ * (KVM_SET_SREGS reads it, and says nothing).
  *
- * A vCPU left with INTERRUPTED in the middle of an access that KVM emulates finishes it in the next
- * call; before its state is saved (or migrated), do as KVM's documentation says for KVM_EXIT_MMIO:
- * set kvm_run->immediate_exit and call this once more.
+ * A vCPU left with INTERRUPTED in the middle of an access that KVM emulates (or of a filtered write
+ * to an MSR) finishes it in the next call; before its state is saved (or migrated), do as KVM's
+ * documentation says for KVM_EXIT_MMIO: set kvm_run->immediate_exit and call this once more.
  *
  * Errors: what the resolver returned; -EPROTO (the resolver broke its contract); -EFAULT (KVM could
  * not access a slot's host memory, and did not say where); -ELOOP (a page faults again and again
@@ -1293,11 +1313,11 @@ int kvmfault_vcpu_handle_exit(struct kvmfault_vcpu *vcpu,
 
 /*
  * For a VMM with its own loop and KVMFAULT_VCPU_RESUMES: call it before each KVM_RUN. It finishes
- * an access of the guest that KVM emulates and that an INTERRUPTED left in the middle; KVM_RUN
- * without that would give the guest wrong bytes. (Without the flag such waits are not interrupted.)
- * And it brings what `kvmfault_vcpu_run` brings before KVM_RUN; without the flag that is the VMM's
- * to do (`kvmfault_vcpu_resolve`). Returns KVMFAULT_HANDLED if KVM_RUN may be called, or else as
- * `kvmfault_vcpu_handle_exit`.
+ * an access of the guest that KVM emulates (or a filtered write to an MSR) and that an INTERRUPTED
+ * left in the middle; KVM_RUN without that would give the guest wrong bytes. (Without the flag such
+ * waits are not interrupted.) And it brings what `kvmfault_vcpu_run` brings before KVM_RUN; without
+ * the flag that is the VMM's to do (`kvmfault_vcpu_resolve`). Returns KVMFAULT_HANDLED if KVM_RUN
+ * may be called, or else as `kvmfault_vcpu_handle_exit`.
  */
 int kvmfault_vcpu_resume(struct kvmfault_vcpu *vcpu);
 

@@ -1,17 +1,19 @@
 //! The vCPU's exit loop: which exits are faults, and what becomes of them.
 
+mod areas;
 mod broken;
 mod emulated;
 mod tables;
 #[cfg(test)]
 mod tests;
 
+use self::emulated::Deaf;
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::Access;
 use crate::kernel::kvm::{Descriptor, Role, Run};
 use crate::kernel::mem;
 use crate::kernel::thread::{self, SignalSet};
-use crate::mechanism::{kvm_itself, MECHANISMS};
+use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::Slot;
@@ -104,6 +106,8 @@ struct Own {
     walked: [tables::Walked; 2],
     /// An in-slot MMIO exit whose page isn't there yet.
     unfinished: bool,
+    /// A write to an MSR that names an area whose page isn't there yet.
+    naming: bool,
     /// The page of the last fault that made no progress, and how often in a row.
     stuck_at: u64,
     stuck: u32,
@@ -252,18 +256,13 @@ impl Vcpu {
         if own.unfinished {
             return self.finish(own, true);
         }
+        if own.naming {
+            return self.name_area(own, true);
+        }
         if !own.prepared {
-            let slots = self.vm.engine.memory.slots();
-            let would_fail = |space, gpa: u64| slots.at(space, gpa).is_some_and(|s| s.block.is_marked());
-            // Each is in two pages at most.
-            let bytes =
-                kvm_itself::areas(&self.fd).flat_map(|(space, area)| [(space, area.start), (space, area.end - 1)]);
-            for (space, byte) in bytes.filter(|&(space, byte)| would_fail(space, byte)) {
-                match self.bring_range(own, space, byte, byte + 1)? {
-                    // One that is lost the guest meets by itself, if it wants it.
-                    Exit::Handled | Exit::MemoryError => {}
-                    other => return Ok(other),
-                }
+            match self.bring_areas(own)? {
+                Exit::Handled => {}
+                other => return Ok(other),
             }
             match self.load_first_table(own)? {
                 Exit::Handled => {}
@@ -287,18 +286,21 @@ impl Vcpu {
             Some(end) if len > 0 => end,
             _ => fail!(EINVAL, "len: is 0, or gpa {gpa:#x} plus {len:#x} wraps around"),
         };
-        self.bring_range(&mut own, 0, gpa, end)
+        self.bring_range(&mut own, 0, gpa, end, true)
     }
 
-    fn bring_range(&self, own: &mut Own, space: u32, gpa: u64, end: u64) -> Result<Exit> {
+    fn bring_range(&self, own: &mut Own, space: u32, gpa: u64, end: u64, interruptible: bool) -> Result<Exit> {
+        let deaf = Deaf(&self.seat.sleeper);
+        let waiter: &dyn Waiter = if interruptible { self.seat } else { &deaf };
         let slots = self.vm.engine.memory.slots();
         let mut at = gpa;
         while at < end {
             let Some(slot) = slots.at(space, at) else { fail!(ENOENT, "gpa: {at:#x} is in no slot") };
             let page = slot.page_of(at);
             if slot.block.pages.get(page) != State::Present {
-                let exit = match self.bring(&slot.block, page, 0, self.seat)? {
-                    Outcome::Retry => self.again(own, slot, page)?,
+                let exit = match self.bring(&slot.block, page, 0, waiter)? {
+                    Outcome::Retry => self.again(own, slot, page, interruptible)?,
+                    Outcome::Interrupted if !interruptible => continue,
                     Outcome::Gone => fail!(ENOENT, "slot {:#x} was deleted meanwhile", slot.region.slot),
                     outcome => self.settled(own, slot, page, outcome)?,
                 };
@@ -359,6 +361,7 @@ impl Vcpu {
                     (own.stuck, own.tables_due) = (0, true);
                     Ok(Exit::Pass)
                 }
+                kb::KVM_EXIT_X86_WRMSR if self.vm.filters_msrs => self.name_area(own, interruptible),
                 kb::KVM_EXIT_INTERNAL_ERROR if run.words()[0] as u32 == kb::KVM_INTERNAL_ERROR_EMULATION => {
                     self.emulation_failed(own)
                 }
@@ -413,7 +416,7 @@ impl Vcpu {
         let outcome = self.bring(block, page, access, self.seat)?;
         match outcome {
             Outcome::WasPresent => self.map(own, slot, page, broken),
-            Outcome::Retry => self.again(own, slot, page),
+            Outcome::Retry => self.again(own, slot, page, true),
             other => {
                 if self.vm.pre_fault && matches!(other, Outcome::Installed | Outcome::Waited) {
                     self.pre_fault(own, slot, page);
@@ -510,8 +513,8 @@ impl Vcpu {
         }
     }
 
-    /// The resolver wants to be asked again: after a pause that a kick ends.
-    fn again(&self, own: &mut Own, slot: &Slot, page: u64) -> Result<Exit> {
+    /// The resolver wants to be asked again: after a pause that a kick ends, if the caller can come back.
+    fn again(&self, own: &mut Own, slot: &Slot, page: u64, interruptible: bool) -> Result<Exit> {
         let hva = slot.block.hva_of(page);
         let times = self.stuck_at(own, hva);
         if times > MOST_RETRIES {
@@ -526,13 +529,13 @@ impl Vcpu {
         let until = Instant::now() + pause_before(times);
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            if self.seat.must_leave() {
+            if interruptible && self.seat.must_leave() {
                 return self.look_up(own);
             }
             if left.is_zero() {
                 return Ok(Exit::Handled);
             }
-            WAITS.wait(hva, &self.seat.sleeper, left.min(LOOK_AROUND), || !self.seat.must_leave());
+            WAITS.wait(hva, &self.seat.sleeper, left.min(LOOK_AROUND), || !(interruptible && self.seat.must_leave()));
         }
     }
 

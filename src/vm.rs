@@ -43,6 +43,8 @@ pub struct Options<'a> {
     pub pre_fault: bool,
     /// A userfaultfd of the VMM's own serves everything but vCPUs.
     pub external: bool,
+    /// The VM's MSR filter is the library's.
+    pub filter_msrs: bool,
 }
 
 /// A VM whose memory the library looks after.
@@ -57,6 +59,8 @@ pub struct Vm {
     pub host: Host,
     /// Map pages in stage 2 after a vCPU's fault, where KVM can.
     pub pre_fault: bool,
+    /// Guests' writes to the MSRs that name areas for KVM come as exits.
+    pub filters_msrs: bool,
     forced: Option<usize>,
     stop: Arc<Flag>,
     exits_enabled: AtomicBool,
@@ -114,18 +118,22 @@ impl Vm {
         };
         // 236 is also EXIT_ON_MISSING of the flag's v7; that kernel's ioctl fails, and the vCPU gives it up.
         let pre_fault = options.pre_fault && vm.check_extension(kvm_bindings::KVM_CAP_PRE_FAULT_MEMORY) > 0;
-        let made = Vm {
+        let mut made = Vm {
             system,
             vm,
             engine,
             host,
             pre_fault,
+            filters_msrs: false,
             forced: options.mechanism,
             stop,
             exits_enabled: AtomicBool::new(false),
             editing: Mutex::new(()),
             filling: Mutex::default(),
         };
+        if options.filter_msrs {
+            made.filters_msrs = made.mechanism().filter_msrs(&made.vm)?;
+        }
         reader::start(&made.engine, &made.stop, readers)?;
         Ok(made)
     }
@@ -361,6 +369,10 @@ impl Vm {
         // Nobody reads the userfaultfd any more: nobody must wait for it.
         let memory = &self.engine.memory;
         memory.slots().blocks().for_each(|block| memory.unregister(block));
+        if self.filters_msrs {
+            // Waits for vCPUs to come out of KVM's page faults; now they do.
+            let _ = self.vm.exit_on_msr_writes(0..0);
+        }
     }
 }
 

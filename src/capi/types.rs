@@ -80,6 +80,18 @@ pub const KVMFAULT_VM_PRE_FAULT: u64 = 1 << 0;
 /// The resolver asks for the page and returns KVMFAULT_PENDING (or calls `kvmfault_pages_arrived` and returns KVMFAULT_RESOLVED).
 /// `kvmfault_memslot_set_fast_only(vm, slot, 0)`, for each slot, is the end of it: with `poison-trap` it needs all pages there.
 pub const KVMFAULT_VM_EXTERNAL_UFFD: u64 = 1 << 1;
+/// `kvmfault_vm_options.flags`: areas that a guest names while it runs come too. A guest tells KVM by MSRs (0x4b564d00 to 0x4b564d04) where to write
+/// the wall clock, kvmclock, steal time, async page faults and PV EOI; with `poison-trap` KVM's write fails quietly on an absent page, and the
+/// guest reads old time. That can be when a guest that was restored brings a CPU online or wakes from suspend, and has not touched the page since.
+///
+/// With this flag, and where `poison-trap` is in use, the library sets the VM's MSR filter (KVM_X86_SET_MSR_FILTER, with
+/// KVM_CAP_X86_USER_SPACE_MSR) for writes to those, and `kvmfault_vcpu_run` and `kvmfault_vcpu_handle_exit` serve the exits (KVM_EXIT_X86_WRMSR):
+/// they bring the page and set the MSR. `kvmfault_vm_free` takes the filter away. For a VMM with no MSR filter of its own, which KVM would forget; one
+/// that has one adds those MSRs, and at such an exit calls `kvmfault_vcpu_resolve` for the area, and KVM_SET_MSRS. Linux 5.10.
+///
+/// Setting it, and taking it away, waits as a change of memslots does for a vCPU that sleeps in KVM for a page which only a userfaultfd of the
+/// VMM's own brings.
+pub const KVMFAULT_VM_FILTER_MSRS: u64 = 1 << 2;
 
 /// `kvmfault_memslot.flags`: nothing but vCPUs touches absent pages of this memory: no thread of the VMM, no system call,
 /// no device, no vhost. Lets `poison-trap` work on private anonymous memory. A host access to an absent page then ends in

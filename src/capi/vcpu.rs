@@ -81,15 +81,16 @@ pub unsafe extern "C" fn kvmfault_vcpu_free(vcpu: *mut kvmfault_vcpu) {
 /// KVMFAULT_INTERRUPTED (a kick, or a signal that the VMM handles), KVMFAULT_MEMORY_ERROR, or -errno. Never KVMFAULT_HANDLED. On the
 /// vCPU's thread; not from callbacks.
 ///
-/// With `poison-trap`, what KVM itself writes for a guest fails quietly on an absent page. So the areas of kvmclock, steal time, PV EOI and async
-/// page faults, and where system management mode saves the registers, are brought before the first KVM_RUN, as the vCPU's MSRs are then. (Those that a guest sets up later it has written to.)
+/// With `poison-trap`, what KVM itself writes for a guest fails quietly on an absent page. So the areas of the wall clock, kvmclock, steal time, PV EOI
+/// and async page faults, and where system management mode saves the registers, are brought before the first KVM_RUN, as the vCPU's MSRs are
+/// then. Those that a guest names later it has mostly written to before; for others there is KVMFAULT_VM_FILTER_MSRS.
 /// So are the guest's page tables for what RSI and RDI point to, then and after each exit to a device: for the memory of a string instruction
 /// (INS, OUTS, MOVS) KVM walks them itself, and takes an absent one for a page that the guest hasn't mapped. Not known in time is
 /// what the first word of an OUTS needs that the guest hasn't touched before. The registers must be set before the first call; in PAE
 /// mode the first table is read anew then if it was absent (KVM_SET_SREGS reads it, and says nothing).
 ///
-/// A vCPU left with INTERRUPTED in the middle of an access that KVM emulates finishes it in the next call; before its state is saved (or
-/// migrated), do as KVM's documentation says for KVM_EXIT_MMIO: set kvm_run->immediate_exit and call this once more.
+/// A vCPU left with INTERRUPTED in the middle of an access that KVM emulates (or of a filtered write to an MSR) finishes it in the next call;
+/// before its state is saved (or migrated), do as KVM's documentation says for KVM_EXIT_MMIO: set kvm_run->immediate_exit and call this once more.
 ///
 /// Errors: what the resolver returned; -EPROTO (the resolver broke its contract); -EFAULT (KVM could not access a slot's host
 /// memory, and did not say where); -ELOOP (a page faults again and again without progress); -ESHUTDOWN (the VM was freed); -EBUSY (another
@@ -129,7 +130,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_handle_exit(vcpu: *mut kvmfault_vcpu, ret
 }
 
 /// For a VMM with its own loop and KVMFAULT_VCPU_RESUMES: call it before each KVM_RUN. It finishes an access of the guest that KVM emulates
-/// and that an INTERRUPTED left in the middle; KVM_RUN without that would give the guest wrong bytes. (Without the flag such waits are not
+/// (or a filtered write to an MSR) and that an INTERRUPTED left in the middle; KVM_RUN without that would give the guest wrong bytes. (Without the flag such waits are not
 /// interrupted.) And it brings what `kvmfault_vcpu_run` brings before KVM_RUN; without the flag that is the VMM's to do
 /// (`kvmfault_vcpu_resolve`). Returns KVMFAULT_HANDLED if KVM_RUN may be called, or else as `kvmfault_vcpu_handle_exit`.
 ///

@@ -101,7 +101,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
         not_in_callback("kvmfault_vm_new")?;
         let options = boundary::read(options, "options")?;
         let Some(resolver) = options.resolver else { fail!(EINVAL, "options.resolver: is NULL") };
-        if options.flags & !(KVMFAULT_VM_PRE_FAULT | KVMFAULT_VM_EXTERNAL_UFFD) != 0 {
+        if options.flags & !(KVMFAULT_VM_PRE_FAULT | KVMFAULT_VM_EXTERNAL_UFFD | KVMFAULT_VM_FILTER_MSRS) != 0 {
             fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
         }
         let (handle, armed) = (Arc::new(AtomicPtr::default()), Arc::new(false.into()));
@@ -124,6 +124,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
             readahead: options.readahead,
             pre_fault: options.flags & KVMFAULT_VM_PRE_FAULT != 0,
             external: options.flags & KVMFAULT_VM_EXTERNAL_UFFD != 0,
+            filter_msrs: options.flags & KVMFAULT_VM_FILTER_MSRS != 0,
         };
         let made = Vm::new(&config, || Box::new(callbacks))?;
         armed.store(true, SeqCst);
@@ -148,7 +149,7 @@ fn string(pointer: *const c_char, name: &str) -> Result<Option<String>> {
 
 /// Gives the VM back. NULL is allowed; a handle that was freed before is left alone (and `kvmfault_last_error` says so).
 ///
-/// Waits for nothing: vCPUs inside `kvmfault_vcpu_run` return -ESHUTDOWN, whoever waits for a page goes, and resolver calls under way end
+/// Waits for nothing (but see KVMFAULT_VM_FILTER_MSRS): vCPUs inside `kvmfault_vcpu_run` return -ESHUTDOWN, whoever waits for a page goes, and resolver calls under way end
 /// when they end. The finalizer runs after the last of them, on whichever thread that is; only then may `opaque` go. vCPU handles stay valid and
 /// return -ESHUTDOWN; free them too, before or after.
 ///

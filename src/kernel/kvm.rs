@@ -36,11 +36,13 @@ const KVM_GET_SREGS: u64 = ior(0x83, size_of::<kb::kvm_sregs>());
 const KVM_SET_SREGS: u64 = iow(0x84, size_of::<kb::kvm_sregs>());
 const KVM_TRANSLATE: u64 = iowr(0x85, size_of::<kb::kvm_translation>());
 const KVM_GET_MSRS: u64 = iowr(0x88, size_of::<kb::kvm_msrs>());
+const KVM_SET_MSRS: u64 = iow(0x89, size_of::<kb::kvm_msrs>());
 const KVM_SET_SIGNAL_MASK: u64 = iow(0x8b, 4);
 const KVM_GET_CPUID2: u64 = iowr(0x91, size_of::<kb::kvm_cpuid2>());
 const KVM_GET_VCPU_EVENTS: u64 = ior(0x9f, size_of::<kb::kvm_vcpu_events>());
 const KVM_SET_VCPU_EVENTS: u64 = iow(0xa0, size_of::<kb::kvm_vcpu_events>());
 const KVM_ENABLE_CAP: u64 = iow(0xa3, size_of::<kb::kvm_enable_cap>());
+const KVM_X86_SET_MSR_FILTER: u64 = iow(0xc6, size_of::<kb::kvm_msr_filter>());
 const KVM_GET_SREGS2: u64 = ior(0xcc, size_of::<kb::kvm_sregs2>());
 const KVM_PRE_FAULT_MEMORY: u64 = iowr(0xd5, size_of::<kb::kvm_pre_fault_memory>());
 
@@ -236,12 +238,31 @@ impl Descriptor {
 
     /// One of the vCPU's model-specific registers; None if it hasn't got it.
     pub fn msr(&self, index: u32) -> Option<u64> {
-        #[repr(C)]
-        struct One(kb::kvm_msrs, kb::kvm_msr_entry);
-        let head = kb::kvm_msrs { nmsrs: 1, ..Default::default() };
-        let mut one = One(head, kb::kvm_msr_entry { index, ..Default::default() });
+        let mut one = OneMsr::new(index, 0);
         // KVM_GET_MSRS returns how many it has read.
         (self.with(KVM_GET_MSRS, &mut one, "KVM_GET_MSRS").ok()? == 1).then_some(one.1.data)
+    }
+
+    /// Sets one; false if the vCPU hasn't got it, or it can't have this value.
+    pub fn set_msr(&self, index: u32, data: u64) -> Result<bool> {
+        Ok(self.with(KVM_SET_MSRS, &mut OneMsr::new(index, data), "KVM_SET_MSRS")? == 1)
+    }
+
+    /// Guests' writes to these MSRs are not done, and end KVM_RUN (KVM_EXIT_X86_WRMSR); an empty range: no more. In place of the VM's filter.
+    pub fn exit_on_msr_writes(&self, msrs: std::ops::Range<u32>) -> Result<()> {
+        let count = msrs.len() as u32;
+        let mut denied = vec![0u8; count.div_ceil(8) as usize];
+        let mut filter = kb::kvm_msr_filter { flags: kb::KVM_MSR_FILTER_DEFAULT_ALLOW, ..Default::default() };
+        if count > 0 {
+            self.enable_cap(kb::KVM_CAP_X86_USER_SPACE_MSR, kb::KVM_MSR_EXIT_REASON_FILTER.into())?;
+            filter.ranges[0] = kb::kvm_msr_filter_range {
+                flags: kb::KVM_MSR_FILTER_WRITE,
+                nmsrs: count,
+                base: msrs.start,
+                bitmap: denied.as_mut_ptr(),
+            };
+        }
+        self.set(KVM_X86_SET_MSR_FILTER, &mut filter, "KVM_X86_SET_MSR_FILTER")
     }
 
     /// What KVM_SET_CPUID2 told the vCPU; nothing if it wasn't called.
@@ -303,6 +324,17 @@ impl Descriptor {
     }
 }
 
+/// What KVM_GET_MSRS and KVM_SET_MSRS take.
+#[repr(C)]
+struct OneMsr(kb::kvm_msrs, kb::kvm_msr_entry);
+
+impl OneMsr {
+    fn new(index: u32, data: u64) -> OneMsr {
+        let head = kb::kvm_msrs { nmsrs: 1, ..Default::default() };
+        OneMsr(head, kb::kvm_msr_entry { index, data, ..Default::default() })
+    }
+}
+
 impl AsRawFd for Descriptor {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
@@ -339,6 +371,17 @@ pub struct Mmio {
     pub len: usize,
     /// Is it a write?
     pub write: bool,
+}
+
+/// A guest's write to an MSR that userspace is asked to do (KVM_EXIT_X86_WRMSR).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MsrWrite {
+    /// Which.
+    pub index: u32,
+    /// What is written.
+    pub data: u64,
+    /// The VM's filter denied it to KVM.
+    pub filtered: bool,
 }
 
 /// A vCPU's `struct kvm_run`: shared with the kernel, and for its `immediate_exit` byte with whoever kicks.
@@ -407,6 +450,19 @@ impl Run {
         // SAFETY: as in `exit_reason`; all bit patterns are valid for this member.
         let mmio = unsafe { (&raw const (*self.run.as_ptr()).__bindgen_anon_1.mmio).read_volatile() };
         Mmio { gpa: mmio.phys_addr, data: mmio.data, len: (mmio.len as usize).min(8), write: mmio.is_write != 0 }
+    }
+
+    /// The write of a KVM_EXIT_X86_WRMSR.
+    pub fn msr_write(&self) -> MsrWrite {
+        // SAFETY: as in `exit_reason`; all bit patterns are valid for this member.
+        let msr = unsafe { (&raw const (*self.run.as_ptr()).__bindgen_anon_1.msr).read_volatile() };
+        MsrWrite { index: msr.index, data: msr.data, filtered: msr.reason == kb::KVM_MSR_EXIT_REASON_FILTER }
+    }
+
+    /// Did the write fail? Then the guest gets #GP.
+    pub fn set_msr_failed(&self, failed: bool) {
+        // SAFETY: as in `exit_reason`.
+        unsafe { (&raw mut (*self.run.as_ptr()).__bindgen_anon_1.msr.error).write_volatile(failed as u8) };
     }
 
     /// The bytes that the guest's read gets.

@@ -6,20 +6,32 @@ use crate::kernel::kvm::Descriptor;
 use kvm_bindings::kvm_cpuid_entry2;
 use std::ops::Range;
 
-/// An area that KVM writes for a vCPU while bit 0 of an MSR is set; the other bits are where it is, down to its alignment. See
-/// Documentation/virt/kvm/x86/msr.rst.
+/// An area that KVM writes for a vCPU: an MSR says where, in the bits down to its alignment, and whether (`enable`). See
+/// Documentation/virt/kvm/x86/msr.rst. Not here: the older numbers (0x11 and 0x12) of the first two, which guests since Linux 2.6.35 don't use.
 struct Area {
     msr: u32,
     align: u64,
     len: u64,
+    enable: u64,
 }
 
-const AREAS: [Area; 4] = [
-    Area { msr: 0x4b56_4d01, align: 4, len: 32 }, // MSR_KVM_SYSTEM_TIME_NEW; its older number means the same
-    Area { msr: 0x4b56_4d02, align: 64, len: 64 }, // MSR_KVM_ASYNC_PF_EN
-    Area { msr: 0x4b56_4d03, align: 64, len: 64 }, // MSR_KVM_STEAL_TIME
-    Area { msr: 0x4b56_4d04, align: 4, len: 4 },  // MSR_KVM_PV_EOI_EN
+const AREAS: [Area; 5] = [
+    Area { msr: 0x4b56_4d00, align: 1, len: 12, enable: 0 }, // MSR_KVM_WALL_CLOCK_NEW: written when the MSR is
+    Area { msr: 0x4b56_4d01, align: 4, len: 32, enable: 1 }, // MSR_KVM_SYSTEM_TIME_NEW
+    Area { msr: 0x4b56_4d02, align: 64, len: 64, enable: 1 }, // MSR_KVM_ASYNC_PF_EN
+    Area { msr: 0x4b56_4d03, align: 64, len: 64, enable: 1 }, // MSR_KVM_STEAL_TIME
+    Area { msr: 0x4b56_4d04, align: 4, len: 4, enable: 1 },  // MSR_KVM_PV_EOI_EN
 ];
+
+/// The MSRs of those: what `named` knows.
+pub const NAMING: Range<u32> = AREAS[0].msr..AREAS[0].msr + AREAS.len() as u32;
+
+/// The area that a value of an MSR names, if it does.
+pub fn named(msr: u32, value: u64) -> Option<Range<u64>> {
+    let area = AREAS.iter().find(|area| area.msr == msr)?;
+    let start = value & !(area.align - 1);
+    (value != 0 && value & area.enable == area.enable).then_some(start..start.checked_add(area.len)?)
+}
 
 /// System management mode: where KVM saves the registers, from the vCPU's SMBASE on (IA32_SMBASE), in address space 1. If it can't, it declares the
 /// VM dead (enter_smm in arch/x86/kvm/smm.c).
@@ -30,10 +42,7 @@ const FIRST_SMBASE: u64 = 0x3_0000;
 
 /// The areas of this vCPU, as its MSRs say now: address space, and where in guest physical memory.
 pub fn areas(vcpu: &Descriptor) -> impl Iterator<Item = (u32, Range<u64>)> + '_ {
-    let shared = AREAS.iter().filter_map(|area| {
-        let start = vcpu.msr(area.msr).filter(|value| value & 1 != 0)? & !(area.align - 1);
-        Some((0, start..start.checked_add(area.len)?))
-    });
+    let shared = NAMING.filter_map(|msr| Some((0, named(msr, vcpu.msr(msr)?)?)));
     // A guest that is reset finds the first one again.
     let saved = vcpu.msr(SMBASE).into_iter().flat_map(|smbase| [smbase, FIRST_SMBASE]);
     shared.chain(saved.filter_map(|smbase| Some((1, smbase.checked_add(SAVED.start)?..smbase.checked_add(SAVED.end)?))))

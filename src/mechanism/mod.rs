@@ -57,6 +57,10 @@ pub trait Mechanism: Sync + fmt::Debug {
     fn check_guest(&self, _vcpu: &Descriptor) -> Result<()> {
         Ok(())
     }
+    /// Lets guests' writes to the MSRs that name areas for KVM (`kvm_itself`) come as exits, if it must bring the pages first. Does it?
+    fn filter_msrs(&self, _vm: &Descriptor) -> Result<bool> {
+        Ok(false)
+    }
     /// Sets up a block: registers it with userfaultfd, makes what KVM needs besides.
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block>;
     /// Turns the fast path of a block on or off, as far as that isn't the slot flag's doing.

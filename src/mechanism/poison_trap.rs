@@ -48,6 +48,11 @@ impl Mechanism for PoisonTrap {
         kvm_itself::check(vcpu)
     }
 
+    fn filter_msrs(&self, vm: &Descriptor) -> Result<bool> {
+        vm.exit_on_msr_writes(kvm_itself::NAMING)?;
+        Ok(true)
+    }
+
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
         let Shape { hva, len, page, kind, .. } = shape;
         let alias = match kind {

@@ -55,7 +55,7 @@ impl Vcpu {
         for slot in readonly().filter(|s| s.block.is_marked()) {
             for page in slot.pages().filter(|&p| matches!(slot.block.pages.get(p), State::Absent | State::Resolving)) {
                 match self.bring(&slot.block, page, 0, self.seat)? {
-                    Outcome::Retry => return self.again(own, slot, page),
+                    Outcome::Retry => return self.again(own, slot, page, true),
                     Outcome::Interrupted => return self.look_up(own),
                     Outcome::Lost => {} // perhaps not the one that the guest wants
                     _ => brought = true,

@@ -56,7 +56,7 @@ impl Vcpu {
                             Ok(()) => break,
                         }
                     }
-                    Outcome::Retry if interruptible => self.again(own, slot, page)?,
+                    Outcome::Retry if interruptible => self.again(own, slot, page, true)?,
                     Outcome::Retry => {
                         std::thread::sleep(pause_before(self.stuck_at(own, slot.block.hva_of(page))));
                         continue;
@@ -131,7 +131,7 @@ impl Vcpu {
             absent = true;
             match self.bring(&slot.block, page, 4, self.seat)? {
                 Outcome::Retry => {
-                    self.again(own, slot, page)?;
+                    self.again(own, slot, page, true)?;
                 }
                 // Interrupted: the instruction fails once more, and we are back here.
                 Outcome::Lost => return self.settled(own, slot, page, Outcome::Lost),
@@ -150,8 +150,8 @@ impl Vcpu {
     }
 }
 
-/// Waits deaf to kicks: for an in-slot MMIO exit of a VMM with its own loop, which would enter KVM_RUN again without coming back.
-struct Deaf<'a>(&'a Sleeper);
+/// Waits deaf to kicks: for an exit that must be completed, of a VMM with its own loop, which would enter KVM_RUN again without coming back.
+pub(super) struct Deaf<'a>(pub(super) &'a Sleeper);
 
 impl Waiter for Deaf<'_> {
     fn sleeper(&self) -> &Sleeper {

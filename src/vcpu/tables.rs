@@ -93,7 +93,7 @@ impl Vcpu {
         let space = self.run.space();
         let is_ours = self.vm.engine.memory.slots().at(space, top).is_some_and(|s| s.block.is_marked());
         if is_ours && self.fd.pdptrs().is_none_or(|copies| copies.iter().all(|entry| entry & PRESENT == 0)) {
-            match self.bring_range(own, space, top, top + 1)? {
+            match self.bring_range(own, space, top, top + 1, true)? {
                 Exit::Handled => self.fd.set_sregs(sregs)?,
                 other => return Ok(other),
             }
@@ -122,7 +122,7 @@ impl Vcpu {
             if state == State::Lost {
                 break;
             }
-            match self.bring_range(own, space, gpa, gpa + 1) {
+            match self.bring_range(own, space, gpa, gpa + 1, true) {
                 Ok(Exit::Handled) => {}
                 Ok(Exit::MemoryError) => break,
                 Err(e) if e.errno == libc::ENOENT => break, // the slot has just been deleted

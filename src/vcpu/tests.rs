@@ -63,6 +63,7 @@ impl Machine {
             readahead: 0,
             pre_fault: false,
             external: false,
+            filter_msrs: false,
         };
         let kf = Arc::new(Vm::new(&options, || Box::new(resolver))?);
         let _ = myself.set(Arc::downgrade(&kf));
