@@ -214,7 +214,7 @@ struct middle {
 };
 
 /* A guest at CPL 0 that reads 8 bytes across the border of two absent pages. */
-static void middle_create(struct middle *t, bool resumes)
+static void middle_create(struct middle *t, kvmfault_resolver resolver, uint64_t pages, bool resumes)
 {
 	uint64_t steps_gpa;
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
@@ -222,10 +222,11 @@ static void middle_create(struct middle *t, bool resumes)
 	t->resumes = resumes;
 	if (!cpl0_comes_as_mmio())
 		skip("accesses at CPL 0 to absent pages don't come as MMIO exits here with %s", mechanism_name(test_mechanism()));
-	ram_create(&t->ram, MEMFD, 2 * PAGE);
+	ram_create(&t->ram, MEMFD, pages * PAGE);
 	machine_create(&t->m, PAGE);
 	source_create(&t->source, RAM_GPA, t->ram.len, PATTERN);
-	options.resolver = pending;
+	options.resolver = resolver;
+	options.opaque = &t->source;
 	machine_attach(&t->m, NULL, &options);
 	prepare_slot(&t->m, &t->ram);
 	t->steps = machine_share(&t->m, PAGE, &steps_gpa);
@@ -233,6 +234,13 @@ static void middle_create(struct middle *t, bool resumes)
 	t->steps[1] = (struct step){ STOP, 0, 0, 0 };
 	t->v = machine_add_vcpu(&t->m, 0);
 	vcpu_load_script(t->v, steps_gpa);
+}
+
+static void middle_destroy(struct middle *t)
+{
+	machine_destroy(&t->m);
+	ram_destroy(&t->ram);
+	source_destroy(&t->source);
 }
 
 static void *middle_main(struct vcpu *v)
@@ -255,16 +263,14 @@ static void middle_finish(struct middle *t)
 	memcpy(&expected, (uint8_t *)words + 5, 8);
 	EQUAL("what the guest read", t->steps[0].value, expected);
 	EQUAL("resolver calls", asked, 2);
-	machine_destroy(&t->m);
-	ram_destroy(&t->ram);
-	source_destroy(&t->source);
+	middle_destroy(t);
 }
 
 /* With KVMFAULT_VCPU_RESUMES a kick ends the wait, as often as one comes, and the access still ends with the right bytes. */
 static void middle_resumes(void)
 {
 	static struct middle t;
-	middle_create(&t, true);
+	middle_create(&t, pending, 2, true);
 	vcpu_start(t.v, middle_main, &t);
 	UNTIL(asked == 1);
 	for (int i = 1; i <= 20; i++) {
@@ -287,7 +293,7 @@ static void middle_resumes(void)
 static void middle_stays(void)
 {
 	static struct middle t;
-	middle_create(&t, false);
+	middle_create(&t, pending, 2, false);
 	vcpu_start(t.v, middle_main, &t);
 	UNTIL(asked == 1);
 	OK(kvmfault_vcpu_kick(t.v->handle));
@@ -300,6 +306,46 @@ static void middle_stays(void)
 	EQUAL("INTERRUPTED in all", t.interrupted, 1);
 }
 
+/* A resolver that fails every other time. */
+static int unreliable(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	return ++asked % 2 ? -EIO : source_install(opaque, vm, fault->gpa, fault->len);
+}
+
+/*
+ * After an error nothing of such an access is lost if KVM isn't called before _resume has succeeded, also without KVMFAULT_VCPU_RESUMES. The guest
+ * reads and writes across borders of pages that are both absent.
+ */
+static void middle_fails(void)
+{
+	enum { WRITTEN = 3, VALUE = 0x12345678 };
+	static struct middle t;
+	uint64_t words[2], expected;
+	uint32_t value;
+	unsigned failures = 0;
+	int ret;
+	middle_create(&t, unreliable, 4, false);
+	t.steps[1] = (struct step){ WRITE64, RAM_GPA + WRITTEN * PAGE - 2, VALUE, 0 };
+	t.steps[2] = (struct step){ STOP, 0, 0, 0 };
+	attach(t.v, false, false);
+	for (;;) {
+		ret = kvmfault_vcpu_handle_exit(t.v->handle, ioctl(t.v->fd, KVM_RUN, 0));
+		for (; ret == -EIO; failures++)
+			ret = kvmfault_vcpu_resume(t.v->handle);
+		if (ret != KVMFAULT_HANDLED)
+			break;
+	}
+	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(t.v, &value), "%s", vcpu_describe(t.v, ret));
+	EQUAL("failures", failures, 4);
+	for (int i = 0; i < 2; i++)
+		words[i] = pattern_word(&t.source.pattern, i, i ? 0 : 511);
+	memcpy(&expected, (uint8_t *)words + 5, 8);
+	EQUAL("what the guest read", t.steps[0].value, expected);
+	memcpy(&expected, t.ram.hva + WRITTEN * PAGE - 2, 8);
+	EQUAL("what the guest wrote", expected, VALUE);
+	middle_destroy(&t);
+}
+
 static const struct test_case cases[] = {
 	{ "mask", mask, true },
 	{ "handler", handler, true },
@@ -307,5 +353,6 @@ static const struct test_case cases[] = {
 	{ "handler-resumes", handler_resumes, true },
 	{ "middle-resumes", middle_resumes, true },
 	{ "middle-stays", middle_stays, true },
+	{ "middle-fails", middle_fails, true },
 };
 TEST_MAIN(cases)

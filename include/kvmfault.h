@@ -1307,6 +1307,10 @@ int kvmfault_vcpu_run(struct kvmfault_vcpu *vcpu);
  * Returns KVMFAULT_HANDLED (the fault is served: KVM_RUN again), KVMFAULT_PASS (the VMM's: exits in
  * kvm_run, or KVM_RUN's own errno), KVMFAULT_INTERRUPTED, KVMFAULT_MEMORY_ERROR, or -errno as
  * `kvmfault_vcpu_run`. With KVMFAULT_VCPU_RESUMES see `kvmfault_vcpu_resume`. Not from callbacks.
+ *
+ * After an error, a VMM that goes on all the same calls `kvmfault_vcpu_resume` until it returns
+ * KVMFAULT_HANDLED, and KVM_RUN only then: the guest may be in the middle of an access that KVM
+ * emulates, and KVM_RUN alone would give it wrong bytes, or lose what it wrote.
  */
 int kvmfault_vcpu_handle_exit(struct kvmfault_vcpu *vcpu,
                               int ret);

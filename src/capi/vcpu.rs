@@ -113,6 +113,9 @@ pub unsafe extern "C" fn kvmfault_vcpu_run(vcpu: *mut kvmfault_vcpu) -> c_int {
 /// KVMFAULT_INTERRUPTED, KVMFAULT_MEMORY_ERROR, or -errno as `kvmfault_vcpu_run`. With KVMFAULT_VCPU_RESUMES see `kvmfault_vcpu_resume`. Not
 /// from callbacks.
 ///
+/// After an error, a VMM that goes on all the same calls `kvmfault_vcpu_resume` until it returns KVMFAULT_HANDLED, and KVM_RUN only then: the guest
+/// may be in the middle of an access that KVM emulates, and KVM_RUN alone would give it wrong bytes, or lose what it wrote.
+///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
 #[no_mangle]
