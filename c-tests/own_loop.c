@@ -346,6 +346,23 @@ static void middle_fails(void)
 	middle_destroy(&t);
 }
 
+static int retry(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque, (void)vm, (void)fault;
+	return KVMFAULT_RETRY;
+}
+
+/* A resolver that never has enough is an error in the middle, too. */
+static void middle_retries(void)
+{
+	static struct middle t;
+	middle_create(&t, retry, 2, false);
+	attach(t.v, false, false);
+	SYS(ioctl(t.v->fd, KVM_RUN, 0));
+	REFUSED(kvmfault_vcpu_handle_exit(t.v->handle, 0), ELOOP, "retries");
+	middle_destroy(&t);
+}
+
 static const struct test_case cases[] = {
 	{ "mask", mask, true },
 	{ "handler", handler, true },
@@ -354,5 +371,6 @@ static const struct test_case cases[] = {
 	{ "middle-resumes", middle_resumes, true },
 	{ "middle-stays", middle_stays, true },
 	{ "middle-fails", middle_fails, true },
+	{ "middle-retries", middle_retries, true },
 };
 TEST_MAIN(cases)

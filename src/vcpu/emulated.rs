@@ -9,7 +9,7 @@ use crate::kernel::mem;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::Sleeper;
-use crate::resolve::{pause_before, Outcome, Waiter};
+use crate::resolve::{Outcome, Waiter};
 
 /// A part of an access that lies in one page: its slot, its address, and which of the access's bytes it is.
 type Piece<'s> = (&'s Slot, u64, std::ops::Range<usize>);
@@ -56,11 +56,7 @@ impl Vcpu {
                             Ok(()) => break,
                         }
                     }
-                    Outcome::Retry if interruptible => self.again(own, slot, page, true)?,
-                    Outcome::Retry => {
-                        std::thread::sleep(pause_before(self.stuck_at(own, slot.block.hva_of(page))));
-                        continue;
-                    }
+                    Outcome::Retry => self.again(own, slot, page, interruptible)?,
                     Outcome::Gone => {
                         own.unfinished = false;
                         return Ok(Exit::Pass);
