@@ -100,6 +100,52 @@ static void failing(void)
 	scene_destroy(&t.s);
 }
 
+/* The one page that is left, of which the guest, a device and the fill think at the same time, and for which the fill's call fails. */
+struct wanted {
+	struct filling t;
+	atomic_bool seen;
+};
+
+static void *look_at_page_5(void *arg)
+{
+	struct wanted *w = arg;
+	pattern_check(&w->t.s.source.pattern, w->t.s.ram.hva + 5 * PAGE, 5, 1);
+	w->seen = true;
+	return NULL;
+}
+
+/* Who waits for a page that a fill is bringing, and the fill fails: asks by himself then, and doesn't wait for the next fill. */
+static void failing_while_wanted(void)
+{
+	struct wanted w = { .seen = false };
+	struct filling *t = &w.t;
+	pthread_t device;
+	filling_create(t, MEMFD, PAGES * PAGE);
+	struct vcpu *v = machine_add_vcpu(&t->s.m, 3);
+	OK(kvmfault_pages_resolve(t->s.m.library, RAM_GPA, 5 * PAGE));
+	OK(kvmfault_pages_resolve(t->s.m.library, RAM_GPA + 6 * PAGE, (PAGES - 6) * PAGE));
+	struct kvmfault_stats before = machine_settled_stats(&t->s.m);
+	t->answer = -EREMOTEIO;
+	t->fill_held = true;
+	struct kvmfault_fill *fill = filling_start(t, NULL);
+	UNTIL(t->calls == 1);
+	scene_start_visit(&t->s, v, 5, 1, READ_FIRST);
+	CHECK(!pthread_create(&device, NULL, look_at_page_5, &w), "pthread_create");
+	UNTIL(machine_stats(&t->s.m).faults_vcpu == 1 && machine_stats(&t->s.m).faults_host == before.faults_host + 1);
+	/* Sleep in userfaultfd is known to the library when the reader has answered. */
+	uint64_t readers = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? 2 : 1;
+	UNTIL(machine_stats(&t->s.m).outcome_waited >= before.outcome_waited + readers);
+	t->fill_held = false;
+	UNTIL(w.seen);
+	pthread_join(device, NULL);
+	vcpu_join(v);
+	int ret = kvmfault_fill_wait(fill, 60000);
+	CHECK(ret == 0 || ret == -EREMOTEIO /* it has tried again, and was faster */, "%d: %s", ret, kvmfault_last_error());
+	UNTIL(kvmfault_pages_absent(t->s.m.library) == 0);
+	kvmfault_fill_free(fill);
+	scene_destroy(&t->s);
+}
+
 /* A resolver that is dead: that is found out before all of a large memory was tried. */
 static int dead(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
@@ -351,6 +397,7 @@ static const struct test_case cases[] = {
 	{ "stopped", stopped, false },
 	{ "freed", freed, false },
 	{ "failing", failing, true },
+	{ "failing-while-wanted", failing_while_wanted, true },
 	{ "dead-resolver", dead_resolver, false },
 	{ "again", again, false },
 	{ "lost", lost, true },

@@ -14,15 +14,19 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 		t->holding++;
 		while (t->held)
 			wait_a_little();
-		t->holding--;
 		int ret = source_install(&t->s.source, vm, fault->gpa, fault->len);
-		return ret == -EEXIST ? 0 : OK(ret);
+		if (ret != -EEXIST)
+			OK(ret);
+		t->holding--; /* the VM may be freed now, and `t` go */
+		return 0;
 	}
 	EQUAL("vcpu", fault->vcpu, -1);
 	t->calls++;
 	t->pages += fault->window_len / PAGE;
 	if (t->us)
 		usleep(t->us);
+	while (t->fill_held)
+		wait_a_little();
 	for (uint64_t gpa = fault->window_gpa; t->answer && gpa < fault->window_gpa + fault->window_len; gpa += PAGE)
 		if ((gpa - RAM_GPA) / PAGE % 97 == 5)
 			return t->answer;

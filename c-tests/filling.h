@@ -12,8 +12,9 @@ struct filling {
 	atomic_ulong calls, pages;  /* of the fill */
 	atomic_int answer;          /* to the fill, for pages whose number is 5 modulo 97; 0: they come as the others do */
 	atomic_int us;              /* the fill's calls take so long */
+	atomic_bool fill_held;      /* or don't return */
 	atomic_bool held;           /* other calls don't return */
-	atomic_uint holding;        /* and so many haven't */
+	atomic_uint holding;        /* so many of those are under way */
 	struct kvmfault_vm *vm;
 };
 

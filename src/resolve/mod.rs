@@ -308,7 +308,8 @@ impl Engine {
                     if block.pages.change(page, State::Absent, State::Resolving).is_err() {
                         continue;
                     }
-                    let ours = Ours { engine: self, block, page, wakes: need.waiter.is_some() };
+                    let wakes = need.waiter.is_some() || need.origin == Origin::Fill;
+                    let ours = Ours { engine: self, block, page, wakes };
                     let slots = self.memory.slots();
                     let Some(slot) = slots.showing(block, page) else {
                         return Ok(Outcome::Gone);

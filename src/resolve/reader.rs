@@ -14,7 +14,8 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{mpsc, Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// A page whose resolver failed: whoever waits in userfaultfd is woken at this time, faults again, and so asks anew.
+/// A page that may come without a wake-up, as its resolver failed: whoever waits in userfaultfd is woken at this time, faults again, and so asks
+/// anew.
 struct Again {
     due: Instant,
     block: Arc<Block>,
@@ -138,6 +139,12 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
         Ok(Outcome::Gone) => {
             later.push(Again { due: Instant::now() + Duration::from_millis(10), block, page });
             return;
+        }
+        // Somebody brings the page, and the kernel wakes with it. But here it has come already: it woke others, was unmapped before it was booked,
+        // and comes no more.
+        Ok(Outcome::Elsewhere) if message.minor => {
+            later.push(Again { due: Instant::now() + Duration::from_millis(10), block, page });
+            return engine.forget_failure(hva);
         }
         Ok(_) => None,
         Err(e) => Some(e),

@@ -139,3 +139,29 @@ fn faults_take_no_lock_that_vcpus_share() {
     (0..2 * PAGES).for_each(|page| assert_eq!(machine.bytes(page), [0x5a, 7]));
     assert_eq!(machine.vm.stats().resolver_calls.get(), 2 * PAGES);
 }
+
+/// A page has come, and is unmapped before it is booked: whoever touches it then sleeps in userfaultfd, and nobody's install wakes it.
+#[test]
+fn a_page_that_is_unmapped_before_it_is_booked_is_found_again() {
+    let userfaultfd = MECHANISMS.iter().position(|m| m.name() == "userfaultfd");
+    let machine = needs!(Machine::new(userfaultfd, 1));
+    let (vm, first) = (&machine.vm, machine.data.address());
+    vm.resolve(DATA_GPA, PAGE).unwrap();
+    let slots = vm.engine.memory.slots();
+    let (block, page) = slots.at_hva(first).unwrap();
+    block.pages.change(page, State::Present, State::Resolving).unwrap();
+    mem::advise(first, PAGE, libc::MADV_DONTNEED, "madvise").unwrap();
+    let (seen, looked) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut byte = [0];
+        mem::read(first, &mut byte).unwrap();
+        seen.send(byte)
+    });
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while vm.stats().outcome_waited.get() == 0 {
+        assert!(Instant::now() < deadline, "no reader has seen the access");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    block.pages.make_present(page);
+    assert_eq!(looked.recv_timeout(Duration::from_secs(10)).expect("nobody wakes it"), [7]);
+}
