@@ -19,7 +19,9 @@ PANIC_GRACE = 10
 # Debian 12's QEMU 7.2 with thread=multi loses to the kernel's own code patching about one boot in ten
 # ("Oops: int3"), so emulation is single-threaded unless told otherwise.
 ACCELERATOR = f"tcg,thread={os.environ.get('KVMFAULT_VM_TCG_THREAD', 'single')}"
-CPU = "EPYC-Milan,+svm,+npt"
+# Without fast string instructions, which emulation does byte by byte: with them kernel and libc copy pages by them, and everything takes a fifth
+# longer.
+CPU = "EPYC-Milan,+svm,+npt,-erms,-fsrm"
 
 # An overloaded host stalls an emulated CPU for long without any fault of the guest's: lockups and stalls are
 # reported after a minute and not after the default 20 s. What guards real processors against speculation only costs an emulated one time.
