@@ -26,8 +26,9 @@ static void *touch_from_the_host(void *arg)
 static void postcopy(enum backing backing)
 {
 	pthread_t host;
-	vmm_set_up(backing, true);
+	vmm_set_up(backing, false);
 	vmm.waits_for = &vmm.calls; /* a vCPU has asked */
+	vmm.paused = false;
 	CHECK(!pthread_create(&host, NULL, touch_from_the_host, NULL), "pthread_create");
 	vmm_run_guests(READ_FIRST);
 	pthread_join(host, NULL);

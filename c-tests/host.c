@@ -67,17 +67,19 @@ static void *load_all(void *arg)
 	return NULL;
 }
 
-/* vCPUs verify all of the memory while host threads, numbered from 0, do something with it. */
-static void verify_beside(void *(*host_thread)(void *))
+/* vCPUs verify all of the memory while host threads, numbered from 0, do something with it. `first`: the same with page 0, before. */
+static void verify_beside(void *(*host_thread)(void *), void (*first)(void))
 {
 	pthread_t threads[THREADS];
 	set_up(PAGES, NULL);
+	first();
 	list_shuffle(list, PAGES, 3);
 	for (int i = 0; i < VCPUS; i++) {
 		struct vcpu *v = machine_add_vcpu(&m, i % 2 ? 0 : 3);
 		vcpu_load_verify(v, RAM_GPA, list_gpa, PAGES, &source.pattern, READ_FIRST);
 		vcpu_start(v, verify, NULL);
 	}
+	UNTIL(source.vcpu > 0);
 	for (uintptr_t i = 0; i < THREADS; i++)
 		CHECK(!pthread_create(&threads[i], NULL, host_thread, (void *)i), "pthread_create");
 	for (int i = 0; i < THREADS; i++)
@@ -87,10 +89,15 @@ static void verify_beside(void *(*host_thread)(void *))
 	check_each_page_once(PAGES);
 }
 
+static void load_first(void)
+{
+	pattern_check(&source.pattern, ram.hva, 0, 1);
+}
+
 /* Over the same memory, in different orders. */
 static void loads(void)
 {
-	verify_beside(load_all);
+	verify_beside(load_all, load_first);
 	printf("%lu calls for vCPUs, %lu for the host\n", source.vcpu, source.host);
 	CHECK(source.host > 0 && source.vcpu > 0, "the host or the vCPUs never came first");
 	tear_down();
@@ -215,10 +222,15 @@ static void *resolve_all(void *arg)
 	return NULL;
 }
 
+static void resolve_first(void)
+{
+	OK(kvmfault_pages_resolve(m.library, RAM_GPA, PAGE));
+}
+
 /* Pages that are asked for, while vCPUs fault on them. */
 static void prefetch(void)
 {
-	verify_beside(resolve_all);
+	verify_beside(resolve_all, resolve_first);
 	CHECK(source.prefetch > 0, "nothing was prefetched");
 	pattern_check(&source.pattern, ram.hva, 0, PAGES);
 	tear_down();

@@ -110,9 +110,10 @@ static void *vcpu_main(struct vcpu *v)
 			interrupted++;
 			OK(kvmfault_vcpu_stats(v->handle, &stats));
 			if (stats.kicks != seen) {
+				bool last = stop; /* as soon as `seen` says so, the next kick may come */
 				seen_at = now();
 				seen = stats.kicks;
-				if (stop)
+				if (last)
 					return NULL;
 			}
 			continue;

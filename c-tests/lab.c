@@ -46,8 +46,8 @@ void lab_install(uint64_t page)
 int lab_answer_pending(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque, (void)vm;
-	lab.calls++;
 	lab.calls_for[lab_page_of(fault)]++;
+	lab.calls++;
 	return KVMFAULT_PENDING;
 }
 

@@ -66,12 +66,31 @@ void machine_create(struct machine *m, uint64_t shared)
 	}
 }
 
+/* Of the VMs that machine_attach gave a finalizer: how many machine_destroy has freed, and how many the library is done with. */
+static atomic_uint freed, finished;
+
+static void finalize(void *opaque)
+{
+	(void)opaque;
+	finished++;
+}
+
 void machine_destroy(struct machine *m)
 {
 	long run_size = ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+	vms_going++;
 	kvmfault_vm_free(m->library);
 	for (unsigned i = 0; i < m->vcpus; i++) {
 		kvmfault_vcpu_free(m->vcpu[i]->handle);
+		m->vcpu[i]->handle = NULL;
+	}
+	/* Threads of the library may be in the resolver: memory, and what the resolver uses, must stay until they are done. */
+	if (m->finalized) {
+		freed++;
+		UNTIL(finished >= freed);
+	}
+	vms_going--;
+	for (unsigned i = 0; i < m->vcpus; i++) {
 		munmap(m->vcpu[i]->run, run_size);
 		close(m->vcpu[i]->fd);
 		free(m->vcpu[i]);
@@ -101,6 +120,10 @@ void machine_attach(struct machine *m, struct source *source, const struct kvmfa
 	if (!options.resolver) {
 		options.resolver = source_resolve;
 		options.opaque = source;
+	}
+	if (!options.finalizer) {
+		options.finalizer = finalize;
+		m->finalized = true;
 	}
 	OK(kvmfault_vm_new(&options, &m->library));
 }

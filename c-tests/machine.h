@@ -29,12 +29,13 @@ struct machine {
 	uint8_t *low; /* guest address 0 */
 	uint64_t low_len, low_used;
 	struct kvmfault_vm *library;
+	bool finalized; /* machine_destroy waits until the library is done with its VM */
 	unsigned vcpus;
 	struct vcpu *vcpu[MOST_VCPUS];
 };
 /* `shared` bytes will be asked for with machine_share. */
 void machine_create(struct machine *machine, uint64_t shared);
-/* Frees the library's VM too, and the vCPUs. */
+/* Frees the library's VM too, waits for resolver calls that are under way, and frees the vCPUs. */
 void machine_destroy(struct machine *machine);
 /* Memory for host and guest, zeros; *gpa is its guest address. */
 void *machine_share(struct machine *machine, uint64_t len, uint64_t *gpa);

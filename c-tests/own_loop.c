@@ -108,6 +108,7 @@ static void *run_guest(struct vcpu *v)
 	uint32_t value;
 	int ret;
 	attach(v, loop->by_handler, loop->resumes);
+	OK(kvmfault_vcpu_kick(v->handle)); /* one at least, however fast the guest is */
 	while ((ret = own_run(v, loop->resumes)) == KVMFAULT_INTERRUPTED)
 		loop->interrupted++;
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
@@ -127,7 +128,7 @@ static void restore(bool by_handler, bool resumes)
 	struct source source;
 	struct later later;
 	uint64_t list_gpa, seed = 3;
-	unsigned long kicks = 0;
+	unsigned long kicks = VCPUS; /* each its own */
 
 	ram_create(&ram, MEMFD, PAGES * PAGE);
 	machine_create(&m, PAGES * sizeof(uint32_t));

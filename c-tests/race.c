@@ -47,9 +47,6 @@ static void race(enum backing backing, unsigned long most)
 		vcpu_start(machine_add_vcpu(&m, i < EMULATED ? 0 : 3), verify, NULL);
 
 	for (unsigned long round = 0; round < rounds; round++) {
-		if (round > 0)
-			OK(kvmfault_pages_discard(m.library, RAM_GPA, ram.len));
-		EQUAL("pages absent", kvmfault_pages_absent(m.library), PAGES);
 		source.pattern.factor = random_number(&seed) | 1;
 		source.total = 0;
 		list_shuffle(list, PAGES, round + 1);
@@ -60,6 +57,11 @@ static void race(enum backing backing, unsigned long most)
 			uint64_t start = round % 2 ? i * PAGES / VCPUS : 0;
 			vcpu_load_verify(m.vcpu[i], RAM_GPA, list_gpa + start * sizeof(*list), PAGES, &source.pattern, READ_FIRST);
 		}
+		if (round > 0)
+			OK(kvmfault_pages_discard(m.library, RAM_GPA, ram.len));
+		/* A reader thread may have in hand what a vCPU wanted in the round before, and bring that page for this one. */
+		int64_t absent = kvmfault_pages_absent(m.library), early = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? 2 : 0;
+		CHECK(absent <= PAGES && absent >= PAGES - early, "%ld pages absent", absent);
 		pthread_barrier_wait(&begin);
 		pthread_barrier_wait(&end);
 

@@ -147,6 +147,8 @@ void source_destroy(struct source *s)
 	free((void *)s->calls);
 }
 
+atomic_uint vms_going;
+
 int source_install(const struct source *s, struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
 {
 	static _Thread_local uint8_t page[PAGE] __attribute__((aligned(PAGE)));
@@ -160,7 +162,7 @@ int source_install(const struct source *s, struct kvmfault_vm *vm, uint64_t gpa,
 	int ret = kvmfault_pages_install(vm, gpa, bytes, len);
 	if (len > PAGE)
 		munmap(bytes, len);
-	return ret;
+	return ret < 0 && vms_going ? 0 : ret;
 }
 
 int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)

@@ -44,7 +44,8 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	return ret == -EEXIST ? 0 : OK(ret);
 }
 
-static void create(struct ahead *a, enum backing backing, uint64_t pages, int cpl)
+/* `readers`: 0 for the usual number. Two may serve a vCPU in turns, and what each brings ahead is then a matter of luck. */
+static void create(struct ahead *a, enum backing backing, uint64_t pages, int cpl, int readers)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct scene *s = &a->s;
@@ -55,6 +56,7 @@ static void create(struct ahead *a, enum backing backing, uint64_t pages, int cp
 	source_create(&s->source, RAM_GPA, s->ram.len, PATTERN);
 	s->list = machine_share(&s->m, pages * sizeof(uint32_t), &s->list_gpa);
 	options.readahead = MOST;
+	options.reader_threads = readers;
 	options.resolver = resolve;
 	options.opaque = a;
 	machine_attach(&s->m, &s->source, &options);
@@ -112,7 +114,7 @@ static void walk(order *order, uint32_t count, unsigned long most_faults, unsign
 	for (int backing = ANON; backing <= MEMFD; backing++) {
 		for (int cpl = 0; cpl <= 3; cpl += 3) {
 			struct ahead a;
-			create(&a, backing, PAGES, cpl);
+			create(&a, backing, PAGES, cpl, 1);
 			for (uint32_t n = 0; n < count; n++)
 				a.s.list[n] = order(n, count);
 			scene_visit(&a.s, a.v, 0, count, READ_FIRST);
@@ -161,7 +163,7 @@ static void two_at_once(void)
 static void shuffled(void)
 {
 	struct ahead a;
-	create(&a, MEMFD, 16384, 3);
+	create(&a, MEMFD, 16384, 3, 1);
 	list_sequential(a.s.list, 16384);
 	list_shuffle(a.s.list, 16384, 7);
 	scene_visit(&a.s, a.v, 0, PAGES, READ_FIRST);
@@ -176,7 +178,7 @@ static void failing(void)
 	order *const orders[] = { ascending, every_seventh };
 	for (int i = 0; i < 2; i++) {
 		struct ahead a;
-		create(&a, MEMFD, PAGES, 3);
+		create(&a, MEMFD, PAGES, 3, 1);
 		a.refused = 1;
 		uint32_t count = i == 0 ? 512 : PAGES / 7;
 		for (uint32_t n = 0; n < count; n++)
@@ -194,7 +196,7 @@ static void failing(void)
 static void less(void)
 {
 	struct ahead a;
-	create(&a, ANON, 1024, 3);
+	create(&a, ANON, 1024, 3, 1);
 	a.less = true;
 	list_sequential(a.s.list, 1024);
 	scene_visit(&a.s, a.v, 0, 1024, READ_FIRST);
@@ -207,7 +209,7 @@ static void less(void)
 static void slow(void)
 {
 	struct ahead a;
-	create(&a, MEMFD, PAGES, 3);
+	create(&a, MEMFD, PAGES, 3, 1);
 	a.slow = true;
 	for (uint32_t n = 0; n < PAGES / 7; n++)
 		a.s.list[n] = every_seventh(n, PAGES / 7);
@@ -221,7 +223,7 @@ static void slow(void)
 static void host(void)
 {
 	struct ahead a;
-	create(&a, MEMFD, PAGES, 3);
+	create(&a, MEMFD, PAGES, 3, 0);
 	pattern_check(&a.s.source.pattern, a.s.ram.hva, 0, PAGES);
 	struct kvmfault_stats stats = finish(&a);
 	CHECK(stats.faults_host <= 5 + PAGES / MOST + 8, "%lu faults", stats.faults_host);
@@ -231,7 +233,7 @@ static void host(void)
 static void prefetch(void)
 {
 	struct ahead a;
-	create(&a, MEMFD, PAGES, 3);
+	create(&a, MEMFD, PAGES, 3, 1);
 	OK(kvmfault_pages_resolve(a.s.m.library, RAM_GPA + 100 * PAGE, 500 * PAGE));
 	EQUAL("absent pages", kvmfault_pages_absent(a.s.m.library), PAGES - 500);
 	struct kvmfault_stats stats = finish(&a);

@@ -136,7 +136,8 @@ static void address_spaces(void)
 	struct vcpu *v = add_vcpu(3);
 	look(v, RAM_GPA, 0, PAGES / 2);
 	delete_slot(RAM_SLOT, 0);
-	EQUAL("state by the other space", kvmfault_pages_state(m.library, RAM_GPA + list[0] * PAGE), KVMFAULT_PAGE_PRESENT);
+	/* The guest may be ahead of the books. */
+	UNTIL(kvmfault_pages_state(m.library, RAM_GPA + list[0] * PAGE) == KVMFAULT_PAGE_PRESENT);
 	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
 	look(v, RAM_GPA, 0, PAGES);
 	EQUAL("resolver calls", source.total, PAGES);
@@ -334,8 +335,8 @@ static void toggled(enum backing backing)
 	slot.flags |= KVMFAULT_MEMSLOT_SLOW;
 	OK(kvmfault_memslot_set(m.library, &slot));
 	start_vcpus();
-	stop = true;
 	while (finished < VCPUS) {
+		stop = toggles > 2;
 		OK(kvmfault_memslot_set_fast_only(m.library, RAM_SLOT, toggles++ % 2 == 0));
 		usleep(3000);
 	}
@@ -369,8 +370,10 @@ static void end_discards(uint64_t pages, unsigned long discards, unsigned long b
 	note("%lu discards of %lu pages (%lu times busy), %lu resolver calls, %lu found the page there", discards, stats.pages_discarded, busy,
 	     stats.resolver_calls, stats.outcome_mapped);
 	CHECK(stats.pages_discarded > 0 && stats.resolver_calls > pages, "the vCPUs met no discard");
-	/* What was brought is there, or was taken away. */
-	EQUAL("pages brought", stats.pages_copied - stats.pages_discarded, pages - kvmfault_pages_absent(m.library));
+	/* What was brought is there, or was taken away. A reader may have in hand what a vCPU wanted before the last discards: so all is brought. */
+	OK(kvmfault_pages_resolve(m.library, RAM_GPA, pages * PAGE));
+	stats = machine_settled_stats(&m);
+	EQUAL("pages brought", stats.pages_copied - stats.pages_discarded, pages);
 	EQUAL("outcome_failed", stats.outcome_failed, 0);
 	tear_down();
 }
@@ -422,7 +425,8 @@ static void discarded_few(enum backing backing)
 	checked_pages = FEW;
 	start_vcpus();
 	UNTIL(source.total >= FEW);
-	for (double end = now() + SCALED(3, 1); now() < end; discards++) {
+	double end = now() + SCALED(3, 1), latest = end + 30;
+	for (; now() < end || (source.total <= FEW + 10 && now() < latest); discards++) {
 		int ret = kvmfault_pages_discard(m.library, RAM_GPA + random_number(&seed) % FEW * PAGE, PAGE);
 		if (ret == -EBUSY)
 			busy++;

@@ -211,9 +211,11 @@ static void recording(void)
 	OK(kvmfault_working_set_save(r.s.m.library, fd));
 	off_t empty = size_of(fd);
 	scene_visit(&r.s, r.v, 0, 100, READ_FIRST);
+	machine_settled_stats(&r.s.m); /* the guest may be ahead of the books */
 	OK(kvmfault_working_set_save(r.s.m.library, fd));
 	off_t some = size_of(fd);
 	scene_visit(&r.s, r.v, 100, 100, READ_FIRST);
+	machine_settled_stats(&r.s.m);
 	OK(kvmfault_working_set_save(r.s.m.library, fd));
 	CHECK(empty < some && some < size_of(fd), "%ld, %ld and %ld bytes", (long)empty, (long)some, (long)size_of(fd));
 	OK(kvmfault_working_set_record(r.s.m.library, 1)); /* anew */

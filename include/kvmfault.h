@@ -1136,8 +1136,8 @@ int kvmfault_vm_stats(const struct kvmfault_vm *vm,
  * `len` 0, beyond the slot's end, NULL. -EFAULT: `src` can't be read, or is guest memory that isn't
  * present itself (one that is being brought is waited for, ten seconds at most). -EHWPOISON: a page
  * is lost (discard it first). -ENOMEM, -ENOSPC: no memory, or the huge page pool is empty. -EAGAIN:
- * the address space was being changed for ten seconds. On an error after some pages, those stay
- * installed. Any thread, also in callbacks.
+ * the address space was being changed for ten seconds. -ESHUTDOWN: the VM was freed meanwhile. On
+ * an error after some pages, those stay installed. Any thread, also in callbacks.
  */
 int kvmfault_pages_install(const struct kvmfault_vm *vm,
                            uint64_t gpa,

@@ -268,7 +268,11 @@ impl Vm {
             wait_for_source(&slots, src, len)?;
         }
         let memory = &self.engine.memory;
-        if install(memory, &slot.block, pages, source, memory.stats.here())? == 0 {
+        let installed = install(memory, &slot.block, pages, source, memory.stats.here());
+        if installed.is_err() && self.engine.is_shut_down() {
+            fail!(ESHUTDOWN, "the VM was freed meanwhile");
+        }
+        if installed? == 0 {
             fail!(EEXIST, "gpa: all pages of [{gpa:#x}, +{len:#x}) were present already");
         }
         Ok(())

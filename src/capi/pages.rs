@@ -16,7 +16,7 @@ use std::ffi::{c_int, c_void};
 /// changed. -ENOENT: `gpa` is in no slot. -EINVAL: alignment, `len` 0, beyond the slot's end, NULL. -EFAULT: `src` can't be read, or is
 /// guest memory that isn't present itself (one that is being brought is waited for, ten seconds at most). -EHWPOISON: a page is lost
 /// (discard it first). -ENOMEM, -ENOSPC: no memory, or the huge page pool is empty. -EAGAIN: the address space was being changed for ten
-/// seconds. On an error after some pages, those stay installed. Any thread, also in callbacks.
+/// seconds. -ESHUTDOWN: the VM was freed meanwhile. On an error after some pages, those stay installed. Any thread, also in callbacks.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library. `src` needs no checks of ours: the kernel reads it.

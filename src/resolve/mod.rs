@@ -333,7 +333,7 @@ impl Engine {
     fn plan(&self, slot: &Slot, page: u64, more: More<'_>) -> Plan {
         match more {
             More::UpTo { most, .. } => Plan { step: 1, count: most.max(1) },
-            // Somebody else has the runs only where two reader threads serve one vCPU at once.
+            // Somebody else has the runs only where two reader threads serve one vCPU, or host threads, at once.
             More::Ahead(runs) if self.readahead > 1 => match runs.try_lock() {
                 Ok(mut runs) => runs.next(slot.block.hva_of(page) / slot.block.page, self.readahead),
                 Err(_) => Plan::ALONE,

@@ -25,8 +25,10 @@ struct Again {
 /// Starts `count` threads that read until `stop` is raised; returns when they do.
 pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
     let (ready, all) = mpsc::channel();
+    // A host thread's faults come to whichever reader is free: its runs are of all of them.
+    let hosts = Arc::new(Mutex::default());
     for n in 0..count {
-        let (engine, stop, ready) = (engine.clone(), stop.clone(), ready.clone());
+        let (engine, stop, hosts, ready) = (engine.clone(), stop.clone(), hosts.clone(), ready.clone());
         std::thread::Builder::new()
             .name(format!("kvmfault/{n}"))
             .spawn(move || {
@@ -34,7 +36,7 @@ pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
                 drop(engine.memory.slots());
                 calls::register();
                 let _ = ready.send(());
-                read(&engine, &stop)
+                read(&engine, &stop, &hosts)
             })
             .map_err(|e| Error::from_io("starting a reader thread", &e))?;
     }
@@ -43,10 +45,9 @@ pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
     Ok(())
 }
 
-fn read(engine: &Engine, stop: &Flag) {
+fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
     block_all_signals();
     let mut later: Vec<Again> = Vec::new();
-    let runs = Mutex::default();
     loop {
         let timeout = later.iter().map(|a| a.due.saturating_duration_since(Instant::now())).min();
         let [readable, stopped] = poll([engine.memory.uffd.as_raw_fd(), stop.as_raw_fd()], timeout);
@@ -60,7 +61,7 @@ fn read(engine: &Engine, stop: &Flag) {
         match engine.memory.uffd.next() {
             Ok(Some(message)) => {
                 // A panic here would leave a thread of the VMM asleep for ever. The page was given back on the way out.
-                let served = catch_unwind(AssertUnwindSafe(|| serve(engine, &message, &runs, &mut later)));
+                let served = catch_unwind(AssertUnwindSafe(|| serve(engine, &message, hosts, &mut later)));
                 if served.is_err() {
                     let slots = engine.memory.slots();
                     if let Some((block, page)) = slots.at_hva(message.hva) {
