@@ -227,12 +227,9 @@ static void wrong_results(void)
 	subject_destroy(&s);
 }
 
-static atomic_int started;
-
 static void *run_for_ever(struct vcpu *v)
 {
 	vcpu_attach(v);
-	started = 1;
 	int ret = kvmfault_vcpu_run(v->handle);
 	CHECK(ret == KVMFAULT_INTERRUPTED, "%s", vcpu_describe(v, ret));
 	vcpu_detach(v);
@@ -247,12 +244,12 @@ static void used_by_two_threads(void)
 	struct vcpu *busy = machine_add_vcpu(&s.machine, 3);
 	uint64_t gpa;
 	struct step *loop = machine_share(&s.machine, PAGE, &gpa);
-	loop[0] = (struct step){ .operation = JUMP, .address = gpa };
+	_Atomic uint64_t *runs = (_Atomic uint64_t *)((uint8_t *)loop + PAGE / 2);
+	loop[0] = (struct step){ .operation = WRITE64, .address = gpa + PAGE / 2, .value = 1 };
+	loop[1] = (struct step){ .operation = JUMP, .address = gpa };
 	vcpu_load_script(busy, gpa);
 	vcpu_start(busy, run_for_ever, NULL);
-	while (!started || machine_stats(&s.machine).kicks)
-		usleep(1000);
-	usleep(100000);
+	UNTIL(*runs); /* the guest itself says that its thread is inside */
 	REFUSED(kvmfault_vcpu_run(busy->handle), EBUSY, "vCPU");
 	REFUSED(kvmfault_vcpu_resume(busy->handle), EBUSY, "vCPU");
 	REFUSED(kvmfault_vcpu_handle_exit(busy->handle, 0), EBUSY, "vCPU");

@@ -15,7 +15,6 @@ struct filling {
 	atomic_bool fill_held;      /* or don't return */
 	atomic_bool held;           /* other calls don't return */
 	atomic_uint holding;        /* so many of those are under way */
-	struct kvmfault_vm *vm;
 };
 
 /* With the case's mechanism, and no readahead. */

@@ -162,7 +162,7 @@ int source_install(const struct source *s, struct kvmfault_vm *vm, uint64_t gpa,
 	int ret = kvmfault_pages_install(vm, gpa, bytes, len);
 	if (len > PAGE)
 		munmap(bytes, len);
-	return ret < 0 && vms_going ? 0 : ret;
+	return (ret == -EBADF || ret == -ESHUTDOWN) && vms_going ? 0 : ret;
 }
 
 int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)

@@ -56,9 +56,12 @@ struct source {
 void source_create(struct source *source, uint64_t gpa, uint64_t len, struct pattern pattern);
 void source_destroy(struct source *source);
 int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault);
-/* Installs what the fault asks for, without counting: for resolvers of a test's own. Returns what kvmfault_pages_install does. */
-/* Raised while a VM is being freed: a resolver call that is under way can't install any more, and that is no failure. */
+/* Raised while a VM is being freed: a resolver call that is under way finds it gone, and that is no failure. */
 extern atomic_uint vms_going;
+/*
+ * Installs what the fault asks for, without counting: for resolvers of a test's own. Returns what kvmfault_pages_install does, but 0 for a VM
+ * that machine_destroy is about to free.
+ */
 int source_install(const struct source *source, struct kvmfault_vm *vm, uint64_t gpa, uint64_t len);
 
 /*

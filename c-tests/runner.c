@@ -220,7 +220,7 @@ static void run_program(const char *program, bool list)
 	const char *slash = strrchr(program, '/');
 	const char *group = slash ? slash + 1 : program;
 	struct outcome o;
-	run(program, "--list", 10, &o);
+	run(program, "--list", timeout, &o);
 	if (o.timed_out || !WIFEXITED(o.status) || WEXITSTATUS(o.status) || !*o.output) {
 		print_failure(group, "list", &o);
 		free(o.output);

@@ -26,7 +26,12 @@ impl Mine {
         let used = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
         Mine(used.unwrap_or_else(|| {
             let place: &Place = Box::leak(Box::default());
-            PLACES.lock().unwrap_or_else(PoisonError::into_inner).push(place);
+            let mut all = PLACES.lock().unwrap_or_else(PoisonError::into_inner);
+            all.push(place);
+            // Room for all of them, so that a thread that ends allocates nothing: others may be serving faults.
+            let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+            let missing = all.len() - free.len();
+            free.reserve(missing);
             place
         }))
     }

@@ -145,7 +145,10 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
         // Somebody brings the page, and the kernel wakes with it. But here it has come already: it woke others, was unmapped before it was booked,
         // and comes no more.
         Ok(Outcome::Elsewhere) if message.minor => {
-            later.push(Again { due: Instant::now() + Duration::from_millis(10), block, page });
+            // One wake-up is for all who sleep there.
+            if !later.iter().any(|again| again.page == page && Arc::ptr_eq(&again.block, &block)) {
+                later.push(Again { due: Instant::now() + Duration::from_millis(10), block, page });
+            }
             return engine.forget_failure(hva);
         }
         Ok(_) => None,
