@@ -4,6 +4,7 @@
 #include "filling.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <string.h>
 
 /* ---- trouble ---- */
@@ -273,6 +274,70 @@ static void discarded_meanwhile(void)
 	scene_destroy(&t.s);
 }
 
+#define BEGINNINGS 4000
+
+struct beginning {
+	struct filling t;
+	atomic_ulong round, taken; /* the page went in so many rounds */
+	atomic_bool over;
+};
+
+/* Never leaves the page alone. */
+static void *look_all_the_time(struct vcpu *v)
+{
+	struct beginning *b = v->opaque;
+	vcpu_attach(v);
+	while (!b->over) {
+		vcpu_load_verify(v, RAM_GPA, b->t.s.list_gpa, b->t.s.pages, &b->t.s.source.pattern, READ_FIRST);
+		vcpu_verify(v);
+	}
+	vcpu_detach(v);
+	return NULL;
+}
+
+static void *take_and_bring(void *arg)
+{
+	struct beginning *b = arg;
+	for (unsigned long round = 1; round <= scaled(BEGINNINGS); round++) {
+		int ret;
+		while (b->round < round)
+			;
+		while ((ret = kvmfault_pages_discard(b->t.s.m.library, RAM_GPA, PAGE)) == -EBUSY)
+			;
+		OK(ret);
+		OK(kvmfault_pages_resolve(b->t.s.m.library, RAM_GPA, PAGE));
+		b->taken = round;
+	}
+	return NULL;
+}
+
+/* Ordinary memory gets its fast path again, and pages go the moment they may: then everything must be there that keeps the guest from the hole. */
+static void discarded_as_it_begins(void)
+{
+	struct beginning b = { .round = 0 };
+	pthread_t thread;
+	filling_create(&b.t, MEMFD, 256 * PAGE);
+	fill_all(&b.t, NULL);
+	memset(b.t.s.list, 0, b.t.s.pages * sizeof(*b.t.s.list)); /* that page, again and again */
+	struct vcpu *v = machine_add_vcpu(&b.t.s.m, 3);
+	vcpu_start(v, look_all_the_time, &b);
+	CHECK(!pthread_create(&thread, NULL, take_and_bring, &b), "pthread_create");
+	for (unsigned long round = 1; round <= scaled(BEGINNINGS); round++) {
+		b.round = round;
+		OK(kvmfault_memslot_set_fast_only(b.t.s.m.library, RAM_SLOT, 1));
+		while (b.taken < round)
+			sched_yield();
+		struct kvmfault_fill *fill = filling_start(&b.t, NULL);
+		OK(kvmfault_fill_wait(fill, 60000));
+		kvmfault_fill_free(fill);
+	}
+	pthread_join(thread, NULL);
+	b.over = true;
+	vcpu_join(v);
+	pattern_check(&b.t.s.source.pattern, b.t.s.ram.hva, 0, 1);
+	scene_destroy(&b.t.s);
+}
+
 /* ---- what the VMM is told, and what it may do ---- */
 
 struct reports {
@@ -410,6 +475,7 @@ static const struct test_case cases[] = {
 	{ "lost", lost, true },
 	{ "pending", pending, true },
 	{ "discarded-meanwhile", discarded_meanwhile, true },
+	{ "discarded-as-it-begins", discarded_as_it_begins, true },
 	{ "progress", progress, false },
 	{ "wrong-arguments", wrong_arguments, false },
 	{ "overtaken", overtaken, true },

@@ -121,9 +121,7 @@ fn unmarked(features: u64, kind: Kind) -> Mode {
     Mode { minor: has_minor(features, kind), keeps_tables: false }
 }
 
-/// Memory that was released is to be memory again in which pages can be missing.
+/// Memory that was released is to be memory again in which pages can be missing. It is not yet: what keeps KVM from the holes must be there first.
 pub fn register_again(memory: &Memory, block: &Block) -> Result<()> {
-    memory.uffd.register(block.hva, block.len, unmarked(memory.uffd.features(), block.kind))?;
-    block.set_released(false);
-    Ok(())
+    memory.uffd.register(block.hva, block.len, unmarked(memory.uffd.features(), block.kind))
 }

@@ -360,6 +360,10 @@ impl Vm {
         if on || !others {
             mechanism.set_fast(memory, &slot.block, on)?;
         }
+        if on {
+            // Last of all: from now on pages may go.
+            old.block.set_released(false);
+        }
         let new = memory.slots().with(slot, false);
         memory.replace_slots(new);
         Ok(())
