@@ -23,6 +23,8 @@ static void mix(const struct ram *ram)
 {
 	uint64_t third = ram->len / THIRDS;
 	int other = SYS(memfd_create("another file", ram->backing == HUGETLB ? MFD_HUGETLB | 21u << 26 : 0));
+	if (ram->backing == HUGETLB)
+		huge_pages_provide(third / HUGE_PAGE); /* the first file keeps what it has reserved */
 	SYS(ftruncate(other, 2 * third));
 	CHECK(mmap(ram->hva + third, third, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, other, third) != MAP_FAILED, "mmap: %s", strerror(errno));
 	CHECK(mmap(ram->hva + 2 * third, third, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, ram->fd, third) != MAP_FAILED, "mmap: %s",

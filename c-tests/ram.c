@@ -14,7 +14,8 @@
 /* ---- memory under test ---- */
 
 #define NR_HUGEPAGES "/proc/sys/vm/nr_hugepages"
-static long huge_pages_before = -1;
+#define POOL "/sys/kernel/mm/hugepages/hugepages-2048kB/"
+static long huge_pages_before = -1; /* until it is changed */
 
 static long number_in(const char *path)
 {
@@ -39,6 +40,26 @@ static void set_huge_pages(long n)
 static void put_huge_pages_back(void)
 {
 	set_huge_pages(huge_pages_before);
+}
+
+static long huge_pages_unused(void)
+{
+	return number_in(POOL "free_hugepages") - number_in(POOL "resv_hugepages");
+}
+
+void huge_pages_provide(uint64_t n)
+{
+	long missing = (long)n - huge_pages_unused();
+	if (missing <= 0)
+		return;
+	long pool = number_in(NR_HUGEPAGES);
+	if (huge_pages_before < 0) {
+		huge_pages_before = pool;
+		test_cleanup(put_huge_pages_back);
+	}
+	set_huge_pages(pool + missing);
+	if (huge_pages_unused() < (long)n)
+		skip("%lu huge pages of 2 MiB can't be had (%ld in vm.nr_hugepages; raising it needs root)", (unsigned long)n, pool);
 }
 
 const char *backing_name(enum backing backing)
@@ -77,16 +98,9 @@ void ram_create(struct ram *ram, enum backing backing, uint64_t len)
 	}
 	ram->fd = SYS(memfd_create("test memory", MFD_CLOEXEC | (backing == HUGETLB ? MFD_HUGETLB_2MB : 0)));
 	SYS(ftruncate(ram->fd, ram->len));
+	if (backing == HUGETLB)
+		huge_pages_provide(ram->len / HUGE_PAGE);
 	ram->hva = map_shared(ram->fd, ram->len);
-	if (ram->hva == MAP_FAILED && backing == HUGETLB) {
-		huge_pages_before = number_in(NR_HUGEPAGES);
-		test_cleanup(put_huge_pages_back);
-		set_huge_pages(huge_pages_before + (long)(ram->len / HUGE_PAGE));
-		ram->hva = map_shared(ram->fd, ram->len);
-		if (ram->hva == MAP_FAILED)
-			skip("%lu huge pages of 2 MiB can't be had (%ld in vm.nr_hugepages; raising it needs root)",
-			     (unsigned long)(ram->len / HUGE_PAGE), huge_pages_before);
-	}
 	CHECK(ram->hva != MAP_FAILED, "mmap: %s", strerror(errno));
 }
 

@@ -26,7 +26,9 @@ struct ram {
 	int fd;             /* -1 for ANON */
 };
 const char *backing_name(enum backing backing);
-/* Skips the case if there are no huge pages and none can be had. */
+/* So many of 2 MiB that nothing has reserved yet; skips the case if they can't be had. */
+void huge_pages_provide(uint64_t n);
+/* HUGETLB provides for itself. */
 void ram_create(struct ram *ram, enum backing backing, uint64_t len);
 void ram_destroy(struct ram *ram);
 /* All of its file by another mapping, as another process has it; at a multiple of 2 MiB. Not for ANON. */
