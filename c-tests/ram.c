@@ -13,8 +13,9 @@
 
 /* ---- memory under test ---- */
 
-#define NR_HUGEPAGES "/proc/sys/vm/nr_hugepages"
+/* Not /proc/sys/vm/nr_hugepages: that is of the default size, which may be 1 GiB. */
 #define POOL "/sys/kernel/mm/hugepages/hugepages-2048kB/"
+#define NR_HUGEPAGES POOL "nr_hugepages"
 static long huge_pages_before = -1; /* until it is changed */
 
 static long number_in(const char *path)
@@ -59,7 +60,7 @@ void huge_pages_provide(uint64_t n)
 	}
 	set_huge_pages(pool + missing);
 	if (huge_pages_unused() < (long)n)
-		skip("%lu huge pages of 2 MiB can't be had (%ld in vm.nr_hugepages; raising it needs root)", (unsigned long)n, pool);
+		skip("%lu huge pages of 2 MiB can't be had (%ld in " NR_HUGEPAGES "; raising it needs root)", (unsigned long)n, pool);
 }
 
 const char *backing_name(enum backing backing)
