@@ -40,7 +40,7 @@
 /*
  * The minor version: grows when something is added.
  */
-#define KVMFAULT_VERSION_MINOR 1
+#define KVMFAULT_VERSION_MINOR 2
 
 /*
  * The patch version.
@@ -957,7 +957,7 @@ extern "C" {
 const char *kvmfault_last_error(void);
 
 /*
- * The version of the library in use as a string, "0.1.0". Any thread.
+ * The version of the library in use as a string, "0.2.0". Any thread.
  */
 const char *kvmfault_version(void);
 

@@ -327,11 +327,11 @@ versioned!(kvmfault_fill_progress {});
 /// The major version: grows when programs must be changed.
 pub const KVMFAULT_VERSION_MAJOR: c_int = 0;
 /// The minor version: grows when something is added.
-pub const KVMFAULT_VERSION_MINOR: c_int = 1;
+pub const KVMFAULT_VERSION_MINOR: c_int = 2;
 /// The patch version.
 pub const KVMFAULT_VERSION_PATCH: c_int = 0;
 
-/// The version of the library in use as a string, "0.1.0". Any thread.
+/// The version of the library in use as a string, "0.2.0". Any thread.
 #[no_mangle]
 pub extern "C" fn kvmfault_version() -> *const c_char {
     const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
