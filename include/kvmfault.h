@@ -1380,14 +1380,18 @@ int kvmfault_vcpu_stats(const struct kvmfault_vcpu *vcpu, struct kvmfault_stats 
 /*
  * Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in the regular file
  * `fd`. Holes of the file are zero pages, without any I/O. The file must not change while the
- * source lives; the descriptor may be closed at once. Use it as the resolver:
+ * source lives; the descriptor may be closed at once. It is used as it is given: no path is opened,
+ * and no permission but the descriptor's own is needed. Where it can't be opened anew (no /proc, no
+ * permission) the search for holes moves its file position, which is back where it was when this
+ * returns: no other thread or process may use the position meanwhile. Use the source as the
+ * resolver:
  *
  * struct kvmfault_file_source *source; kvmfault_file_source_new(fd, &range, 1, &source);
  * options.resolver = kvmfault_file_source_resolve; options.opaque = source; options.finalizer =
  * kvmfault_file_source_finalize;
  *
  * On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names
- * it), -EBADF (`fd` is closed), -EACCES (not readable), -ENOMEM. Any thread.
+ * it), -EBADF (`fd` is closed), -EACCES (it is not open for reading), -ENOMEM. Any thread.
  */
 int kvmfault_file_source_new(int fd,
                              const struct kvmfault_file_range *ranges,
@@ -1493,8 +1497,9 @@ int kvmfault_working_set_record(const struct kvmfault_vm *vm,
  * `kvmfault_fill_options.working_set_fd` of the next restore of the same snapshot; a few bytes a
  * fault. Recording goes on.
  *
- * Returns 0; -ENODATA if nothing is being recorded; -EBADF, -EINVAL (`fd`), or the errno of
- * writing, with an incomplete file that will be refused. Any thread; not from callbacks.
+ * Returns 0; -ENODATA if nothing is being recorded; -EBADF, -EINVAL (`fd`), -EACCES (`fd` is not
+ * open for writing), or the errno of writing, with an incomplete file that will be refused. Any
+ * thread; not from callbacks.
  */
 int kvmfault_working_set_save(const struct kvmfault_vm *vm,
                               int fd);

@@ -217,7 +217,7 @@ pub unsafe extern "C" fn kvmfault_working_set_record(vm: *const kvmfault_vm, on:
 /// Writes what was recorded until now to the regular file `fd`, over what is in it, for `kvmfault_fill_options.working_set_fd` of the next restore
 /// of the same snapshot; a few bytes a fault. Recording goes on.
 ///
-/// Returns 0; -ENODATA if nothing is being recorded; -EBADF, -EINVAL (`fd`), or the errno of writing, with an incomplete file that will be refused.
+/// Returns 0; -ENODATA if nothing is being recorded; -EBADF, -EINVAL (`fd`), -EACCES (`fd` is not open for writing), or the errno of writing, with an incomplete file that will be refused.
 /// Any thread; not from callbacks.
 ///
 /// # Safety

@@ -16,7 +16,9 @@ impl Opaque for kvmfault_file_source {
 const MOST_RANGES: usize = 4096;
 
 /// Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in the regular file `fd`. Holes of the file are zero pages, without any I/O. The
-/// file must not change while the source lives; the descriptor may be closed at once. Use it as the resolver:
+/// file must not change while the source lives; the descriptor may be closed at once. It is used as it is given: no path is opened, and no permission but
+/// the descriptor's own is needed. Where it can't be opened anew (no /proc, no permission) the search for holes moves its file position, which is back
+/// where it was when this returns: no other thread or process may use the position meanwhile. Use the source as the resolver:
 ///
 ///     struct kvmfault_file_source *source;
 ///     kvmfault_file_source_new(fd, &range, 1, &source);
@@ -24,8 +26,8 @@ const MOST_RANGES: usize = 4096;
 ///     options.opaque = source;
 ///     options.finalizer = kvmfault_file_source_finalize;
 ///
-/// On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names it), -EBADF (`fd` is closed), -EACCES (not
-/// readable), -ENOMEM. Any thread.
+/// On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names it), -EBADF (`fd` is closed), -EACCES (it
+/// is not open for reading), -ENOMEM. Any thread.
 ///
 /// # Safety
 /// The pointers are NULL or valid; `ranges` holds `count` elements, each of the size that the first one states.

@@ -1,42 +1,125 @@
-//! Files that the VMM names by descriptor.
+//! Files that the VMM names by descriptor. They are used as given: opening one anew (/proc/self/fd/N) needs a /proc, and permissions that a VMM in a
+//! jail has given up on purpose.
 
 use crate::error::{fail, Error, Result};
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 
-/// Opens the regular file behind a descriptor anew, with a position of its own; and its size.
-pub fn reopen(fd: RawFd, name: &str, writable: bool) -> Result<(File, u64)> {
-    let path = format!("/proc/self/fd/{fd}");
-    // Looked at before it is opened: that could wait for ever (a pipe), or have effects (a device).
-    let meta = std::fs::metadata(&path).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => Error::new(libc::EBADF, format!("{name}: descriptor {fd} is not open")),
-        _ => Error::from_io(name, &e),
-    })?;
+/// What a file is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// To be read.
+    Read,
+    /// To be written.
+    Write,
+}
+
+/// A duplicate of a descriptor, whatever it is of.
+pub fn duplicate(fd: RawFd, name: &str) -> Result<File> {
+    // SAFETY: F_DUPFD_CLOEXEC gives a new descriptor, which is ours alone, or -1 (EBADF for a bad number).
+    match unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) } {
+        -1 => match Error::last_os("fcntl(F_DUPFD_CLOEXEC)") {
+            e if e.errno == libc::EBADF => fail!(EBADF, "{name}: descriptor {fd} is not open"),
+            e => Err(e.context(format!("{name}: descriptor {fd}"))),
+        },
+        // SAFETY: as above.
+        copy => Ok(unsafe { File::from_raw_fd(copy) }),
+    }
+}
+
+/// A duplicate of the descriptor of a regular file, and the file's size. The file position is shared with the VMM: read and write at offsets only.
+pub fn regular(fd: RawFd, name: &str, wanted: Use) -> Result<(File, u64)> {
+    let file = duplicate(fd, name)?;
+    let meta = file.metadata().map_err(|e| Error::from_io(&format!("{name}: fstat"), &e))?;
     if !meta.is_file() {
         let kind = if meta.file_type().is_block_device() { "a block device" } else { "not a file" };
         fail!(EINVAL, "{name}: must be a regular file; {fd} is {kind}");
     }
-    let file = File::options().read(!writable).write(writable).open(&path).map_err(|e| Error::from_io(name, &e))?;
+    // SAFETY: F_GETFL takes no argument.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    let (refused, how) = match wanted {
+        Use::Read => (libc::O_WRONLY, "reading"),
+        Use::Write => (libc::O_RDONLY, "writing"),
+    };
+    if flags & libc::O_PATH != 0 || flags & libc::O_ACCMODE == refused {
+        fail!(EACCES, "{name}: descriptor {fd} is not open for {how}");
+    }
     Ok((file, meta.size()))
 }
 
-/// lseek(2) with SEEK_DATA or SEEK_HOLE; None past the last.
-pub fn seek(file: &File, from: u64, whence: i32) -> Result<Option<u64>> {
+/// The first `len` bytes of a file, or all of them if it has fewer.
+pub fn read_start(file: &File, len: u64) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![0; len as usize];
+    let mut done = 0;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    bytes.truncate(done);
+    Ok(bytes)
+}
+
+/// The data of a file of `size` bytes, in order; all else is holes. Looking for holes moves the file position, and Linux has no other call for it: so
+/// the file is opened anew for this where that is possible, and elsewhere the position is put back.
+pub fn data(file: &File, size: u64) -> Result<Vec<Range<u64>>> {
+    let anew = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok();
+    let position = Position::of(anew.as_ref().unwrap_or(file))?;
+    let (mut data, mut at) = (Vec::new(), 0);
+    while let Some(start) = position.seek(at, libc::SEEK_DATA)? {
+        let end = position.seek(start, libc::SEEK_HOLE)?.unwrap_or(size);
+        data.push(start..end);
+        at = end;
+    }
+    Ok(data)
+}
+
+/// A file's position, which goes back where it was.
+struct Position<'a> {
+    file: &'a File,
+    before: u64,
+}
+
+impl Position<'_> {
+    fn of(file: &File) -> Result<Position<'_>> {
+        let before = seek(file, 0, libc::SEEK_CUR).map_err(|e| Error::from_io("lseek", &e))?;
+        Ok(Position { file, before })
+    }
+
+    /// SEEK_DATA or SEEK_HOLE; None past the last.
+    fn seek(&self, from: u64, whence: i32) -> Result<Option<u64>> {
+        match seek(self.file, from, whence) {
+            Ok(at) => Ok(Some(at)),
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            Err(e) => Err(Error::from_io("lseek", &e)),
+        }
+    }
+}
+
+impl Drop for Position<'_> {
+    fn drop(&mut self) {
+        let _ = seek(self.file, self.before, libc::SEEK_SET);
+    }
+}
+
+/// lseek(2); std's doesn't know SEEK_DATA.
+fn seek(file: &File, from: u64, whence: i32) -> std::io::Result<u64> {
     // SAFETY: lseek takes numbers only.
     match unsafe { libc::lseek(file.as_raw_fd(), from as i64, whence) } {
-        at if at >= 0 => Ok(Some(at as u64)),
-        _ => match std::io::Error::last_os_error() {
-            e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            e => Err(Error::from_io("lseek", &e)),
-        },
+        at if at >= 0 => Ok(at as u64),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 
 /// For tests everywhere.
 #[cfg(test)]
 pub mod tests {
-    use std::fs::File;
+    use super::*;
     use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
     /// A file in tmpfs that nobody else knows.
@@ -47,5 +130,32 @@ pub mod tests {
         std::fs::remove_file(&path).unwrap();
         file.set_len(len).unwrap();
         file
+    }
+
+    #[test]
+    fn a_descriptor_must_be_open_for_what_it_is_wanted_for() {
+        let file = shared(4096);
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let [read_only, write_only] = [true, false].map(|r| File::options().read(r).write(!r).open(&path).unwrap());
+        let errno = |file: &File, wanted| regular(file.as_raw_fd(), "fd", wanted).map_err(|e| e.errno).err();
+        assert_eq!((errno(&read_only, Use::Read), errno(&write_only, Use::Write)), (None, None));
+        let refused = Some(libc::EACCES);
+        assert_eq!((errno(&read_only, Use::Write), errno(&write_only, Use::Read)), (refused, refused));
+        assert_eq!(regular(-1, "fd", Use::Read).unwrap_err().errno, libc::EBADF);
+        assert_eq!(regular(shared(8192).as_raw_fd(), "fd", Use::Read).unwrap().1, 8192);
+    }
+
+    #[test]
+    fn a_search_for_holes_puts_the_position_back() {
+        let file = shared(16 << 20);
+        file.write_all_at(&[1], 8 << 20).unwrap();
+        seek(&file, 77, libc::SEEK_SET).unwrap();
+        {
+            let position = Position::of(&file).unwrap();
+            assert_eq!(position.seek(0, libc::SEEK_DATA).unwrap(), Some(8 << 20));
+        }
+        assert_eq!(seek(&file, 0, libc::SEEK_CUR).unwrap(), 77);
+        assert_eq!(data(&file, 16 << 20).unwrap().len(), 1);
+        assert_eq!(seek(&file, 0, libc::SEEK_CUR).unwrap(), 77);
     }
 }

@@ -2,7 +2,7 @@
 //! between; holes are zero pages, without any I/O.
 
 use crate::error::{fail, Result};
-use crate::kernel::file;
+use crate::kernel::file::{self, Use};
 use crate::kernel::mem::{Mapping, PAGE};
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -40,8 +40,7 @@ pub struct FileSource {
 impl FileSource {
     /// Maps the file, which must stay as it is. `fd` isn't needed afterwards.
     pub fn new(fd: RawFd, ranges: &[FileRange]) -> Result<FileSource> {
-        // Opened anew: looking for holes moves the file position, which a duplicate would share with the VMM.
-        let (file, size) = file::reopen(fd, "fd", false)?;
+        let (file, size) = file::regular(fd, "fd", Use::Read)?;
         let mut ranges = ranges.to_vec();
         ranges.sort_by_key(|r| r.gpa);
         for r in &ranges {
@@ -93,15 +92,12 @@ impl FileSource {
 /// The file's data extents, rounded outwards to pages.
 fn extents(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
     let mut data: Vec<std::ops::Range<u64>> = Vec::new();
-    let mut at = 0;
-    while let Some(start) = file::seek(file, at, libc::SEEK_DATA)? {
-        let end = file::seek(file, start, libc::SEEK_HOLE)?.unwrap_or(size);
-        let (first, last) = (start / PAGE * PAGE, end.next_multiple_of(PAGE));
+    for piece in file::data(file, size)? {
+        let (first, last) = (piece.start / PAGE * PAGE, piece.end.next_multiple_of(PAGE));
         match data.last_mut() {
             Some(before) if before.end >= first => before.end = last,
             _ => data.push(first..last),
         }
-        at = end;
     }
     Ok(data)
 }

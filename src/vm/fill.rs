@@ -2,16 +2,16 @@
 
 use super::Vm;
 use crate::error::{fail, Error, Result};
-use crate::kernel::file;
+use crate::kernel::file::{self, Use};
 use crate::kernel::mem::{self, Kind};
 use crate::memory::block::Block;
 use crate::memory::slots::Slots;
 use crate::resolve::calls;
 use crate::resolve::fill::{self, Fill, Progress};
 use crate::resolve::working_set::{self, Recorder, Shape};
-use std::io::{Read, Write};
 use std::ops::Range;
 use std::os::fd::RawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -50,8 +50,8 @@ impl Vm {
         let Some(recorder) = self.engine.recorder() else { fail!(ENODATA, "vm: no working set is being recorded") };
         let slots = self.engine.memory.slots();
         let bytes = working_set::encode(Shape::of(&slots), &recorder.records(&slots));
-        let (mut file, _) = file::reopen(fd, "fd", true)?;
-        let written = file.set_len(0).and_then(|()| file.write_all(&bytes));
+        let (file, _) = file::regular(fd, "fd", Use::Write)?;
+        let written = file.set_len(0).and_then(|()| file.write_all_at(&bytes, 0));
         written.map_err(|e| Error::from_io("fd: writing", &e))
     }
 
@@ -103,12 +103,11 @@ impl Vm {
 const LONGEST_FILE: u64 = 1 << 30;
 
 fn read_working_set(fd: RawFd, slots: &Slots) -> Result<Vec<Range<u64>>> {
-    let (file, len) = file::reopen(fd, "working_set_fd", false)?;
+    let (file, len) = file::regular(fd, "working_set_fd", Use::Read)?;
     if len > LONGEST_FILE {
         fail!(EINVAL, "working_set_fd: the file has {len} bytes; that is no working set");
     }
-    let mut bytes = Vec::with_capacity(len as usize);
-    file.take(LONGEST_FILE).read_to_end(&mut bytes).map_err(|e| Error::from_io("working_set_fd: reading", &e))?;
+    let bytes = file::read_start(&file, len).map_err(|e| Error::from_io("working_set_fd: reading", &e))?;
     let records = working_set::decode(&bytes, Shape::of(slots)).map_err(working_set::about_the_file)?;
     Ok(working_set::plan(&records))
 }
