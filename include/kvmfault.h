@@ -1252,10 +1252,15 @@ int64_t kvmfault_pages_absent(const struct kvmfault_vm *vm);
  * called there, and sets the vCPU's KVM_SET_SIGNAL_MASK to the rest of the thread's mask. (A vCPU
  * may move: the first `kvmfault_vcpu_run` on another thread sets that one up too.)
  *
- * On success *vcpu is the new handle; on an error it is NULL. Not from callbacks.
+ * On success *vcpu is the new handle; on an error it is NULL. Not from callbacks. Nothing of the VM
+ * or of its other vCPUs is changed or asked.
  *
- * Errors: -EINVAL (an argument; the message names it; also a vCPU of another VM), -EBADF (`fd` is
- * closed, or `vm` was freed), -EEXIST (the vCPU has a handle already), -E2BIG (see `size`).
+ * `options->fd` must be a vCPU of the VM that `vm` was made for. KVM has no way to ask, so this
+ * isn't checked. A vCPU of another VM does no harm, but its guest finds `vm`'s memory where `vm`
+ * has a memslot and its own VM has none; its other exits are passed.
+ *
+ * Errors: -EINVAL (an argument; the message names it), -EBADF (`fd` is closed, or `vm` was freed),
+ * -EEXIST (the vCPU has a handle already), -E2BIG (see `size`).
  */
 int kvmfault_vcpu_new(const struct kvmfault_vm *vm,
                       const struct kvmfault_vcpu_options *options,

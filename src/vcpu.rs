@@ -122,9 +122,6 @@ impl Vcpu {
     /// Takes a vCPU into the VM's care, on the thread that runs it.
     pub fn new(vm: &Arc<Vm>, options: Options) -> Result<Vcpu> {
         let fd = Descriptor::duplicate(options.fd, Role::Vcpu, "fd")?;
-        if !fd.is_vcpu_of(&vm.vm) {
-            fail!(EINVAL, "fd: descriptor {} is a vCPU of another VM", options.fd);
-        }
         let number = fd.vcpu_number().unwrap_or(-1);
         if vm.engine.seats.all().iter().any(|s| s.number == number) {
             fail!(EEXIST, "fd: vCPU {number} has a handle already");

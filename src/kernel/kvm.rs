@@ -6,7 +6,6 @@ use kvm_bindings as kb;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicPtr, Ordering::SeqCst};
-use std::sync::Mutex;
 
 const KVMIO: u64 = 0xAE;
 const fn io(nr: u64) -> u64 {
@@ -165,24 +164,6 @@ impl Descriptor {
                 self.set(KVM_SET_USER_MEMORY_REGION2, &mut arg, "KVM_SET_USER_MEMORY_REGION2")
             }
         }
-    }
-
-    /// Does this vCPU belong to `vm`? KVM has no call that tells. KVM_CAP_X86_TRIPLE_FAULT_EVENT is a switch of the VM's that
-    /// shows in each of its vCPUs' KVM_GET_VCPU_EVENTS: turn it over and look. It decides only whether KVM_GET_VCPU_EVENTS has
-    /// a field more, and ends as it was if the vCPU is the VM's, else switched on. True where the kernel lacks it (before 6.0).
-    pub fn is_vcpu_of(&self, vm: &Descriptor) -> bool {
-        // Two at it at once would take each other's turn for an answer: a VMM makes its vCPUs on their threads, at the same time.
-        static TURN: Mutex<()> = Mutex::new(());
-        let _turn = TURN.lock();
-        let shows = || self.vcpu_events().is_ok_and(|e| e.flags & kb::KVM_VCPUEVENT_VALID_TRIPLE_FAULT != 0);
-        let cap = kb::KVM_CAP_X86_TRIPLE_FAULT_EVENT;
-        let before = shows();
-        if vm.check_extension(cap) <= 0 || vm.enable_cap(cap, !before as u64).is_err() {
-            return true;
-        }
-        let same = shows() != before;
-        let _ = vm.enable_cap(cap, if same { before as u64 } else { 1 });
-        same
     }
 
     /// KVM_RUN; the errno if it fails.
@@ -522,26 +503,5 @@ mod tests {
             assert_eq!(Descriptor::duplicate(fd, role, "x").unwrap_err().errno, libc::EINVAL);
         }
         assert_eq!(Descriptor::duplicate(-1, Role::Vm, "vm_fd").unwrap_err().errno, libc::EBADF);
-    }
-
-    #[test]
-    fn a_vcpu_is_told_from_another_vms() {
-        let kvm = needs!(Descriptor::open());
-        let (one, two) = (kvm.create_vm().unwrap(), kvm.create_vm().unwrap());
-        let (a, b) = (one.create_vcpu(0).unwrap(), two.create_vcpu(0).unwrap());
-        assert!(a.is_vcpu_of(&one) && b.is_vcpu_of(&two));
-        if one.check_extension(kb::KVM_CAP_X86_TRIPLE_FAULT_EVENT) > 0 {
-            assert!(!a.is_vcpu_of(&two) && !b.is_vcpu_of(&one));
-        }
-        // A VMM makes its vCPUs on their own threads, all at once.
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| (0..200).for_each(|_| assert!(a.is_vcpu_of(&one))));
-            }
-        });
-        // A VMM that switched it on finds it on.
-        one.enable_cap(kb::KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1).unwrap();
-        assert!(a.is_vcpu_of(&one));
-        assert_ne!(a.vcpu_events().unwrap().flags & kb::KVM_VCPUEVENT_VALID_TRIPLE_FAULT, 0);
     }
 }

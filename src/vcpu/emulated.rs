@@ -140,6 +140,8 @@ impl Vcpu {
         let mut events = self.fd.vcpu_events()?;
         if events.exception.nr == UD {
             (events.exception.injected, events.exception.pending) = (0, 0);
+            // Without flags KVM leaves alone what another thread may have changed since (a pending NMI or SIPI, SMM, a triple fault).
+            events.flags = 0;
             self.fd.set_vcpu_events(events)?;
         }
         Ok(Exit::Handled)
