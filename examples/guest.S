@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The guest of lazy-restore: 64-bit code that runs at any address, in CPL 3 as well as in CPL 0. It visits pages in the order of
+ * The guest of the examples: 64-bit code that runs at any address, in CPL 3 as well as in CPL 0. It visits pages in the order of
  * a list, measures how long the first touch of each takes, and checks what it finds there.
  *
  *   %rdi  guest address of page 0
@@ -11,7 +11,7 @@
  *   %r10  check each word whose number is a multiple of this; 1 is all of them, 73 is 8 of them including the first and the last
  *
  * A page consists of 512 words of 64 bits. Word w of page p is (p + 1) * factor + w; but pages with (p & 0x70) == 0x70, one group
- * of sixteen in eight, are all zero. lazy-restore.c writes the same.
+ * of sixteen in eight, are all zero. guest.c writes the same.
  *
  * At the end: `out` to port 0x10 with %eax = 0 if all was right, else 1 and then %rdi = the address, %rdx = what should be there.
  */

@@ -3,11 +3,12 @@
  * Lazy restore, the example to start from: a VM runs at once, and its memory comes from a snapshot file page by page, as the
  * guest touches it. The guest checks every page and measures how long each first touch takes.
  *
- *   cc lazy-restore.c restore-options.c tiny-vm.c guest.S $(pkg-config --cflags --libs kvmfault) -pthread -o lazy-restore
+ *   cc lazy-restore.c restore-options.c options.c tiny-vm.c guest.c guest.S $(pkg-config --cflags --libs kvmfault) -pthread -o lazy-restore
  *
  * What a VMM needs of libkvmfault is in restore() and run_vcpu().
  */
 #define _GNU_SOURCE
+#include "guest.h"
 #include "restore-options.h"
 #include "tiny-vm.h"
 
@@ -25,18 +26,9 @@
 #include <time.h>
 #include <unistd.h>
 
-/* guest.S */
-extern const uint8_t guest_start[], guest_end[];
-#define FACTOR 0x9e3779b97f4a7c15ul /* any odd number with many bits */
-#define DONE_PORT 0x10
 #define RAM_SLOT 1
 
 /* ---- the snapshot ---- */
-
-static bool is_zero_page(uint64_t page)
-{
-	return (page & 0x70) == 0x70;
-}
 
 /* Writes what guest.S expects; the zero pages become holes of the file. The file has no name, and goes with its descriptor. */
 static int write_snapshot(uint64_t size)
@@ -51,29 +43,12 @@ static int write_snapshot(uint64_t size)
 	if (ftruncate(fd, size))
 		die(errno, "a snapshot of %lu MiB", (unsigned long)(size >> 20));
 	for (uint64_t page = 0; page < size / PAGE_SIZE; page++) {
-		uint64_t words[PAGE_SIZE / 8];
-		for (uint64_t w = 0; w < PAGE_SIZE / 8; w++)
-			words[w] = (page + 1) * FACTOR + w;
-		if (!is_zero_page(page) && pwrite(fd, words, PAGE_SIZE, page * PAGE_SIZE) != PAGE_SIZE)
+		uint64_t words[GUEST_PAGE_WORDS];
+		guest_fill_page(words, page);
+		if (!guest_is_zero_page(page) && pwrite(fd, words, PAGE_SIZE, page * PAGE_SIZE) != PAGE_SIZE)
 			die(errno, "writing the snapshot (TMPDIR names a directory with more room)");
 	}
 	return fd;
-}
-
-/* ---- the guest's order of touching pages ---- */
-
-static void write_order(uint32_t *order, uint64_t pages, bool shuffled)
-{
-	uint64_t random = 88172645463325252ull;
-	for (uint64_t i = 0; i < pages; i++)
-		order[i] = i;
-	for (uint64_t i = pages - 1; shuffled && i > 0; i--) {
-		random ^= random << 13, random ^= random >> 7, random ^= random << 17; /* xorshift: the same in each run */
-		uint64_t other = random % (i + 1);
-		uint32_t swap = order[i];
-		order[i] = order[other];
-		order[other] = swap;
-	}
 }
 
 /* ---- a vCPU ---- */
@@ -109,7 +84,7 @@ static void *run_vcpu(void *arg)
 			continue; /* a kick, or a signal; nobody here sends any */
 		if (ret == KVMFAULT_MEMORY_ERROR)
 			die(0, "vCPU %d: a page of its memory is broken", v->number);
-		if (v->tiny.run->exit_reason == KVM_EXIT_IO && v->tiny.run->io.port == DONE_PORT)
+		if (v->tiny.run->exit_reason == KVM_EXIT_IO && v->tiny.run->io.port == GUEST_DONE_PORT)
 			break;
 		die(0, "vCPU %d: unexpected exit %u", v->number, v->tiny.run->exit_reason);
 	}
@@ -173,7 +148,7 @@ static void restore(const struct options *o, const struct mechanism *mechanism, 
 	tiny_vm_create(&vm, pages * (4 + 8), guest_start, guest_end - guest_start);
 	uint32_t *order = tiny_vm_share(&vm, pages * 4, &order_address);
 	uint64_t *ticks = tiny_vm_share(&vm, pages * 8, &ticks_address);
-	write_order(order, pages, o->shuffled);
+	guest_write_order(order, pages, o->shuffled);
 
 	/* The resolver: the library's own, on a snapshot file. A VMM that gets pages from elsewhere has a function of its own here. */
 	struct kvmfault_file_range range = KVMFAULT_FILE_RANGE_INIT;
@@ -222,7 +197,7 @@ static void restore(const struct options *o, const struct mechanism *mechanism, 
 			.rsi = order_address + first * 4,
 			.rcx = end - first,
 			.r8 = ticks_address + first * 8,
-			.r9 = FACTOR,
+			.r9 = GUEST_FACTOR,
 			.r10 = cpl == 3 ? 1 : 73, /* some KVMs emulate CPL 0 instruction by instruction; see guest.S */
 		};
 		vcpus[i] = (struct vcpu){ .memory = memory, .start = &start, .number = i };

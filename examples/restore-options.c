@@ -4,18 +4,11 @@
 
 #include <errno.h>
 #include <getopt.h>
-#include <kvmfault.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { MOST_VCPUS = 1024 };
-
-const struct mechanism mechanisms[MECHANISMS] = {
-	{ "memslot-flag", KVMFAULT_MECHANISM_MEMSLOT_FLAG },
-	{ "poison-trap", KVMFAULT_MECHANISM_POISON_TRAP },
-	{ "userfaultfd", KVMFAULT_MECHANISM_USERFAULTFD },
-};
 
 static void usage(FILE *to)
 {
@@ -33,35 +26,6 @@ static void usage(FILE *to)
 		MOST_VCPUS, TINY_VM_RAM_MAX >> 20);
 }
 
-static uint64_t number(const char *option, const char *text, uint64_t least, uint64_t most)
-{
-	char *end;
-	errno = 0;
-	unsigned long long n = strtoull(text, &end, 10);
-	if (errno || end == text || *end || *text == '-' || n < least || n > most) {
-		fprintf(stderr, "lazy-restore: --%s takes a number from %llu to %llu, not \"%s\"\n", option,
-			(unsigned long long)least, (unsigned long long)most, text);
-		exit(2);
-	}
-	return n;
-}
-
-/* Which of the words in `choices` (separated by |) `text` is. */
-static int choice(const char *option, const char *text, const char *choices)
-{
-	const char *word = choices;
-	for (int n = 0;; n++) {
-		size_t length = strcspn(word, "|");
-		if (strlen(text) == length && !strncmp(word, text, length))
-			return n;
-		if (!word[length])
-			break;
-		word += length + 1;
-	}
-	fprintf(stderr, "lazy-restore: --%s takes %s, not \"%s\"\n", option, choices, text);
-	exit(2);
-}
-
 void parse_options(int argc, char **argv, struct options *o)
 {
 	static const struct option known[] = {
@@ -75,23 +39,23 @@ void parse_options(int argc, char **argv, struct options *o)
 	for (int c; (c = getopt_long(argc, argv, "", known, NULL)) != -1;) {
 		switch (c) {
 		case 'm':
-			choice("mechanism", optarg, "memslot-flag|poison-trap|userfaultfd|all");
+			option_choice("mechanism", optarg, "memslot-flag|poison-trap|userfaultfd|all");
 			o->mechanism = optarg;
 			break;
 		case 'v':
-			o->vcpus = number("vcpus", optarg, 1, MOST_VCPUS);
+			o->vcpus = option_number("vcpus", optarg, 1, MOST_VCPUS);
 			break;
 		case 's':
-			o->size = number("size", optarg, 1, TINY_VM_RAM_MAX >> 20) << 20;
+			o->size = option_number("size", optarg, 1, TINY_VM_RAM_MAX >> 20) << 20;
 			break;
 		case 'o':
-			o->shuffled = choice("order", optarg, "sequential|shuffled");
+			o->shuffled = option_choice("order", optarg, "sequential|shuffled");
 			break;
 		case 'c':
-			o->cpl = (const int[]){ 0, 3, -1 }[choice("cpl", optarg, "0|3|both")];
+			o->cpl = (const int[]){ 0, 3, -1 }[option_choice("cpl", optarg, "0|3|both")];
 			break;
 		case 'r':
-			o->readahead = number("readahead", optarg, 1, 4096);
+			o->readahead = option_number("readahead", optarg, 1, 4096);
 			break;
 		case 'j':
 			o->json = optarg;

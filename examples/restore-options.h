@@ -5,16 +5,11 @@
 #ifndef RESTORE_OPTIONS_H
 #define RESTORE_OPTIONS_H
 
+#include "options.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-
-struct mechanism {
-	const char *name;
-	int number; /* KVMFAULT_MECHANISM_* */
-};
-enum { MECHANISMS = 3 };
-extern const struct mechanism mechanisms[MECHANISMS];
 
 struct options {
 	const char *mechanism; /* a name, or "all" */
