@@ -70,6 +70,11 @@ def postcopy_preempt(run):
     postcopy(run, preempt=True)
 
 
+def multifd(run):
+    """The first phase over several channels: these note a page of zeros as received and don't touch it, so that memory has a hole there."""
+    postcopy(run, multifd=True)
+
+
 def disconnected(run, m):
     """While there is no connection the guest waits for pages that nobody can bring: that must not stop the monitor."""
     m.until_status(m.source, "postcopy-paused")
@@ -221,6 +226,7 @@ def two_slots(run):
 CASES = {
     "postcopy": postcopy,
     "postcopy-preempt": postcopy_preempt,
+    "multifd": multifd,
     "recover": recover,
     "cut": cut,
     "cut-preempt": cut_preempt,

@@ -20,9 +20,9 @@ class Skipped(Exception):
 class Migration:
     """The steps of a migration, in the order in which a case takes them. A context: its processes end with it."""
 
-    def __init__(self, setting, fault_exits, bandwidth, *, must_use=False, postcopy=True, preempt=False):
+    def __init__(self, setting, fault_exits, bandwidth, *, must_use=False, postcopy=True, preempt=False, multifd=False):
         self.setting, self.fault_exits, self.bandwidth = setting, fault_exits, bandwidth
-        self.must_use, self.postcopy, self.preempt = must_use, postcopy, preempt
+        self.must_use, self.postcopy, self.preempt, self.multifd = must_use, postcopy, preempt, multifd
         self.processes, self.connections = [], 0
         self.source = self.destination = self.network = None
 
@@ -91,9 +91,16 @@ class Migration:
         return self.setting.sockets / f"m{self.connections}"
 
     def configure(self, process, **parameters):
-        wanted = {"postcopy-ram": self.postcopy, "postcopy-preempt": self.preempt, "postcopy-blocktime": self.postcopy}
-        process.execute("migrate-set-capabilities",
-                        capabilities=[{"capability": name, "state": state} for name, state in wanted.items()])
+        wanted = {"postcopy-ram": self.postcopy, "postcopy-preempt": self.preempt, "postcopy-blocktime": self.postcopy,
+                  "multifd": self.multifd}
+        try:
+            process.execute("migrate-set-capabilities",
+                            capabilities=[{"capability": name, "state": state} for name, state in wanted.items()])
+        except Failed as error:
+            # QEMU before 10.1: "Postcopy is not yet compatible with multifd".
+            if self.multifd and self.postcopy and "multifd" in str(error):
+                raise Skipped(str(error))
+            raise
         process.execute("migrate-set-parameters", **parameters)
 
     def connect(self, source=None, destination=None, network=False):
