@@ -1012,6 +1012,11 @@ int kvmfault_vm_new(const struct kvmfault_vm_options *options,
  * finalizer runs after the last of them, on whichever thread that is; only then may `opaque` go.
  * vCPU handles stay valid and return -ESHUTDOWN; free them too, before or after.
  *
+ * Calls on the VM that are under way in other threads return -ESHUTDOWN if they can't be finished;
+ * what they have begun (a slot that is being set, say) is undone. A callback that is under way gets
+ * -ESHUTDOWN from each call on its VM, too. Calls that begin later on other threads return -EBADF,
+ * as on any freed handle.
+ *
  * The memory of its slots must stay mapped until then too: an install under way writes to it.
  *
  * Free it when the guest has stopped, or after deleting the slots: absent pages are no longer
@@ -1068,6 +1073,9 @@ int kvmfault_vm_enable(const struct kvmfault_vm *vm,
  * memory is known from another slot. What shared memory holds all the same (preallocated, used
  * before) nobody sees until `kvmfault_pages_map` shows it; `kvmfault_pages_install` replaces it.
  *
+ * Threads may touch the memory while this is under way: they wait for their pages as ever, and the
+ * resolver may be called for these before this has returned.
+ *
  * On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that
  * no other slot shows becomes ordinary memory again, in which absent pages read as zeros (see
  * KVMFAULT_MEMSLOT_KEEP).
@@ -1077,7 +1085,8 @@ int kvmfault_vm_enable(const struct kvmfault_vm *vm,
  * locked, and in any before Linux 5.14), -EFAULT and -EACCES (hva isn't mapped, or not readable and
  * writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd),
  * -ENOENT (deleting what is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory),
- * or KVM's errno. Any thread; calls take turns; not from callbacks.
+ * -ESHUTDOWN (the VM was freed meanwhile), or KVM's errno. Any thread; calls take turns; not from
+ * callbacks.
  */
 int kvmfault_memslot_set(const struct kvmfault_vm *vm,
                          const struct kvmfault_memslot *slot);

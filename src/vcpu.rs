@@ -155,6 +155,7 @@ impl Vcpu {
         };
         vcpu.attach(&mut *vcpu.own()?)?;
         vm.engine.seats.add(vcpu.seat);
+        vm.engine.check_begun()?;
         Ok(vcpu)
     }
 
@@ -314,6 +315,11 @@ impl Vcpu {
     /// The last memory error.
     pub fn memory_error(&self) -> Result<Option<MemoryError>> {
         Ok(self.own()?.memory_error)
+    }
+
+    /// Was its VM freed?
+    pub fn has_ended(&self) -> bool {
+        self.vm.engine.is_shut_down()
     }
 
     fn check_open(&self) -> Result<()> {

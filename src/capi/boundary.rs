@@ -104,6 +104,12 @@ pub trait Opaque {
     const NAME: &'static str;
     /// What tells a live handle of this type from all else.
     const MAGIC: u64;
+    /// The VMM's callbacks get this handle, and may be under way when it is freed.
+    const HAS_CALLBACKS: bool = false;
+    /// Was the VM that it belongs to freed?
+    fn has_ended(_inner: &Self::Inner) -> bool {
+        false
+    }
 }
 
 impl<T> Handle<T> {
@@ -141,7 +147,7 @@ impl<T> Handle<T> {
         let handle = unsafe { &*handle };
         match handle.magic.load(SeqCst) {
             magic if magic == O::MAGIC => Ok(handle),
-            FREED => fail!(EBADF, "{}: this handle was freed", O::NAME),
+            FREED => Err(freed::<O>()),
             _ => fail!(EBADF, "{}: {pointer:p} is not a handle of this library", O::NAME),
         }
     }
@@ -204,9 +210,25 @@ pub fn with_wide<O: Opaque>(name: &str, pointer: *const O, body: impl FnOnce(&Ar
         Err(error) => return complain(&error).into(),
     };
     guarded(name, Some(&handle.poisoned), || match handle.inner::<O>()?.as_ref() {
-        Some(inner) => body(inner),
-        None => fail!(EBADF, "{}: this handle was freed", O::NAME),
+        Some(inner) => body(inner).map_err(|e| explain::<O>(inner, e)),
+        None => Err(freed::<O>()),
     })
+}
+
+/// A handle that was freed. A callback of a VM can't know that its VM was, and isn't to blame.
+fn freed<O: Opaque>() -> Error {
+    if O::HAS_CALLBACKS && crate::resolve::in_callback() {
+        return Error::new(libc::ESHUTDOWN, format!("{}: was freed while this callback was under way", O::NAME));
+    }
+    Error::new(libc::EBADF, format!("{}: this handle was freed", O::NAME))
+}
+
+/// What failed because the VM was freed meanwhile says so, whatever failed first. Wrong arguments stay what they are.
+fn explain<O: Opaque>(inner: &O::Inner, error: Error) -> Error {
+    if [libc::EINVAL, libc::E2BIG, libc::EDEADLK].contains(&error.errno) || !O::has_ended(inner) {
+        return error;
+    }
+    Error::new(libc::ESHUTDOWN, format!("the VM was freed meanwhile ({error})"))
 }
 
 /// The calls that change slots and the like are not for callbacks.

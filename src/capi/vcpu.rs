@@ -13,6 +13,9 @@ impl Opaque for kvmfault_vcpu {
     type Inner = Vcpu;
     const NAME: &'static str = "vcpu";
     const MAGIC: u64 = 0x6b76_6d66_7663_7075; // "kvmfvcpu"
+    fn has_ended(vcpu: &Vcpu) -> bool {
+        vcpu.has_ended()
+    }
 }
 
 /// Takes a vCPU into the library's care. Call it on the thread that runs the vCPU: with KVMFAULT_SIGBUS_BY_MASK it blocks SIGBUS and the

@@ -16,6 +16,10 @@ impl Opaque for kvmfault_vm {
     type Inner = Vm;
     const NAME: &'static str = "vm";
     const MAGIC: u64 = 0x6b76_6d66_0000_766d; // "kvmf", "vm"
+    const HAS_CALLBACKS: bool = true;
+    fn has_ended(vm: &Vm) -> bool {
+        vm.engine.is_shut_down()
+    }
 }
 
 /// The VMM's callbacks.
@@ -153,6 +157,10 @@ fn string(pointer: *const c_char, name: &str) -> Result<Option<String>> {
 /// when they end. The finalizer runs after the last of them, on whichever thread that is; only then may `opaque` go. vCPU handles stay valid and
 /// return -ESHUTDOWN; free them too, before or after.
 ///
+/// Calls on the VM that are under way in other threads return -ESHUTDOWN if they can't be finished; what they have begun (a slot that is being set,
+/// say) is undone. A callback that is under way gets -ESHUTDOWN from each call on its VM, too. Calls that begin later on other threads return
+/// -EBADF, as on any freed handle.
+///
 /// The memory of its slots must stay mapped until then too: an install under way writes to it.
 ///
 /// Free it when the guest has stopped, or after deleting the slots: absent pages are no longer brought (private ones that `poison-trap`
@@ -228,13 +236,17 @@ pub unsafe extern "C" fn kvmfault_vm_enable(vm: *const kvmfault_vm, caps: u64) -
 /// the start, unless KVMFAULT_MEMSLOT_PRESENT is given or the memory is known from another slot. What shared memory holds all the same
 /// (preallocated, used before) nobody sees until `kvmfault_pages_map` shows it; `kvmfault_pages_install` replaces it.
 ///
+/// Threads may touch the memory while this is under way: they wait for their pages as ever, and the resolver may be called for these before this
+/// has returned.
+///
 /// On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that no other slot shows becomes ordinary
 /// memory again, in which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP).
 ///
 /// Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another slot, or there is content already that
 /// can't be hidden: in private memory, in memory that is locked, and in any before Linux 5.14), -EFAULT and -EACCES (hva isn't mapped, or
 /// not readable and writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd), -ENOENT (deleting what
-/// is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory), or KVM's errno. Any thread; calls take turns; not from callbacks.
+/// is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory), -ESHUTDOWN (the VM was freed meanwhile), or KVM's errno. Any thread;
+/// calls take turns; not from callbacks.
 ///
 /// # Safety
 /// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.

@@ -6,6 +6,7 @@ pub mod fill;
 pub mod readahead;
 pub mod reader;
 pub mod seat;
+pub mod strays;
 pub mod working_set;
 
 use crate::error::{fail, Error, Result};
@@ -23,7 +24,7 @@ use seat::Seats;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{fence, AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use working_set::Recorder;
@@ -219,8 +220,19 @@ impl Engine {
     /// No more resolver calls; whoever waits goes with ESHUTDOWN. False if it was so already.
     pub fn shut_down(&self) -> bool {
         let first = !self.shutdown.swap(true, SeqCst);
+        fence(SeqCst); // with `check_begun`
         WAITS.wake_all();
         first
+    }
+
+    /// For calls that have begun something that `shut_down` and its callers end: registered memory, say, whose block is published. To be asked after
+    /// that: either the end sees what was begun, or the beginner sees the end here and undoes it.
+    pub fn check_begun(&self) -> Result<()> {
+        fence(SeqCst);
+        if self.is_shut_down() {
+            fail!(ESHUTDOWN, "the VM was freed meanwhile");
+        }
+        Ok(())
     }
 
     /// Was it shut down?

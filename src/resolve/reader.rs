@@ -3,6 +3,7 @@
 
 use super::readahead::Runs;
 use super::seat::News;
+use super::strays::Strays;
 use super::{calls, pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{Error, Result};
 use crate::kernel::thread::{block_all_signals, poll, Flag};
@@ -49,20 +50,23 @@ fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
     block_all_signals();
     // Where two want a page at once one may be put here: faults allocate nothing.
     let mut later: Vec<Again> = Vec::with_capacity(256);
+    let mut strays = Strays::new(Instant::now());
     loop {
-        let timeout = later.iter().map(|a| a.due.saturating_duration_since(Instant::now())).min();
+        let due = later.iter().map(|a| a.due).chain(strays.due()).min();
+        let timeout = due.map(|due| due.saturating_duration_since(Instant::now()));
         let [readable, stopped] = poll([engine.memory.uffd.as_raw_fd(), stop.as_raw_fd()], timeout);
         if stopped {
             return;
         }
         wake_due(engine, &mut later);
+        strays.wake_due(&engine.memory.uffd, Instant::now());
         if !readable {
             continue;
         }
         match engine.memory.uffd.next() {
             Ok(Some(message)) => {
                 // A panic here would leave a thread of the VMM asleep for ever. The page was given back on the way out.
-                let served = catch_unwind(AssertUnwindSafe(|| serve(engine, &message, hosts, &mut later)));
+                let served = catch_unwind(AssertUnwindSafe(|| serve(engine, &message, hosts, &mut later, &mut strays)));
                 if served.is_err() {
                     let slots = engine.memory.slots();
                     if let Some((block, page)) = slots.at_hva(message.hva) {
@@ -91,10 +95,10 @@ fn wake_due(engine: &Engine, later: &mut Vec<Again>) {
     });
 }
 
-fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Vec<Again>) {
+fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Vec<Again>, strays: &mut Strays) {
     let slots = engine.memory.slots();
     let Some((block, page)) = slots.at_hva(message.hva) else {
-        return;
+        return strays.keep(message.hva, Instant::now());
     };
     let (block, hva) = (block.clone(), block.hva_of(page));
     drop(slots);

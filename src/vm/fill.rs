@@ -40,6 +40,7 @@ pub struct FillRequest {
 impl Vm {
     /// Begins to record the working set anew; or ends that, and forgets what was recorded.
     pub fn record_working_set(&self, on: bool) -> Result<()> {
+        self.engine.check_begun()?;
         let recorder = if on { Some(Recorder::new()?) } else { None };
         self.engine.record(recorder);
         Ok(())
@@ -58,6 +59,7 @@ impl Vm {
     /// Starts a fill; EBUSY if one is under way.
     pub fn fill(self: &Arc<Vm>, request: FillRequest) -> Result<Arc<Fill>> {
         self.check_ours()?;
+        self.engine.check_begun()?;
         if request.threads > 64 {
             fail!(EINVAL, "threads: {} is more than 64", request.threads);
         }

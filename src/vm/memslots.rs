@@ -96,22 +96,31 @@ impl Vm {
         if request.len == 0 {
             return self.delete(&slots, request, ioctl);
         }
-        let slot = self.plan(&slots, request)?;
+        self.engine.check_begun()?;
+        let (slot, fresh) = self.plan(&slots, request)?;
         let old = slots.numbered(request.slot).cloned();
         let region = slot.region;
         let (before, meanwhile) = ((**slots).clone(), slots.with(slot.clone(), true));
-        let after = slots.with(slot, false);
+        let after = slots.with(slot.clone(), false);
         drop(slots);
-        // Published first: a vCPU may fault the moment KVM knows the slot. What goes is retired last: KVM may refuse.
+        // Published first: threads of the VMM may touch the memory while it is armed, which takes seconds a TiB, and a vCPU may fault the moment
+        // KVM knows the slot. What goes is retired last: KVM may refuse.
         self.publish(meanwhile);
-        if ioctl == Ioctl::Library {
-            if let Err(e) = self.set_region(old.as_deref(), &region) {
-                self.publish(before);
-                return Err(e);
-            }
-        }
-        self.publish(after);
-        Ok(region)
+        let done = self.arm(&slot, fresh).and_then(|()| match ioctl {
+            Ioctl::Library => self.set_region(old.as_deref(), &region),
+            Ioctl::Vmm => Ok(()),
+        });
+        self.publish(if done.is_ok() { after } else { before });
+        done.map(|()| region)
+    }
+
+    /// Has the fast path of a slot that is published made ready. If the VM is freed meanwhile, that is an error: nobody would serve the memory.
+    fn arm(&self, slot: &Slot, fresh: bool) -> Result<()> {
+        let armed = match slot.fast_only || fresh {
+            true => MECHANISMS[slot.block.mechanism].set_fast(&self.engine.memory, &slot.block, slot.fast_only),
+            false => Ok(()),
+        };
+        self.engine.check_begun().and(armed)
     }
 
     /// KVM moves a slot (guest address, flags) in place, but takes another size or host address only after a delete.
@@ -158,8 +167,8 @@ impl Vm {
         memory.unregister(block);
     }
 
-    /// The slot to be. Checks everything before anything changes.
-    fn plan(&self, slots: &Slots, request: &SlotRequest) -> Result<Slot> {
+    /// The slot to be, and whether its block is new. Checks everything before anything changes.
+    fn plan(&self, slots: &Slots, request: &SlotRequest) -> Result<(Slot, bool)> {
         let SlotRequest { slot: number, gpa, len, hva, .. } = *request;
         self.check_number(number)?;
         if request.kvm_flags & !KVM_FLAGS != 0 {
@@ -204,10 +213,10 @@ impl Vm {
         if slot.is_err() && fresh {
             self.retire(&block);
         }
-        slot
+        slot.map(|slot| (slot, fresh))
     }
 
-    /// The slot as a window of its block, armed.
+    /// The slot as a window of its block, and what KVM is to be told of it.
     fn slot_on(&self, block: &Arc<Block>, wanted: &Region, request: &SlotRequest, fresh: bool) -> Result<Slot> {
         let Region { gpa, len, .. } = *wanted;
         let hva = request.hva;
@@ -241,9 +250,6 @@ impl Vm {
         if slot.fast_only {
             self.enable_fault_exits()?;
             mechanism.arm(&self.host, &slot.clone(), &mut slot.region);
-        }
-        if slot.fast_only || fresh {
-            mechanism.set_fast(&self.engine.memory, &slot.block, slot.fast_only)?;
         }
         Ok(slot)
     }
@@ -328,13 +334,20 @@ impl Vm {
     }
 
     fn switch(&self, number: u32, on: bool) -> Result<()> {
-        let memory = &self.engine.memory;
         let old = self.slot(number)?;
         if old.fast_only == on {
             return Ok(());
         }
+        let switched = self.switch_slot(&old, on);
+        // Both ways register memory. If the VM is freed meanwhile nobody reads what its faults have to say.
+        self.engine.check_begun().inspect_err(|_| self.engine.memory.unregister(&old.block))?;
+        switched
+    }
+
+    fn switch_slot(&self, old: &Slot, on: bool) -> Result<()> {
+        let (memory, number) = (&self.engine.memory, old.region.slot);
         let mechanism = MECHANISMS[old.block.mechanism];
-        let mut slot = (*old).clone();
+        let mut slot = old.clone();
         slot.fast_only = on;
         slot.region = Region { version: 1, flags: old.region.flags & KVM_FLAGS, bitmap: 0, ..old.region };
         if on {

@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * Beginnings and ends of slots and VMs under way in one thread while others use the memory: threads of the VMM that touch it are never left asleep, an
+ * end that overtakes a beginning ends that, too.
+ */
+#define _GNU_SOURCE
+#include "lab.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static atomic_int finalized;
+
+static void count_finalizers(void *opaque)
+{
+	(void)opaque;
+	finalized++;
+}
+
+/* ---- memory that is touched while its slot is set and deleted ---- */
+
+enum { TOUCHERS = 2 };
+static struct ram ram;
+static atomic_ulong touched[TOUCHERS];
+static atomic_bool stop_touching;
+
+static int bring_zeros(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque;
+	int ret = kvmfault_pages_zero(vm, fault->gpa, fault->len);
+	/* Another thread was faster; or the slot or the VM has gone meanwhile. */
+	CHECK(!ret || ret == -EEXIST || ret == -ENOENT || ret == -ESHUTDOWN, "kvmfault_pages_zero: %d: %s", ret, kvmfault_last_error());
+	return ret == -EEXIST ? KVMFAULT_RESOLVED : ret;
+}
+
+static void *touch(void *arg)
+{
+	uint64_t random = 1 + (uintptr_t)arg;
+	while (!stop_touching) {
+		(void)*(volatile uint8_t *)(ram.hva + random_number(&random) % ram.len);
+		touched[(uintptr_t)arg]++;
+		if (random % 4 == 0)
+			sched_yield();
+	}
+	return NULL;
+}
+
+static void start_touching(pthread_t *threads)
+{
+	stop_touching = false;
+	for (uintptr_t i = 0; i < TOUCHERS; i++)
+		SYS(pthread_create(&threads[i], NULL, touch, (void *)i) ? -1 : 0);
+}
+
+static void end_touching(pthread_t *threads)
+{
+	stop_touching = true;
+	for (int i = 0; i < TOUCHERS; i++)
+		pthread_join(threads[i], NULL);
+}
+
+/* None of them sleeps for ever, whatever has just been done. */
+static void expect_all_go_on(void)
+{
+	for (int i = 0; i < TOUCHERS; i++) {
+		unsigned long before = touched[i];
+		UNTIL(touched[i] > before + 1);
+	}
+}
+
+static void touched_while_set(void)
+{
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	struct machine m;
+	pthread_t threads[TOUCHERS];
+	unsigned long rounds = SCALED(100, 5);
+	options.resolver = bring_zeros;
+	machine_create(&m, 0);
+	machine_attach(&m, NULL, &options);
+	ram_create(&ram, MEMFD, SCALED(128ul << 20, 8ul << 20) & -HUGE_PAGE);
+	start_touching(threads);
+	for (unsigned long i = 0; i < rounds; i++) {
+		struct kvmfault_memslot slot = slot_on(&ram, RAM_SLOT, RAM_GPA);
+		SYS(madvise(ram.hva, ram.len, MADV_REMOVE));
+		OK(kvmfault_memslot_set(m.library, &slot));
+		expect_all_go_on();
+		slot.len = 0;
+		OK(kvmfault_memslot_set(m.library, &slot));
+		expect_all_go_on();
+	}
+	end_touching(threads);
+	machine_destroy(&m);
+	ram_destroy(&ram);
+}
+
+/* ---- VMs that are freed in the middle of a call that begins something ---- */
+
+static struct machine m;
+static atomic_int answered; /* 1 plus -errno of the call; 0 while it is under way */
+
+static void *set_slot(void *vm)
+{
+	struct kvmfault_memslot slot = slot_on(&ram, RAM_SLOT, RAM_GPA);
+	answered = 1 - kvmfault_memslot_set(vm, &slot);
+	return NULL;
+}
+
+static void *prepare_slot(void *vm)
+{
+	struct kvmfault_memslot slot = slot_on(&ram, RAM_SLOT, RAM_GPA);
+	struct kvmfault_region region = KVMFAULT_REGION_INIT;
+	answered = 1 - kvmfault_memslot_prepare(vm, &slot, &region);
+	return NULL;
+}
+
+static void *switch_slot(void *vm)
+{
+	int ret = 0;
+	/* It ends with the VM. */
+	for (int i = 0; !ret; i++)
+		ret = kvmfault_memslot_set_fast_only(vm, RAM_SLOT, i % 2);
+	answered = 1 - ret;
+	return NULL;
+}
+
+static void free_while(void *(*call)(void *), bool needs_slot)
+{
+	unsigned long rounds = SCALED(60, 6);
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	options.resolver = bring_zeros;
+	options.finalizer = count_finalizers;
+	ram_create(&ram, MEMFD, SCALED(64ul << 20, 8ul << 20) & -HUGE_PAGE);
+	unsigned long cut_short = 0;
+	for (unsigned long i = 0; i < rounds; i++) {
+		pthread_t thread, touchers[TOUCHERS];
+		machine_create(&m, 0);
+		machine_attach(&m, NULL, &options);
+		if (needs_slot)
+			machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
+		/* A handle that is freed later keeps nothing registered. */
+		struct vcpu *v = machine_add_vcpu(&m, 3);
+		vcpu_attach(v);
+		struct kvmfault_vm *vm = m.library;
+		answered = 0;
+		SYS(pthread_create(&thread, NULL, call, vm) ? -1 : 0);
+		usleep(i * i * 3);
+		kvmfault_vm_free(vm);
+		UNTIL(answered);
+		pthread_join(thread, NULL);
+		int ret = 1 - answered;
+		/* -EBADF: it had not begun. */
+		CHECK(!ret || ret == -ESHUTDOWN || ret == -EBADF, "the call returned %d", ret);
+		cut_short += ret == -ESHUTDOWN;
+		start_touching(touchers);
+		expect_all_go_on();
+		end_touching(touchers);
+		m.library = NULL;
+		vcpu_detach(v);
+		UNTIL(finalized == (int)i + 1);
+		machine_destroy(&m);
+		SYS(madvise(ram.hva, ram.len, MADV_REMOVE));
+	}
+	note("%lu of %lu calls cut short", cut_short, rounds);
+	ram_destroy(&ram);
+}
+
+static void freed_while_set(void)
+{
+	free_while(set_slot, false);
+}
+
+static void freed_while_prepared(void)
+{
+	free_while(prepare_slot, false);
+}
+
+static void freed_while_switched(void)
+{
+	free_while(switch_slot, true);
+}
+
+static const struct test_case cases[] = {
+	{ "touched-while-set", touched_while_set, true },
+	{ "freed-while-set", freed_while_set, true },
+	{ "freed-while-prepared", freed_while_prepared, true },
+	{ "freed-while-switched", freed_while_switched, true },
+};
+TEST_MAIN(cases)
