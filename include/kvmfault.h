@@ -18,6 +18,13 @@
  *   with a newer library, and against a newer one as long as they don't use what the library lacks.
  * - Handles are opaque. Freeing NULL does nothing. A handle that was freed is refused (-EBADF).
  * - A function that takes a handle as const may be called from any thread at any time.
+ * - A handle works in the process that made it. In a child of fork(2) every function refuses it with -ECHILD
+ *   (kvmfault_vm_address returns NULL) and touches nothing. The _free functions forget it there, and close
+ *   the child's copies of what the library had opened; the parent's guest runs on, no finalizer runs, and
+ *   nothing waits for a lock that one of the parent's threads held. So exit(3) in a child, with all its
+ *   destructors, is harmless. The child may make handles of its own. A child that shares its parent's memory
+ *   (vfork(2), CLONE_VM) is the same process in this sense. A child that is forked in a callback must not
+ *   return from it. In the child, absent pages are not brought: memory reads as zeros there, or as SIGBUS.
  */
 
 
@@ -1344,8 +1351,8 @@ int kvmfault_vcpu_resume(struct kvmfault_vcpu *vcpu);
  * vCPU's thread. Returns 1 if the next `run` or `handle_exit` will see to it, 0 if the signal is
  * none of KVM's for a vCPU (its code is not BUS_MCEERR_AR; or it is the same as one that neither
  * has seen yet: the thread touches broken memory itself, and would so for ever) and is the VMM's to
- * handle, -EINVAL or -EBADF for a bad handle. `code` and `address` are si_code and si_addr of the
- * handler's siginfo_t. Async-signal-safe; leaves errno alone.
+ * handle, -EINVAL, -EBADF or -ECHILD for a bad handle. `code` and `address` are si_code and si_addr
+ * of the handler's siginfo_t. Async-signal-safe; leaves errno alone.
  */
 int kvmfault_vcpu_on_sigbus(const struct kvmfault_vcpu *vcpu,
                             int code,
@@ -1355,8 +1362,8 @@ int kvmfault_vcpu_on_sigbus(const struct kvmfault_vcpu *vcpu,
  * Makes `run` or `handle_exit` of this vCPU return KVMFAULT_INTERRUPTED once, wherever the vCPU is:
  * in the guest, in KVM_RUN, waiting for a page, or about to enter. Never lost; kicks that come
  * before one is seen count as one. Any thread, any signal handler (that of the kick signal, too),
- * also in callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL) or -EBADF
- * (freed).
+ * also in callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL), -EBADF
+ * (freed) or -ECHILD.
  *
  * Three limits: a resolver that runs on the vCPU's thread is not interrupted; with `userfaultfd` a
  * vCPU whose access KVM emulates (CPL 0 on a KVM without hardware virtualisation) sleeps inside

@@ -24,7 +24,7 @@ use crate::resolve::seat::{News, Seat};
 use crate::resolve::{pause_before, More, Need, Origin, Outcome, Waiter, MOST_RETRIES};
 use crate::vm::Vm;
 use kvm_bindings as kb;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Instant;
@@ -189,6 +189,11 @@ impl Vcpu {
             Err(TryLockError::WouldBlock) => fail!(EBUSY, "this vCPU is in use by another thread"),
             Err(TryLockError::Poisoned(_)) => fail!(ENOTRECOVERABLE, "an earlier call on this vCPU panicked"),
         }
+    }
+
+    /// The descriptor by which a forked child would keep the VM alive.
+    pub fn descriptor(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 
     /// Its place among the others; for what may be called from any thread.

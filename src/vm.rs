@@ -6,6 +6,7 @@ pub mod memslots;
 use crate::error::{fail, Error, Result};
 use crate::kernel::kvm::{Descriptor, Role};
 use crate::kernel::mem::Kind;
+use crate::kernel::process::Process;
 use crate::kernel::thread::Flag;
 use crate::kernel::uffd::{Uffd, FEATURE_POISON};
 use crate::kernel::{abi::Abi, probe};
@@ -17,9 +18,11 @@ use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{Patience, Sleeper};
 use crate::memory::{discard, Memory};
 use crate::resolve::fill::Fill;
-use crate::resolve::{pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
+use crate::resolve::{
+    calls, pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES,
+};
 use crate::stats::Stats;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
@@ -61,6 +64,7 @@ pub struct Vm {
     pub pre_fault: bool,
     /// Guests' writes to the MSRs that name areas for KVM come as exits.
     pub filters_msrs: bool,
+    process: Process,
     forced: Option<usize>,
     stop: Arc<Flag>,
     exits_enabled: AtomicBool,
@@ -125,6 +129,7 @@ impl Vm {
             host,
             pre_fault,
             filters_msrs: false,
+            process: here(),
             forced: options.mechanism,
             stop,
             exits_enabled: AtomicBool::new(false),
@@ -360,6 +365,11 @@ impl Vm {
         self.host.features & FEATURE_POISON != 0
     }
 
+    /// The descriptors by which a forked child would keep the VM and its userfaultfd alive.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        vec![self.vm.as_raw_fd(), self.engine.memory.uffd.as_raw_fd(), self.stop.as_raw_fd()]
+    }
+
     /// Ends everything without waiting for anything: reader threads go when their resolver call is over; vCPUs that wait are told.
     /// Once: whoever drops the VM last may do so when its memory is the VMM's to use for something else.
     pub fn shut_down(&self) {
@@ -382,8 +392,16 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        self.shut_down();
+        // In a forked child it is the parent's: what it would end is shared.
+        if self.process.is_here() {
+            self.shut_down();
+        }
     }
+}
+
+/// The calling process, to be kept in what is made in it.
+pub fn here() -> Process {
+    Process::here(calls::forget_others)
 }
 
 fn check_alignment(name: &str, start: u64, len: u64, page: u64) -> Result<()> {

@@ -7,6 +7,7 @@ use crate::error::{fail, Error, Result};
 use crate::kernel::kvm::Run;
 use crate::vcpu::{Exit, Options, Sigbus, Vcpu};
 use std::ffi::{c_int, c_void};
+use std::os::fd::RawFd;
 use std::ptr::NonNull;
 
 impl Opaque for kvmfault_vcpu {
@@ -15,6 +16,10 @@ impl Opaque for kvmfault_vcpu {
     const MAGIC: u64 = 0x6b76_6d66_7663_7075; // "kvmfvcpu"
     fn has_ended(vcpu: &Vcpu) -> bool {
         vcpu.has_ended()
+    }
+
+    fn descriptors(vcpu: &Vcpu) -> Vec<RawFd> {
+        vec![vcpu.descriptor()]
     }
 }
 
@@ -155,7 +160,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_resume(vcpu: *mut kvmfault_vcpu) -> c_int
 
 /// With KVMFAULT_SIGBUS_BY_HANDLER: tells the library of a SIGBUS, from the VMM's handler on the vCPU's thread. Returns 1 if the next
 /// `run` or `handle_exit` will see to it, 0 if the signal is none of KVM's for a vCPU (its code is not BUS_MCEERR_AR; or it is the same as one
-/// that neither has seen yet: the thread touches broken memory itself, and would so for ever) and is the VMM's to handle, -EINVAL or -EBADF for
+/// that neither has seen yet: the thread touches broken memory itself, and would so for ever) and is the VMM's to handle, -EINVAL, -EBADF or -ECHILD for
 /// a bad handle. `code` and `address` are si_code and si_addr of the handler's siginfo_t. Async-signal-safe; leaves errno alone.
 ///
 /// # Safety
@@ -166,15 +171,16 @@ pub unsafe extern "C" fn kvmfault_vcpu_on_sigbus(
     code: c_int,
     address: *const c_void,
 ) -> c_int {
-    let Some(seat) = Handle::<Vcpu>::seat_of(vcpu) else {
-        return if vcpu.is_null() { -libc::EINVAL } else { -libc::EBADF };
+    let seat = match Handle::<Vcpu>::seat_of(vcpu) {
+        Ok(seat) => seat,
+        Err(error) => return error,
     };
     (code == libc::BUS_MCEERR_AR && seat.note_bus(code, address as u64)).into()
 }
 
 /// Makes `run` or `handle_exit` of this vCPU return KVMFAULT_INTERRUPTED once, wherever the vCPU is: in the guest, in KVM_RUN, waiting for
 /// a page, or about to enter. Never lost; kicks that come before one is seen count as one. Any thread, any signal handler (that of the kick
-/// signal, too), also in callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL) or -EBADF (freed).
+/// signal, too), also in callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL), -EBADF (freed) or -ECHILD.
 ///
 /// Three limits: a resolver that runs on the vCPU's thread is not interrupted; with `userfaultfd` a vCPU whose access KVM emulates (CPL 0
 /// on a KVM without hardware virtualisation) sleeps inside KVM's copy until its page comes; and before Linux 6.2 a vCPU that sleeps in
@@ -184,8 +190,9 @@ pub unsafe extern "C" fn kvmfault_vcpu_on_sigbus(
 /// `vcpu` is NULL or a handle of this library.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_vcpu_kick(vcpu: *const kvmfault_vcpu) -> c_int {
-    let Some(seat) = Handle::<Vcpu>::seat_of(vcpu) else {
-        return if vcpu.is_null() { -libc::EINVAL } else { -libc::EBADF };
+    let seat = match Handle::<Vcpu>::seat_of(vcpu) {
+        Ok(seat) => seat,
+        Err(error) => return error,
     };
     // SAFETY: errno is this thread's own.
     let errno = unsafe { *libc::__errno_location() };

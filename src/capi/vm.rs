@@ -9,6 +9,7 @@ use crate::stats::Stats;
 use crate::vm::memslots::{MemoryKind, SlotRequest};
 use crate::vm::{Options, Vm};
 use std::ffi::{c_char, c_int, c_void, CStr};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicPtr, Ordering::SeqCst};
 use std::sync::Arc;
 
@@ -19,6 +20,10 @@ impl Opaque for kvmfault_vm {
     const HAS_CALLBACKS: bool = true;
     fn has_ended(vm: &Vm) -> bool {
         vm.engine.is_shut_down()
+    }
+
+    fn descriptors(vm: &Vm) -> Vec<RawFd> {
+        vm.descriptors()
     }
 }
 

@@ -9,5 +9,6 @@ pub mod file;
 pub mod kvm;
 pub mod mem;
 pub mod probe;
+pub mod process;
 pub mod thread;
 pub mod uffd;

@@ -5,47 +5,66 @@ use crate::error::{Error, Result};
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::wait::Pause;
+use once_cell::race::OnceRef;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{fence, AtomicU64};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{fence, AtomicBool, AtomicU64};
 
-/// What one thread is calling for: a page's address in the VMM's mapping, or 0. Alone in its cache line: threads don't meet here.
+/// What one thread is calling for. Alone in its cache line: threads don't meet here.
 #[repr(align(64))]
 #[derive(Default)]
-struct Place(AtomicU64);
+struct Place {
+    /// A page's address in the VMM's mapping, or 0.
+    hva: AtomicU64,
+    /// A thread has it.
+    taken: AtomicBool,
+    next: OnceRef<'static, Place>,
+}
 
-/// The places of all threads that are there. They are never freed, but used again: see `Mine`.
-static PLACES: Mutex<Vec<&'static Place>> = Mutex::new(Vec::new());
-static FREE: Mutex<Vec<&'static Place>> = Mutex::new(Vec::new());
+/// The places of all threads. They are never freed, but used again (see `Mine`). No lock: a child that is forked while another thread holds one
+/// can never take it, and the child's threads come and go, too.
+static FIRST: OnceRef<'static, Place> = OnceRef::new();
+
+fn places() -> impl Iterator<Item = &'static Place> {
+    std::iter::successors(FIRST.get(), |place| place.next.get())
+}
 
 /// A thread's place, for as long as there is the thread.
 struct Mine(&'static Place);
 
 impl Mine {
     fn take() -> Mine {
-        let used = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Mine(used.unwrap_or_else(|| {
-            let place: &Place = Box::leak(Box::default());
-            let mut all = PLACES.lock().unwrap_or_else(PoisonError::into_inner);
-            all.push(place);
-            // Room for all of them, so that a thread that ends allocates nothing: others may be serving faults.
-            let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
-            let missing = all.len() - free.len();
-            free.reserve(missing);
-            place
-        }))
+        if let Some(free) = places().find(|place| !place.taken.swap(true, Acquire)) {
+            return Mine(free);
+        }
+        let place: &'static Place = Box::leak(Box::new(Place { taken: true.into(), ..Place::default() }));
+        let mut end = &FIRST;
+        while end.set(place).is_err() {
+            let Some(other) = end.get() else { continue };
+            end = &other.next;
+        }
+        Mine(place)
     }
 }
 
 impl Drop for Mine {
     fn drop(&mut self) {
-        self.0 .0.store(0, Release);
-        FREE.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
+        self.0.hva.store(0, Release);
+        self.0.taken.store(false, Release);
     }
 }
 
 thread_local! {
     static MINE: Mine = Mine::take();
+}
+
+/// In a forked child: the parent's other threads are not here, and end no call.
+pub fn forget_others() {
+    let _ = MINE.try_with(|mine| {
+        for place in places().filter(|place| !std::ptr::eq(*place, mine.0)) {
+            place.hva.store(0, Release);
+            place.taken.store(false, Release);
+        }
+    });
 }
 
 /// Gives the calling thread its place, which allocates: so that its first fault needn't.
@@ -61,7 +80,7 @@ pub struct Call(Option<&'static Place>);
 pub fn begin(hva: u64) -> Call {
     let place = MINE.try_with(|mine| mine.0).ok();
     if let Some(place) = place {
-        place.0.store(hva, Relaxed);
+        place.hva.store(hva, Relaxed);
         fence(SeqCst);
     }
     Call(place)
@@ -70,7 +89,7 @@ pub fn begin(hva: u64) -> Call {
 impl Drop for Call {
     fn drop(&mut self) {
         if let Some(place) = self.0 {
-            place.0.store(0, Release);
+            place.hva.store(0, Release);
         }
     }
 }
@@ -79,10 +98,9 @@ impl Drop for Call {
 pub fn wait(block: &Block, enough: impl Fn(u64) -> Option<Error>) -> Result<()> {
     let is_there = |&page: &u64| matches!(block.pages.get(page), State::Present | State::Lost);
     fence(SeqCst);
-    let places = PLACES.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    for place in places {
+    for place in places() {
         let mut pause = Pause::default();
-        while let Some(page) = block.page_at(place.0.load(Acquire)).filter(is_there) {
+        while let Some(page) = block.page_at(place.hva.load(Acquire)).filter(is_there) {
             if let Some(error) = enough(block.hva_of(page)) {
                 return Err(error);
             }

@@ -1,0 +1,127 @@
+//! Which process this is. fork(2) copies handles, and with them userfaultfds and eventfds that act on the parent: so each handle knows the process that
+//! made it, and tells with one load whether this is it. A process here is an address space: a child of vfork(2), or of clone(2) with CLONE_VM, has its
+//! parent's, and is no other.
+
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+
+/// A page that the kernel makes zero in a forked child (MADV_WIPEONFORK, Linux 4.14). Its first word says which process this is.
+#[repr(C, align(4096))]
+struct Wiped([AtomicU64; 512]);
+static WIPED: Wiped = Wiped([const { AtomicU64::new(0) }; 512]);
+
+fn word() -> &'static AtomicU64 {
+    &WIPED.0[0]
+}
+
+/// The word while a process begins with the library.
+const BEGINNING: u64 = u64::MAX;
+
+/// A process, as told from those that it descends from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process(u64);
+
+impl Process {
+    /// This one. Where nothing of the library has been made in it yet, `first` runs before anything is: what the parent's other threads were at,
+    /// nobody finishes.
+    pub fn here(first: impl Fn()) -> Process {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        loop {
+            match word().load(SeqCst) {
+                0 => {
+                    wipe_on_fork();
+                    if word().compare_exchange(0, BEGINNING, SeqCst, SeqCst).is_ok() {
+                        first();
+                        // Its descendants copy this number, and count on from it.
+                        word().store(LAST.fetch_add(1, SeqCst) + 1, SeqCst);
+                    }
+                }
+                BEGINNING => std::thread::yield_now(),
+                number => return Process(number),
+            }
+        }
+    }
+
+    /// Is it this one? Async-signal-safe.
+    #[inline]
+    pub fn is_here(self) -> bool {
+        word().load(Relaxed) == self.0
+    }
+}
+
+fn wipe_on_fork() {
+    // SAFETY: the page is a static of its own, anonymous memory in which nothing else lies; and the handler only stores to it.
+    unsafe {
+        let page = (&raw const WIPED).cast_mut().cast();
+        if libc::madvise(page, size_of::<Wiped>(), libc::MADV_WIPEONFORK) != 0 {
+            // An older kernel, or a seccomp filter: the C library's fork, at least, is seen.
+            libc::pthread_atfork(None, None, Some(wipe));
+        }
+    }
+}
+
+unsafe extern "C" fn wipe() {
+    word().store(0, SeqCst);
+}
+
+/// Closes descriptors in a forked child, of which the parent has others. A number that the child has closed already, and has used for a file, socket or
+/// pipe of its own, stays: what the library makes are anonymous inodes, which have no file type.
+///
+/// # Safety
+/// In a forked child, and whatever owns the descriptors there is never used nor dropped.
+pub unsafe fn close_copies(fds: &[RawFd]) {
+    for &fd in fds {
+        // SAFETY: an all-zero stat is a valid value; closing is what the caller has promised to be allowed.
+        unsafe {
+            let mut stat: libc::stat = std::mem::zeroed();
+            if libc::fstat(fd, &mut stat) == 0 && stat.st_mode & libc::S_IFMT == 0 {
+                libc::close(fd);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `child` returns in a forked child.
+    fn forked(child: impl Fn() -> i32) -> i32 {
+        let mut status = 0;
+        // SAFETY: the child makes no call that could wait for a lock of another thread, and ends.
+        unsafe {
+            match libc::fork() {
+                0 => libc::_exit(child()),
+                pid => assert_eq!(libc::waitpid(pid, &mut status, 0), pid),
+            }
+        }
+        libc::WEXITSTATUS(status)
+    }
+
+    #[test]
+    fn each_process_is_another() {
+        let parent = Process::here(|| {});
+        assert!(parent.is_here());
+        let child = || {
+            let before = parent.is_here();
+            let child = Process::here(|| {});
+            let grandchild = forked(|| (parent.is_here() || child.is_here()).into());
+            (before || parent.is_here() || !child.is_here() || grandchild != 0).into()
+        };
+        assert_eq!((forked(child), forked(child)), (0, 0));
+        assert!(parent.is_here() && parent == Process::here(|| unreachable!()));
+    }
+
+    #[test]
+    fn an_older_kernel_is_helped() {
+        let parent = Process::here(|| {});
+        let child = || {
+            let child = Process::here(|| {});
+            // SAFETY: as fork(2) would have it called.
+            unsafe { wipe() };
+            child.is_here().into()
+        };
+        assert_eq!(forked(child), 0);
+        assert!(parent.is_here());
+    }
+}
