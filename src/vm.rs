@@ -216,7 +216,9 @@ impl Vm {
                 "vm: was made without KVMFAULT_VM_EXTERNAL_UFFD: its pages are the library's to install and to discard"
             );
         }
-        let Some((block, first)) = slots.at_hva(hva) else { fail!(ENOENT, "hva: {hva:#x} is in no slot's memory") };
+        // The library's alias of the memory is no place where the VMM has brought anything.
+        let found = slots.at_hva(hva).filter(|(block, _)| hva.wrapping_sub(block.hva) < block.len);
+        let Some((block, first)) = found else { fail!(ENOENT, "hva: {hva:#x} is in no slot's memory") };
         if len == 0 {
             fail!(EINVAL, "len: is 0");
         }
