@@ -16,6 +16,8 @@
  *       struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
  *   so that fields added later have their defaults. Programs compiled against an older header work
  *   with a newer library, and against a newer one as long as they don't use what the library lacks.
+   A size that ends in the middle of a field is -EINVAL; one that is larger than the library knows is
+   accepted if all beyond is 0, else -E2BIG.
  * - Handles are opaque. Freeing NULL does nothing. A handle that was freed is refused (-EBADF).
  * - A function that takes a handle as const may be called from any thread at any time.
  * - A handle works in the process that made it. In a child of fork(2) every function refuses it with -ECHILD

@@ -1,4 +1,4 @@
-//! What every entry does: no panic gets out, handles are checked, errors get a message, structures are read by their size.
+//! What every entry does: no panic gets out, handles are checked, errors get a message.
 
 use super::types::*;
 use crate::error::{fail, Error, Result};
@@ -298,70 +298,6 @@ pub fn not_in_callback(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A structure that begins with `size_t size`, with the values it has where C passes a shorter one.
-///
-/// # Safety
-/// `repr(C)`, a `usize` first, and every bit pattern of the rest valid.
-pub unsafe trait Versioned: Copy {
-    /// What the header's initialiser gives.
-    const INIT: Self;
-}
-
-/// No structure of ours is longer than this; a larger size is a missing initialiser.
-const LONGEST: usize = 4096;
-
-fn size_of_c<T>(pointer: *const T, name: &str) -> Result<usize> {
-    if pointer.is_null() {
-        fail!(EINVAL, "{name}: is NULL");
-    }
-    // SAFETY: not NULL; the header says that the structure begins with its size. Unaligned is fine here.
-    let size = unsafe { pointer.cast::<usize>().read_unaligned() };
-    if !(size_of::<usize>() + 1..=LONGEST).contains(&size) {
-        fail!(EINVAL, "{name}.size: is {size}; use the header's initialiser");
-    }
-    Ok(size)
-}
-
-/// The size that C states.
-pub fn stated_size<T: Versioned>(pointer: *const T) -> Result<usize> {
-    size_of_c(pointer, "size")
-}
-
-/// Reads a structure from C: shorter ones get the initial values for the rest; longer ones must be zero beyond what is known.
-pub fn read<T: Versioned>(pointer: *const T, name: &str) -> Result<T> {
-    let size = size_of_c(pointer, name)?;
-    let mut value = T::INIT;
-    let known = size.min(size_of::<T>());
-    // SAFETY: C says that `size` bytes are there; `known` fit into the value, of which every bit pattern is valid (see the trait).
-    let tail = unsafe {
-        std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), (&raw mut value).cast::<u8>(), known);
-        std::slice::from_raw_parts(pointer.cast::<u8>().add(known), size - known)
-    };
-    if tail.iter().any(|&b| b != 0) {
-        fail!(E2BIG, "{name}.size: is {size}, and beyond the {known} bytes that this version knows there are values");
-    }
-    Ok(value)
-}
-
-/// Checks an output structure before anything is done; [`write`] fills it in.
-pub fn check_out<T: Versioned>(pointer: *mut T, name: &str) -> Result<()> {
-    size_of_c(pointer, name).map(|_| ())
-}
-
-/// Writes a structure to C, as much as C has room for; what C has beyond it becomes zero.
-pub fn write<T: Versioned>(pointer: *mut T, name: &str, value: &T) -> Result<()> {
-    let size = size_of_c(pointer, name)?;
-    let known = size.min(size_of::<T>());
-    let skip = size_of::<usize>(); // the caller's size stays
-                                   // SAFETY: C says that `size` bytes are there; `known` are in the value.
-    unsafe {
-        let (to, from) = (pointer.cast::<u8>(), (&raw const *value).cast::<u8>());
-        std::ptr::copy_nonoverlapping(from.add(skip), to.add(skip), known - skip);
-        std::ptr::write_bytes(to.add(known), 0, size - known);
-    }
-    Ok(())
-}
-
 /// Checks where a new handle goes, and makes it NULL.
 pub fn clear_out<T>(out: *mut *mut T, name: &str) -> Result<()> {
     if out.is_null() {
@@ -377,33 +313,6 @@ pub fn put<T>(out: *mut *mut T, handle: *mut T) {
     // SAFETY: `clear_out` has checked it.
     unsafe { out.write_unaligned(handle) };
 }
-
-macro_rules! versioned {
-    ($type:ident { $($field:ident: $value:expr),* }) => {
-        // SAFETY: repr(C), size first; integers and (nullable) pointers only.
-        unsafe impl Versioned for $type {
-            const INIT: Self = {
-                // SAFETY: all-zero is a valid value of integers and nullable pointers.
-                #[allow(unused_mut)]
-                let mut init: Self = unsafe { std::mem::zeroed() };
-                init.size = size_of::<Self>();
-                $(init.$field = $value;)*
-                init
-            };
-        }
-    };
-}
-
-versioned!(kvmfault_vm_options { kvm_fd: -1, vm_fd: -1, uffd: -1 });
-versioned!(kvmfault_memslot { fd: -1 });
-versioned!(kvmfault_region {});
-versioned!(kvmfault_vcpu_options { fd: -1 });
-versioned!(kvmfault_memory_error_info {});
-versioned!(kvmfault_probe {});
-versioned!(kvmfault_stats {});
-versioned!(kvmfault_file_range {});
-versioned!(kvmfault_fill_options { working_set_fd: -1 });
-versioned!(kvmfault_fill_progress {});
 
 /// The major version: grows when programs must be changed.
 pub const KVMFAULT_VERSION_MAJOR: c_int = 0;
@@ -434,34 +343,5 @@ mod tests {
     fn the_version_is_cargos() {
         let version = format!("{KVMFAULT_VERSION_MAJOR}.{KVMFAULT_VERSION_MINOR}.{KVMFAULT_VERSION_PATCH}");
         assert_eq!(version, env!("CARGO_PKG_VERSION"));
-    }
-
-    #[test]
-    fn structures_are_read_by_their_size() {
-        let mut short = kvmfault_vm_options::INIT;
-        short.size = 16; // up to and with vm_fd
-        (short.kvm_fd, short.vm_fd, short.uffd) = (3, 4, 77);
-        let got = read(&short, "options").unwrap();
-        assert_eq!((got.kvm_fd, got.vm_fd, got.uffd), (3, 4, -1), "what C didn't pass has its initial value");
-
-        #[repr(C)]
-        struct Longer {
-            known: kvmfault_file_range,
-            tail: [u8; 8],
-        }
-        let mut longer = Longer { known: kvmfault_file_range::INIT, tail: [0; 8] };
-        longer.known.size = size_of::<Longer>();
-        let pointer = (&raw const longer).cast();
-        assert!(read::<kvmfault_file_range>(pointer, "range").is_ok());
-        let mut longer = Longer { tail: [0, 0, 0, 0, 0, 0, 0, 1], ..longer };
-        assert_eq!(read::<kvmfault_file_range>((&raw const longer).cast(), "range").unwrap_err().errno, libc::E2BIG);
-        write((&raw mut longer).cast(), "range", &kvmfault_file_range::INIT).unwrap();
-        assert_eq!((longer.tail, longer.known.size), ([0; 8], size_of::<Longer>()));
-
-        for size in [0, 8, LONGEST + 1, usize::MAX] {
-            let bad = kvmfault_file_range { size, ..kvmfault_file_range::INIT };
-            assert_eq!(read(&bad, "range").unwrap_err().errno, libc::EINVAL);
-        }
-        assert!(read::<kvmfault_file_range>(std::ptr::null(), "range").unwrap_err().message.contains("NULL"));
     }
 }

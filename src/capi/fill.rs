@@ -1,6 +1,7 @@
 //! Background fill.
 
-use super::boundary::{self, check_out, clear_out, not_in_callback, put, with, Handle, Opaque};
+use super::boundary::{clear_out, not_in_callback, put, with, Handle, Opaque};
+use super::structs::{self, Out};
 use super::types::*;
 use crate::error::fail;
 use crate::resolve::fill::{Fill, Progress};
@@ -87,7 +88,7 @@ pub unsafe extern "C" fn kvmfault_fill_start(
     with("kvmfault_fill_start", vm, |vm| {
         clear_out(fill, "fill")?;
         not_in_callback("kvmfault_fill_start")?;
-        let options = boundary::read(options, "options")?;
+        let options = structs::read(options, "options")?;
         let known = KVMFAULT_FILL_KEEP_ARMED | KVMFAULT_FILL_NO_COLLAPSE | KVMFAULT_FILL_WORKING_SET_ONLY;
         if options.flags & !known != 0 {
             fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
@@ -167,8 +168,9 @@ pub unsafe extern "C" fn kvmfault_fill_status(
     progress: *mut kvmfault_fill_progress,
 ) -> c_int {
     with("kvmfault_fill_status", fill, |fill| {
-        check_out(progress, "progress")?;
-        boundary::write(progress, "progress", &progress_of(&fill.status())).map(|()| 0)
+        let out = Out::new(progress, "progress")?;
+        out.write(&progress_of(&fill.status()));
+        Ok(0)
     })
 }
 

@@ -8,6 +8,7 @@ pub mod fill;
 pub mod pages;
 pub mod probe;
 pub mod source;
+mod structs;
 pub mod types;
 pub mod vcpu;
 pub mod vm;

@@ -1,6 +1,7 @@
 //! What works here.
 
-use super::boundary::{self, check_out, enter, not_in_callback};
+use super::boundary::{enter, not_in_callback};
+use super::structs::Out;
 use super::types::*;
 use crate::error::{fail, Result};
 use crate::kernel::kvm::{Descriptor, Role};
@@ -29,7 +30,7 @@ fn report(kvm_fd: RawFd) -> Result<Report> {
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_probe(kvm_fd: c_int, probe: *mut kvmfault_probe) -> c_int {
     enter("kvmfault_probe", || {
-        check_out(probe, "probe")?;
+        let out = Out::new(probe, "probe")?;
         let report = report(kvm_fd)?;
         let works = |kind| {
             let bit = |n: usize| {
@@ -56,7 +57,8 @@ pub unsafe extern "C" fn kvmfault_probe(kvm_fd: c_int, probe: *mut kvmfault_prob
             pre_fault_memory: report.pre_fault().into(),
             two_dimensional_paging: two_dimensional_paging().into(),
         };
-        boundary::write(probe, "probe", &c).map(|()| 0)
+        out.write(&c);
+        Ok(0)
     })
 }
 

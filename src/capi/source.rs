@@ -1,8 +1,10 @@
 //! The built-in resolver: guest memory in a snapshot file.
 
-use super::boundary::{self, clear_out, enter, put, with, Handle, Opaque};
+use super::boundary::{clear_out, enter, put, with, Handle, Opaque};
+use super::structs;
 use super::types::*;
-use crate::error::{fail, Error};
+use crate::error::{fail, Error, Result};
+use crate::kernel::mem::PAGE;
 use crate::resolve::file_source::{Bytes, FileRange, FileSource};
 use std::ffi::{c_int, c_void};
 
@@ -43,16 +45,8 @@ pub unsafe extern "C" fn kvmfault_file_source_new(
         if ranges.is_null() || count == 0 || count > MOST_RANGES {
             fail!(EINVAL, "ranges: must be 1 to {MOST_RANGES} elements, not {count} at {ranges:p}");
         }
-        let stride = boundary::read(ranges, "ranges[0]").and_then(|_| boundary::stated_size(ranges))?;
-        let mut list = Vec::with_capacity(count);
-        for n in 0..count {
-            let range = boundary::read(ranges.cast::<u8>().wrapping_add(n * stride).cast(), "ranges")?;
-            let range: kvmfault_file_range = range;
-            if range.size != stride {
-                fail!(EINVAL, "ranges[{n}].size: is {}, but that of ranges[0] is {stride}", range.size);
-            }
-            list.push(FileRange { gpa: range.gpa, len: range.len, offset: range.offset });
-        }
+        let list = structs::read_array(ranges, count, "ranges")?;
+        let list: Vec<_> = list.iter().map(|r| FileRange { gpa: r.gpa, len: r.len, offset: r.offset }).collect();
         put(source, Handle::expose(FileSource::new(fd, &list)?));
         Ok(0)
     })
@@ -70,11 +64,10 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
     fault: *const kvmfault_fault,
 ) -> c_int {
     with("kvmfault_file_source_resolve", opaque.cast::<kvmfault_file_source>().cast_const(), |source| {
-        if fault.is_null() {
-            fail!(EINVAL, "fault: is NULL");
+        let fault = checked(structs::read(fault, "fault")?)?;
+        if vm.is_null() {
+            fail!(EINVAL, "vm: is NULL");
         }
-        // SAFETY: not NULL: what the library passed to the resolver.
-        let fault = unsafe { &*fault };
         // One piece, all data or all hole, as far as it goes.
         let bring = |gpa: u64, end: u64| {
             let (bytes, len) = source.find(gpa, end - gpa)?;
@@ -110,6 +103,25 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
         }
         Ok(KVMFAULT_RESOLVED)
     })
+}
+
+/// A fault as the library passes it. A resolver of the VMM's own may pass one of its own making.
+fn checked(fault: kvmfault_fault) -> Result<kvmfault_fault> {
+    let kvmfault_fault { gpa, len, window_gpa, window_len, .. } = fault;
+    if len < PAGE || !len.is_power_of_two() {
+        fail!(EINVAL, "fault->len: {len:#x} is not a power of two from 4096 on");
+    }
+    if gpa % len != 0 || gpa.checked_add(len).is_none() {
+        fail!(EINVAL, "fault->gpa: {gpa:#x} is not the address of a page of {len:#x} bytes");
+    }
+    let holds_it = window_gpa <= gpa && gpa - window_gpa < window_len;
+    if !holds_it || (window_gpa | window_len) % len != 0 || window_gpa.checked_add(window_len).is_none() {
+        fail!(
+            EINVAL,
+            "fault->window_gpa: [{window_gpa:#x}, +{window_len:#x}) are not whole pages of {len:#x} bytes with {gpa:#x} among them"
+        );
+    }
+    Ok(fault)
 }
 
 /// Frees a source; for `kvmfault_vm_options.finalizer`. The same as `kvmfault_file_source_free`, with a finalizer's argument.

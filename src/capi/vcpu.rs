@@ -1,6 +1,7 @@
 //! vCPUs.
 
-use super::boundary::{self, check_out, clear_out, enter, not_in_callback, put, with, Handle, Opaque};
+use super::boundary::{clear_out, enter, not_in_callback, put, with, Handle, Opaque};
+use super::structs::{self, Out};
 use super::types::*;
 use super::vm::stats_of;
 use crate::error::{fail, Error, Result};
@@ -49,7 +50,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_new(
     }
     with("kvmfault_vcpu_new", vm, |vm| {
         not_in_callback("kvmfault_vcpu_new")?;
-        let options = boundary::read(options, "options")?;
+        let options = structs::read(options, "options")?;
         if options.flags & !KVMFAULT_VCPU_RESUMES != 0 {
             fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
         }
@@ -228,7 +229,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_memory_error(
     info: *mut kvmfault_memory_error_info,
 ) -> c_int {
     with("kvmfault_vcpu_memory_error", vcpu, |vcpu| -> Result<c_int> {
-        check_out(info, "info")?;
+        let out = Out::new(info, "info")?;
         let error = vcpu.memory_error()?.ok_or_else(|| Error::new(libc::ENODATA, "this vCPU had no memory error"))?;
         let c = kvmfault_memory_error_info {
             size: 0,
@@ -238,7 +239,8 @@ pub unsafe extern "C" fn kvmfault_vcpu_memory_error(
             lost: error.lost.into(),
             reserved: 0,
         };
-        boundary::write(info, "info", &c).map(|()| 0)
+        out.write(&c);
+        Ok(0)
     })
 }
 
@@ -249,8 +251,9 @@ pub unsafe extern "C" fn kvmfault_vcpu_memory_error(
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_vcpu_stats(vcpu: *const kvmfault_vcpu, stats: *mut kvmfault_stats) -> c_int {
     with("kvmfault_vcpu_stats", vcpu, |vcpu| {
-        check_out(stats, "stats")?;
-        boundary::write(stats, "stats", &stats_of(&vcpu.seat().stats)).map(|()| 0)
+        let out = Out::new(stats, "stats")?;
+        out.write(&stats_of(&vcpu.seat().stats));
+        Ok(0)
     })
 }
 

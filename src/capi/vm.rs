@@ -1,6 +1,7 @@
 //! VMs, slots and the VM's counters.
 
-use super::boundary::{self, check_out, clear_out, enter, not_in_callback, put, with, with_wide, Handle, Opaque};
+use super::boundary::{clear_out, enter, not_in_callback, put, with, with_wide, Handle, Opaque};
+use super::structs::{self, Out};
 use super::types::*;
 use crate::error::{fail, Result};
 use crate::mechanism;
@@ -108,7 +109,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
     enter("kvmfault_vm_new", || {
         clear_out(vm, "vm")?;
         not_in_callback("kvmfault_vm_new")?;
-        let options = boundary::read(options, "options")?;
+        let options = structs::read(options, "options")?;
         let Some(resolver) = options.resolver else { fail!(EINVAL, "options.resolver: is NULL") };
         if options.flags & !(KVMFAULT_VM_PRE_FAULT | KVMFAULT_VM_EXTERNAL_UFFD | KVMFAULT_VM_FILTER_MSRS) != 0 {
             fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
@@ -259,7 +260,7 @@ pub unsafe extern "C" fn kvmfault_vm_enable(vm: *const kvmfault_vm, caps: u64) -
 pub unsafe extern "C" fn kvmfault_memslot_set(vm: *const kvmfault_vm, slot: *const kvmfault_memslot) -> c_int {
     with("kvmfault_memslot_set", vm, |vm| {
         not_in_callback("kvmfault_memslot_set")?;
-        let request = request(&boundary::read(slot, "slot")?)?;
+        let request = request(&structs::read(slot, "slot")?)?;
         vm.memslot_set(&request).map(|()| 0)
     })
 }
@@ -279,8 +280,8 @@ pub unsafe extern "C" fn kvmfault_memslot_prepare(
 ) -> c_int {
     with("kvmfault_memslot_prepare", vm, |vm| {
         not_in_callback("kvmfault_memslot_prepare")?;
-        check_out(region, "region")?;
-        let request = request(&boundary::read(slot, "slot")?)?;
+        let out = Out::new(region, "region")?;
+        let request = request(&structs::read(slot, "slot")?)?;
         let told = vm.memslot_prepare(&request)?;
         let c = kvmfault_region {
             size: 0,
@@ -293,7 +294,8 @@ pub unsafe extern "C" fn kvmfault_memslot_prepare(
             userspace_addr: told.hva,
             userfault_bitmap: told.bitmap,
         };
-        boundary::write(region, "region", &c).map(|()| 0)
+        out.write(&c);
+        Ok(0)
     })
 }
 
@@ -372,8 +374,9 @@ pub unsafe extern "C" fn kvmfault_memslot_mechanism(vm: *const kvmfault_vm, slot
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_vm_stats(vm: *const kvmfault_vm, stats: *mut kvmfault_stats) -> c_int {
     with("kvmfault_vm_stats", vm, |vm| {
-        check_out(stats, "stats")?;
-        boundary::write(stats, "stats", &stats_of(&vm.stats())).map(|()| 0)
+        let out = Out::new(stats, "stats")?;
+        out.write(&stats_of(&vm.stats()));
+        Ok(0)
     })
 }
 
