@@ -423,7 +423,8 @@ struct kvmfault_fault {
    */
   int origin;
   /*
-   * The vCPU's number (as given to KVM_CREATE_VCPU), or -1.
+   * The vCPU's number (as given to KVM_CREATE_VCPU), or -1: the fault is no vCPU's, or the number
+   * can't be known (neither /proc/self/fd nor, before Linux 5.14, KVM_GET_STATS_FD tells it).
    */
   int vcpu;
   /*
@@ -501,10 +502,11 @@ struct kvmfault_vm_options {
    */
   int mechanism;
   /*
-   * A userfaultfd that a more privileged process opened, or -1: the library opens one. Its
-   * UFFDIO_API may have been done (without events, and without UFFD_FEATURE_SIGBUS) or not.
-   * O_NONBLOCK is set on it. From a fork or another process it can't work: it serves the memory of
-   * its creator.
+   * -1: the library opens a userfaultfd. Or an open /dev/userfaultfd (Linux 6.1), which another
+   * process may have passed: one is made from it. Or a userfaultfd that this process opened, before
+   * it gave up the privileges for it: one of another process, or of before a fork, can't work, as
+   * it serves the memory of its creator. Its UFFDIO_API may have been done (without events, and
+   * without UFFD_FEATURE_SIGBUS) or not. O_NONBLOCK is set on it.
    */
   int uffd;
   /*

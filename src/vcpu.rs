@@ -123,7 +123,8 @@ impl Vcpu {
     pub fn new(vm: &Arc<Vm>, options: Options) -> Result<Vcpu> {
         let fd = Descriptor::duplicate(options.fd, Role::Vcpu, "fd")?;
         let number = fd.vcpu_number().unwrap_or(-1);
-        if vm.engine.seats.all().iter().any(|s| s.number == number) {
+        // Two whose numbers can't be known are not one.
+        if number != -1 && vm.engine.seats.all().iter().any(|s| s.number == number) {
             fail!(EEXIST, "fd: vCPU {number} has a handle already");
         }
         let signal = match (options.signal, options.sigbus) {

@@ -174,7 +174,8 @@ pub struct kvmfault_fault {
     pub access: u32,
     /// KVMFAULT_ORIGIN_*.
     pub origin: c_int,
-    /// The vCPU's number (as given to KVM_CREATE_VCPU), or -1.
+    /// The vCPU's number (as given to KVM_CREATE_VCPU), or -1: the fault is no vCPU's, or the number can't be known (neither /proc/self/fd nor, before
+    /// Linux 5.14, KVM_GET_STATS_FD tells it).
     pub vcpu: c_int,
     /// Start of the readahead window: what the library expects to be needed next, around the page. It holds `gpa`, lies inside the memslot, and
     /// none of its pages was present when the call began. Installing all of it is welcome, a part of it or the page alone is fine; what came
@@ -225,9 +226,9 @@ pub struct kvmfault_vm_options {
     /// KVMFAULT_MECHANISM_*. Anything but AUTO is forced: `kvmfault_vm_new` or `kvmfault_memslot_set` fails with
     /// -EOPNOTSUPP, and the reason in `kvmfault_last_error`, where it can't work.
     pub mechanism: c_int,
-    /// A userfaultfd that a more privileged process opened, or -1: the library opens one. Its UFFDIO_API may have been done
-    /// (without events, and without UFFD_FEATURE_SIGBUS) or not. O_NONBLOCK is set on it. From a fork or another process it can't
-    /// work: it serves the memory of its creator.
+    /// -1: the library opens a userfaultfd. Or an open /dev/userfaultfd (Linux 6.1), which another process may have passed: one is made from it. Or a
+    /// userfaultfd that this process opened, before it gave up the privileges for it: one of another process, or of before a fork, can't work, as it
+    /// serves the memory of its creator. Its UFFDIO_API may have been done (without events, and without UFFD_FEATURE_SIGBUS) or not. O_NONBLOCK is set on it.
     pub uffd: c_int,
     /// NULL, or the name of an ABI of the memslot flag ("v2", "v3", "v4", "v7", "userfault-v3") to use without asking
     /// KVM_CHECK_EXTENSION, for a kernel with numbers of its own. It is still proven in a scratch VM:

@@ -29,6 +29,15 @@ pub fn duplicate(fd: RawFd, name: &str) -> Result<File> {
     }
 }
 
+/// Is it an anonymous inode, as KVM's VMs and vCPUs, userfaultfds and eventfds are? Those have no file type.
+pub fn is_anonymous(fd: RawFd) -> bool {
+    // SAFETY: an all-zero stat is a valid value, and live during the call.
+    unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        libc::fstat(fd, &mut stat) == 0 && stat.st_mode & libc::S_IFMT == 0
+    }
+}
+
 /// A duplicate of the descriptor of a regular file, and the file's size. The file position is shared with the VMM: read and write at offsets only.
 pub fn regular(fd: RawFd, name: &str, wanted: Use) -> Result<(File, u64)> {
     let file = duplicate(fd, name)?;

@@ -1,9 +1,13 @@
 //! KVM's ioctls and `struct kvm_run`. See Documentation/virt/kvm/api.rst.
 
-use super::mem::Mapping;
+use super::file::is_anonymous;
+use super::mem::{Mapping, PAGE};
 use crate::error::{fail, Error, Result};
 use kvm_bindings as kb;
+use std::ffi::CStr;
+use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicPtr, Ordering::SeqCst};
 
@@ -43,7 +47,11 @@ const KVM_SET_VCPU_EVENTS: u64 = iow(0xa0, size_of::<kb::kvm_vcpu_events>());
 const KVM_ENABLE_CAP: u64 = iow(0xa3, size_of::<kb::kvm_enable_cap>());
 const KVM_X86_SET_MSR_FILTER: u64 = iow(0xc6, size_of::<kb::kvm_msr_filter>());
 const KVM_GET_SREGS2: u64 = ior(0xcc, size_of::<kb::kvm_sregs2>());
+const KVM_GET_STATS_FD: u64 = io(0xce);
 const KVM_PRE_FAULT_MEMORY: u64 = iowr(0xd5, size_of::<kb::kvm_pre_fault_memory>());
+
+/// A request that no driver has: its type is not KVM's, and no other's.
+const FOREIGN: u64 = 0xFFFF;
 
 /// Which of KVM's descriptors one is meant to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +75,7 @@ impl Descriptor {
         file.map(|f| Descriptor(f.into())).map_err(|e| Error::from_io("/dev/kvm", &e))
     }
 
-    /// Duplicates `fd` after checking that it is what `role` says; errors name it `name`.
+    /// Duplicates `fd` after checking that it is what `role` says; errors name it `name`. The descriptor itself is asked: a jail may have no /proc.
     pub fn duplicate(fd: RawFd, role: Role, name: &str) -> Result<Descriptor> {
         // SAFETY: F_DUPFD_CLOEXEC gives a new descriptor or -1 (EBADF for a bad number).
         let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
@@ -76,32 +84,66 @@ impl Descriptor {
         }
         // SAFETY: `copy` is open and ours alone.
         let copy = Descriptor(unsafe { OwnedFd::from_raw_fd(copy) });
-        let right = match role {
-            Role::System => copy.number(KVM_GET_API_VERSION, 0).is_ok_and(|version| version == 12),
-            Role::Vm => copy.link().is_some_and(|l| l == "anon_inode:kvm-vm"),
-            Role::Vcpu => copy.link().is_some_and(|l| l.starts_with("anon_inode:kvm-vcpu:")),
-        };
-        if !right {
-            let is = copy.link().unwrap_or_else(|| "something else".into());
-            let wanted = match role {
-                Role::System => "/dev/kvm",
-                Role::Vm => "a VM of KVM's",
-                Role::Vcpu => "a vCPU of KVM's",
-            };
-            fail!(EINVAL, "{name}: descriptor {fd} is {is}, not {wanted}");
+        let answered = copy.is(role);
+        if matches!(answered, Ok(true)) {
+            return Ok(copy);
         }
-        Ok(copy)
+        let is = match answered {
+            // KVM_CHECK_EXTENSION and all others, where the caller's address space is not that of the VM's maker.
+            Err(e) if e.raw_os_error() == Some(libc::EIO) => "another process's (or its VM is dead)".into(),
+            _ => copy.link().unwrap_or_else(|| "something else".into()),
+        };
+        let wanted = match role {
+            Role::System => "/dev/kvm",
+            Role::Vm => "a VM of KVM's",
+            Role::Vcpu => "a vCPU of KVM's",
+        };
+        fail!(EINVAL, "{name}: descriptor {fd} is {is}, not {wanted}")
     }
 
-    /// What /proc/self/fd says of it.
+    /// Is it that? Only vCPUs can be mapped, so they are told first: most ioctls of theirs wait while the vCPU runs.
+    fn is(&self, role: Role) -> std::io::Result<bool> {
+        let fd = self.0.as_raw_fd();
+        if role != Role::System && !is_anonymous(fd) {
+            return Ok(false);
+        }
+        match (role, Mapping::shared(fd, 0, PAGE, false).is_ok()) {
+            (Role::System, false) => Ok(self.number(KVM_GET_API_VERSION, 0)? == 12),
+            (Role::Vm, false) if self.number(KVM_GET_API_VERSION, 0).is_err() => {
+                Ok(self.number(KVM_CHECK_EXTENSION, kb::KVM_CAP_USER_MEMORY.into())? > 0)
+            }
+            // To a request that isn't KVM's others say ENOTTY, and a vCPU says EINVAL, without waiting (kvm_vcpu_ioctl).
+            (Role::Vcpu, true) => match self.number(FOREIGN, 0) {
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(true),
+                Err(e) => Err(e),
+                Ok(_) => Ok(false),
+            },
+            _ => Ok(false),
+        }
+    }
+
+    /// What /proc/self/fd says of it, where there is a /proc.
     fn link(&self) -> Option<String> {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", self.0.as_raw_fd())).ok()?;
         Some(link.to_string_lossy().into_owned())
     }
 
-    /// The number that KVM_CREATE_VCPU gave this vCPU.
+    /// The number that KVM_CREATE_VCPU gave this vCPU, if it can be known: from /proc, or since Linux 5.14 from KVM's statistics.
     pub fn vcpu_number(&self) -> Option<i32> {
-        self.link()?.rsplit(':').next()?.parse().ok()
+        let from_link = || self.link()?.rsplit(':').next()?.parse().ok();
+        from_link().or_else(|| self.stats_id()?.rsplit('-').next()?.parse().ok())
+    }
+
+    /// Whose the statistics are: "kvm-PID/vcpu-NUMBER" (struct kvm_stats_header).
+    fn stats_id(&self) -> Option<String> {
+        // SAFETY: the ioctl returns a new descriptor, which is ours alone.
+        let stats = unsafe { File::from_raw_fd(self.number(KVM_GET_STATS_FD, 0).ok()?) };
+        let mut header = [0; size_of::<kb::kvm_stats_header>()];
+        stats.read_exact_at(&mut header, 0).ok()?;
+        let field = |n: usize| u32::from_ne_bytes(std::array::from_fn(|b| header[4 * n + b]));
+        let mut id = vec![0; field(1).min(256) as usize]; // name_size
+        stats.read_exact_at(&mut id, field(3).into()).ok()?; // id_offset
+        Some(CStr::from_bytes_until_nul(&id).ok()?.to_str().ok()?.to_owned())
     }
 
     /// A new VM.
@@ -488,6 +530,7 @@ impl ImmediateExit {
 
 #[cfg(test)]
 mod tests {
+    use super::super::file::tests::shared;
     use super::*;
 
     #[test]
@@ -499,7 +542,24 @@ mod tests {
         assert!(Descriptor::duplicate(raw(&kvm), Role::System, "kvm_fd").is_ok());
         assert!(Descriptor::duplicate(raw(&vm), Role::Vm, "vm_fd").is_ok());
         assert_eq!(Descriptor::duplicate(raw(&vcpu), Role::Vcpu, "fd").unwrap().vcpu_number(), Some(3));
-        for (fd, role) in [(raw(&vm), Role::System), (raw(&kvm), Role::Vm), (raw(&vm), Role::Vcpu), (0, Role::Vm)] {
+        assert_eq!(
+            vcpu.stats_id().and_then(|id| Some(id.rsplit_once('-')?.1.to_owned())).as_deref().unwrap_or("3"),
+            "3"
+        );
+        let (file, null) = (shared(PAGE), File::open("/dev/null").unwrap());
+        let bad = [
+            (raw(&vm), Role::System),
+            (raw(&kvm), Role::Vm),
+            (raw(&vm), Role::Vcpu),
+            (raw(&kvm), Role::Vcpu),
+            (raw(&vcpu), Role::Vm),
+            (raw(&vcpu), Role::System),
+            (file.as_raw_fd(), Role::Vcpu),
+            (null.as_raw_fd(), Role::Vcpu),
+            (null.as_raw_fd(), Role::Vm),
+            (0, Role::Vm),
+        ];
+        for (fd, role) in bad {
             assert_eq!(Descriptor::duplicate(fd, role, "x").unwrap_err().errno, libc::EINVAL);
         }
         assert_eq!(Descriptor::duplicate(-1, Role::Vm, "vm_fd").unwrap_err().errno, libc::EBADF);

@@ -2,6 +2,7 @@
 //! made it, and tells with one load whether this is it. A process here is an address space: a child of vfork(2), or of clone(2) with CLONE_VM, has its
 //! parent's, and is no other.
 
+use super::file::is_anonymous;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
@@ -65,19 +66,14 @@ unsafe extern "C" fn wipe() {
 }
 
 /// Closes descriptors in a forked child, of which the parent has others. A number that the child has closed already, and has used for a file, socket or
-/// pipe of its own, stays: what the library makes are anonymous inodes, which have no file type.
+/// pipe of its own, stays: what the library makes are anonymous inodes.
 ///
 /// # Safety
 /// In a forked child, and whatever owns the descriptors there is never used nor dropped.
 pub unsafe fn close_copies(fds: &[RawFd]) {
-    for &fd in fds {
-        // SAFETY: an all-zero stat is a valid value; closing is what the caller has promised to be allowed.
-        unsafe {
-            let mut stat: libc::stat = std::mem::zeroed();
-            if libc::fstat(fd, &mut stat) == 0 && stat.st_mode & libc::S_IFMT == 0 {
-                libc::close(fd);
-            }
-        }
+    for &fd in fds.iter().filter(|&&fd| is_anonymous(fd)) {
+        // SAFETY: what the caller has promised.
+        unsafe { libc::close(fd) };
     }
 }
 

@@ -2,10 +2,12 @@
 //! wrong: it reads a COPY that ends with EAGAIN as a huge count, and has no POISON. See userfaultfd(2),
 //! Documentation/admin-guide/mm/userfaultfd.rst and fs/userfaultfd.c.
 
+use super::file;
 use super::mem::{Mapping, PAGE};
-use crate::error::{Error, Result};
+use crate::error::{fail, Error, Result};
 use std::fmt::Write;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
 use userfaultfd::{Event, FaultKind, FeatureFlags, ReadWrite, RegisterMode, UffdBuilder};
 
 /// UFFD_FEATURE_POISON, Linux 6.6.
@@ -35,6 +37,9 @@ const fn iowr(nr: u64, size: usize) -> u64 {
     3 << 30 | (size as u64) << 16 | 0xAA << 8 | nr
 }
 const UFFDIO_API: u64 = iowr(0x3F, 24);
+const UFFDIO_WAKE: u64 = 2 << 30 | 16 << 16 | 0xAA << 8 | 0x02; // _IOR
+/// On /dev/userfaultfd.
+const USERFAULTFD_IOC_NEW: u64 = 0xAA << 8;
 const UFFDIO_COPY: u64 = iowr(0x03, 40);
 const UFFDIO_ZEROPAGE: u64 = iowr(0x04, 32);
 const UFFDIO_CONTINUE: u64 = iowr(0x07, 32);
@@ -132,39 +137,64 @@ impl Uffd {
             return Err(Error::new(error.raw_os_error().unwrap_or(libc::EPERM), tried));
         }
         // SAFETY: `fd` is open and ours.
-        Uffd::handshake(unsafe { userfaultfd::Uffd::from_raw_fd(fd) })
+        Uffd::handshake(unsafe { userfaultfd::Uffd::from_raw_fd(fd) }, fd)
     }
 
-    /// Takes one that somebody else opened; `fd` is duplicated.
+    /// Takes one that the VMM opened, or makes one from an open /dev/userfaultfd (Linux 6.1); `fd` is duplicated. The descriptor itself is asked what it
+    /// is: a jail may have no /proc.
     pub fn adopt(fd: RawFd) -> Result<Uffd> {
-        let link = std::fs::read_link(format!("/proc/self/fd/{fd}"))
-            .map_err(|e| Error::new(libc::EBADF, format!("uffd: descriptor {fd} is not open: {e}")))?;
-        if link.to_str() != Some("anon_inode:[userfaultfd]") {
-            return Err(Error::new(
-                libc::EINVAL,
-                format!("uffd: descriptor {fd} is {}, not a userfaultfd", link.display()),
-            ));
-        }
-        // SAFETY: F_DUPFD_CLOEXEC gives a new descriptor, which is ours alone; F_SETFL sets the flag that poll(2) needs.
-        let uffd = unsafe {
-            let copy = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3);
-            if copy < 0 {
-                return Err(Error::last_os("uffd: fcntl(F_DUPFD_CLOEXEC)"));
+        let given = file::duplicate(fd, "uffd")?;
+        let meta = given.metadata().map_err(|e| Error::from_io("uffd: fstat", &e))?;
+        if meta.file_type().is_char_device() {
+            // SAFETY: the request takes flags only; for other devices it is none of theirs.
+            let made =
+                unsafe { libc::ioctl(given.as_raw_fd(), USERFAULTFD_IOC_NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+            if made < 0 {
+                fail!(
+                    EINVAL,
+                    "uffd: descriptor {fd} is a device, but not /dev/userfaultfd: {}",
+                    std::io::Error::last_os_error()
+                );
             }
-            libc::fcntl(copy, libc::F_SETFL, libc::fcntl(copy, libc::F_GETFL) | libc::O_NONBLOCK);
-            userfaultfd::Uffd::from_raw_fd(copy)
+            // SAFETY: the ioctl returned a new descriptor, which is ours alone.
+            return Uffd::handshake(unsafe { userfaultfd::Uffd::from_raw_fd(made) }, fd);
+        }
+        // SAFETY: `given` is ours alone; F_SETFL sets the flag that poll(2) needs.
+        let uffd = unsafe {
+            libc::fcntl(
+                given.as_raw_fd(),
+                libc::F_SETFL,
+                libc::fcntl(given.as_raw_fd(), libc::F_GETFL) | libc::O_NONBLOCK,
+            );
+            userfaultfd::Uffd::from_raw_fd(given.into_raw_fd())
         };
-        Uffd::handshake(uffd)
+        let adopted = Uffd::handshake(uffd, fd)?;
+        adopted.check_process(fd)?;
+        Ok(adopted)
     }
 
-    /// UFFDIO_API. Where all wishes are refused it was done before. What was asked for then /proc tells; POISON and minor faults need no asking, and
-    /// are tried or assumed.
-    fn handshake(uffd: userfaultfd::Uffd) -> Result<Uffd> {
+    /// A userfaultfd serves the address space of the process that made it, whichever process has the descriptor: tried with a page of our own.
+    fn check_process(&self, fd: RawFd) -> Result<()> {
+        let page = Mapping::anonymous(PAGE)?;
+        match self.try_register(page.address(), PAGE, Mode::default()) {
+            Ok(_undone) => Ok(()),
+            Err(e) => Err(e.context(format!("uffd: descriptor {fd} serves no memory of this process: who made it?"))),
+        }
+    }
+
+    /// UFFDIO_API. Where all wishes are refused it was done before, or this is no userfaultfd. What was asked for then /proc tells, if there is one;
+    /// POISON and minor faults need no asking, and are tried or assumed.
+    fn handshake(uffd: userfaultfd::Uffd, fd: RawFd) -> Result<Uffd> {
         for wish in WISHES {
             let mut api = [UFFD_API, wish, 0];
             if ioctl(&uffd, UFFDIO_API, &mut api).is_ok() {
                 return Ok(Uffd { uffd, features: wish });
             }
+        }
+        // Harmless: nothing waits in a page of our own.
+        let page = Mapping::anonymous(PAGE)?;
+        if let Err(e) = ioctl(&uffd, UFFDIO_WAKE, &mut [page.address(), PAGE]) {
+            fail!(EINVAL, "uffd: descriptor {fd} is not a userfaultfd: UFFDIO_API and UFFDIO_WAKE: {e}");
         }
         let asked = features_of(uffd.as_raw_fd()).unwrap_or(0);
         if asked & UNFIT != 0 {
@@ -364,11 +394,22 @@ mod tests {
         assert_eq!(Uffd::adopt(-1).unwrap_err().errno, libc::EBADF);
         let file = std::fs::File::open("/dev/null").unwrap();
         assert_eq!(Uffd::adopt(file.as_raw_fd()).unwrap_err().errno, libc::EINVAL);
+        let flag = super::super::thread::Flag::new().unwrap(); // an anonymous inode, too
+        assert_eq!(Uffd::adopt(flag.as_raw_fd()).unwrap_err().errno, libc::EINVAL);
         let first = needs!(Uffd::open());
         let second = Uffd::adopt(first.as_raw_fd()).unwrap();
         let memory = Mapping::anonymous(PAGE).unwrap();
         second.register(memory.address(), PAGE, Mode::default()).unwrap();
         assert_eq!(first.zero(memory.address(), PAGE, PAGE), Ok(Step::Done(PAGE)));
+    }
+
+    #[test]
+    fn an_adopted_descriptor_may_be_the_device() {
+        let device = needs!(std::fs::File::open("/dev/userfaultfd"));
+        let uffd = Uffd::adopt(device.as_raw_fd()).unwrap();
+        let memory = Mapping::anonymous(PAGE).unwrap();
+        uffd.register(memory.address(), PAGE, Mode::default()).unwrap();
+        assert_eq!(uffd.zero(memory.address(), PAGE, PAGE), Ok(Step::Done(PAGE)));
     }
 
     /// A thread that touches the memory just before its registration ends. Without the second wake-up about one round in fifteen leaves it asleep.
