@@ -581,8 +581,11 @@ struct kvmfault_memslot {
   /*
    * The memory in this process: mapped, readable and writable, of one kind throughout, in one
    * mapping or several side by side. It must stay mapped, and must not be mapped over, until the
-   * slot is deleted. Absent pages are kept from this process only: another one that maps the memory
-   * (a vhost-user backend) reads zeros there, and what it writes is lost when the page comes.
+   * slot is deleted. Accesses through this mapping bring absent pages: loads and stores, and system
+   * calls that are given its addresses. Nothing else does: another process that maps the memory (a
+   * vhost-user backend), a second mapping in this one, and I/O on `fd` read zeros in absent pages,
+   * and what they write there is lost when the page comes. `kvmfault_pages_resolve` beforehand
+   * makes them right.
    */
   void *hva;
   /*
@@ -596,13 +599,22 @@ struct kvmfault_memslot {
    */
   uint64_t block_len;
   /*
-   * KVMFAULT_MEMORY_*.
+   * KVMFAULT_MEMORY_*. Where /proc/self/maps can't be read (a chroot without /proc, Landlock) it
+   * must not be AUTO, and is taken at its word as far as system calls don't tell otherwise; that
+   * the memory is readable and writable is not checked then.
    */
   int memory;
   /*
-   * The descriptor that the memory is a mapping of, or -1. Only `poison-trap` on shared hugetlb
+   * The descriptor that the memory is a shared mapping of, or -1. `poison-trap` on shared hugetlb
    * memory needs it (the kernel can't duplicate such a mapping without; memory of several files is
-   * opened anew instead, which needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN).
+   * opened anew instead, which needs /proc, and CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN). Where
+   * /proc/self/maps can't be read it is also needed for any hugetlb memory, and for shared memory
+   * that is several mappings (of this one file) side by side; it is taken at its word then.
+   * Duplicated where it is used: it may be closed afterwards.
+   *
+   * pread, pwrite, sendfile, splice and copy_file_range on it don't see that a page is absent: they
+   * read zeros, and what they write is lost when the page comes. Call `kvmfault_pages_resolve` for
+   * the range first.
    */
   int fd;
   /*
@@ -1239,8 +1251,9 @@ int kvmfault_pages_discard(const struct kvmfault_vm *vm,
 /*
  * Brings pages now, through the resolver, on the calling thread; waits for those that somebody else
  * is bringing. For memory that must be present before something touches it that can't wait or fails
- * quietly: with `poison-trap` that is what KVM itself accesses outside of guest instructions, and
- * `kvmfault_vcpu_run` doesn't bring by itself (guest page tables, where
+ * quietly: I/O on the memory's descriptor (pread, pwrite, sendfile, splice), a second mapping of
+ * it, or another process. With `poison-trap` that is also what KVM itself accesses outside of guest
+ * instructions, and `kvmfault_vcpu_run` doesn't bring by itself (guest page tables, where
  * `kvmfault_probe.two_dimensional_paging` is 0; an area whose MSR the VMM sets later than the first
  * KVM_RUN; see `kvmfault_vm_check_guest`).
  *

@@ -125,8 +125,8 @@ pub unsafe extern "C" fn kvmfault_pages_discard(vm: *const kvmfault_vm, gpa: u64
 }
 
 /// Brings pages now, through the resolver, on the calling thread; waits for those that somebody else is bringing. For memory that must be
-/// present before something touches it that can't wait or fails quietly: with `poison-trap` that is what KVM itself accesses outside of
-/// guest instructions, and `kvmfault_vcpu_run` doesn't bring by itself (guest page tables, where `kvmfault_probe.two_dimensional_paging` is 0;
+/// present before something touches it that can't wait or fails quietly: I/O on the memory's descriptor (pread, pwrite, sendfile, splice), a second mapping
+/// of it, or another process. With `poison-trap` that is also what KVM itself accesses outside of guest instructions, and `kvmfault_vcpu_run` doesn't bring by itself (guest page tables, where `kvmfault_probe.two_dimensional_paging` is 0;
 /// an area whose MSR the VMM sets later than the first KVM_RUN; see `kvmfault_vm_check_guest`).
 ///
 /// Returns 0 when all are present; the resolver's -errno; -EHWPOISON if a page is lost; -EINTR if a signal handler ran while waiting;

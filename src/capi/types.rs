@@ -271,8 +271,10 @@ pub struct kvmfault_memslot {
     /// Length in bytes, a multiple of the memory's page size. 0 deletes the slot.
     pub len: u64,
     /// The memory in this process: mapped, readable and writable, of one kind throughout, in one mapping or several side by side. It must
-    /// stay mapped, and must not be mapped over, until the slot is deleted. Absent pages are kept from this process only: another one that
-    /// maps the memory (a vhost-user backend) reads zeros there, and what it writes is lost when the page comes.
+    /// stay mapped, and must not be mapped over, until the slot is deleted. Accesses through this mapping bring absent pages: loads and stores, and
+    /// system calls that are given its addresses. Nothing else does: another process that maps the memory (a vhost-user backend), a second mapping
+    /// in this one, and I/O on `fd` read zeros in absent pages, and what they write there is lost when the page comes. `kvmfault_pages_resolve`
+    /// beforehand makes them right.
     pub hva: *mut c_void,
     /// NULL, or the start of the larger block of host memory (QEMU's RAMBlock) that the slot is a window of. Page states
     /// belong to the block: slots that overlap in host memory must name the same block (the same `hva` and `len` is the
@@ -280,11 +282,16 @@ pub struct kvmfault_memslot {
     pub block_hva: *mut c_void,
     /// Length in bytes of that block.
     pub block_len: u64,
-    /// KVMFAULT_MEMORY_*.
+    /// KVMFAULT_MEMORY_*. Where /proc/self/maps can't be read (a chroot without /proc, Landlock) it must not be AUTO, and is taken at its word as far as
+    /// system calls don't tell otherwise; that the memory is readable and writable is not checked then.
     pub memory: c_int,
-    /// The descriptor that the memory is a mapping of, or -1. Only `poison-trap` on shared hugetlb memory needs it
-    /// (the kernel can't duplicate such a mapping without; memory of several files is opened anew instead, which needs
-    /// CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN).
+    /// The descriptor that the memory is a shared mapping of, or -1. `poison-trap` on shared hugetlb memory needs it
+    /// (the kernel can't duplicate such a mapping without; memory of several files is opened anew instead, which needs /proc, and
+    /// CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN). Where /proc/self/maps can't be read it is also needed for any hugetlb memory, and for shared memory that is
+    /// several mappings (of this one file) side by side; it is taken at its word then. Duplicated where it is used: it may be closed afterwards.
+    ///
+    /// pread, pwrite, sendfile, splice and copy_file_range on it don't see that a page is absent: they read zeros, and what they write is lost when
+    /// the page comes. Call `kvmfault_pages_resolve` for the range first.
     pub fd: c_int,
     /// Where in that file `block_hva` (or `hva` without a block) begins, in bytes.
     pub fd_offset: u64,

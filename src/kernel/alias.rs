@@ -2,6 +2,7 @@
 //! side, or one mapping that was cut (madvise, mbind and mlock do that to parts).
 
 use super::mem::{mappings, Kind, Mapping, MapsLine, HUGE_PAGE};
+use super::{file, unseen};
 use crate::error::{fail, Error, Result};
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -12,6 +13,10 @@ use std::os::unix::fs::MetadataExt;
 pub fn duplicate(hva: u64, len: u64, page: u64, kind: Kind, file: Option<(RawFd, u64)>) -> Result<Mapping> {
     // A mapping that begins elsewhere in a huge page than its file does can't have such, and nor can the guest.
     let mut alias = Mapping::room(len, hva, HUGE_PAGE.max(page))?;
+    if let Some(reason) = unseen::reason() {
+        unseen::duplicate(&mut alias, hva, len, kind, file, &reason)?;
+        return Ok(alias);
+    }
     for map in mappings(hva, len)? {
         let (start, end) = (map.start.max(hva), map.end.min(hva + len));
         let (at, len) = (start - hva, end - start);
@@ -38,8 +43,7 @@ fn open(map: &MapsLine) -> Result<File> {
 
 /// Is what begins at `hva` in this mapping the file `fd`, from `offset` on?
 fn check_file(map: &MapsLine, hva: u64, fd: RawFd, offset: u64) -> Result<()> {
-    let file = std::fs::metadata(format!("/proc/self/fd/{fd}"))
-        .map_err(|e| Error::new(libc::EBADF, format!("fd: descriptor {fd} is not open: {e}")))?;
+    let file = file::duplicate(fd, "fd")?.metadata().map_err(|e| Error::from_io("fd: fstat", &e))?;
     if (map.inode, map.device) != (file.ino(), file.dev()) {
         fail!(EINVAL, "fd: {fd} is not the file that is mapped at hva {hva:#x}");
     }
@@ -66,7 +70,7 @@ mod tests {
         }
         // And begins and ends inside of mappings.
         let (hva, len) = (memory.address() + PAGE, 7 * PAGE);
-        assert_eq!((mappings(hva, len).unwrap().len(), inspect(hva, len).unwrap().kind), (3, Kind::Shared));
+        assert_eq!((mappings(hva, len).unwrap().len(), inspect(hva, len, None, None).unwrap().kind), (3, Kind::Shared));
         let alias = duplicate(hva, len, PAGE, Kind::Shared, None).unwrap();
         assert_eq!(alias.address() % HUGE_PAGE, hva % HUGE_PAGE);
         for page in 0..7 {

@@ -1,6 +1,7 @@
 //! Files that the VMM names by descriptor. They are used as given: opening one anew (/proc/self/fd/N) needs a /proc, and permissions that a VMM in a
 //! jail has given up on purpose.
 
+use super::mem::PAGE;
 use crate::error::{fail, Error, Result};
 use std::fs::File;
 use std::ops::Range;
@@ -56,6 +57,22 @@ pub fn regular(fd: RawFd, name: &str, wanted: Use) -> Result<(File, u64)> {
         fail!(EACCES, "{name}: descriptor {fd} is not open for {how}");
     }
     Ok((file, meta.size()))
+}
+
+/// The page size of the memory that a file is: tmpfs (memfd, too) or hugetlbfs.
+pub fn memory(fd: RawFd, name: &str) -> Result<u64> {
+    let file = duplicate(fd, name)?;
+    // SAFETY: an all-zero statfs is a valid value, and live during the call.
+    let (done, fs) = unsafe {
+        let mut fs: libc::statfs = std::mem::zeroed();
+        (libc::fstatfs(file.as_raw_fd(), &mut fs), fs)
+    };
+    match fs.f_type {
+        _ if done != 0 => Err(Error::last_os(&format!("{name}: fstatfs"))),
+        libc::TMPFS_MAGIC => Ok(PAGE),
+        libc::HUGETLBFS_MAGIC => Ok(fs.f_bsize as u64),
+        _ => fail!(EINVAL, "{name}: is neither of tmpfs (memfd) nor of hugetlbfs; userfaultfd serves no other files"),
+    }
 }
 
 /// The first `len` bytes of a file, or all of them if it has fewer.

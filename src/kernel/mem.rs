@@ -1,9 +1,11 @@
 //! Memory of this process as the kernel shows it: mappings, what is mapped where, and access that can't crash.
 
+use super::{file, unseen};
 use crate::error::{fail, Error, Result};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::RawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::AtomicU64;
 
 /// The base page size of x86-64.
@@ -228,8 +230,13 @@ pub struct Backing {
     pub page: u64,
 }
 
-/// Looks up what [hva, hva + len) is; an error names what is wrong with it.
-pub fn inspect(hva: u64, len: u64) -> Result<Backing> {
+/// Looks up what [hva, hva + len) is; an error names what is wrong with it. `declared` is what it ought to be, and `fd` the file that it is a mapping
+/// of, as far as the VMM says.
+pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>) -> Result<Backing> {
+    if let Some(reason) = unseen::reason() {
+        return unseen::inspect(hva, len, declared, fd, &reason);
+    }
+    let given = fd.map(|fd| Given::new(fd, "fd")).transpose()?;
     let mut found: Option<Backing> = None;
     let mut file = None;
     for map in mappings(hva, len)? {
@@ -241,7 +248,7 @@ pub fn inspect(hva: u64, len: u64) -> Result<Backing> {
         if file.replace(this_file) == Some(this_file) {
             continue;
         }
-        let backing = backing_of(&map)?;
+        let backing = backing_of(&map, given.as_ref())?;
         if found.is_some_and(|first| first != backing) {
             fail!(EINVAL, "hva: [{hva:#x}, {:#x}) is memory of more than one kind", hva + len);
         }
@@ -308,10 +315,29 @@ fn parse_maps_line(line: &str) -> Option<MapsLine> {
     })
 }
 
-fn backing_of(map: &MapsLine) -> Result<Backing> {
+/// A file that the VMM says memory is a mapping of.
+struct Given {
+    inode: u64,
+    device: u64,
+    fd: RawFd,
+}
+
+impl Given {
+    fn new(fd: RawFd, name: &str) -> Result<Given> {
+        let meta = file::duplicate(fd, name)?.metadata().map_err(|e| Error::from_io(name, &e))?;
+        Ok(Given { inode: meta.ino(), device: meta.dev(), fd })
+    }
+}
+
+fn backing_of(map: &MapsLine, given: Option<&Given>) -> Result<Backing> {
     let of_base_pages = |kind| Ok(Backing { kind, page: PAGE });
     if map.inode == 0 && !map.shared {
         return of_base_pages(Kind::Anon);
+    }
+    // The file system of the file itself tells, where the file is given. Its path may lead elsewhere (chroot), and smaps takes long.
+    if let (true, Some(given)) = (map.shared, given.filter(|g| (g.inode, g.device) == (map.inode, map.device))) {
+        let page = file::memory(given.fd, "fd")?;
+        return Ok(Backing { kind: if page > PAGE { Kind::HugetlbShared } else { Kind::Shared }, page });
     }
     // A file: hugetlbfs or tmpfs, told apart by the file system's magic number. /proc/self/map_files needs privileges;
     // KernelPageSize in smaps doesn't.
@@ -370,10 +396,10 @@ mod tests {
     #[test]
     fn kinds_are_told_apart() {
         let anon = Mapping::anonymous(4 * PAGE).unwrap();
-        assert_eq!(inspect(anon.address(), 4 * PAGE).unwrap(), Backing { kind: Kind::Anon, page: PAGE });
-        let text = inspect(kinds_are_told_apart as *const () as u64 & !(PAGE - 1), PAGE).unwrap_err();
+        assert_eq!(inspect(anon.address(), 4 * PAGE, None, None).unwrap(), Backing { kind: Kind::Anon, page: PAGE });
+        let text = inspect(kinds_are_told_apart as *const () as u64 & !(PAGE - 1), PAGE, None, None).unwrap_err();
         assert_eq!(text.errno, libc::EACCES);
-        assert_eq!(inspect(PAGE, PAGE).unwrap_err().errno, libc::EFAULT);
+        assert_eq!(inspect(PAGE, PAGE, None, None).unwrap_err().errno, libc::EFAULT);
     }
 
     #[test]
@@ -382,7 +408,7 @@ mod tests {
         let memory = Mapping::map(0, PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0, "mmap").unwrap();
         // SAFETY: names a live mapping; EINVAL on kernels that don't do that.
         unsafe { libc::prctl(libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME, memory.address(), PAGE, c"guest".as_ptr()) };
-        assert_eq!(inspect(memory.address(), PAGE).unwrap().kind, Kind::Shared);
+        assert_eq!(inspect(memory.address(), PAGE, None, None).unwrap().kind, Kind::Shared);
     }
 
     #[test]

@@ -12,3 +12,4 @@ pub mod probe;
 pub mod process;
 pub mod thread;
 pub mod uffd;
+pub mod unseen;

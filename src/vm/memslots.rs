@@ -59,6 +59,16 @@ pub enum MemoryKind {
 }
 
 impl MemoryKind {
+    /// What it says, where it says something.
+    fn kind(self) -> Option<Kind> {
+        match self {
+            MemoryKind::Auto => None,
+            MemoryKind::Anon => Some(Kind::Anon),
+            MemoryKind::Shared => Some(Kind::Shared),
+            MemoryKind::Hugetlb => Some(Kind::HugetlbShared),
+        }
+    }
+
     fn admits(self, kind: Kind) -> bool {
         match self {
             MemoryKind::Auto => true,
@@ -268,7 +278,7 @@ impl Vm {
     }
 
     fn new_block(&self, hva: u64, len: u64, offset: u64, request: &SlotRequest) -> Result<Block> {
-        let backing = mem::inspect(hva, len)?;
+        let backing = mem::inspect(hva, len, request.memory.kind(), request.file.map(|(fd, _)| fd))?;
         if hva % backing.page != 0 || len % backing.page != 0 {
             fail!(
                 EINVAL,

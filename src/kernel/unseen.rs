@@ -1,0 +1,128 @@
+//! Memory of this process where /proc/self/maps can't be read: in a chroot without /proc, under Landlock. What the VMM declares is taken at its word, as far
+//! as no system call tells otherwise.
+
+use super::file;
+use super::mem::{Backing, Kind, Mapping, ADDRESSES, PAGE};
+use crate::error::{fail, Error, Result};
+use std::fs::File;
+use std::os::fd::RawFd;
+
+/// Why /proc/self/maps can't be read; None if it can.
+pub fn reason() -> Option<Error> {
+    let error = File::open("/proc/self/maps").err()?;
+    let lacking = [libc::ENOENT, libc::ENOTDIR, libc::EACCES, libc::EPERM, libc::ENOSYS];
+    // Anything else (too many open files) is no way to live.
+    lacking.contains(&error.raw_os_error()?).then(|| Error::from_io("/proc/self/maps can't be read", &error))
+}
+
+/// What [hva, hva + len) is, by what the VMM says that it is and which file it is a mapping of.
+pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>, reason: &Error) -> Result<Backing> {
+    let Some(kind) = declared else {
+        fail!(EINVAL, "memory: what there is at hva {hva:#x} can't be looked up ({reason}): give slot.memory, and slot.fd for hugetlb");
+    };
+    // SAFETY: with MS_ASYNC msync looks at mappings and does nothing.
+    if unsafe { libc::msync(hva as *mut _, len as usize, libc::MS_ASYNC) } != 0 {
+        fail!(EFAULT, "hva: something inside [{hva:#x}, {:#x}) is not mapped", hva + len);
+    }
+    let of_file = fd.map(|fd| file::memory(fd, "fd")).transpose()?;
+    let page = match (kind, of_file) {
+        (Kind::HugetlbShared | Kind::HugetlbPrivate, Some(page)) if page > PAGE => page,
+        (Kind::HugetlbShared | Kind::HugetlbPrivate, Some(_)) => fail!(EINVAL, "fd: is not a file of huge pages"),
+        (Kind::HugetlbShared | Kind::HugetlbPrivate, None) => {
+            fail!(EINVAL, "fd: the page size at hva {hva:#x} can't be looked up ({reason}): give slot.fd")
+        }
+        (Kind::Anon | Kind::Shared, Some(page)) if page > PAGE => fail!(EINVAL, "memory: the file has huge pages"),
+        _ if pieces(hva, len) == Pieces::Huge => fail!(EINVAL, "memory: hva {hva:#x} has huge pages"),
+        (Kind::Shared, _) if !is_shared(hva) => fail!(EINVAL, "memory: hva {hva:#x} is not shared memory"),
+        _ => PAGE,
+    };
+    Ok(Backing { kind, page })
+}
+
+/// Maps shared memory a second time.
+pub fn duplicate(
+    room: &mut Mapping,
+    hva: u64,
+    len: u64,
+    kind: Kind,
+    file: Option<(RawFd, u64)>,
+    reason: &Error,
+) -> Result<()> {
+    match (kind, pieces(hva, len), file) {
+        (Kind::Shared, Pieces::One, _) => room.fill_from_mapping(0, len, hva),
+        (_, _, Some((fd, offset))) => room.fill_from_file(0, len, fd, offset),
+        _ => fail!(
+            EINVAL,
+            "fd: the memory at hva {hva:#x} may be several mappings, which can't be looked up ({reason}): give slot.fd, or one mapping"
+        ),
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Pieces {
+    One,
+    /// Or one that can't grow.
+    Several,
+    /// Hugetlb, in one piece or several.
+    Huge,
+}
+
+/// Is a range all in one mapping? mremap(2) is asked to let it grow beyond the end of the address space: that fails, with what is wrong first
+/// (vma_to_resize in mm/mremap.c, check_prep_vma since 6.17).
+fn pieces(hva: u64, len: u64) -> Pieces {
+    // SAFETY: without MREMAP_MAYMOVE the mapping stays where it is, and there is no room for it to grow there: nothing changes.
+    let result = unsafe { libc::mremap(hva as *mut _, len as usize, (ADDRESSES - 2 * PAGE) as usize, 0) };
+    debug_assert_eq!(result, libc::MAP_FAILED);
+    match std::io::Error::last_os_error().raw_os_error() {
+        Some(libc::EFAULT) => Pieces::Several,
+        Some(libc::EINVAL) => Pieces::Huge,
+        _ => Pieces::One,
+    }
+}
+
+/// Only shared memory can be mapped a second time without its file.
+fn is_shared(hva: u64) -> bool {
+    Mapping::room(PAGE, 0, PAGE).and_then(|mut room| room.fill_from_mapping(0, PAGE, hva)).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::file::tests::shared;
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn what_is_declared_is_checked() {
+        let why = Error::new(libc::ENOENT, "no /proc");
+        let look = |hva, declared, fd| inspect(hva, 4 * PAGE, declared, fd, &why).map(|b| b.page).map_err(|e| e.errno);
+        let anon = Mapping::anonymous(4 * PAGE).unwrap();
+        let file = shared(8 * PAGE);
+        let memory = Mapping::shared(file.as_raw_fd(), 0, 4 * PAGE, true).unwrap();
+        assert_eq!(look(anon.address(), Some(Kind::Anon), None), Ok(PAGE));
+        assert_eq!(look(anon.address(), Some(Kind::Shared), None), Err(libc::EINVAL));
+        assert_eq!(look(memory.address(), Some(Kind::Shared), None), Ok(PAGE));
+        assert_eq!(look(memory.address(), Some(Kind::Shared), Some(file.as_raw_fd())), Ok(PAGE));
+        assert_eq!(look(memory.address(), None, Some(file.as_raw_fd())), Err(libc::EINVAL));
+        assert_eq!(look(memory.address(), Some(Kind::HugetlbShared), None), Err(libc::EINVAL));
+        assert_eq!(look(memory.address(), Some(Kind::HugetlbShared), Some(file.as_raw_fd())), Err(libc::EINVAL));
+        assert_eq!(look(PAGE, Some(Kind::Anon), None), Err(libc::EFAULT));
+    }
+
+    #[test]
+    fn one_mapping_is_told_from_several() {
+        let [one, two] = [4, 4].map(|pages| shared(pages * PAGE));
+        let mut memory = Mapping::room(8 * PAGE, 0, PAGE).unwrap();
+        memory.fill_from_file(0, 4 * PAGE, one.as_raw_fd(), 0).unwrap();
+        memory.fill_from_file(4 * PAGE, 4 * PAGE, two.as_raw_fd(), 0).unwrap();
+        let hva = memory.address();
+        assert_eq!((pieces(hva, 4 * PAGE), pieces(hva + PAGE, PAGE)), (Pieces::One, Pieces::One));
+        assert_eq!(pieces(hva + 3 * PAGE, 2 * PAGE), Pieces::Several);
+        let why = Error::new(libc::ENOENT, "no /proc");
+        let try_all = |file| {
+            let mut room = Mapping::room(8 * PAGE, 0, PAGE).unwrap();
+            duplicate(&mut room, hva, 8 * PAGE, Kind::Shared, file, &why).map_err(|e| e.errno)
+        };
+        assert_eq!(try_all(None), Err(libc::EINVAL));
+        assert_eq!(try_all(Some((one.as_raw_fd(), 0))), Ok(()));
+    }
+}
