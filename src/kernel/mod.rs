@@ -10,6 +10,7 @@ pub mod kvm;
 pub mod mem;
 pub mod probe;
 pub mod process;
+pub mod surroundings;
 pub mod thread;
 pub mod uffd;
 pub mod unseen;

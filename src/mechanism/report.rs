@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::kernel::kvm::Descriptor;
 use crate::kernel::mem::Kind;
 use crate::kernel::probe::{attempts, Attempt};
+use crate::kernel::surroundings::{self, Surroundings};
 use crate::kernel::uffd::{Uffd, FEATURE_MINOR_SHMEM, FEATURE_POISON};
 use kvm_bindings::{KVM_CAP_MEMORY_FAULT_INFO, KVM_CAP_PRE_FAULT_MEMORY};
 use std::fmt::Write;
@@ -16,6 +17,7 @@ pub struct Report {
     attempts: Vec<Attempt>,
     pre_fault: bool,
     fault_info: bool,
+    surroundings: Surroundings,
 }
 
 impl Report {
@@ -26,6 +28,7 @@ impl Report {
             attempts: attempts(system),
             pre_fault: system.check_extension(KVM_CAP_PRE_FAULT_MEMORY) > 0,
             fault_info: system.check_extension(KVM_CAP_MEMORY_FAULT_INFO) > 0,
+            surroundings: surroundings::look(),
         }
     }
 
@@ -61,10 +64,10 @@ impl Report {
     /// The report for people.
     pub fn explain(&self) -> String {
         let mut text = String::new();
-        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let _ = writeln!(text, "kernel {}", release.trim());
+        let _ = writeln!(text, "kernel {}", surroundings::kernel_release());
         self.explain_mechanisms(&mut text);
         self.explain_uffd(&mut text);
+        self.explain_process(&mut text);
         self.explain_kvm(&mut text);
         text
     }
@@ -102,8 +105,34 @@ impl Report {
             }
             Err(e) => {
                 let _ = writeln!(text, "  can't be opened: {e}");
-                let _ = writeln!(text, "  {}", uffd_remedy(e.errno));
+                let _ = writeln!(text, "  {}", uffd_remedy(e.errno, self.surroundings.initial_user_namespace));
             }
+        }
+    }
+
+    /// What confines the process. Landlock can't be asked: it shows in what can't be read.
+    fn explain_process(&self, text: &mut String) {
+        let Surroundings { maps, initial_user_namespace, seccomp } = &self.surroundings;
+        let _ = writeln!(text, "\nthis process:");
+        let _ = match maps {
+            None => writeln!(text, "  /proc/self/maps can be read"),
+            Some(e) => writeln!(
+                text,
+                "  {e} (no /proc, or Landlock): each slot must say what its memory is (kvmfault_memslot.memory, and .fd for hugetlb)"
+            ),
+        };
+        let _ = match initial_user_namespace {
+            Some(true) => writeln!(text, "  in the initial user namespace"),
+            Some(false) => {
+                writeln!(text, "  in a user namespace of its own: capabilities here don't count for userfaultfd")
+            }
+            None => writeln!(text, "  which user namespace it is in can't be known without /proc"),
+        };
+        if *seccomp == Some(true) {
+            let _ = writeln!(
+                text,
+                "  a seccomp filter is in force: docs/seccomp.md lists the system calls that the library makes"
+            );
         }
     }
 
@@ -142,16 +171,27 @@ impl Report {
     }
 }
 
-fn uffd_remedy(errno: i32) -> &'static str {
+fn uffd_remedy(errno: i32, initial_user_namespace: Option<bool>) -> String {
     match errno {
         libc::EPERM | libc::EACCES => {
-            "do one of: give the process CAP_SYS_PTRACE; sysctl vm.unprivileged_userfaultfd=1; allow it to open /dev/userfaultfd \
-             (Linux 6.1 and later: chmod or an ACL); pass a descriptor that a privileged process opened (kvmfault_vm_options.uffd). \
-             UFFD_USER_MODE_ONLY is no way: KVM's faults are the kernel's. In a container, its seccomp profile must allow userfaultfd."
+            // The kernel asks the initial user namespace for it (userfaultfd_syscall_allowed in fs/userfaultfd.c).
+            let capability = match initial_user_namespace {
+                Some(false) => "",
+                Some(true) => "give the process CAP_SYS_PTRACE; ",
+                None => "give the process CAP_SYS_PTRACE (of the initial user namespace); ",
+            };
+            format!(
+                "do one of: {capability}sysctl vm.unprivileged_userfaultfd=1; allow it to open /dev/userfaultfd (Linux 6.1 and later: chmod or an \
+                 ACL), or pass it an open descriptor of that device (kvmfault_vm_options.uffd); open a userfaultfd before the process gives up its \
+                 privileges (the same option: one of another process serves that process's memory). UFFD_USER_MODE_ONLY is no way: KVM's faults are \
+                 the kernel's. In a container, its seccomp profile must allow userfaultfd."
+            )
         }
-        libc::ENOSYS | libc::ENOENT => "the kernel is built without CONFIG_USERFAULTFD, or a seccomp filter hides it",
-        libc::EMFILE | libc::ENFILE => "too many open files: raise RLIMIT_NOFILE",
-        _ => "see userfaultfd(2)",
+        libc::ENOSYS | libc::ENOENT => {
+            "the kernel is built without CONFIG_USERFAULTFD, or a seccomp filter hides it".into()
+        }
+        libc::EMFILE | libc::ENFILE => "too many open files: raise RLIMIT_NOFILE".into(),
+        _ => "see userfaultfd(2)".into(),
     }
 }
 
@@ -175,11 +215,29 @@ mod tests {
     #[test]
     fn a_refused_userfaultfd_comes_with_a_remedy() {
         let uffd = Err(Error::new(libc::EPERM, "userfaultfd(2): not permitted"));
-        let report = Report { uffd, attempts: Vec::new(), pre_fault: false, fault_info: false };
+        let surroundings = Surroundings { initial_user_namespace: Some(true), ..Surroundings::default() };
+        let mut report = Report { uffd, attempts: Vec::new(), pre_fault: false, fault_info: false, surroundings };
         let text = report.explain();
+        assert!(text.contains("CAP_SYS_PTRACE"), "{text}");
         assert!(
             text.contains("vm.unprivileged_userfaultfd=1") && text.contains("userfaultfd   does not work"),
             "{text}"
         );
+        report.surroundings.initial_user_namespace = Some(false);
+        let text = report.explain();
+        assert!(!text.contains("CAP_SYS_PTRACE") && text.contains("/dev/userfaultfd"), "{text}");
+    }
+
+    #[test]
+    fn what_confines_the_process_is_named() {
+        let uffd = Err(Error::new(libc::EPERM, "userfaultfd(2): not permitted"));
+        let maps = Some(Error::new(libc::EACCES, "/proc/self/maps can't be read: Permission denied"));
+        let surroundings = Surroundings { maps, seccomp: Some(true), ..Surroundings::default() };
+        let text = Report { uffd, attempts: Vec::new(), pre_fault: false, fault_info: false, surroundings }.explain();
+        for words in
+            ["/proc/self/maps can't be read", "kvmfault_memslot.memory", "docs/seccomp.md", "initial user namespace"]
+        {
+            assert!(text.contains(words), "{words}: {text}");
+        }
     }
 }
