@@ -166,6 +166,7 @@ impl Vcpu {
         if own.attached.is_some_and(|(t, _)| t == token) {
             return Ok(());
         }
+        thread::check_signals()?;
         let before = match self.sigbus {
             Sigbus::ByMask => thread::mask_signals(self.signals, true),
             Sigbus::ByHandler => SignalSet::default(),

@@ -31,11 +31,14 @@ pub fn duplicate(fd: RawFd, name: &str) -> Result<File> {
 }
 
 /// Is it an anonymous inode, as KVM's VMs and vCPUs, userfaultfds and eventfds are? Those have no file type.
-pub fn is_anonymous(fd: RawFd) -> bool {
+pub fn is_anonymous(fd: RawFd) -> std::io::Result<bool> {
     // SAFETY: an all-zero stat is a valid value, and live during the call.
     unsafe {
         let mut stat: libc::stat = std::mem::zeroed();
-        libc::fstat(fd, &mut stat) == 0 && stat.st_mode & libc::S_IFMT == 0
+        match libc::fstat(fd, &mut stat) {
+            0 => Ok(stat.st_mode & libc::S_IFMT == 0),
+            _ => Err(std::io::Error::last_os_error()),
+        }
     }
 }
 

@@ -80,7 +80,7 @@ impl Descriptor {
         // SAFETY: F_DUPFD_CLOEXEC gives a new descriptor or -1 (EBADF for a bad number).
         let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
         if copy < 0 {
-            return Err(Error::last_os(&format!("{name}: descriptor {fd}")));
+            return Err(Error::last_os(&format!("{name}: descriptor {fd}: fcntl(F_DUPFD_CLOEXEC)")));
         }
         // SAFETY: `copy` is open and ours alone.
         let copy = Descriptor(unsafe { OwnedFd::from_raw_fd(copy) });
@@ -90,7 +90,11 @@ impl Descriptor {
         }
         let is = match answered {
             // KVM_CHECK_EXTENSION and all others, where the caller's address space is not that of the VM's maker.
-            Err(e) if e.raw_os_error() == Some(libc::EIO) => "another process's (or its VM is dead)".into(),
+            Err(e) if e.errno == libc::EIO => "another process's (or its VM is dead)".into(),
+            // A filter's answer, and not the descriptor's.
+            Err(e) if matches!(e.errno, libc::EPERM | libc::EACCES | libc::ENOSYS) => {
+                return Err(e.context(format!("{name}: descriptor {fd} can't be asked what it is")));
+            }
             _ => copy.link().unwrap_or_else(|| "something else".into()),
         };
         let wanted = match role {
@@ -102,21 +106,25 @@ impl Descriptor {
     }
 
     /// Is it that? Only vCPUs can be mapped, so they are told first: most ioctls of theirs wait while the vCPU runs.
-    fn is(&self, role: Role) -> std::io::Result<bool> {
+    fn is(&self, role: Role) -> Result<bool> {
         let fd = self.0.as_raw_fd();
-        if role != Role::System && !is_anonymous(fd) {
+        let ask = |request, arg, what: &str| self.number(request, arg).map_err(|e| Error::from_io(what, &e));
+        if role != Role::System && !is_anonymous(fd).map_err(|e| Error::from_io("fstat", &e))? {
             return Ok(false);
         }
-        match (role, Mapping::shared(fd, 0, PAGE, false).is_ok()) {
-            (Role::System, false) => Ok(self.number(KVM_GET_API_VERSION, 0)? == 12),
+        let mapped = match Mapping::shared(fd, 0, PAGE, false) {
+            Err(e) if matches!(e.errno, libc::EPERM | libc::ENOSYS) => return Err(e),
+            mapped => mapped.is_ok(),
+        };
+        match (role, mapped) {
+            (Role::System, false) => Ok(ask(KVM_GET_API_VERSION, 0, "ioctl(KVM_GET_API_VERSION)")? == 12),
             (Role::Vm, false) if self.number(KVM_GET_API_VERSION, 0).is_err() => {
-                Ok(self.number(KVM_CHECK_EXTENSION, kb::KVM_CAP_USER_MEMORY.into())? > 0)
+                Ok(ask(KVM_CHECK_EXTENSION, kb::KVM_CAP_USER_MEMORY.into(), "ioctl(KVM_CHECK_EXTENSION)")? > 0)
             }
             // To a request that isn't KVM's others say ENOTTY, and a vCPU says EINVAL, without waiting (kvm_vcpu_ioctl).
-            (Role::Vcpu, true) => match self.number(FOREIGN, 0) {
-                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(true),
-                Err(e) => Err(e),
-                Ok(_) => Ok(false),
+            (Role::Vcpu, true) => match ask(FOREIGN, 0, "ioctl") {
+                Err(e) if e.errno == libc::EINVAL => Ok(true),
+                other => other.map(|_| false),
             },
             _ => Ok(false),
         }

@@ -1,6 +1,6 @@
 //! Memory of this process as the kernel shows it: mappings, what is mapped where, and access that can't crash.
 
-use super::{file, unseen};
+use super::{file, process, unseen};
 use crate::error::{fail, Error, Result};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -163,10 +163,10 @@ pub fn write(hva: u64, bytes: &[u8]) -> Result<()> {
 fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<()> {
     let local = libc::iovec { iov_base: local.cast(), iov_len: len };
     let remote = libc::iovec { iov_base: hva as *mut _, iov_len: len };
+    let pid = process::id()?;
     // SAFETY: `local` is a live buffer of `len` bytes (only read when storing); the kernel checks the remote address, which is
     // guest memory that Rust holds no reference to.
     let done = unsafe {
-        let pid = libc::getpid();
         if store {
             libc::process_vm_writev(pid, &local, 1, &remote, 1, 0)
         } else {
@@ -262,7 +262,7 @@ pub fn mappings(hva: u64, len: u64) -> Result<Vec<MapsLine>> {
     let maps = File::open("/proc/self/maps").map_err(|e| Error::from_io("/proc/self/maps", &e))?;
     let (mut at, mut found) = (hva, Vec::new());
     for line in BufReader::new(maps).lines() {
-        let line = line.map_err(|e| Error::from_io("/proc/self/maps", &e))?;
+        let line = line.map_err(|e| Error::from_io("reading /proc/self/maps", &e))?;
         let Some(map) = parse_maps_line(&line).filter(|m| m.end > at) else { continue };
         if map.start > at || at >= hva + len {
             break;

@@ -1,5 +1,6 @@
 //! Threads, signals and futexes.
 
+use super::process;
 use crate::error::{Error, Result};
 use std::cell::Cell;
 use std::ops::Range;
@@ -25,8 +26,43 @@ pub fn token() -> u64 {
 
 /// Sends `signal` to one thread of this process; async-signal-safe. A thread that is gone is not an error.
 pub fn send_signal(tid: i32, signal: i32) {
-    // SAFETY: tgkill takes numbers only; a thread that has ended gives ESRCH. getpid is async-signal-safe.
-    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal) };
+    if let Ok(pid) = process::id() {
+        // SAFETY: tgkill takes numbers only; a thread that has ended gives ESRCH.
+        unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) };
+    }
+}
+
+/// May the calling thread be sent signals, block them and take them? A seccomp filter that refuses one of the calls would show as kicks that are
+/// lost, or as a vCPU that makes no progress.
+pub fn check_signals() -> Result<()> {
+    let pid = process::id()?;
+    let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let (empty, mut mask, null) = (0u64, 0u64, std::ptr::null::<u64>());
+    // SAFETY: none of the calls changes anything: no signal is sent, the mask is only read, and of the empty set none is taken. Sets and time are
+    // live, and of the size that is stated.
+    let results = unsafe {
+        let tid = libc::syscall(libc::SYS_gettid);
+        let failed = |result: i64| (result < 0).then(std::io::Error::last_os_error);
+        [
+            ("gettid", failed(tid)),
+            ("tgkill", failed(libc::syscall(libc::SYS_tgkill, pid, tid, 0))),
+            (
+                "rt_sigprocmask",
+                failed(libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_BLOCK, null, &mut mask, 8usize)),
+            ),
+            ("rt_sigtimedwait", failed(libc::syscall(libc::SYS_rt_sigtimedwait, &empty, null, &none, 8usize))),
+        ]
+    };
+    for (name, failed) in results {
+        match failed {
+            // Nothing was there to be taken.
+            Some(e) if !matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {
+                return Err(Error::from_io(&format!("{name} (refused by a seccomp filter?)"), &e));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Why a wait on a futex ended.
