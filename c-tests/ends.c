@@ -184,10 +184,171 @@ static void freed_while_switched(void)
 	free_while(switch_slot, true);
 }
 
+/* ---- when it is over ---- */
+
+static atomic_bool let_go, returned;
+static atomic_int in_callback; /* 1 plus -errno of kvmfault_vm_close in the resolver */
+
+static int answer_when_let_go(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque, (void)fault;
+	in_callback = 1 - kvmfault_vm_close(vm, -1);
+	lab.calls++;
+	while (!let_go)
+		usleep(1000);
+	EQUAL("a call on the VM", kvmfault_pages_state(vm, RAM_GPA), -ESHUTDOWN);
+	returned = true;
+	return KVMFAULT_PENDING;
+}
+
+static void finalize_after_return(void *opaque)
+{
+	(void)opaque;
+	CHECK(returned, "the finalizer ran before the callback returned");
+	finalized++;
+	/* Freeing is allowed here; other calls are as in any callback. */
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	struct kvmfault_vm *vm;
+	kvmfault_vcpu_free(lab.m.vcpu[0]->handle);
+	REFUSED(kvmfault_vm_new(&options, &vm), EDEADLK, "callback");
+}
+
+static void *touch_one(void *arg)
+{
+	(void)*(volatile uint8_t *)arg;
+	lab.finished++;
+	return NULL;
+}
+
+static void set_up_finalized(kvmfault_resolver resolver)
+{
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	options.resolver = resolver;
+	options.finalizer = finalize_after_return;
+	lab_set_up_with(&options, MEMFD, 1, 3);
+	vcpu_attach(lab.m.vcpu[0]);
+}
+
+static void forget_handles(void)
+{
+	lab.m.library = NULL;
+	lab.m.vcpu[0]->handle = NULL;
+	lab_tear_down();
+}
+
+/* kvmfault_vm_close waits for a callback that is under way, and then everything may go. */
+static void closed(void)
+{
+	pthread_t thread;
+	set_up_finalized(answer_when_let_go);
+	struct kvmfault_vm *vm = lab.m.library;
+	REFUSED(kvmfault_vm_close(NULL, 0), EINVAL, "NULL");
+	SYS(pthread_create(&thread, NULL, touch_one, lab.ram.hva) ? -1 : 0);
+	UNTIL(lab.calls == 1);
+	EQUAL("kvmfault_vm_close in a callback", 1 - in_callback, -EDEADLK);
+	for (int i = 0; i < 2; i++) {
+		REFUSED(kvmfault_vm_close(vm, i), ETIMEDOUT, "under way");
+		EQUAL("finalized", finalized, 0);
+		REFUSED(kvmfault_pages_zero(vm, RAM_GPA, PAGE), ESHUTDOWN, "freed");
+		struct kvmfault_memslot slot = slot_on(&lab.ram, RAM_SLOT + 1, RAM_GPA + lab.ram.len);
+		REFUSED(kvmfault_memslot_set(vm, &slot), ESHUTDOWN, "freed");
+	}
+	/* Slots can still be deleted. */
+	struct kvmfault_memslot slot = slot_on(&lab.ram, RAM_SLOT, RAM_GPA);
+	slot.len = 0;
+	OK(kvmfault_memslot_set(vm, &slot));
+	/* Nobody brings the page any more, and nobody waits for it. */
+	UNTIL(lab.finished == 1);
+	pthread_join(thread, NULL);
+	let_go = true;
+	EQUAL("kvmfault_vm_close", kvmfault_vm_close(vm, 60000), 0);
+	EQUAL("finalized", finalized, 1);
+	REFUSED(kvmfault_vm_close(vm, 0), EBADF, "freed");
+	forget_handles();
+}
+
+/* With nothing under way it is over at once; a vCPU's handle doesn't keep it, nor a fill's. */
+static void finalized_before_handles(void)
+{
+	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
+	struct kvmfault_fill *fill;
+	pthread_t thread;
+	returned = true;
+	set_up_finalized(lab_answer_pending);
+	options.finalizer = count_finalizers;
+	OK(kvmfault_fill_start(lab.m.library, &options, &fill));
+	SYS(pthread_create(&thread, NULL, touch_one, lab.ram.hva) ? -1 : 0);
+	UNTIL(lab.calls);
+	kvmfault_vm_free(lab.m.library);
+	UNTIL(finalized == 2);
+	UNTIL(lab.finished == 1);
+	pthread_join(thread, NULL);
+	EQUAL("kvmfault_fill_wait", kvmfault_fill_wait(fill, -1), -ESHUTDOWN);
+	kvmfault_fill_free(fill);
+	usleep(10000);
+	EQUAL("finalized", finalized, 2);
+	forget_handles();
+}
+
+static int bring_all(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque;
+	int ret = source_install(&lab.source, vm, fault->gpa, fault->len);
+	return ret == -EEXIST ? 0 : ret;
+}
+
+/* A fill's finalizer runs when the fill has ended, not when its handle goes; also if it ends before kvmfault_fill_start has returned. */
+static void fill_finalized_at_its_end(void)
+{
+	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
+	struct kvmfault_vm_options vm_options = KVMFAULT_VM_OPTIONS_INIT;
+	struct kvmfault_fill *fill;
+	int rounds = SCALED(100, 5);
+	vm_options.resolver = bring_all;
+	lab_set_up_with(&vm_options, MEMFD, 0, 3);
+	options.finalizer = count_finalizers;
+	options.flags = KVMFAULT_FILL_KEEP_ARMED;
+	for (int i = 0; i < rounds; i++) {
+		OK(kvmfault_fill_start(lab.m.library, &options, &fill));
+		OK(kvmfault_fill_wait(fill, -1));
+		UNTIL(finalized == i + 1);
+		kvmfault_fill_free(fill);
+	}
+	EQUAL("finalized", finalized, rounds);
+	lab_tear_down();
+}
+
+static int free_and_answer(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque;
+	lab.m.library = NULL;
+	kvmfault_vm_free(vm);
+	EQUAL("a call on the VM", kvmfault_pages_zero(vm, fault->gpa, fault->len), -ESHUTDOWN);
+	EQUAL("finalized while the resolver is under way", finalized, 0);
+	returned = true;
+	return KVMFAULT_RESOLVED;
+}
+
+/* A resolver that frees its VM. */
+static void freed_in_a_resolver(void)
+{
+	pthread_t thread;
+	set_up_finalized(free_and_answer);
+	SYS(pthread_create(&thread, NULL, touch_one, lab.ram.hva) ? -1 : 0);
+	UNTIL(lab.finished == 1);
+	UNTIL(finalized == 1);
+	pthread_join(thread, NULL);
+	forget_handles();
+}
+
 static const struct test_case cases[] = {
 	{ "touched-while-set", touched_while_set, true },
 	{ "freed-while-set", freed_while_set, true },
 	{ "freed-while-prepared", freed_while_prepared, true },
 	{ "freed-while-switched", freed_while_switched, true },
+	{ "closed", closed, true },
+	{ "finalized-before-handles", finalized_before_handles, true },
+	{ "fill-finalized-at-its-end", fill_finalized_at_its_end, true },
+	{ "freed-in-a-resolver", freed_in_a_resolver, true },
 };
 TEST_MAIN(cases)

@@ -79,5 +79,6 @@ int main(void)
 	CHECK(kvmfault_vm_new(&options, &vm) < 0 && vm == NULL);
 	CHECK(strstr(kvmfault_last_error(), "kvm_fd") != NULL);
 	kvmfault_vm_free(NULL);
+	(void)kvmfault_vm_close(NULL, 0);
 	return failures != 0;
 }

@@ -467,7 +467,9 @@ typedef int (*kvmfault_resolver)(void *opaque,
 
 /*
  * Frees what `opaque` points to; called once, after the last call of the callbacks it was given
- * with, on any thread.
+ * with has returned, whatever handles are left. On the thread on which that call ended: a thread of
+ * the library, a vCPU's inside `kvmfault_vcpu_run`, or the one that frees the VM. It is a callback
+ * like the others: it may free handles, and must not call what is "not from callbacks".
  */
 typedef void (*kvmfault_finalizer)(void *opaque);
 
@@ -1032,15 +1034,18 @@ int kvmfault_vm_new(const struct kvmfault_vm_options *options,
  *
  * Waits for nothing (but see KVMFAULT_VM_FILTER_MSRS): vCPUs inside `kvmfault_vcpu_run` return
  * -ESHUTDOWN, whoever waits for a page goes, and resolver calls under way end when they end. The
- * finalizer runs after the last of them, on whichever thread that is; only then may `opaque` go.
- * vCPU handles stay valid and return -ESHUTDOWN; free them too, before or after.
+ * finalizer runs after the last of them, on the thread where that is, whatever handles are left;
+ * only then may `opaque` go (`kvmfault_vm_close` waits for it). From a resolver: after that
+ * resolver has returned. vCPU and fill handles stay valid and return -ESHUTDOWN; free them too,
+ * before or after.
  *
  * Calls on the VM that are under way in other threads return -ESHUTDOWN if they can't be finished;
  * what they have begun (a slot that is being set, say) is undone. A callback that is under way gets
  * -ESHUTDOWN from each call on its VM, too. Calls that begin later on other threads return -EBADF,
  * as on any freed handle.
  *
- * The memory of its slots must stay mapped until then too: an install under way writes to it.
+ * The memory of its slots must stay mapped until then too, and until calls of the VMM's own have
+ * returned, those of its vCPUs among them: an install under way writes to it.
  *
  * Free it when the guest has stopped, or after deleting the slots: absent pages are no longer
  * brought (private ones that `poison-trap` has marked stay SIGBUS until they are unmapped), and
@@ -1048,6 +1053,24 @@ int kvmfault_vm_new(const struct kvmfault_vm_options *options,
  * callbacks.
  */
 void kvmfault_vm_free(struct kvmfault_vm *vm);
+
+/*
+ * As `kvmfault_vm_free`, and waits until it is over, `timeout_ms` milliseconds at most (negative:
+ * for as long as it takes): no callback of the VM is under way, none will come, the finalizer has
+ * run, and no thread of the library uses the slots' memory any more. Then `opaque` may go, and the
+ * memory too once the VMM's own calls have returned (a vCPU's `kvmfault_vcpu_run` does so with
+ * -ESHUTDOWN).
+ *
+ * It waits for nothing but resolver calls that are under way, so don't hold a lock that the
+ * resolver takes. Pages that were announced (KVMFAULT_PENDING) are not waited for.
+ *
+ * Returns 0: `vm` is freed. -ETIMEDOUT: the VM is shut down, and a callback has not returned yet;
+ * the handle is still there, calls on it return -ESHUTDOWN (deleting slots and statistics still
+ * work), and this may be called again, or `kvmfault_vm_free`. -EDEADLK: from a callback; nothing
+ * has changed. -EINVAL (NULL), -EBADF. Any thread.
+ */
+int kvmfault_vm_close(struct kvmfault_vm *vm,
+                      int64_t timeout_ms);
 
 /*
  * The mechanism in use: KVMFAULT_MECHANISM_*, never AUTO. With AUTO it is what shared memory gets;
@@ -1514,9 +1537,11 @@ int kvmfault_fill_stop(const struct kvmfault_fill *fill);
 
 /*
  * Stops a fill, if it isn't over, and gives its handle back. NULL is allowed. Waits for nothing;
- * the finalizer runs after the last call of the callback, on whichever thread that is, and until a
- * resolver call that is under way has ended another fill is refused (-EBUSY). Any thread, also from
- * callbacks.
+ * until a resolver call that is under way has ended another fill is refused (-EBUSY). Any thread,
+ * also from callbacks.
+ *
+ * The finalizer doesn't wait for this call: it runs when the last call of `progress` (with `ended`
+ * set) has returned.
  */
 void kvmfault_fill_free(struct kvmfault_fill *fill);
 

@@ -389,6 +389,8 @@ impl Vm {
             // Waits for vCPUs to come out of KVM's page faults; now they do.
             let _ = self.vm.exit_on_msr_writes(0..0);
         }
+        // Last of all: the VMM's finalizer says that the memory may go.
+        self.engine.callbacks.take_away();
     }
 }
 

@@ -284,7 +284,8 @@ fn freed<O: Opaque>() -> Error {
 
 /// What failed because the VM was freed meanwhile says so, whatever failed first. Wrong arguments stay what they are.
 fn explain<O: Opaque>(inner: &O::Inner, error: Error) -> Error {
-    if [libc::EINVAL, libc::E2BIG, libc::EDEADLK].contains(&error.errno) || !O::has_ended(inner) {
+    const STAYS: [i32; 5] = [libc::EINVAL, libc::E2BIG, libc::EDEADLK, libc::ETIMEDOUT, libc::ESHUTDOWN];
+    if STAYS.contains(&error.errno) || !O::has_ended(inner) {
         return error;
     }
     Error::new(libc::ESHUTDOWN, format!("the VM was freed meanwhile ({error})"))

@@ -1,13 +1,13 @@
 //! Background fill.
 
 use super::boundary::{clear_out, not_in_callback, put, with, Handle, Opaque};
+use super::finalizer::Finalizer;
 use super::structs::{self, Out};
 use super::types::*;
 use crate::error::fail;
 use crate::resolve::fill::{Fill, Progress};
 use crate::vm::fill::FillRequest;
 use std::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,31 +21,17 @@ impl Opaque for kvmfault_fill {
 struct Reporter {
     progress: kvmfault_fill_callback,
     opaque: *mut c_void,
-    finalizer: kvmfault_finalizer,
-    /// Set once the fill exists: a finalizer is not called for a fill that never was.
-    armed: Arc<AtomicBool>,
+    _finalizer: Finalizer,
 }
 
 // SAFETY: the header says that `progress` is called from a thread of the library, with this opaque pointer.
 unsafe impl Send for Reporter {}
-// SAFETY: as above.
-unsafe impl Sync for Reporter {}
-
 impl Reporter {
     fn report(&self, progress: &Progress) {
         if let Some(callback) = self.progress {
             let progress = progress_of(progress);
             // SAFETY: the VMM's function, called as the header says; `progress` lives during the call.
             crate::resolve::callback(|| unsafe { callback(self.opaque, &progress) });
-        }
-    }
-}
-
-impl Drop for Reporter {
-    fn drop(&mut self) {
-        if let (Some(finalizer), true) = (self.finalizer, self.armed.load(SeqCst)) {
-            // SAFETY: the VMM's function; nothing of ours uses `opaque` any more.
-            unsafe { finalizer(self.opaque) };
         }
     }
 }
@@ -100,13 +86,8 @@ pub unsafe extern "C" fn kvmfault_fill_start(
         if only_first && options.working_set_fd == -1 {
             fail!(EINVAL, "options.working_set_fd: must be given with KVMFAULT_FILL_WORKING_SET_ONLY");
         }
-        let armed = Arc::new(AtomicBool::new(false));
-        let reporter = Reporter {
-            progress: options.progress,
-            opaque: options.opaque,
-            finalizer: options.finalizer,
-            armed: armed.clone(),
-        };
+        let (finalizer, arm) = Finalizer::new(options.finalizer, options.opaque);
+        let reporter = Reporter { progress: options.progress, opaque: options.opaque, _finalizer: finalizer };
         let request = FillRequest {
             threads: options.threads,
             batch: options.batch,
@@ -119,8 +100,8 @@ pub unsafe extern "C" fn kvmfault_fill_start(
             report: Box::new(move |progress| reporter.report(progress)),
         };
         let started = vm.fill(request)?;
-        armed.store(true, SeqCst);
         put(fill, Handle::expose(started));
+        arm.arm();
         Ok(0)
     })
 }
@@ -187,9 +168,10 @@ pub unsafe extern "C" fn kvmfault_fill_stop(fill: *const kvmfault_fill) -> c_int
     })
 }
 
-/// Stops a fill, if it isn't over, and gives its handle back. NULL is allowed. Waits for nothing; the finalizer runs after the last call of the
-/// callback, on whichever thread that is, and until a resolver call that is under way has ended another fill is refused (-EBUSY). Any thread, also
-/// from callbacks.
+/// Stops a fill, if it isn't over, and gives its handle back. NULL is allowed. Waits for nothing; until a resolver call that is under way has ended
+/// another fill is refused (-EBUSY). Any thread, also from callbacks.
+///
+/// The finalizer doesn't wait for this call: it runs when the last call of `progress` (with `ended` set) has returned.
 ///
 /// # Safety
 /// `fill` is NULL or a handle of this library.

@@ -5,6 +5,7 @@
 
 mod boundary;
 pub mod fill;
+mod finalizer;
 pub mod pages;
 pub mod probe;
 pub mod source;

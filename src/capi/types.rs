@@ -205,7 +205,9 @@ pub struct kvmfault_fault {
 pub type kvmfault_resolver =
     Option<unsafe extern "C" fn(opaque: *mut c_void, vm: *mut kvmfault_vm, fault: *const kvmfault_fault) -> c_int>;
 
-/// Frees what `opaque` points to; called once, after the last call of the callbacks it was given with, on any thread.
+/// Frees what `opaque` points to; called once, after the last call of the callbacks it was given with has returned, whatever handles are left. On
+/// the thread on which that call ended: a thread of the library, a vCPU's inside `kvmfault_vcpu_run`, or the one that frees the VM. It is a callback
+/// like the others: it may free handles, and must not call what is "not from callbacks".
 pub type kvmfault_finalizer = Option<unsafe extern "C" fn(opaque: *mut c_void)>;
 
 /// Told after the library itself wrote guest memory on behalf of a guest instruction that KVM emulates (completing an

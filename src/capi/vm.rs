@@ -1,6 +1,7 @@
 //! VMs, slots and the VM's counters.
 
 use super::boundary::{clear_out, enter, not_in_callback, put, with, with_wide, Handle, Opaque};
+use super::finalizer::Finalizer;
 use super::structs::{self, Out};
 use super::types::*;
 use crate::error::{fail, Result};
@@ -13,6 +14,7 @@ use std::ffi::{c_char, c_int, c_void, CStr};
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicPtr, Ordering::SeqCst};
 use std::sync::Arc;
+use std::time::Duration;
 
 impl Opaque for kvmfault_vm {
     type Inner = Vm;
@@ -33,11 +35,9 @@ struct Callbacks {
     resolver: unsafe extern "C" fn(*mut c_void, *mut kvmfault_vm, *const kvmfault_fault) -> c_int,
     opaque: *mut c_void,
     written: kvmfault_written,
-    finalizer: kvmfault_finalizer,
     /// The handle that callbacks get; set before the first fault can come.
     vm: Arc<AtomicPtr<kvmfault_vm>>,
-    /// Set once the VM exists: a finalizer is not called for a VM that never was.
-    armed: Arc<std::sync::atomic::AtomicBool>,
+    _finalizer: Finalizer,
 }
 
 // SAFETY: the header says that the callbacks are called from several threads, with this opaque pointer.
@@ -85,15 +85,6 @@ impl Resolver for Callbacks {
     }
 }
 
-impl Drop for Callbacks {
-    fn drop(&mut self) {
-        if let (Some(finalizer), true) = (self.finalizer, self.armed.load(SeqCst)) {
-            // SAFETY: the VMM's function; nothing of ours uses `opaque` any more.
-            unsafe { finalizer(self.opaque) };
-        }
-    }
-}
-
 /// Takes a VM into the library's care: finds out what this kernel can do, opens a userfaultfd and starts the reader threads. Memory comes
 /// with `kvmfault_memslot_set` or `_prepare`, vCPUs with `kvmfault_vcpu_new`.
 ///
@@ -114,14 +105,14 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
         if options.flags & !(KVMFAULT_VM_PRE_FAULT | KVMFAULT_VM_EXTERNAL_UFFD | KVMFAULT_VM_FILTER_MSRS) != 0 {
             fail!(EINVAL, "options.flags: {:#x} has unknown bits", options.flags);
         }
-        let (handle, armed) = (Arc::new(AtomicPtr::default()), Arc::new(false.into()));
+        let handle = Arc::new(AtomicPtr::default());
+        let (finalizer, arm) = Finalizer::new(options.finalizer, options.opaque);
         let callbacks = Callbacks {
             resolver,
             opaque: options.opaque,
             written: options.written,
-            finalizer: options.finalizer,
             vm: handle.clone(),
-            armed: Arc::clone(&armed),
+            _finalizer: finalizer,
         };
         let abi = string(options.abi, "options.abi")?;
         let config = Options {
@@ -137,10 +128,10 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
             filter_msrs: options.flags & KVMFAULT_VM_FILTER_MSRS != 0,
         };
         let made = Vm::new(&config, || Box::new(callbacks))?;
-        armed.store(true, SeqCst);
         let exposed = Handle::expose(made);
         handle.store(exposed, SeqCst);
         put(vm, exposed);
+        arm.arm();
         Ok(0)
     })
 }
@@ -160,14 +151,16 @@ fn string(pointer: *const c_char, name: &str) -> Result<Option<String>> {
 /// Gives the VM back. NULL is allowed; a handle that was freed before is left alone (and `kvmfault_last_error` says so).
 ///
 /// Waits for nothing (but see KVMFAULT_VM_FILTER_MSRS): vCPUs inside `kvmfault_vcpu_run` return -ESHUTDOWN, whoever waits for a page goes, and resolver calls under way end
-/// when they end. The finalizer runs after the last of them, on whichever thread that is; only then may `opaque` go. vCPU handles stay valid and
-/// return -ESHUTDOWN; free them too, before or after.
+/// when they end. The finalizer runs after the last of them, on the thread where that is, whatever handles are left; only then may `opaque` go
+/// (`kvmfault_vm_close` waits for it). From a resolver: after that resolver has returned. vCPU and fill handles stay valid and return -ESHUTDOWN;
+/// free them too, before or after.
 ///
 /// Calls on the VM that are under way in other threads return -ESHUTDOWN if they can't be finished; what they have begun (a slot that is being set,
 /// say) is undone. A callback that is under way gets -ESHUTDOWN from each call on its VM, too. Calls that begin later on other threads return
 /// -EBADF, as on any freed handle.
 ///
-/// The memory of its slots must stay mapped until then too: an install under way writes to it.
+/// The memory of its slots must stay mapped until then too, and until calls of the VMM's own have returned, those of its vCPUs among them: an
+/// install under way writes to it.
 ///
 /// Free it when the guest has stopped, or after deleting the slots: absent pages are no longer brought (private ones that `poison-trap`
 /// has marked stay SIGBUS until they are unmapped), and KVM's slots that use the library's private alias lose their memory. Any thread; also
@@ -178,6 +171,33 @@ fn string(pointer: *const c_char, name: &str) -> Result<Option<String>> {
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_vm_free(vm: *mut kvmfault_vm) {
     Handle::free("kvmfault_vm_free", vm, Vm::shut_down);
+}
+
+/// As `kvmfault_vm_free`, and waits until it is over, `timeout_ms` milliseconds at most (negative: for as long as it takes): no callback of the VM
+/// is under way, none will come, the finalizer has run, and no thread of the library uses the slots' memory any more. Then `opaque` may go, and the
+/// memory too once the VMM's own calls have returned (a vCPU's `kvmfault_vcpu_run` does so with -ESHUTDOWN).
+///
+/// It waits for nothing but resolver calls that are under way, so don't hold a lock that the resolver takes. Pages that were announced
+/// (KVMFAULT_PENDING) are not waited for.
+///
+/// Returns 0: `vm` is freed. -ETIMEDOUT: the VM is shut down, and a callback has not returned yet; the handle is still there, calls on it return
+/// -ESHUTDOWN (deleting slots and statistics still work), and this may be called again, or `kvmfault_vm_free`. -EDEADLK: from a callback; nothing
+/// has changed. -EINVAL (NULL), -EBADF. Any thread.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_vm_close(vm: *mut kvmfault_vm, timeout_ms: i64) -> c_int {
+    let closed = with("kvmfault_vm_close", vm, |vm| {
+        not_in_callback("kvmfault_vm_close")?;
+        vm.shut_down();
+        let timeout = u64::try_from(timeout_ms).ok().map(Duration::from_millis);
+        vm.engine.callbacks.wait_for_end(timeout).map(|()| 0)
+    });
+    if closed == 0 {
+        Handle::free("kvmfault_vm_close", vm, |_| {});
+    }
+    closed
 }
 
 /// The mechanism in use: KVMFAULT_MECHANISM_*, never AUTO. With AUTO it is what shared memory gets; `kvmfault_memslot_mechanism` tells

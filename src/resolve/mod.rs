@@ -1,5 +1,6 @@
 //! Who brings a page: exactly one caller at a time, through the VMM's resolver; the others wait for it.
 
+pub mod callbacks;
 pub mod calls;
 pub mod file_source;
 pub mod fill;
@@ -19,6 +20,7 @@ use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
 use crate::memory::{discard, install, Memory};
 use crate::stats::Stats;
 use arc_swap::ArcSwapOption;
+use callbacks::Holder;
 use readahead::{Plan, Runs};
 use seat::Seats;
 use std::cell::Cell;
@@ -189,7 +191,8 @@ pub struct Engine {
     pub memory: Memory,
     /// The vCPUs, as far as others need them.
     pub seats: Seats,
-    resolver: Box<dyn Resolver>,
+    /// The resolver, until the VM is shut down.
+    pub callbacks: Holder,
     /// How many pages may be brought together, the needed one included.
     pub readahead: u64,
     shutdown: AtomicBool,
@@ -207,7 +210,7 @@ impl Engine {
         Engine {
             memory,
             seats: Seats::default(),
-            resolver,
+            callbacks: Holder::new(resolver),
             readahead,
             shutdown: AtomicBool::new(false),
             failing: Mutex::default(),
@@ -253,7 +256,9 @@ impl Engine {
 
     /// Tells the VMM of a write that the library did for the guest.
     pub fn written(&self, gpa: u64, len: u64) {
-        callback(|| self.resolver.written(gpa, len));
+        if let Some(callbacks) = self.callbacks.get().as_ref() {
+            callback(|| callbacks.resolver().written(gpa, len));
+        }
     }
 
     /// Serves one fault, and counts it.
@@ -405,13 +410,16 @@ impl Engine {
 
     /// One call of the resolver: its answer, and whether the page came for certain. Not if it has come by itself meanwhile.
     fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> (Answer, bool) {
+        // Dropped last, and with it perhaps the resolver: the VMM's finalizer finds nothing under way.
+        let callbacks = self.callbacks.get();
+        let Some(callbacks) = callbacks.as_ref() else { return (Answer::Failed(libc::ESHUTDOWN), false) };
         let _call = calls::begin(fault.hva);
         if block.pages.get(page) == State::Present {
             return (Answer::Resolved, true);
         }
         stats.resolver_calls.add(1);
         let watch = install::Watch::new(block, page);
-        let answer = callback(|| self.resolver.resolve(fault));
+        let answer = callback(|| callbacks.resolver().resolve(fault));
         (answer, watch.saw_it())
     }
 

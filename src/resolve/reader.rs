@@ -36,8 +36,10 @@ pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
                 // What arc-swap allocates for a thread that uses it for the first time is not for a fault to wait for.
                 drop(engine.memory.slots());
                 calls::register();
+                let callbacks = engine.callbacks.keep();
                 let _ = ready.send(());
-                read(&engine, &stop, &hosts)
+                read(&engine, &stop, &hosts);
+                drop(callbacks);
             })
             .map_err(|e| Error::from_io("starting a reader thread", &e))?;
     }

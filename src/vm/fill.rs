@@ -7,7 +7,7 @@ use crate::kernel::mem::{self, Kind};
 use crate::memory::block::Block;
 use crate::memory::slots::Slots;
 use crate::resolve::calls;
-use crate::resolve::fill::{self, Fill, Progress};
+use crate::resolve::fill::{self, Fill, Report};
 use crate::resolve::working_set::{self, Recorder, Shape};
 use std::ops::Range;
 use std::os::fd::RawFd;
@@ -34,7 +34,7 @@ pub struct FillRequest {
     /// How often `report` is called.
     pub interval: Duration,
     /// Told how it goes.
-    pub report: Box<dyn Fn(&Progress) + Send + Sync>,
+    pub report: Box<Report>,
 }
 
 impl Vm {
@@ -92,9 +92,9 @@ impl Vm {
                 first: first.iter().filter_map(in_vmm).collect(),
                 only_first: request.only_first,
                 interval: request.interval,
-                report: request.report,
                 finish: Box::new(finish),
             },
+            request.report,
         )?;
         *under_way = Arc::downgrade(&fill);
         Ok(fill)

@@ -41,11 +41,12 @@ pub struct Options {
     pub only_first: bool,
     /// How often `report` is called.
     pub interval: Duration,
-    /// Told how it goes.
-    pub report: Box<dyn Fn(&Progress) + Send + Sync>,
     /// What to do when nothing is absent any more.
     pub finish: Box<Finish>,
 }
+
+/// Told how it goes.
+pub type Report = dyn Fn(&Progress) + Send;
 
 /// EBUSY if something is absent again. It may ask now and then whether it is to stop.
 pub type Finish = dyn Fn(&dyn Fn() -> bool) -> Result<()> + Send + Sync;
@@ -101,8 +102,9 @@ struct Ends {
 }
 
 impl Fill {
-    /// Starts the threads.
-    pub fn start(engine: &Arc<Engine>, mut options: Options) -> Result<Arc<Fill>> {
+    /// Starts the threads. `report` is dropped after its last call, whoever has the fill then.
+    pub fn start(engine: &Arc<Engine>, mut options: Options, report: Box<Report>) -> Result<Arc<Fill>> {
+        let mut report = Some(report);
         let first = std::mem::take(&mut options.first);
         let absent = |b: &Arc<Block>| b.pages.count(0..b.pages.len(), State::Absent) * b.page;
         let fill = Arc::new(Fill {
@@ -124,14 +126,16 @@ impl Fill {
             options,
         });
         for n in 0..fill.options.threads {
-            let mine = fill.clone();
+            let (mine, callbacks, report) = (fill.clone(), engine.callbacks.keep(), report.take());
             let work = move || {
+                // Dropped last of the two: a VM isn't over while this thread may be at its memory.
+                let _callbacks = callbacks;
                 let _guard = EndOnPanic(&mine);
                 block_all_signals();
                 set_nice(NICE);
-                match n {
-                    0 => mine.lead(),
-                    _ => mine.follow(),
+                match report {
+                    Some(report) => mine.lead(&*report),
+                    None => mine.follow(),
                 }
             };
             let started = std::thread::Builder::new().name(format!("kvmfault-fill/{n}")).spawn(work);
@@ -204,7 +208,7 @@ impl Fill {
     }
 
     /// The first thread: works like the others, and besides reports, and sees the end.
-    fn lead(&self) {
+    fn lead(&self, report: &Report) {
         let mut hand = Hand::default();
         let (mut reported, mut left_then) = (Instant::now(), self.total);
         let (mut idle, mut left_before) = (0, u64::MAX);
@@ -212,7 +216,7 @@ impl Fill {
             if reported.elapsed() >= self.options.interval {
                 let progress = self.progress(reported, left_then);
                 (reported, left_then) = (Instant::now(), progress.left);
-                (self.options.report)(&progress);
+                report(&progress);
             }
             self.note_first();
             if self.in_vain.load(SeqCst) >= MOST_FAILURES {
@@ -242,7 +246,7 @@ impl Fill {
             false => Error::new(libc::ECANCELED, "the fill was stopped"),
         };
         self.end(Err(why));
-        (self.options.report)(&self.progress(reported, left_then));
+        report(&self.progress(reported, left_then));
     }
 
     /// At the end of a pass, the `idle`-th in a row after which no less was left: is that the end?
