@@ -104,7 +104,10 @@ impl Vm {
                     .map_err(|e| Error::new(libc::EOPNOTSUPP, format!("abi: {}: {e}", abi.name)))?;
                 Some(abi)
             }
-            None if flag_wanted => probe::find(&system),
+            None if flag_wanted => match (probe::find(&system), options.mechanism) {
+                (Err(e), Some(_)) => return Err(e),
+                (found, _) => found.ok().flatten(),
+            },
             None => None,
         };
         let host = Host { abi, features: uffd.features() };
