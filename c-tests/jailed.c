@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -124,6 +125,7 @@ static bool has_statistics(void)
 
 static void restore(struct inmate *i, bool replay)
 {
+	struct kvmfault_memslot slot = slot_on(&i->ram, RAM_SLOT, RAM_GPA);
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct kvmfault_fill_options fill_options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_fill *fill;
@@ -134,7 +136,10 @@ static void restore(struct inmate *i, bool replay)
 	options.resolver = resolve;
 	options.opaque = source;
 	machine_attach(&i->m, NULL, &options);
-	machine_set_slot(&i->m, &i->ram, RAM_SLOT, RAM_GPA);
+	/* Once as a VMM that says nothing has it. */
+	if (replay)
+		slot.memory = KVMFAULT_MEMORY_AUTO;
+	OK(kvmfault_memslot_set(i->m.library, &slot));
 	vcpu_attach(v);
 	if (replay) {
 		fill_options.working_set_fd = working_set;
@@ -166,7 +171,7 @@ static bool maps_can_be_read(void)
 	return fd >= 0;
 }
 
-/* What isn't declared is refused with the reason, if it can't be looked up. */
+/* What isn't declared, and can't be found out, is refused with the reason. */
 static void leave_undeclared(struct inmate *i)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
@@ -177,8 +182,12 @@ static void leave_undeclared(struct inmate *i)
 	options.resolver = resolve;
 	machine_attach(&i->m, NULL, &options);
 	slot.memory = KVMFAULT_MEMORY_AUTO;
+	slot.fd = -1;
+	/* Cut in two: a VMM has treated a part otherwise. */
+	SYS(madvise(i->ram.hva, i->ram.len / 2, MADV_DONTDUMP));
 	REFUSED(kvmfault_memslot_set(i->m.library, &slot), EINVAL, "/proc/self/maps can't be read");
-	REFUSED(kvmfault_memslot_set(i->m.library, &slot), EINVAL, "slot.memory");
+	REFUSED(kvmfault_memslot_set(i->m.library, &slot), EINVAL, i->ram.backing == HUGETLB ? "slot.fd" : "slot.memory");
+	SYS(madvise(i->ram.hva, i->ram.len / 2, MADV_DODUMP));
 	kvmfault_vm_free(i->m.library);
 }
 

@@ -601,9 +601,10 @@ struct kvmfault_memslot {
    */
   uint64_t block_len;
   /*
-   * KVMFAULT_MEMORY_*. Where /proc/self/maps can't be read (a chroot without /proc, Landlock) it
-   * must not be AUTO, and is taken at its word as far as system calls don't tell otherwise; that
-   * the memory is readable and writable is not checked then.
+   * KVMFAULT_MEMORY_*. Where /proc/self/maps can't be read (a chroot without /proc, Landlock) it is
+   * taken at its word, as far as system calls don't tell otherwise, and must not be AUTO for memory
+   * in several mappings side by side; that the memory is readable and writable is not checked
+   * there.
    */
   int memory;
   /*

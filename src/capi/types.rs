@@ -284,8 +284,8 @@ pub struct kvmfault_memslot {
     pub block_hva: *mut c_void,
     /// Length in bytes of that block.
     pub block_len: u64,
-    /// KVMFAULT_MEMORY_*. Where /proc/self/maps can't be read (a chroot without /proc, Landlock) it must not be AUTO, and is taken at its word as far as
-    /// system calls don't tell otherwise; that the memory is readable and writable is not checked then.
+    /// KVMFAULT_MEMORY_*. Where /proc/self/maps can't be read (a chroot without /proc, Landlock) it is taken at its word, as far as system calls don't tell
+    /// otherwise, and must not be AUTO for memory in several mappings side by side; that the memory is readable and writable is not checked there.
     pub memory: c_int,
     /// The descriptor that the memory is a shared mapping of, or -1. `poison-trap` on shared hugetlb memory needs it
     /// (the kernel can't duplicate such a mapping without; memory of several files is opened anew instead, which needs /proc, and

@@ -2,7 +2,7 @@
 //! as no system call tells otherwise.
 
 use super::file;
-use super::mem::{Backing, Kind, Mapping, ADDRESSES, PAGE};
+use super::mem::{advise, Backing, Kind, Mapping, ADDRESSES, PAGE};
 use crate::error::{fail, Error, Result};
 use std::fs::File;
 use std::os::fd::RawFd;
@@ -17,13 +17,14 @@ pub fn reason() -> Option<Error> {
 
 /// What [hva, hva + len) is, by what the VMM says that it is and which file it is a mapping of.
 pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>, reason: &Error) -> Result<Backing> {
-    let Some(kind) = declared else {
-        fail!(EINVAL, "memory: what there is at hva {hva:#x} can't be looked up ({reason}): give slot.memory, and slot.fd for hugetlb");
-    };
     // SAFETY: with MS_ASYNC msync looks at mappings and does nothing.
     if unsafe { libc::msync(hva as *mut _, len as usize, libc::MS_ASYNC) } != 0 {
         fail!(EFAULT, "hva: something inside [{hva:#x}, {:#x}) is not mapped", hva + len);
     }
+    let kind = match declared {
+        Some(kind) => kind,
+        None => guess(hva, len, fd, reason)?,
+    };
     let of_file = fd.map(|fd| file::memory(fd, "fd")).transpose()?;
     let page = match (kind, of_file) {
         (Kind::HugetlbShared | Kind::HugetlbPrivate, Some(page)) if page > PAGE => page,
@@ -33,10 +34,30 @@ pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>, re
         }
         (Kind::Anon | Kind::Shared, Some(page)) if page > PAGE => fail!(EINVAL, "memory: the file has huge pages"),
         _ if pieces(hva, len) == Pieces::Huge => fail!(EINVAL, "memory: hva {hva:#x} has huge pages"),
-        (Kind::Shared, _) if !is_shared(hva) => fail!(EINVAL, "memory: hva {hva:#x} is not shared memory"),
+        (Kind::Shared, _) if !is_shared(hva)? => fail!(EINVAL, "memory: hva {hva:#x} is not shared memory"),
         _ => PAGE,
     };
     Ok(Backing { kind, page })
+}
+
+/// What memory is that the VMM says nothing of: one mapping can be found out.
+fn guess(hva: u64, len: u64, fd: Option<RawFd>, reason: &Error) -> Result<Kind> {
+    match pieces(hva, len) {
+        Pieces::Huge if fd.is_some() => Ok(Kind::HugetlbShared),
+        Pieces::Huge => fail!(EINVAL, "fd: the page size at hva {hva:#x} can't be looked up ({reason}): give slot.fd"),
+        Pieces::Several => fail!(
+            EINVAL,
+            "memory: what the mappings at hva {hva:#x} are can't be looked up ({reason}): give slot.memory, and slot.fd for shared memory"
+        ),
+        Pieces::One if is_shared(hva)? => Ok(Kind::Shared),
+        // Of private memory this drops nothing: it is refused, for want of a file or because the mapping of it is private (madvise_remove).
+        Pieces::One => match advise(hva, PAGE, libc::MADV_REMOVE, "madvise(MADV_REMOVE)") {
+            Err(e) if e.errno == libc::EACCES => {
+                fail!(EINVAL, "hva: {hva:#x} is a private file mapping; use MAP_SHARED or anonymous memory")
+            }
+            _ => Ok(Kind::Anon),
+        },
+    }
 }
 
 /// Maps shared memory a second time.
@@ -81,8 +102,12 @@ fn pieces(hva: u64, len: u64) -> Pieces {
 }
 
 /// Only shared memory can be mapped a second time without its file.
-fn is_shared(hva: u64) -> bool {
-    Mapping::room(PAGE, 0, PAGE).and_then(|mut room| room.fill_from_mapping(0, PAGE, hva)).is_ok()
+fn is_shared(hva: u64) -> Result<bool> {
+    match Mapping::room(PAGE, 0, PAGE)?.fill_from_mapping(0, PAGE, hva) {
+        Ok(()) => Ok(true),
+        Err(e) if e.errno == libc::EINVAL => Ok(false),
+        Err(e) => Err(e),
+    }
 }
 
 #[cfg(test)]
@@ -102,7 +127,22 @@ mod tests {
         assert_eq!(look(anon.address(), Some(Kind::Shared), None), Err(libc::EINVAL));
         assert_eq!(look(memory.address(), Some(Kind::Shared), None), Ok(PAGE));
         assert_eq!(look(memory.address(), Some(Kind::Shared), Some(file.as_raw_fd())), Ok(PAGE));
-        assert_eq!(look(memory.address(), None, Some(file.as_raw_fd())), Err(libc::EINVAL));
+        assert_eq!(look(memory.address(), None, None), Ok(PAGE));
+        assert_eq!(look(anon.address(), None, None), Ok(PAGE));
+        let kind = |hva| inspect(hva, 4 * PAGE, None, None, &why).map(|b| b.kind);
+        assert_eq!((kind(memory.address()), kind(anon.address())), (Ok(Kind::Shared), Ok(Kind::Anon)));
+        // SAFETY: a private mapping of a file of our own, which stays mapped.
+        let private = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                4 * PAGE as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        assert_eq!(look(private as u64, None, None), Err(libc::EINVAL));
         assert_eq!(look(memory.address(), Some(Kind::HugetlbShared), None), Err(libc::EINVAL));
         assert_eq!(look(memory.address(), Some(Kind::HugetlbShared), Some(file.as_raw_fd())), Err(libc::EINVAL));
         assert_eq!(look(PAGE, Some(Kind::Anon), None), Err(libc::EFAULT));
@@ -115,6 +155,8 @@ mod tests {
         memory.fill_from_file(0, 4 * PAGE, one.as_raw_fd(), 0).unwrap();
         memory.fill_from_file(4 * PAGE, 4 * PAGE, two.as_raw_fd(), 0).unwrap();
         let hva = memory.address();
+        let undeclared = inspect(hva, 8 * PAGE, None, None, &Error::new(libc::ENOENT, "no /proc")).unwrap_err();
+        assert!(undeclared.message.contains("slot.memory"), "{undeclared}");
         assert_eq!((pieces(hva, 4 * PAGE), pieces(hva + PAGE, PAGE)), (Pieces::One, Pieces::One));
         assert_eq!(pieces(hva + 3 * PAGE, 2 * PAGE), Pieces::Several);
         let why = Error::new(libc::ENOENT, "no /proc");

@@ -118,7 +118,7 @@ impl Report {
             None => writeln!(text, "  /proc/self/maps can be read"),
             Some(e) => writeln!(
                 text,
-                "  {e} (no /proc, or Landlock): each slot must say what its memory is (kvmfault_memslot.memory, and .fd for hugetlb)"
+                "  {e} (no /proc, or Landlock): slots on hugetlb memory must have kvmfault_memslot.fd, and those on memory in several\n  mappings must say what it is (kvmfault_memslot.memory; .fd if it is shared)"
             ),
         };
         let _ = match initial_user_namespace {
