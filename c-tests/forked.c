@@ -160,6 +160,7 @@ static void call_each(void)
 #define REFUSED_HERE(call) CHILD_EQUAL(#call, call, -ECHILD)
 	REFUSED_HERE(kvmfault_vm_mechanism(vm));
 	CHECK(strstr(kvmfault_last_error(), "vm: ") && strstr(kvmfault_last_error(), "parent"), "%s", kvmfault_last_error());
+	REFUSED_HERE(kvmfault_vm_close(vm, 0));
 	REFUSED_HERE(kvmfault_vm_check_guest(vm, v->fd));
 	REFUSED_HERE(kvmfault_vm_enable(vm, 0));
 	REFUSED_HERE(kvmfault_vm_stats(vm, &stats));
