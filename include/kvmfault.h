@@ -287,6 +287,11 @@
  * `kvmfault_vcpu_options.sigbus`: the VMM has a SIGBUS handler that calls
  * `kvmfault_vcpu_on_sigbus`, and a handler (doing nothing is enough) for the kick signal. Neither
  * may be blocked in the vCPU's thread.
+ *
+ * kvm_run->immediate_exit is then shared: the library has bit 1 (the value 2) for its own kicks,
+ * and a VMM that kicks by itself writes 1. It may write 0 at any time before `kvmfault_vcpu_run` or
+ * `kvmfault_vcpu_resume`, which set the library's bit again where it is due; between one of these
+ * and KVM_RUN, or with a loop of its own without KVMFAULT_VCPU_RESUMES, it clears bit 0 only.
  */
 #define KVMFAULT_SIGBUS_BY_HANDLER 1
 
@@ -1307,7 +1312,9 @@ int64_t kvmfault_pages_absent(const struct kvmfault_vm *vm);
  * Takes a vCPU into the library's care. Call it on the thread that runs the vCPU: with
  * KVMFAULT_SIGBUS_BY_MASK it blocks SIGBUS and the kick signal there until `kvmfault_vcpu_free` is
  * called there, and sets the vCPU's KVM_SET_SIGNAL_MASK to the rest of the thread's mask. (A vCPU
- * may move: the first `kvmfault_vcpu_run` on another thread sets that one up too.)
+ * may move: the first `kvmfault_vcpu_run` on another thread sets that one up too. A thread that it
+ * leaves keeps the signals blocked, unless the vCPU is freed there.) KVM_SET_SIGNAL_MASK waits
+ * while the vCPU is inside KVM_RUN on another thread.
  *
  * On success *vcpu is the new handle; on an error it is NULL. Not from callbacks. Nothing of the VM
  * or of its other vCPUs is changed or asked.
@@ -1317,18 +1324,22 @@ int64_t kvmfault_pages_absent(const struct kvmfault_vm *vm);
  * has a memslot and its own VM has none; its other exits are passed.
  *
  * Errors: -EINVAL (an argument; the message names it), -EBADF (`fd` is closed, or `vm` was freed),
- * -EEXIST (the vCPU has a handle already), -E2BIG (see `size`).
+ * -EEXIST (the vCPU has a handle already), -E2BIG (see `size`), or the errno of a system call that
+ * the message names: of tgkill, rt_sigtimedwait and rt_sigprocmask, which vCPUs' signals need, if a
+ * seccomp filter refuses one. After an error signals and masks are as they were.
  */
 int kvmfault_vcpu_new(const struct kvmfault_vm *vm,
                       const struct kvmfault_vcpu_options *options,
                       struct kvmfault_vcpu **vcpu);
 
 /*
- * Gives a vCPU back, and on its own thread unblocks what was blocked there. NULL is allowed; a
- * handle that was freed before is left alone. Not while `run` is under way elsewhere: kick it out
- * first (if you do, it is freed when that call returns). If the vCPU is to run on without the
- * library, not in the middle of an access that KVM emulates: after INTERRUPTED call `run` or
- * `resume` until it returns something else.
+ * Gives a vCPU back. With KVMFAULT_SIGBUS_BY_MASK the vCPU has no KVM_SET_SIGNAL_MASK after it, and
+ * on its own thread what was blocked there is unblocked, unless another vCPU of the thread needs
+ * it; on any other thread the vCPU's own keeps it blocked. Waits for kicks that are under way. NULL
+ * is allowed; a handle that was freed before is left alone. Not while `run` is under way elsewhere:
+ * kick it out first (if you do, it is freed when that call returns). If the vCPU is to run on
+ * without the library, not in the middle of an access that KVM emulates: after INTERRUPTED call
+ * `run` or `resume` until it returns something else.
  */
 void kvmfault_vcpu_free(struct kvmfault_vcpu *vcpu);
 
@@ -1404,7 +1415,11 @@ int kvmfault_vcpu_on_sigbus(const struct kvmfault_vcpu *vcpu,
  * in the guest, in KVM_RUN, waiting for a page, or about to enter. Never lost; kicks that come
  * before one is seen count as one. Any thread, any signal handler (that of the kick signal, too),
  * also in callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL), -EBADF
- * (freed) or -ECHILD.
+ * (freed), -ECHILD, or the errno of tgkill(2) (-EPERM where a seccomp filter refuses it): then the
+ * kick is seen when the loop looks next.
+ *
+ * May race with `kvmfault_vcpu_free`, which waits for kicks that are under way. With
+ * KVMFAULT_SIGBUS_BY_MASK no kick signal is left when it returns, so the signal needs no handler.
  *
  * Three limits: a resolver that runs on the vCPU's thread is not interrupted; with `userfaultfd` a
  * vCPU whose access KVM emulates (CPL 0 on a KVM without hardware virtualisation) sleeps inside

@@ -3,6 +3,7 @@
 mod areas;
 mod broken;
 mod emulated;
+mod signals;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -11,21 +12,18 @@ use self::emulated::Deaf;
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::Access;
 use crate::kernel::kvm::{Descriptor, Role, Run};
-use crate::kernel::mem;
 use crate::kernel::thread::{self, SignalSet};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::Slot;
 use crate::memory::wait::{LOOK_AROUND, WAITS};
-use crate::resolve::calls;
 use crate::resolve::readahead::{self, Plan};
-use crate::resolve::seat::{News, Seat};
+use crate::resolve::seat::Seat;
 use crate::resolve::{pause_before, More, Need, Origin, Outcome, Waiter, MOST_RETRIES};
 use crate::vm::Vm;
 use kvm_bindings as kb;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Instant;
 
@@ -97,8 +95,12 @@ pub struct Vcpu {
 /// What only the vCPU's thread uses.
 #[derive(Default)]
 struct Own {
-    /// The signals of the thread before the library blocked its own, and which thread that is.
-    attached: Option<(u64, SignalSet)>,
+    /// The thread that runs the vCPU: see `thread::token`.
+    attached: Option<u64>,
+    /// The threads where the library has blocked its signals.
+    holds: Vec<u64>,
+    /// The VMM has its own loop, and something else to do at the moment.
+    is_away: bool,
     /// What KVM itself accesses is there.
     prepared: bool,
     /// KVM may be in the middle of a string instruction: see `tables`.
@@ -123,10 +125,6 @@ impl Vcpu {
     pub fn new(vm: &Arc<Vm>, options: Options) -> Result<Vcpu> {
         let fd = Descriptor::duplicate(options.fd, Role::Vcpu, "fd")?;
         let number = fd.vcpu_number().unwrap_or(-1);
-        // Two whose numbers can't be known are not one.
-        if number != -1 && vm.engine.seats.all().iter().any(|s| s.number == number) {
-            fail!(EEXIST, "fd: vCPU {number} has a handle already");
-        }
         let signal = match (options.signal, options.sigbus) {
             (Some(signal), _) if !thread::is_usable_signal(signal) || signal == libc::SIGBUS => {
                 fail!(EINVAL, "kick_signal: {signal} is not a signal that can be used for kicks")
@@ -144,6 +142,10 @@ impl Vcpu {
         let by_handler = options.sigbus == Sigbus::ByHandler;
         let seat = Box::leak(Box::new(Seat::new(number, run.immediate_exit(), signal, by_handler)));
         let signals = SignalSet::of(&[libc::SIGBUS, signal]);
+        if !vm.engine.seats.add(seat) {
+            fail!(EEXIST, "fd: vCPU {number} has a handle already");
+        }
+        // From here on `drop` undoes what was done.
         let vcpu = Vcpu {
             vm: vm.clone(),
             fd,
@@ -155,34 +157,8 @@ impl Vcpu {
             own: Mutex::default(),
         };
         vcpu.attach(&mut *vcpu.own()?)?;
-        vm.engine.seats.add(vcpu.seat);
         vm.engine.check_begun()?;
         Ok(vcpu)
-    }
-
-    /// The calling thread is the vCPU's from now on.
-    fn attach(&self, own: &mut Own) -> Result<()> {
-        let token = thread::token();
-        if own.attached.is_some_and(|(t, _)| t == token) {
-            return Ok(());
-        }
-        thread::check_signals()?;
-        let before = match self.sigbus {
-            Sigbus::ByMask => thread::mask_signals(self.signals, true),
-            Sigbus::ByHandler => SignalSet::default(),
-        };
-        if self.sigbus == Sigbus::ByMask {
-            self.fd.set_signal_mask(before.without(self.signals))?;
-        }
-        own.attached = Some((token, before));
-        calls::register();
-        let thread = thread::id();
-        self.seat.thread.store(thread, SeqCst);
-        if self.seat.is_kicked() {
-            // A kick went to the thread before this one, or to none.
-            thread::send_signal(thread, self.seat.signal);
-        }
-        Ok(())
     }
 
     fn own(&self) -> Result<MutexGuard<'_, Own>> {
@@ -205,7 +181,7 @@ impl Vcpu {
 
     /// Makes its loop return; async-signal-safe.
     pub fn kick(&self) {
-        self.seat.kick();
+        let _ = self.seat.kick();
     }
 
     /// Runs the guest until an exit that is the VMM's.
@@ -213,15 +189,16 @@ impl Vcpu {
         let mut own = self.own()?;
         self.attach(&mut own)?;
         self.seat.next_turn();
+        self.seat.refresh();
         match self.before_run(&mut own)? {
             Exit::Handled => {}
             other => return Ok(other),
         }
         loop {
             self.check_open()?;
-            if self.seat.by_handler && self.seat.is_kicked() {
-                // Its signal may be over. KVM_RUN then still completes what the last exit left, and returns at once.
-                self.seat.immediate_exit.set(true);
+            if self.seat.by_handler {
+                // A kick's signal may be over. KVM_RUN then still completes what the last exit left, and returns at once.
+                self.seat.refresh();
             }
             self.run.clear_exit_reason();
             let ret = self.fd.run();
@@ -241,11 +218,22 @@ impl Vcpu {
         let mut own = self.own()?;
         self.attach(&mut own)?;
         self.check_open()?;
-        let exit = self.exit(&mut own, errno.map_or(Ok(()), Err), self.resumes)?;
-        if exit == Exit::Handled {
+        let exit = self.exit(&mut own, errno.map_or(Ok(()), Err), self.resumes);
+        if let Ok(Exit::Handled) = exit {
             self.run.clear_exit_reason();
         }
-        Ok(exit)
+        self.back_to_vmm(&mut own, exit)
+    }
+
+    /// The end of a call of a VMM with its own loop. A turn lasts until the VMM has something to do, as with `run`: what is told later of a fault
+    /// that the vCPU had before is no news.
+    fn back_to_vmm(&self, own: &mut Own, exit: Result<Exit>) -> Result<Exit> {
+        own.is_away = !matches!(exit, Ok(Exit::Handled));
+        if own.is_away {
+            self.seat.next_turn();
+        }
+        self.seat.refresh();
+        exit
     }
 
     /// For a VMM with its own loop: what is to be done before KVM_RUN.
@@ -253,7 +241,12 @@ impl Vcpu {
         let mut own = self.own()?;
         self.attach(&mut own)?;
         self.check_open()?;
-        self.before_run(&mut own)
+        if own.is_away {
+            // Its thread may have touched memory as the VMM's meanwhile.
+            self.seat.next_turn();
+        }
+        let exit = self.before_run(&mut own);
+        self.back_to_vmm(&mut own, exit)
     }
 
     /// Finishes what an interruption left; brings what KVM itself accesses, before the first KVM_RUN and after a device's exit.
@@ -383,36 +376,6 @@ impl Vcpu {
         }
     }
 
-    /// KVM_RUN ended with EINTR: for SIGBUS, a kick, news, or somebody else's signal.
-    fn interrupted(&self, own: &mut Own) -> Result<Exit> {
-        let (mut bus, mut stale) = (None, false);
-        match self.sigbus {
-            Sigbus::ByHandler => bus = self.seat.take_bus(),
-            // SIGBUS comes before the kick signal, as a synchronous one (dequeue_signal in kernel/signal.c): one call is enough.
-            // A kick signal that stays pending ends the next KVM_RUN.
-            Sigbus::ByMask => match thread::take_signal(self.signals) {
-                Some(pending) if pending.signal == libc::SIGBUS => bus = Some((pending.code, pending.address)),
-                Some(_) => stale = true,
-                None => {}
-            },
-        }
-        if let Some((code, address)) = bus {
-            match self.broken_page(own, code, address)? {
-                Exit::Handled => {}
-                other => return Ok(other),
-            }
-        }
-        if self.seat.see_kicks() {
-            return Ok(Exit::Interrupted);
-        }
-        if let Some(news) = self.seat.take_news() {
-            return self.receive(own, news);
-        }
-        // The signal of a kick that was reported before it came is nobody's any more.
-        let ours = bus.is_some() || stale && !self.seat.immediate_exit.get();
-        Ok(if ours { Exit::Handled } else { Exit::Interrupted })
-    }
-
     fn fault_at_gpa(&self, own: &mut Own, gpa: u64, access: Access) -> Result<Exit> {
         match self.vm.engine.memory.slots().at(self.run.space(), gpa) {
             Some(slot) => self.fault(own, slot, gpa, access, false),
@@ -483,16 +446,6 @@ impl Vcpu {
                 Ok(Exit::Handled)
             }
         }
-    }
-
-    /// A wait was left: for a kick, for news, or for a signal of the VMM's own.
-    fn look_up(&self, own: &mut Own) -> Result<Exit> {
-        if !self.seat.see_kicks() {
-            if let Some(news) = self.seat.take_news() {
-                return self.receive(own, news);
-            }
-        }
-        Ok(Exit::Interrupted)
     }
 
     /// PRESENT and still faulting: map it, unless it is broken. Again and again, and somebody works against us.
@@ -569,35 +522,5 @@ impl Vcpu {
     fn report(&self, own: &mut Own, error: MemoryError) -> Exit {
         own.memory_error = Some(error);
         Exit::MemoryError
-    }
-
-    fn receive(&self, own: &mut Own, news: News) -> Result<Exit> {
-        self.seat.next_turn();
-        match news {
-            News::Failed(error) => Err(error),
-            News::Lost(hva) => {
-                let slots = self.vm.engine.memory.slots();
-                let page = slots.at_hva(hva);
-                let slot = page.and_then(|(block, page)| slots.showing(block, page).map(|slot| (slot, page)));
-                let (gpa, len) = slot.map_or((None, mem::PAGE), |(s, p)| (Some(s.gpa_of(p)), s.block.page));
-                Ok(self.report(own, MemoryError { gpa, hva, len, lost: true }))
-            }
-        }
-    }
-}
-
-impl Drop for Vcpu {
-    fn drop(&mut self) {
-        self.vm.engine.seats.remove(self.seat);
-        self.seat.thread.store(0, SeqCst);
-        self.seat.immediate_exit.detach();
-        let Ok(own) = self.own.get_mut() else { return };
-        // Only the thread itself can restore its mask.
-        if let (Some((token, before)), Sigbus::ByMask) = (own.attached, self.sigbus) {
-            if token == thread::token() {
-                while thread::take_signal(self.signals).is_some() {}
-                thread::mask_signals(self.signals.without(before), false);
-            }
-        }
     }
 }

@@ -383,7 +383,7 @@ impl Vm {
         }
         self.stop.raise();
         for seat in self.engine.seats.all().iter() {
-            seat.kick();
+            let _ = seat.kick();
         }
         // Nobody reads the userfaultfd any more: nobody must wait for it.
         let memory = &self.engine.memory;

@@ -115,6 +115,10 @@ pub const KVMFAULT_CAP_FAULT_EXITS: u64 = 1 << 0;
 pub const KVMFAULT_SIGBUS_BY_MASK: c_int = 0;
 /// `kvmfault_vcpu_options.sigbus`: the VMM has a SIGBUS handler that calls `kvmfault_vcpu_on_sigbus`, and a handler
 /// (doing nothing is enough) for the kick signal. Neither may be blocked in the vCPU's thread.
+///
+/// kvm_run->immediate_exit is then shared: the library has bit 1 (the value 2) for its own kicks, and a VMM that kicks by itself writes 1. It may write
+/// 0 at any time before `kvmfault_vcpu_run` or `kvmfault_vcpu_resume`, which set the library's bit again where it is due; between one of these and
+/// KVM_RUN, or with a loop of its own without KVMFAULT_VCPU_RESUMES, it clears bit 0 only.
 pub const KVMFAULT_SIGBUS_BY_HANDLER: c_int = 1;
 
 /// `kvmfault_vcpu_options.flags`: the VMM has its own loop and calls `kvmfault_vcpu_resume` before each KVM_RUN.

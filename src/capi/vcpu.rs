@@ -26,7 +26,8 @@ impl Opaque for kvmfault_vcpu {
 
 /// Takes a vCPU into the library's care. Call it on the thread that runs the vCPU: with KVMFAULT_SIGBUS_BY_MASK it blocks SIGBUS and the
 /// kick signal there until `kvmfault_vcpu_free` is called there, and sets the vCPU's KVM_SET_SIGNAL_MASK to the rest of the
-/// thread's mask. (A vCPU may move: the first `kvmfault_vcpu_run` on another thread sets that one up too.)
+/// thread's mask. (A vCPU may move: the first `kvmfault_vcpu_run` on another thread sets that one up too. A thread that it leaves keeps the signals
+/// blocked, unless the vCPU is freed there.) KVM_SET_SIGNAL_MASK waits while the vCPU is inside KVM_RUN on another thread.
 ///
 /// On success *vcpu is the new handle; on an error it is NULL. Not from callbacks. Nothing of the VM or of its other vCPUs is changed or asked.
 ///
@@ -34,7 +35,8 @@ impl Opaque for kvmfault_vcpu {
 /// its guest finds `vm`'s memory where `vm` has a memslot and its own VM has none; its other exits are passed.
 ///
 /// Errors: -EINVAL (an argument; the message names it), -EBADF (`fd` is closed, or `vm` was freed), -EEXIST (the vCPU has a handle already), -E2BIG
-/// (see `size`).
+/// (see `size`), or the errno of a system call that the message names: of tgkill, rt_sigtimedwait and rt_sigprocmask, which vCPUs' signals need, if
+/// a seccomp filter refuses one. After an error signals and masks are as they were.
 ///
 /// # Safety
 /// The pointers are NULL or valid; `options->run` is NULL or the vCPU's kvm_run, mapped for as long as the handle lives.
@@ -78,7 +80,8 @@ pub unsafe extern "C" fn kvmfault_vcpu_new(
     })
 }
 
-/// Gives a vCPU back, and on its own thread unblocks what was blocked there. NULL is allowed; a handle that was freed before is left
+/// Gives a vCPU back. With KVMFAULT_SIGBUS_BY_MASK the vCPU has no KVM_SET_SIGNAL_MASK after it, and on its own thread what was blocked there is
+/// unblocked, unless another vCPU of the thread needs it; on any other thread the vCPU's own keeps it blocked. Waits for kicks that are under way. NULL is allowed; a handle that was freed before is left
 /// alone. Not while `run` is under way elsewhere: kick it out first (if you do, it is freed when that call returns). If the vCPU is to run on
 /// without the library, not in the middle of an access that KVM emulates: after INTERRUPTED call `run` or `resume` until it returns something else.
 ///
@@ -181,7 +184,11 @@ pub unsafe extern "C" fn kvmfault_vcpu_on_sigbus(
 
 /// Makes `run` or `handle_exit` of this vCPU return KVMFAULT_INTERRUPTED once, wherever the vCPU is: in the guest, in KVM_RUN, waiting for
 /// a page, or about to enter. Never lost; kicks that come before one is seen count as one. Any thread, any signal handler (that of the kick
-/// signal, too), also in callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL), -EBADF (freed) or -ECHILD.
+/// signal, too), also in callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL), -EBADF (freed), -ECHILD, or the errno of tgkill(2)
+/// (-EPERM where a seccomp filter refuses it): then the kick is seen when the loop looks next.
+///
+/// May race with `kvmfault_vcpu_free`, which waits for kicks that are under way. With KVMFAULT_SIGBUS_BY_MASK no kick signal is left when it
+/// returns, so the signal needs no handler.
 ///
 /// Three limits: a resolver that runs on the vCPU's thread is not interrupted; with `userfaultfd` a vCPU whose access KVM emulates (CPL 0
 /// on a KVM without hardware virtualisation) sleeps inside KVM's copy until its page comes; and before Linux 6.2 a vCPU that sleeps in
@@ -197,10 +204,10 @@ pub unsafe extern "C" fn kvmfault_vcpu_kick(vcpu: *const kvmfault_vcpu) -> c_int
     };
     // SAFETY: errno is this thread's own.
     let errno = unsafe { *libc::__errno_location() };
-    seat.kick();
+    let failed = seat.kick();
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
-    0
+    -failed
 }
 
 /// For a VMM with its own loop: brings the pages that hold [gpa, gpa + len), through the resolver, on the vCPU's thread, as if the guest had touched

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicPtr, Ordering::SeqCst};
+use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering::SeqCst};
 
 const KVMIO: u64 = 0xAE;
 const fn io(nr: u64) -> u64 {
@@ -231,6 +231,11 @@ impl Descriptor {
         self.set(KVM_SET_SIGNAL_MASK, &mut arg, "KVM_SET_SIGNAL_MASK")
     }
 
+    /// No such signals any more: inside KVM_RUN the thread's own mask holds again.
+    pub fn reset_signal_mask(&self) -> Result<()> {
+        self.number(KVM_SET_SIGNAL_MASK, 0).map(drop).map_err(|e| Error::from_io("KVM_SET_SIGNAL_MASK", &e))
+    }
+
     /// The vCPU's general registers.
     pub fn regs(&self) -> Result<kb::kvm_regs> {
         self.get(KVM_GET_REGS, "KVM_GET_REGS")
@@ -348,7 +353,7 @@ impl Descriptor {
 
     /// An ioctl that takes a number.
     fn number(&self, request: u64, arg: u64) -> std::io::Result<i32> {
-        // SAFETY: the requests passed here take no pointer.
+        // SAFETY: the requests passed here take no pointer, or (KVM_SET_SIGNAL_MASK) NULL.
         match unsafe { libc::ioctl(self.0.as_raw_fd(), request, arg) } {
             r if r < 0 => Err(std::io::Error::last_os_error()),
             r => Ok(r),
@@ -461,7 +466,7 @@ impl Run {
     /// The byte that keeps KVM_RUN from beginning, for whoever kicks.
     pub fn immediate_exit(&self) -> ImmediateExit {
         // SAFETY: as in `exit_reason`; only the address is taken.
-        ImmediateExit(AtomicPtr::new(unsafe { &raw mut (*self.run.as_ptr()).immediate_exit }))
+        ImmediateExit(AtomicPtr::new(unsafe { (&raw mut (*self.run.as_ptr()).immediate_exit).cast() }))
     }
 
     /// The address space of the exit: 1 in system management mode.
@@ -505,29 +510,55 @@ impl Run {
 }
 
 /// `kvm_run.immediate_exit`, which any thread and any signal handler may set: KVM_RUN then completes what the last exit left,
-/// and returns at once with EINTR.
+/// and returns at once with EINTR. KVM asks only whether the byte is 0, so there is room for two: the VMM writes 0 and 1, and the library has
+/// a bit of its own. Neither takes back what the other has set, unless the VMM writes 0.
 #[derive(Debug)]
-pub struct ImmediateExit(AtomicPtr<u8>);
+pub struct ImmediateExit(AtomicPtr<AtomicU8>);
+
+/// The library's bit.
+const OURS: u8 = 2;
 
 impl ImmediateExit {
-    /// Of no vCPU: setting it does nothing.
+    /// Of no vCPU: raising it does nothing.
     #[cfg(test)]
     pub fn none() -> ImmediateExit {
         ImmediateExit(AtomicPtr::default())
     }
 
-    /// Sets or clears it; async-signal-safe.
-    pub fn set(&self, on: bool) {
-        if let Some(byte) = NonNull::new(self.0.load(SeqCst)) {
-            // SAFETY: the byte is in the vCPU's kvm_run, which is mapped until `detach`.
-            unsafe { byte.write_volatile(on as u8) };
+    fn byte(&self) -> Option<&AtomicU8> {
+        // SAFETY: the byte is in the vCPU's kvm_run, which stays mapped until `detach`, and after that for as long as there are callers that may
+        // have found it before (see `Seat::detach`).
+        unsafe { self.0.load(SeqCst).as_ref() }
+    }
+
+    /// Sets the library's bit; async-signal-safe.
+    pub fn raise(&self) {
+        if let Some(byte) = self.byte() {
+            byte.fetch_or(OURS, SeqCst);
         }
     }
 
-    /// Is it set?
-    pub fn get(&self) -> bool {
-        // SAFETY: as in `set`.
-        NonNull::new(self.0.load(SeqCst)).is_some_and(|byte| unsafe { byte.read_volatile() } != 0)
+    /// Clears the library's bit.
+    pub fn lower(&self) {
+        if let Some(byte) = self.byte() {
+            byte.fetch_and(!OURS, SeqCst);
+        }
+    }
+
+    /// Is the library's bit set?
+    pub fn is_raised(&self) -> bool {
+        self.byte().is_some_and(|byte| byte.load(SeqCst) & OURS != 0)
+    }
+
+    /// Has the VMM set it?
+    pub fn is_the_vmms(&self) -> bool {
+        self.byte().is_some_and(|byte| byte.load(SeqCst) & !OURS != 0)
+    }
+
+    /// Is it the byte of the same mapping?
+    pub fn is_same(&self, other: &ImmediateExit) -> bool {
+        let address = self.0.load(SeqCst);
+        !address.is_null() && address == other.0.load(SeqCst)
     }
 
     /// The kvm_run is about to go.

@@ -2,7 +2,7 @@
 
 use super::process;
 use crate::error::{Error, Result};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
@@ -24,11 +24,20 @@ pub fn token() -> u64 {
     TOKEN.get()
 }
 
-/// Sends `signal` to one thread of this process; async-signal-safe. A thread that is gone is not an error.
-pub fn send_signal(tid: i32, signal: i32) {
-    if let Ok(pid) = process::id() {
-        // SAFETY: tgkill takes numbers only; a thread that has ended gives ESRCH.
-        unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) };
+/// Sends `signal` to one thread of this process; async-signal-safe. Returns 0 or an errno. A thread that
+/// is gone is not an error.
+pub fn send_signal(tid: i32, signal: i32) -> i32 {
+    let process = match process::id() {
+        Ok(id) => id,
+        Err(e) => return e.errno,
+    };
+    // SAFETY: tgkill takes numbers only; a thread that has ended gives ESRCH.
+    match unsafe { libc::syscall(libc::SYS_tgkill, process, tid, signal) } {
+        0 => 0,
+        _ => match std::io::Error::last_os_error().raw_os_error() {
+            Some(libc::ESRCH) => 0,
+            errno => errno.unwrap_or(libc::EIO),
+        },
     }
 }
 
@@ -87,7 +96,12 @@ pub fn futex_wait(word: &AtomicU32, expected: u32, timeout: Duration) -> Wake {
         (0, _) => Wake::Woken,
         (_, Some(libc::EINTR)) => Wake::Signal,
         (_, Some(libc::ETIMEDOUT)) => Wake::Timeout,
-        _ => Wake::Woken,
+        (_, Some(libc::EAGAIN)) => Wake::Woken,
+        // Refused (a seccomp filter): callers look again and come back, and must not spin.
+        _ => {
+            std::thread::sleep(Duration::from_millis(1));
+            Wake::Woken
+        }
     }
 }
 
@@ -111,15 +125,69 @@ impl SignalSet {
     pub fn without(self, other: SignalSet) -> SignalSet {
         SignalSet(self.0 & !other.0)
     }
+
+    /// The numbers of its bits.
+    fn iter(self) -> impl Iterator<Item = usize> {
+        (0..64).filter(move |bit| self.0 & 1 << bit != 0)
+    }
 }
 
 /// Blocks (or unblocks) signals in the calling thread; returns the mask as it was.
-pub fn mask_signals(set: SignalSet, block: bool) -> SignalSet {
+pub fn mask_signals(set: SignalSet, block: bool) -> Result<SignalSet> {
     let mut old = 0u64;
     let how = if block { libc::SIG_BLOCK } else { libc::SIG_UNBLOCK };
     // SAFETY: both sets are live 8-byte values, the size that the last argument states.
-    unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, &set.0, &mut old, 8usize) };
-    SignalSet(old)
+    match unsafe { libc::syscall(libc::SYS_rt_sigprocmask, how, &set.0, &mut old, 8usize) } {
+        0 => Ok(SignalSet(old)),
+        _ => Err(Error::last_os("rt_sigprocmask")),
+    }
+}
+
+/// The signals that are blocked in the calling thread.
+pub fn mask() -> Result<SignalSet> {
+    mask_signals(SignalSet::default(), true)
+}
+
+/// Which signals are blocked in this thread for vCPUs: how many of them want it, and which the thread had not blocked itself.
+struct Held {
+    wanted: [u32; 64],
+    unblock: u64,
+}
+
+thread_local! {
+    static HELD: RefCell<Held> = const { RefCell::new(Held { wanted: [0; 64], unblock: 0 }) };
+}
+
+/// Blocks signals in the calling thread until `release` has been called as often; returns the mask as it was. A thread may have several vCPUs.
+pub fn hold(set: SignalSet) -> Result<SignalSet> {
+    let before = mask_signals(set, true)?;
+    HELD.with_borrow_mut(|held| {
+        for signal in set.iter() {
+            if held.wanted[signal] == 0 && before.0 & 1 << signal == 0 {
+                held.unblock |= 1 << signal;
+            }
+            held.wanted[signal] += 1;
+        }
+    });
+    Ok(before)
+}
+
+/// Takes `hold` back. Those that no other vCPU of the thread wants are unblocked if the thread hadn't blocked them itself, and lost if they are
+/// pending.
+pub fn release(set: SignalSet) {
+    let unblock = HELD.with_borrow_mut(|held| {
+        let mut unblock = 0;
+        for signal in set.iter() {
+            held.wanted[signal] = held.wanted[signal].saturating_sub(1);
+            if held.wanted[signal] == 0 {
+                unblock |= held.unblock & 1 << signal;
+            }
+        }
+        held.unblock &= !unblock;
+        SignalSet(unblock)
+    });
+    while matches!(take_signal(unblock), Ok(Some(_))) {}
+    let _ = mask_signals(unblock, false);
 }
 
 /// A signal that was pending.
@@ -134,14 +202,20 @@ pub struct Pending {
 }
 
 /// Takes one pending blocked signal of `set` from the calling thread, without waiting.
-pub fn take_signal(set: SignalSet) -> Option<Pending> {
+pub fn take_signal(set: SignalSet) -> Result<Option<Pending>> {
     let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: an all-zero siginfo_t is valid; set, info and timeout live during the call, and 8 is the size of the kernel's set.
     // si_addr is a plain field read of a siginfo_t that the kernel filled in.
     unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         let signal = libc::syscall(libc::SYS_rt_sigtimedwait, &set.0, &mut info, &none, 8usize) as i32;
-        (signal > 0).then(|| Pending { signal, code: info.si_code, address: info.si_addr() as u64 })
+        match signal {
+            1.. => Ok(Some(Pending { signal, code: info.si_code, address: info.si_addr() as u64 })),
+            _ => match Error::last_os("rt_sigtimedwait") {
+                error if [libc::EAGAIN, libc::EINTR].contains(&error.errno) => Ok(None),
+                error => Err(error),
+            },
+        }
     }
 }
 
@@ -205,7 +279,8 @@ pub fn poll<const N: usize>(fds: [i32; N], timeout: Option<Duration>) -> [bool; 
 
 /// Blocks every signal in the calling thread: the VMM's handlers are not for the library's own threads.
 pub fn block_all_signals() {
-    mask_signals(SignalSet(!0), true);
+    // Where a filter refuses it the VMM's handlers run here, too.
+    let _ = mask_signals(SignalSet(!0), true);
 }
 
 /// The calling thread gives way to others of the process: `nice` from 0 (as it was) to 19.
@@ -255,11 +330,27 @@ mod tests {
     #[test]
     fn a_blocked_signal_is_taken_once() {
         let set = SignalSet::of(&[libc::SIGURG]);
-        mask_signals(set, true);
-        assert!(take_signal(set).is_none());
-        send_signal(id(), libc::SIGURG);
-        assert_eq!(take_signal(set).unwrap().signal, libc::SIGURG);
-        assert!(take_signal(set).is_none());
+        mask_signals(set, true).unwrap();
+        assert!(take_signal(set).unwrap().is_none());
+        assert_eq!(send_signal(id(), libc::SIGURG), 0);
+        assert_eq!(take_signal(set).unwrap().unwrap().signal, libc::SIGURG);
+        assert!(take_signal(set).unwrap().is_none());
+    }
+
+    #[test]
+    fn signals_stay_blocked_until_the_last_vcpu_releases_them() {
+        let (own, two) = (SignalSet::of(&[libc::SIGUSR1]), SignalSet::of(&[libc::SIGUSR1, libc::SIGUSR2]));
+        let blocked = || mask().unwrap();
+        mask_signals(own, true).unwrap();
+        hold(two).unwrap();
+        hold(two).unwrap();
+        release(two);
+        assert_eq!(two.without(blocked()), SignalSet::default());
+        send_signal(id(), libc::SIGUSR2);
+        release(two);
+        // The pending one is gone (it would have ended the process), and what the thread had blocked itself still is.
+        assert_eq!(two.without(blocked()), two.without(own));
+        mask_signals(own, false).unwrap();
     }
 
     /// The kernel gives the number of a thread that has ended to another one; then a vCPU would take that for its own, with SIGBUS blocked.

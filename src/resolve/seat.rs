@@ -4,12 +4,13 @@ use super::readahead::Runs;
 use super::Waiter;
 use crate::error::Error;
 use crate::kernel::kvm::ImmediateExit;
-use crate::kernel::thread::{self, send_signal};
-use crate::memory::wait::{Sleeper, WAITS};
+use crate::kernel::thread::{self, send_signal, SignalSet};
+use crate::memory::wait::{Pause, Sleeper, WAITS};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 /// What a reader thread has to tell a vCPU.
 #[derive(Debug, Clone)]
@@ -45,6 +46,8 @@ pub struct Seat {
     /// Kicks so far; the vCPU remembers how many it has seen.
     kicks: AtomicU32,
     seen: AtomicU32,
+    /// Kicks and news under way: whoever is at it may yet write to kvm_run and send the signal. See `Interrupting`.
+    interrupting: AtomicU32,
     /// SIGBUS as the VMM's handler saw it: address, and code + 1 (0 = none).
     bus_address: AtomicU64,
     bus_code: AtomicI32,
@@ -68,6 +71,7 @@ impl Seat {
             by_handler,
             kicks: AtomicU32::new(0),
             seen: AtomicU32::new(0),
+            interrupting: AtomicU32::new(0),
             bus_address: AtomicU64::new(0),
             bus_code: AtomicI32::new(0),
             turn: AtomicU32::new(0),
@@ -93,25 +97,89 @@ impl Seat {
     }
 
     /// Makes the vCPU's loop return, wherever it is: async-signal-safe, and never lost. The count goes first: whoever looks after
-    /// it sees the kick. A vCPU about to enter KVM_RUN has the signal pending (blocked outside KVM_RUN), or `immediate_exit` set.
-    pub fn kick(&self) {
+    /// it sees the kick. A vCPU about to enter KVM_RUN has the signal pending (blocked outside KVM_RUN), or `immediate_exit` set. Returns 0, or why
+    /// the signal could not be sent.
+    pub fn kick(&self) -> i32 {
+        let _under_way = Interrupting::begin(self);
         self.kicks.fetch_add(1, SeqCst);
-        self.interrupt();
+        self.interrupt()
     }
 
     /// A kick's effect without the kick: the loop looks around.
-    fn interrupt(&self) {
+    fn interrupt(&self) -> i32 {
         if self.by_handler {
-            self.immediate_exit.set(true);
+            self.immediate_exit.raise();
         }
         WAITS.poke(&self.sleeper);
         let thread = self.thread.load(SeqCst);
         // By handler `immediate_exit` is enough for a thread that is here and not in KVM_RUN; and from the handler of the kick signal
         // itself, the signal would come for ever.
         let is_here = self.by_handler && thread == thread::id();
-        if thread != 0 && !is_here {
-            send_signal(thread, self.signal);
+        match thread != 0 && !is_here {
+            true => send_signal(thread, self.signal),
+            false => 0,
         }
+    }
+
+    /// What ends the next KVM_RUN is there if the loop has something to see, and not otherwise. On the vCPU's thread.
+    ///
+    /// By handler, the byte follows from the counts: others add to these first and raise the byte then, so here it is lowered first and the counts
+    /// are looked at once more. By mask, the signal may have been taken together with one of another vCPU of this thread.
+    pub fn refresh(&self) {
+        if self.by_handler {
+            if !self.has_business() && self.immediate_exit.is_raised() {
+                self.immediate_exit.lower();
+            }
+            if self.has_business() {
+                self.immediate_exit.raise();
+            }
+        } else if self.has_business() {
+            send_signal(self.thread.load(SeqCst), self.signal);
+        }
+    }
+
+    /// Is there something that the loop has to see?
+    fn has_business(&self) -> bool {
+        self.is_kicked() || self.has_news()
+    }
+
+    /// What the loop has just seen is over, so that it isn't seen once more: whoever brought it has sent its signal, and the signal is taken.
+    /// On the vCPU's thread.
+    fn settle(&self) {
+        let deadline = Instant::now() + LONG_FOR_A_SIGNAL;
+        if self.wait_for_interrupters(|| Instant::now() > deadline) {
+            if self.by_handler {
+                thread::id(); // when a system call returns, the handler has run for what was sent before
+            } else {
+                while matches!(thread::take_signal(SignalSet::of(&[self.signal])), Ok(Some(_))) {}
+            }
+        }
+        self.refresh();
+    }
+
+    /// Waits until all that are interrupting the vCPU are done; false if `enough` says so first.
+    fn wait_for_interrupters(&self, enough: impl Fn() -> bool) -> bool {
+        let mut pause = Pause::default();
+        while self.interrupting.load(SeqCst) > 0 {
+            if enough() {
+                return false;
+            }
+            pause.a_moment();
+        }
+        true
+    }
+
+    /// The vCPU is about to go, and its kvm_run with it. When this returns no kick is under way that knows either, and none will be: its signal was
+    /// sent or never will be.
+    pub fn detach(&self) {
+        self.immediate_exit.detach();
+        self.thread.store(0, SeqCst);
+        self.wait_for_interrupters(|| false);
+    }
+
+    /// Are both the same vCPU? By KVM's number, or where that isn't known by the kvm_run.
+    fn is_same(&self, other: &Seat) -> bool {
+        self.number >= 0 && self.number == other.number || self.immediate_exit.is_same(&other.immediate_exit)
     }
 
     /// Is there a kick that the loop hasn't reported?
@@ -125,13 +193,7 @@ impl Seat {
         let fresh = kicks.wrapping_sub(self.seen.swap(kicks, SeqCst));
         if fresh > 0 {
             self.stats.kicks.add(fresh.into());
-            if self.by_handler {
-                self.immediate_exit.set(false);
-                // A kick since the load above may have set it just before: it is counted already, then, and gets it back.
-                if self.is_kicked() {
-                    self.immediate_exit.set(true);
-                }
-            }
+            self.settle();
         }
         fresh > 0
     }
@@ -169,6 +231,7 @@ impl Seat {
     /// Tells the vCPU something of a fault that it had in this turn, and makes its loop look. Later than that it is no news: the vCPU has
     /// left that fault, and if it comes to the page again the resolver is asked again.
     pub fn tell(&self, turn: u32, news: News) {
+        let _under_way = Interrupting::begin(self);
         if let Ok(mut slot) = self.news.lock() {
             if turn != self.turn() {
                 return;
@@ -181,10 +244,16 @@ impl Seat {
 
     /// The vCPU leaves the faults that it had.
     pub fn next_turn(&self) {
-        if let Ok(mut slot) = self.news.lock() {
-            self.turn.fetch_add(1, SeqCst);
-            self.has_news.store(false, SeqCst);
-            *slot = None;
+        let had_news = match self.news.lock() {
+            Ok(mut slot) => {
+                self.turn.fetch_add(1, SeqCst);
+                *slot = None;
+                self.has_news.swap(false, SeqCst)
+            }
+            Err(_) => false,
+        };
+        if had_news {
+            self.settle();
         }
     }
 
@@ -193,7 +262,9 @@ impl Seat {
         if !self.has_news.swap(false, SeqCst) {
             return None;
         }
-        self.news.lock().ok()?.take()
+        let news = self.news.lock().ok()?.take();
+        self.settle();
+        news
     }
 
     /// Is there something to take?
@@ -203,6 +274,26 @@ impl Seat {
 }
 
 const SERVED: u64 = 1;
+
+/// So long the loop waits for whoever interrupts it and was itself interrupted in the middle. After that its signal may come late, and ends a
+/// KVM_RUN or a wait for nothing.
+const LONG_FOR_A_SIGNAL: Duration = Duration::from_millis(100);
+
+/// Somebody who is interrupting a vCPU.
+struct Interrupting<'a>(&'a Seat);
+
+impl Interrupting<'_> {
+    fn begin(seat: &Seat) -> Interrupting<'_> {
+        seat.interrupting.fetch_add(1, SeqCst);
+        Interrupting(seat)
+    }
+}
+
+impl Drop for Interrupting<'_> {
+    fn drop(&mut self) {
+        self.0.interrupting.fetch_sub(1, SeqCst);
+    }
+}
 
 /// A fault of a vCPU that is being served.
 pub struct Serving<'a>(&'a Seat);
@@ -219,7 +310,7 @@ impl Waiter for Seat {
     }
 
     fn must_leave(&self) -> bool {
-        self.is_kicked() || self.has_news() || self.immediate_exit.get()
+        self.has_business() || self.immediate_exit.is_the_vmms()
     }
 }
 
@@ -232,9 +323,17 @@ pub struct Seats {
 }
 
 impl Seats {
-    /// Adds one.
-    pub fn add(&self, seat: &'static Seat) {
-        self.seats.rcu(|seats| seats.iter().copied().chain([seat]).collect::<Vec<_>>());
+    /// Adds one, unless its vCPU has one already.
+    pub fn add(&self, seat: &'static Seat) -> bool {
+        let mut is_new = true;
+        self.seats.rcu(|seats| {
+            is_new = !seats.iter().any(|other| other.is_same(seat));
+            match is_new {
+                true => Arc::new(seats.iter().copied().chain([seat]).collect::<Vec<_>>()),
+                false => seats.clone(),
+            }
+        });
+        is_new
     }
 
     /// Removes one; its counts stay.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::kernel::kvm::Region;
+use crate::kernel::mem;
 use crate::kernel::mem::{Mapping, PAGE};
 use crate::memory::install::Source;
 use crate::resolve::{Answer, Fault, Resolver};

@@ -1,0 +1,292 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * KVMFAULT_INTERRUPTED counted: never without a kick (or a signal of the VMM's own), never more often than there were kicks, and after each of them
+ * the guest goes on. SIGBUS by mask and by handler, the library's loop and the VMM's own.
+ */
+#define _GNU_SOURCE
+#include "lab.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+static bool by_handler;
+static enum { RUN, OWN, OWN_RESUMES } loop;
+static struct vcpu *the;
+static atomic_bool started, stop;
+
+static void on_kick(int signal)
+{
+	(void)signal;
+}
+
+static void on_sigbus(int signal, siginfo_t *info, void *context)
+{
+	(void)signal, (void)context;
+	if (kvmfault_vcpu_on_sigbus(the->handle, info->si_code, info->si_addr) != 1)
+		_exit(99);
+}
+
+static void attach(struct vcpu *v)
+{
+	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
+	struct sigaction kick = { .sa_handler = on_kick };
+	struct sigaction bus = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO };
+	the = v;
+	options.fd = v->fd;
+	options.run = v->run;
+	options.flags = loop == OWN_RESUMES ? KVMFAULT_VCPU_RESUMES : 0;
+	if (by_handler) {
+		SYS(sigaction(SIGUSR1, &kick, NULL));
+		SYS(sigaction(SIGBUS, &bus, NULL));
+		options.sigbus = KVMFAULT_SIGBUS_BY_HANDLER;
+		options.kick_signal = SIGUSR1;
+	}
+	OK(kvmfault_vcpu_new(v->machine->library, &options, &v->handle));
+}
+
+static int run(struct vcpu *v)
+{
+	int ret;
+	if (loop == RUN)
+		return kvmfault_vcpu_run(v->handle);
+	do {
+		ret = loop == OWN_RESUMES ? kvmfault_vcpu_resume(v->handle) : KVMFAULT_HANDLED;
+		if (ret == KVMFAULT_HANDLED)
+			ret = kvmfault_vcpu_handle_exit(v->handle, ioctl(v->fd, KVM_RUN, 0));
+	} while (ret == KVMFAULT_HANDLED);
+	return ret;
+}
+
+static void each(void (*test)(void))
+{
+	for (int i = 0; i < 6; i++) {
+		by_handler = i % 2;
+		loop = i / 2;
+		started = stop = false;
+		test();
+	}
+}
+
+/* ---- kicks ---- */
+
+enum { KICKERS = 3, EACH = 4 };
+
+static atomic_ulong surplus, interrupted, seen;
+static atomic_uint go, done;
+
+static void *count_interrupted(struct vcpu *v)
+{
+	attach(v);
+	vcpu_load_script(v, lab.steps_gpa);
+	started = true;
+	while (!stop) {
+		struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
+		int ret = run(v);
+		CHECK(ret == KVMFAULT_INTERRUPTED, "%s", vcpu_describe(v, ret));
+		OK(kvmfault_vcpu_stats(v->handle, &stats));
+		surplus += stats.kicks == seen;
+		interrupted++;
+		seen = stats.kicks;
+	}
+	vcpu_detach(v);
+	return NULL;
+}
+
+static void *kick_in_bursts(void *unused)
+{
+	for (unsigned n = 0; !stop; done++) {
+		while (go == n && !stop)
+			sched_yield();
+		n = go;
+		for (int i = 0; i < EACH && !stop; i++)
+			OK(kvmfault_vcpu_kick(the->handle));
+	}
+	return unused;
+}
+
+static void burst(void)
+{
+	pthread_t kicker[KICKERS];
+	unsigned long bursts = SCALED(800, 50);
+	surplus = interrupted = seen = go = done = 0;
+	lab_set_up(MEMFD, lab_answer_pending, 1, 3);
+	/* Counts for ever. */
+	uint64_t *counter = (uint64_t *)(lab.steps + 64);
+	lab.steps[0] = (struct step){ ADD64, lab.steps_gpa + 64 * sizeof(struct step), 1, 0 };
+	lab.steps[1] = (struct step){ JUMP, lab.steps_gpa, 0, 0 };
+	vcpu_start(lab.m.vcpu[0], count_interrupted, NULL);
+	UNTIL(started);
+	for (int i = 0; i < KICKERS; i++)
+		CHECK(!pthread_create(&kicker[i], NULL, kick_in_bursts, NULL), "pthread_create");
+	for (unsigned long n = 1; n <= bursts; n++) {
+		done = 0;
+		go++;
+		while (done < KICKERS)
+			sched_yield();
+		double end = now() + 10;
+		for (uint64_t before = __atomic_load_n(counter, __ATOMIC_RELAXED);
+		     seen != n * KICKERS * EACH || __atomic_load_n(counter, __ATOMIC_RELAXED) == before; sched_yield())
+			CHECK(now() < end, "burst %lu: the guest stands still; %lu of %lu kicks seen, INTERRUPTED %lu times, %lu without a kick", n,
+			      (unsigned long)seen, n * KICKERS * EACH, (unsigned long)interrupted, (unsigned long)surplus);
+	}
+	EQUAL("INTERRUPTED without a kick", surplus, 0);
+	CHECK(interrupted <= bursts * KICKERS * EACH, "INTERRUPTED %lu times for %lu kicks", (unsigned long)interrupted, bursts * KICKERS * EACH);
+	stop = true;
+	OK(kvmfault_vcpu_kick(the->handle));
+	vcpu_join(the);
+	for (int i = 0; i < KICKERS; i++)
+		pthread_join(kicker[i], NULL);
+	note("%s, loop %d: INTERRUPTED %lu times for %lu kicks", by_handler ? "by handler" : "by mask", loop, (unsigned long)interrupted, (unsigned long)seen);
+	lab_tear_down();
+}
+
+static void bursts(void)
+{
+	each(burst);
+}
+
+/* ---- news ---- */
+
+static atomic_int failures;
+
+static int fail_once(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque;
+	return failures++ ? source_install(&lab.source, vm, fault->gpa, fault->len) : -EIO;
+}
+
+/* A resolver that fails is told once, also by a reader thread, and the next page comes. */
+static void fail_and_go_on(void)
+{
+	uint32_t value;
+	failures = 0;
+	require_interruptible_sleep();
+	lab_set_up(MEMFD, fail_once, 1, 3);
+	struct vcpu *v = lab.m.vcpu[0];
+	attach(v);
+	lab_load_read(v, 5);
+	int ret = run(v);
+	EQUAL("the failure", ret, -EIO);
+	for (int page = 5; page < 12; page++) {
+		ret = run(v);
+		CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
+		lab_check_read(v, page);
+		EQUAL("immediate_exit", v->run->immediate_exit, 0);
+		lab_load_read(v, page + 1);
+	}
+	vcpu_detach(v);
+	lab_tear_down();
+}
+
+static void news(void)
+{
+	each(fail_and_go_on);
+}
+
+static atomic_int asked, leave;
+
+/* The first call fails after the page has come by another way. */
+static int fail_late(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+{
+	(void)opaque;
+	if (asked++)
+		return source_install(&lab.source, vm, fault->gpa, fault->len);
+	UNTIL(leave == 1);
+	leave = 2;
+	return -EIO;
+}
+
+static void *leave_and_come_back(struct vcpu *v)
+{
+	uint32_t value;
+	attach(v);
+	lab_load_read(v, 5);
+	started = true;
+	int ret = run(v);
+	CHECK(ret == KVMFAULT_INTERRUPTED, "%s", vcpu_describe(v, ret));
+	lab_install(5);
+	leave = 1;
+	UNTIL(leave == 2);
+	usleep(20000); /* the reader is told; nothing shows when */
+	while (!stop) {
+		ret = run(v);
+		CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
+		lab_check_read(v, 5);
+		lab_load_read(v, 5);
+		stop = true;
+	}
+	vcpu_detach(v);
+	return NULL;
+}
+
+/* What becomes of a fault that the vCPU has left is no news, with a loop of the VMM's own either. */
+static void late_failure(void)
+{
+	asked = leave = 0;
+	require_interruptible_sleep();
+	if (test_mechanism() != KVMFAULT_MECHANISM_USERFAULTFD)
+		skip("the resolver is called on the vCPU's thread, which can't leave it");
+	lab_set_up(MEMFD, fail_late, 1, 3);
+	vcpu_start(lab.m.vcpu[0], leave_and_come_back, NULL);
+	UNTIL(asked == 1);
+	usleep(20000); /* the vCPU sleeps */
+	OK(kvmfault_vcpu_kick(the->handle));
+	vcpu_join(the);
+	lab_tear_down();
+}
+
+static void old_news(void)
+{
+	each(late_failure);
+}
+
+/* ---- a VMM's own way ---- */
+
+/* A VMM that sets and clears immediate_exit itself is heard, and what it sets is its to take back. */
+static void set_immediate_exit(void)
+{
+	uint32_t value;
+	lab_set_up(MEMFD, fail_once, 1, 3);
+	failures = 1;
+	struct vcpu *v = lab.m.vcpu[0];
+	attach(v);
+	lab_load_read(v, 5);
+	v->run->immediate_exit = 1;
+	for (int i = 0; i < 3; i++) {
+		int ret = run(v);
+		CHECK(ret == KVMFAULT_INTERRUPTED, "%s", vcpu_describe(v, ret));
+		OK(kvmfault_vcpu_kick(v->handle));
+	}
+	EQUAL("immediate_exit", v->run->immediate_exit & 1, 1);
+	v->run->immediate_exit = 0;
+	if (loop != OWN || !by_handler) { /* without _resume nothing looks between here and KVM_RUN */
+		int ret = run(v);
+		CHECK(ret == KVMFAULT_INTERRUPTED, "the last kick is lost: %s", vcpu_describe(v, ret));
+	} else {
+		v->run->immediate_exit = 0;
+	}
+	int ret = run(v);
+	while (loop == OWN && by_handler && ret == KVMFAULT_INTERRUPTED)
+		ret = run(v);
+	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
+	lab_check_read(v, 5);
+	vcpu_detach(v);
+	lab_tear_down();
+}
+
+static void immediate_exit(void)
+{
+	each(set_immediate_exit);
+}
+
+static const struct test_case cases[] = {
+	{ "bursts", bursts, true },
+	{ "news", news, true },
+	{ "old-news", old_news, true },
+	{ "immediate-exit", immediate_exit, true },
+};
+TEST_MAIN(cases)

@@ -1,0 +1,107 @@
+//! A vCPU's thread and its signals: SIGBUS, kicks, news from readers; and how all that ends with the handle.
+
+use super::{Exit, MemoryError, Own, Sigbus, Vcpu};
+use crate::error::Result;
+use crate::kernel::{mem, thread};
+use crate::resolve::calls;
+use crate::resolve::seat::News;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::PoisonError;
+
+impl Vcpu {
+    /// The calling thread is the vCPU's from now on.
+    pub(super) fn attach(&self, own: &mut Own) -> Result<()> {
+        let token = thread::token();
+        if own.attached == Some(token) {
+            return Ok(());
+        }
+        thread::check_signals()?;
+        if self.sigbus == Sigbus::ByMask {
+            let before = match own.holds.contains(&token) {
+                true => thread::mask()?,
+                false => thread::hold(self.signals)?,
+            };
+            if !own.holds.contains(&token) {
+                own.holds.push(token);
+            }
+            self.fd.set_signal_mask(before.without(self.signals))?;
+        }
+        own.attached = Some(token);
+        calls::register();
+        self.seat.thread.store(thread::id(), SeqCst);
+        // A kick may have gone to the thread before this one, or to none.
+        self.seat.refresh();
+        Ok(())
+    }
+
+    /// KVM_RUN ended with EINTR: for SIGBUS, a kick, news, or somebody else's signal.
+    pub(super) fn interrupted(&self, own: &mut Own) -> Result<Exit> {
+        let (mut bus, mut late) = (None, false);
+        match self.sigbus {
+            Sigbus::ByHandler => (bus, late) = (self.seat.take_bus(), self.seat.immediate_exit.is_raised()),
+            // SIGBUS comes before the kick signal, as a synchronous one (dequeue_signal in kernel/signal.c): one call is enough.
+            // A kick signal that stays pending ends the next KVM_RUN.
+            Sigbus::ByMask => match thread::take_signal(self.signals)? {
+                Some(pending) if pending.signal == libc::SIGBUS => bus = Some((pending.code, pending.address)),
+                Some(_) => late = true,
+                None => {}
+            },
+        }
+        if let Some((code, address)) = bus {
+            match self.broken_page(own, code, address)? {
+                Exit::Handled => {}
+                other => return Ok(other),
+            }
+        }
+        if self.seat.see_kicks() {
+            return Ok(Exit::Interrupted);
+        }
+        if let Some(news) = self.seat.take_news() {
+            return self.receive(own, news);
+        }
+        self.seat.refresh();
+        // What came late, after what it announces was seen, is nobody's any more.
+        let ours = bus.is_some() || late && !self.seat.immediate_exit.is_the_vmms();
+        Ok(if ours { Exit::Handled } else { Exit::Interrupted })
+    }
+
+    /// A wait was left: for a kick, for news, or for a signal of the VMM's own.
+    pub(super) fn look_up(&self, own: &mut Own) -> Result<Exit> {
+        if !self.seat.see_kicks() {
+            if let Some(news) = self.seat.take_news() {
+                return self.receive(own, news);
+            }
+        }
+        Ok(Exit::Interrupted)
+    }
+
+    pub(super) fn receive(&self, own: &mut Own, news: News) -> Result<Exit> {
+        self.seat.next_turn();
+        match news {
+            News::Failed(error) => Err(error),
+            News::Lost(hva) => {
+                let slots = self.vm.engine.memory.slots();
+                let page = slots.at_hva(hva);
+                let slot = page.and_then(|(block, page)| slots.showing(block, page).map(|slot| (slot, page)));
+                let (gpa, len) = slot.map_or((None, mem::PAGE), |(s, p)| (Some(s.gpa_of(p)), s.block.page));
+                Ok(self.report(own, MemoryError { gpa, hva, len, lost: true }))
+            }
+        }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.seat.detach();
+        let own = self.own.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if !own.holds.is_empty() {
+            let _ = self.fd.reset_signal_mask();
+        }
+        // Only a thread itself can restore its mask.
+        if own.holds.contains(&thread::token()) {
+            thread::release(self.signals);
+        }
+        // At the end: a new handle of the vCPU has its signals to itself.
+        self.vm.engine.seats.remove(self.seat);
+    }
+}
