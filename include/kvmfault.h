@@ -27,6 +27,9 @@
  *   destructors, is harmless. The child may make handles of its own. A child that shares its parent's memory
  *   (vfork(2), CLONE_VM) is the same process in this sense. A child that is forked in a callback must not
  *   return from it. In the child, absent pages are not brought: memory reads as zeros there, or as SIGBUS.
+ * - Descriptors are used as they are given, and duplicated where the library keeps them. It works without /proc, under
+ *   Landlock, in user namespaces and as any user (docs/process.md), and under a seccomp filter that allows the system
+ *   calls of docs/seccomp.md.
  */
 
 
@@ -1326,7 +1329,8 @@ int64_t kvmfault_pages_absent(const struct kvmfault_vm *vm);
  * Errors: -EINVAL (an argument; the message names it), -EBADF (`fd` is closed, or `vm` was freed),
  * -EEXIST (the vCPU has a handle already), -E2BIG (see `size`), or the errno of a system call that
  * the message names: of tgkill, rt_sigtimedwait and rt_sigprocmask, which vCPUs' signals need, if a
- * seccomp filter refuses one. After an error signals and masks are as they were.
+ * seccomp filter refuses one (docs/seccomp.md lists them). After an error signals and masks are as
+ * they were.
  */
 int kvmfault_vcpu_new(const struct kvmfault_vm *vm,
                       const struct kvmfault_vcpu_options *options,

@@ -36,7 +36,7 @@ impl Opaque for kvmfault_vcpu {
 ///
 /// Errors: -EINVAL (an argument; the message names it), -EBADF (`fd` is closed, or `vm` was freed), -EEXIST (the vCPU has a handle already), -E2BIG
 /// (see `size`), or the errno of a system call that the message names: of tgkill, rt_sigtimedwait and rt_sigprocmask, which vCPUs' signals need, if
-/// a seccomp filter refuses one. After an error signals and masks are as they were.
+/// a seccomp filter refuses one (docs/seccomp.md lists them). After an error signals and masks are as they were.
 ///
 /// # Safety
 /// The pointers are NULL or valid; `options->run` is NULL or the vCPU's kvm_run, mapped for as long as the handle lives.

@@ -109,15 +109,18 @@ impl Descriptor {
     fn is(&self, role: Role) -> Result<bool> {
         let fd = self.0.as_raw_fd();
         let ask = |request, arg, what: &str| self.number(request, arg).map_err(|e| Error::from_io(what, &e));
-        if role != Role::System && !is_anonymous(fd).map_err(|e| Error::from_io("fstat", &e))? {
-            return Ok(false);
+        let is_device = !is_anonymous(fd).map_err(|e| Error::from_io("fstat", &e))?;
+        if is_device || role == Role::System {
+            // Other files aren't mapped: for a device that may mean something.
+            return Ok(is_device
+                && role == Role::System
+                && ask(KVM_GET_API_VERSION, 0, "ioctl(KVM_GET_API_VERSION)")? == 12);
         }
         let mapped = match Mapping::shared(fd, 0, PAGE, false) {
             Err(e) if matches!(e.errno, libc::EPERM | libc::ENOSYS) => return Err(e),
             mapped => mapped.is_ok(),
         };
         match (role, mapped) {
-            (Role::System, false) => Ok(ask(KVM_GET_API_VERSION, 0, "ioctl(KVM_GET_API_VERSION)")? == 12),
             (Role::Vm, false) if self.number(KVM_GET_API_VERSION, 0).is_err() => {
                 Ok(ask(KVM_CHECK_EXTENSION, kb::KVM_CAP_USER_MEMORY.into(), "ioctl(KVM_CHECK_EXTENSION)")? > 0)
             }
