@@ -19,6 +19,8 @@
    A size that ends in the middle of a field is -EINVAL; one that is larger than the library knows is
    accepted if all beyond is 0, else -E2BIG.
  * - Handles are opaque. Freeing NULL does nothing. A handle that was freed is refused (-EBADF).
+ * - A gpa is one of address space 0. Where that has no slot there, it means the slot that another
+ *   address space (x86: that of system management mode) has there.
  * - A function that takes a handle as const may be called from any thread at any time.
  * - A handle works in the process that made it. In a child of fork(2) every function refuses it with -ECHILD
  *   (kvmfault_vm_address returns NULL) and touches nothing. The _free functions forget it there, and close
@@ -108,8 +110,10 @@
 #define KVMFAULT_RESOLVED 0
 
 /*
- * Somebody installs the page later, from any thread; until then whoever needs it sleeps (vCPUs
- * interruptibly).
+ * The page is installed later, from any thread; until then threads that need it sleep (vCPUs
+ * interruptibly). It may also be installed before the resolver returns this. This announces the
+ * page at `gpa` only: the others of the window stay absent, and each is asked for when it is
+ * needed.
  */
 #define KVMFAULT_PENDING 1
 
@@ -264,7 +268,9 @@
 /*
  * `kvmfault_memslot.flags`, when deleting (`len` 0): keep the page states of the memory and stay
  * registered with userfaultfd, for a VMM that deletes a slot to create it anew in another shape.
- * Ends with `kvmfault_vm_free`, or with deleting a slot of the same memory without this flag.
+ * Ends with `kvmfault_vm_free`, or with deleting a slot of the same memory without this flag. While
+ * no slot shows the memory, the VMM's threads and system calls wait at absent pages, and the
+ * resolver isn't called for them.
  */
 #define KVMFAULT_MEMSLOT_KEEP (1 << 2)
 
@@ -544,6 +550,7 @@ struct kvmfault_vm_options {
   kvmfault_written written;
   /*
    * Threads that read the userfaultfd, 1 to 64; 0 means 1 (2 for a forced `userfaultfd` mechanism).
+   * 0 with KVMFAULT_VM_EXTERNAL_UFFD, which has no such threads (else -EINVAL).
    */
   uint32_t reader_threads;
   /*
@@ -1199,9 +1206,10 @@ int kvmfault_vm_stats(const struct kvmfault_vm *vm,
  * -EEXIST: all were present, nothing changed. -ENOENT: `gpa` is in no slot. -EINVAL: alignment,
  * `len` 0, beyond the slot's end, NULL. -EFAULT: `src` can't be read, or is guest memory that isn't
  * present itself (one that is being brought is waited for, ten seconds at most). -EHWPOISON: a page
- * is lost (discard it first). -ENOMEM, -ENOSPC: no memory, or the huge page pool is empty. -EAGAIN:
- * the address space was being changed for ten seconds. -ESHUTDOWN: the VM was freed meanwhile. On
- * an error after some pages, those stay installed. Any thread, also in callbacks.
+ * is lost (discard it first): those before it in the range are installed, those after it are not.
+ * -ENOMEM, -ENOSPC: no memory, or the huge page pool is empty. -EAGAIN: the address space was being
+ * changed for ten seconds. -ESHUTDOWN: the VM was freed meanwhile. On an error after some pages,
+ * those stay installed. Any thread, also in callbacks.
  */
 int kvmfault_pages_install(const struct kvmfault_vm *vm,
                            uint64_t gpa,

@@ -15,7 +15,7 @@ use std::ffi::{c_int, c_void};
 /// Returns 0 if at least one page was installed by this call and all of the range is present now. -EEXIST: all were present, nothing
 /// changed. -ENOENT: `gpa` is in no slot. -EINVAL: alignment, `len` 0, beyond the slot's end, NULL. -EFAULT: `src` can't be read, or is
 /// guest memory that isn't present itself (one that is being brought is waited for, ten seconds at most). -EHWPOISON: a page is lost
-/// (discard it first). -ENOMEM, -ENOSPC: no memory, or the huge page pool is empty. -EAGAIN: the address space was being changed for ten
+/// (discard it first): those before it in the range are installed, those after it are not. -ENOMEM, -ENOSPC: no memory, or the huge page pool is empty. -EAGAIN: the address space was being changed for ten
 /// seconds. -ESHUTDOWN: the VM was freed meanwhile. On an error after some pages, those stay installed. Any thread, also in callbacks.
 ///
 /// # Safety

@@ -23,7 +23,9 @@ pub const KVMFAULT_PAGE_LOST: c_int = 3;
 
 /// What a resolver returns: the page is installed now (before returning).
 pub const KVMFAULT_RESOLVED: c_int = 0;
-/// Somebody installs the page later, from any thread; until then whoever needs it sleeps (vCPUs interruptibly).
+/// The page is installed later, from any thread; until then threads that need it sleep (vCPUs interruptibly). It may also be installed before
+/// the resolver returns this. This announces the page at `gpa` only: the others of the window stay absent, and each is asked for when it is
+/// needed.
 pub const KVMFAULT_PENDING: c_int = 1;
 /// The page can't be had, for ever. It becomes LOST, and the vCPU's loop returns KVMFAULT_MEMORY_ERROR.
 pub const KVMFAULT_LOST: c_int = 2;
@@ -102,7 +104,8 @@ pub const KVMFAULT_MEMSLOT_VCPU_ONLY: u32 = 1 << 0;
 pub const KVMFAULT_MEMSLOT_PRESENT: u32 = 1 << 1;
 /// `kvmfault_memslot.flags`, when deleting (`len` 0): keep the page states of the memory and stay registered with
 /// userfaultfd, for a VMM that deletes a slot to create it anew in another shape. Ends with `kvmfault_vm_free`, or with
-/// deleting a slot of the same memory without this flag.
+/// deleting a slot of the same memory without this flag. While no slot shows the memory, the VMM's threads and system calls wait at absent pages, and
+/// the resolver isn't called for them.
 pub const KVMFAULT_MEMSLOT_KEEP: u32 = 1 << 2;
 /// `kvmfault_memslot.flags`: start with the fast path off, as if `kvmfault_memslot_set_fast_only(vm, slot, 0)` had been called.
 pub const KVMFAULT_MEMSLOT_SLOW: u32 = 1 << 3;
@@ -248,7 +251,8 @@ pub struct kvmfault_vm_options {
     pub finalizer: kvmfault_finalizer,
     /// NULL, or see `kvmfault_written`.
     pub written: kvmfault_written,
-    /// Threads that read the userfaultfd, 1 to 64; 0 means 1 (2 for a forced `userfaultfd` mechanism).
+    /// Threads that read the userfaultfd, 1 to 64; 0 means 1 (2 for a forced `userfaultfd` mechanism). 0 with KVMFAULT_VM_EXTERNAL_UFFD, which has
+    /// no such threads (else -EINVAL).
     pub reader_threads: u32,
     /// Readahead: so many pages, 1 to 4096, may be in the window of one resolver call; 0 means 1, no readahead. The window adapts itself, for each vCPU:
     /// faults in a row, up or down, get 4 pages, then 8, and so on up to this; faults without a pattern get their page and nothing more. Where
