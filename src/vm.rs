@@ -12,11 +12,11 @@ use crate::kernel::uffd::{Uffd, FEATURE_POISON};
 use crate::kernel::{abi::Abi, probe};
 use crate::mechanism::{self, Host, Mechanism, Wish, MECHANISMS};
 use crate::memory::block::Block;
-use crate::memory::install::{install, is_watched, Source};
+use crate::memory::install::{install, Source};
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{Patience, Sleeper};
-use crate::memory::{discard, Memory};
+use crate::memory::{calls, discard, Memory};
 use crate::resolve::fill::Fill;
 use crate::resolve::{
     calls, pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES,
@@ -423,7 +423,8 @@ fn check_alignment(name: &str, start: u64, len: u64, page: u64) -> Result<()> {
 fn wait_for_source(slots: &Slots, src: u64, len: u64) -> Result<()> {
     let mut patience = Patience::default();
     while let Some((page, state)) = slots.not_present_in(src, len) {
-        if state != State::Resolving || is_watched(page) || patience.wait().is_err() {
+        let is_mine = || slots.at_hva(page).is_some_and(|(block, page)| calls::is_mine(block, page));
+        if state != State::Resolving || is_mine() || patience.wait().is_err() {
             fail!(EFAULT, "src: {page:#x} is guest memory that isn't present itself");
         }
     }

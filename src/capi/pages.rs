@@ -111,6 +111,9 @@ pub unsafe extern "C" fn kvmfault_pages_lost(vm: *const kvmfault_vm, gpa: u64, l
 /// Makes present or lost pages absent again and gives their memory back to the system: for a balloon, or for a post-copy that will fetch
 /// them anew. Pages that are being resolved stay so. Use this and not madvise(2): the library must know.
 ///
+/// A page that was installed or given up while a resolver call for it is under way stays KVMFAULT_PAGE_RESOLVING until that call returns, and is
+/// absent then; there is no second call for it meanwhile (see `kvmfault_resolver`).
+///
 /// Returns 0; -ENOENT and -EINVAL as above, and -EINVAL for memory that is locked (mlock(2)); -EBUSY if vCPUs use the pages faster than they
 /// can be taken away. Present pages that could not be dropped are still present then. Any thread; not from callbacks.
 ///

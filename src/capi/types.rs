@@ -209,6 +209,11 @@ pub struct kvmfault_fault {
 /// thread that waits for the page goes on waiting and the resolver is asked again after a pause that grows to a second.
 /// KVMFAULT_RESOLVED without an installed page, and any other value, become -EPROTO. If the page was given up meanwhile
 /// (`kvmfault_pages_lost`), it is LOST whatever the resolver returns.
+///
+/// A call is overtaken if another thread makes its page missing anew while it is under way: by `kvmfault_pages_discard` after the page was
+/// installed or given up, or by `kvmfault_pages_withdraw`. The page then stays KVMFAULT_PAGE_RESOLVING, without a second call, until the
+/// call returns. Its answer, an error too, counts for nothing: the page is absent (or present, if it was installed since), and the resolver is
+/// called again for threads that still need it. A call that never returns therefore keeps its page from ever being asked for again.
 pub type kvmfault_resolver =
     Option<unsafe extern "C" fn(opaque: *mut c_void, vm: *mut kvmfault_vm, fault: *const kvmfault_fault) -> c_int>;
 

@@ -2,6 +2,7 @@
 //! the markers that make a vCPU's access trap. All of it excludes installs of the same pages.
 
 use super::block::Block;
+use super::calls::{self, Claim};
 use super::pages::State;
 use super::wait::{Patience, GATE_PAGES, WAITS};
 use super::Memory;
@@ -17,7 +18,7 @@ use std::sync::atomic::Ordering;
 const MARKED_ALONE: u64 = 64;
 
 /// Makes PRESENT and LOST pages absent and gives their memory back. Pages that are being resolved stay so, and PRESENT pages that can't be
-/// dropped. Where the VMM's mapping is the VMM's own affair, what is there stays: then this says that the pages are missing, and no more.
+/// dropped. A page that came by another way while a resolver call for it is under way is RESOLVING until that call returns, and then absent. Where the VMM's mapping is the VMM's own affair, what is there stays: then this says that the pages are missing, and no more.
 pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     for group in gate_groups(pages) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
@@ -39,9 +40,12 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
                 if to == State::Present {
                     block.set_exits(run.clone(), false);
                 }
-                for page in run.clone() {
-                    let _ = block.pages.change(page, State::Resolving, to);
-                    WAITS.wake(block.hva_of(page));
+                match to {
+                    State::Absent => make_absent(block, &run),
+                    _ => run.clone().for_each(|page| {
+                        let _ = block.pages.change(page, State::Resolving, to);
+                        WAITS.wake(block.hva_of(page));
+                    }),
                 }
                 wake(memory, block, &run)?;
                 dropped?;
@@ -145,9 +149,22 @@ fn empty(block: &Block, at: u64, len: u64) -> Result<()> {
 /// (SIGBUS for threads and vCPUs, EFAULT for system calls). Without UFFDIO_POISON the page becomes inaccessible: SIGSEGV, EFAULT.
 /// Returns how many became so.
 pub fn lose(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
+    lose_if(memory, block, pages, || true)
+}
+
+/// Makes a page LOST because the resolver said so. Not if its call was overtaken: it was for a page that has gone since.
+pub fn lose_claimed(memory: &Memory, block: &Block, page: u64, claim: &Claim<'_>) -> Result<u64> {
+    lose_if(memory, block, page..page + 1, || !claim.is_overtaken())
+}
+
+/// `is_due` is asked in each gate.
+fn lose_if(memory: &Memory, block: &Block, pages: Range<u64>, is_due: impl Fn() -> bool) -> Result<u64> {
     let mut lost = 0;
     for group in gate_groups(pages) {
         let _pass = memory.gates.discard(block.gate_of(group.start));
+        if !is_due() {
+            continue;
+        }
         let take = |page| {
             let taken = |from| block.pages.change(page, from, State::Lost).is_ok();
             taken(State::Absent) || taken(State::Resolving)
@@ -160,6 +177,33 @@ pub fn lose(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
         }
     }
     Ok(lost)
+}
+
+/// Makes pages ABSENT that a resolver has announced (KVMFAULT_PENDING) and that have not come, so that the resolver is asked for them anew. A page
+/// whose resolver call is under way follows when that call returns, whatever it answers. Returns how many there were of both.
+pub fn withdraw(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
+    let mut withdrawn = 0;
+    for group in gate_groups(pages) {
+        if block.pages.count(group.clone(), State::Resolving) == 0 {
+            continue;
+        }
+        let _pass = memory.gates.discard(block.gate_of(group.start));
+        for run in runs(group, |page| block.pages.get(page) == State::Resolving) {
+            withdrawn += run.end - run.start;
+            make_absent(block, &run);
+            wake(memory, block, &run)?;
+        }
+    }
+    Ok(withdrawn)
+}
+
+/// RESOLVING pages that no other thread makes PRESENT now become ABSENT, but for those whose resolver call is under way: these do so when it returns.
+fn make_absent(block: &Block, run: &Range<u64>) {
+    let overtaken = calls::overtake(block, run.clone());
+    for page in run.clone().filter(|page| !overtaken.contains(page)) {
+        let _ = block.pages.change(page, State::Resolving, State::Absent);
+        WAITS.wake(block.hva_of(page));
+    }
 }
 
 /// Somebody has come to a page that is LOST, and was not told so: it isn't shown any more, as the VMM has dropped it by itself (MADV_DONTNEED).

@@ -13,7 +13,6 @@ use crate::kernel::mem::{self, Kind, Mapping, PAGE};
 use crate::kernel::uffd::Step;
 use crate::stats::Stats;
 use once_cell::sync::Lazy;
-use std::cell::Cell;
 use std::ops::Range;
 
 /// How a page's bytes come.
@@ -45,46 +44,6 @@ static ZEROS: Lazy<Result<Mapping>> = Lazy::new(|| Mapping::anonymous(1 << 30));
 /// So often in a row something may be in an absent page's place.
 const MOST_IN_THE_WAY: u32 = 1000;
 
-thread_local! {
-    /// The page that a resolver is bringing on this thread (its address, 0 for none), and whether an install of this thread saw it present.
-    static WATCHED: Cell<(u64, bool)> = const { Cell::new((0, false)) };
-}
-
-/// Watches one page for as long as a resolver is called for it. Its state alone doesn't tell whether the resolver brought it: it may
-/// have been discarded since, and somebody else may be bringing it anew.
-pub struct Watch((u64, bool));
-
-impl Watch {
-    /// Begins.
-    pub fn new(block: &Block, page: u64) -> Watch {
-        Watch(WATCHED.replace((block.hva_of(page), false)))
-    }
-
-    /// Was the page present at some time since?
-    pub fn saw_it(&self) -> bool {
-        WATCHED.get().1
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        WATCHED.set(self.0);
-    }
-}
-
-/// Is this thread bringing the page at this address?
-pub fn is_watched(hva: u64) -> bool {
-    WATCHED.get().0 == hva
-}
-
-/// These pages are present at this moment.
-fn see(block: &Block, pages: Range<u64>) {
-    let (hva, seen) = WATCHED.get();
-    if !seen && (block.hva_of(pages.start)..block.hva_of(pages.end)).contains(&hva) {
-        WATCHED.set((hva, true));
-    }
-}
-
 /// Makes pages of a block present; pages that are so already are skipped. Returns how many became present by this call.
 /// On an error the pages before the failing one stay installed.
 pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
@@ -97,10 +56,7 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
         let pass = memory.gates.install(block.gate_of(page));
         while page < end {
             match block.pages.get(page) {
-                State::Present => {
-                    see(block, page..page + 1);
-                    page += 1;
-                }
+                State::Present => page += 1,
                 State::Lost => fail!(EHWPOISON, "the page at hva {:#x} is lost; discard it first", block.hva_of(page)),
                 _ => {
                     let run_end = (page + 1..end)
@@ -219,12 +175,10 @@ fn publish(memory: &Memory, block: &Block, run: Range<u64>, source: Source, stat
     map_alias(memory, block, run.clone(), stats)?;
     block.set_exits(run.clone(), false);
     let mut installed = 0;
-    let watched = run.clone();
     for page in run {
         installed += block.pages.make_present(page) as u64;
         WAITS.wake(block.hva_of(page));
     }
-    see(block, watched);
     match source {
         Source::Copy(_) => stats.pages_copied.add(installed),
         Source::Zero => stats.pages_zeroed.add(installed),
@@ -255,7 +209,6 @@ fn arrive(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Res
             map_deferred(memory, block, word, stats)?;
         }
     }
-    see(block, run);
     stats.pages_mapped.add(installed);
     Ok(installed)
 }

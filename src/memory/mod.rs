@@ -4,6 +4,7 @@
 //! states belong to the block, so that two slots on one host range can't disagree.
 
 pub mod block;
+pub mod calls;
 pub mod discard;
 pub mod install;
 pub mod pages;
@@ -16,7 +17,7 @@ use crate::stats::Shards;
 use arc_swap::{ArcSwap, Guard};
 use block::Block;
 use slots::Slots;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use wait::Gates;
 
 /// The memory of one VM.
@@ -28,6 +29,8 @@ pub struct Memory {
     pub external: bool,
     /// Keeps discards and installs of a page apart.
     pub gates: Gates,
+    /// For pages that are given back (see `calls`): one at a time.
+    pub giving_back: Mutex<()>,
     /// What nobody else's counters cover: reader threads and calls from outside.
     pub stats: Shards,
     slots: ArcSwap<Slots>,
@@ -37,7 +40,7 @@ impl Memory {
     /// No slots yet.
     pub fn new(uffd: Uffd, external: bool) -> Memory {
         let slots = ArcSwap::from_pointee(Slots::default());
-        Memory { uffd, external, gates: Gates::new(), stats: Shards::default(), slots }
+        Memory { uffd, external, gates: Gates::new(), giving_back: Mutex::new(()), stats: Shards::default(), slots }
     }
 
     /// Registers the VMM's mapping of a new block, for as long as the registration is kept; nothing where that is the VMM's own affair.

@@ -62,6 +62,16 @@ impl Pages {
         self.len == 0
     }
 
+    /// What names a page among all pages of the process, for as long as these states exist: even, and not 0.
+    pub fn key_of(&self, page: u64) -> u64 {
+        (self.words.address() * 4 + page) << 1
+    }
+
+    /// The page of such a name, if it is one of these.
+    pub fn page_of_key(&self, key: u64) -> Option<u64> {
+        (key >> 1).checked_sub(self.words.address() * 4).filter(|&page| page < self.len)
+    }
+
     /// A page's state.
     pub fn get(&self, page: u64) -> State {
         State::from_bits(self.words.atomics()[(page / PER_WORD) as usize].load(SeqCst) >> (page % PER_WORD * 2))

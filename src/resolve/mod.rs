@@ -1,7 +1,6 @@
 //! Who brings a page: exactly one caller at a time, through the VMM's resolver; the others wait for it.
 
 pub mod callbacks;
-pub mod calls;
 pub mod file_source;
 pub mod fill;
 pub mod readahead;
@@ -14,10 +13,11 @@ use crate::error::{fail, Error, Result};
 use crate::kernel::abi::Access;
 use crate::kernel::thread::Wake;
 use crate::memory::block::Block;
+use crate::memory::calls::Claim;
 use crate::memory::pages::State;
 use crate::memory::slots::Slot;
 use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
-use crate::memory::{discard, install, Memory};
+use crate::memory::{discard, Memory};
 use crate::stats::Stats;
 use arc_swap::ArcSwapOption;
 use callbacks::Holder;
@@ -95,6 +95,16 @@ pub enum More<'a> {
 impl More<'_> {
     /// Nothing.
     pub const NOTHING: Self = More::UpTo { end: 0, most: 1 };
+}
+
+/// What became of a resolver call.
+enum Brought {
+    /// The fault is over.
+    Ended(Outcome),
+    /// The page is announced.
+    Pending,
+    /// The call was overtaken (see `calls`), or the VM was shut down: the fault begins again.
+    Anew,
 }
 
 /// What a resolver answers.
@@ -322,24 +332,25 @@ impl Engine {
                     }
                 }
                 State::Absent => {
-                    if block.pages.change(page, State::Absent, State::Resolving).is_err() {
-                        continue;
-                    }
                     let wakes = need.waiter.is_some() || need.origin == Origin::Fill;
-                    let ours = Ours { engine: self, block, page, wakes };
+                    let Some(claim) = Claim::take(&self.memory, block, page, wakes) else { continue };
                     let slots = self.memory.slots();
                     let Some(slot) = slots.showing(block, page) else {
                         return Ok(Outcome::Gone);
                     };
                     let plan = self.plan(slot, page, need.more);
-                    let concluded = self.bring(ours, slot, need, &plan)?;
+                    let brought = self.bring(claim, slot, page, need, &plan)?;
                     if !plan.is_contiguous() {
                         self.bring_beyond(slot, page, need, plan);
                     }
-                    match concluded {
-                        Some(outcome) => return Ok(outcome),
-                        None if need.waiter.is_none() && !self.is_shut_down() => return Ok(Outcome::Pending),
-                        None => waited = true, // pending, or the VM was shut down
+                    match brought {
+                        Brought::Ended(outcome) => return Ok(outcome),
+                        Brought::Pending if need.waiter.is_none() => return Ok(Outcome::Pending),
+                        Brought::Pending => waited = true,
+                        Brought::Anew if need.waiter.is_some_and(Waiter::must_leave) => {
+                            return Ok(Outcome::Interrupted)
+                        }
+                        Brought::Anew => {}
                     }
                 }
             }
@@ -359,10 +370,10 @@ impl Engine {
         }
     }
 
-    /// Has the resolver bring a page that is ours, and what is absent around it according to the plan. If that fails, the page alone: what
+    /// Has the resolver bring a page that was claimed, and what is absent around it according to the plan. If that fails, the page alone: what
     /// nobody has asked for must not cost the guest what it needs.
-    fn bring(&self, ours: Ours<'_>, slot: &Slot, need: &Need<'_>, plan: &Plan) -> Result<Option<Outcome>> {
-        let (block, page) = (ours.block, ours.page);
+    fn bring(&self, claim: Claim<'_>, slot: &Slot, page: u64, need: &Need<'_>, plan: &Plan) -> Result<Brought> {
+        let block = &slot.block;
         let mut window = match plan.count {
             1 => page..page + 1,
             _ if plan.is_contiguous() => {
@@ -387,40 +398,38 @@ impl Engine {
         };
         let counted = if matches!(need.more, More::Ahead(_)) { ahead } else { 0 };
         need.stats.ahead_asked.add(counted);
-        let (mut answer, mut came) = self.ask(block, page, &fault, need.stats);
-        if ahead > 0 && !came && matches!(answer, Answer::Failed(_)) && block.pages.get(page) == State::Resolving {
+        let mut answer = self.ask(block, page, &fault, need.stats);
+        let is_ours = || !claim.is_overtaken() && block.pages.get(page) == State::Resolving;
+        if ahead > 0 && matches!(answer, Answer::Failed(_)) && is_ours() {
             need.stats.ahead_failed.add(counted);
             window = page..page + 1;
             fault.window = fault.gpa..fault.gpa + fault.len;
-            (answer, came) = self.ask(block, page, &fault, need.stats);
+            answer = self.ask(block, page, &fault, need.stats);
         }
         if self.is_shut_down() {
             // Whatever the resolver says: with its VM freed it could not do what it meant to.
-            return Ok(None);
+            return Ok(Brought::Anew);
         }
-        let concluded = self.conclude(ours, answer, &fault, came)?;
-        let is_needed = need.origin != Origin::Fill && matches!(concluded, None | Some(Outcome::Installed));
+        let brought = self.conclude(claim, block, page, answer, &fault)?;
+        let is_needed =
+            need.origin != Origin::Fill && matches!(brought, Brought::Pending | Brought::Ended(Outcome::Installed));
         if is_needed && self.records.load(SeqCst) {
             if let Some(recorder) = self.recorder.load().as_ref() {
                 recorder.note(block, &window);
             }
         }
-        Ok(concluded)
+        Ok(brought)
     }
 
-    /// One call of the resolver: its answer, and whether the page came for certain. Not if it has come by itself meanwhile.
-    fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> (Answer, bool) {
-        // Dropped last, and with it perhaps the resolver: the VMM's finalizer finds nothing under way.
-        let callbacks = self.callbacks.get();
-        let Some(callbacks) = callbacks.as_ref() else { return (Answer::Failed(libc::ESHUTDOWN), false) };
-        let _call = calls::begin(fault.hva);
+    /// One call of the resolver. Not if the page has come by itself meanwhile.
+    fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> Answer {
         if block.pages.get(page) == State::Present {
-            return (Answer::Resolved, true);
+            return Answer::Resolved;
         }
+        let callbacks = self.callbacks.get();
+        let Some(callbacks) = callbacks.as_ref() else { return Answer::Failed(libc::ESHUTDOWN) };
         stats.resolver_calls.add(1);
-        let watch = install::Watch::new(block, page);
-        let answer = callback(|| callbacks.resolver().resolve(fault));
-        (answer, watch.saw_it())
+        callback(|| callbacks.resolver().resolve(fault))
     }
 
     /// The further pages of a strided run: a call each, for as long as they are brought quickly and nobody kicks. What fails stays absent.
@@ -433,47 +442,45 @@ impl Engine {
                 return;
             }
             let block = &slot.block;
-            if block.pages.change(page, State::Absent, State::Resolving).is_ok() {
+            if let Some(claim) = Claim::take(&self.memory, block, page, true) {
                 need.stats.ahead_asked.add(1);
-                let ours = Ours { engine: self, block, page, wakes: true };
-                match self.bring(ours, slot, &prefetch, &Plan::ALONE) {
-                    Ok(None | Some(Outcome::Installed)) => {}
+                match self.bring(claim, slot, page, &prefetch, &Plan::ALONE) {
+                    Ok(Brought::Pending | Brought::Ended(Outcome::Installed)) => {}
                     _ => need.stats.ahead_failed.add(1),
                 }
             }
         }
     }
 
-    /// What the answer means for the page that was ours to bring; None if it is pending. `came`: the resolver installed it for certain,
-    /// whatever has become of it since.
-    fn conclude(&self, ours: Ours<'_>, answer: Answer, fault: &Fault, came: bool) -> Result<Option<Outcome>> {
-        let (block, page) = (ours.block, ours.page);
-        let is_present = came || block.pages.get(page) == State::Present;
-        let mut ours = Some(ours);
-        if came {
-            // If it is being resolved now, it is by somebody else.
-            std::mem::forget(ours.take());
-        }
+    /// What the answer means for the page that was claimed.
+    fn conclude(&self, claim: Claim<'_>, block: &Block, page: u64, answer: Answer, fault: &Fault) -> Result<Brought> {
+        let is_present = block.pages.get(page) == State::Present;
         let at = || format!("gpa {:#x} (slot {:#x})", fault.gpa, fault.slot);
         match answer {
             Answer::Resolved | Answer::Failed(libc::EEXIST) if is_present => {
-                std::mem::forget(ours);
-                Ok(Some(Outcome::Installed))
+                claim.settle();
+                Ok(Brought::Ended(Outcome::Installed))
             }
-            // Installed, and discarded by somebody else since.
-            Answer::Resolved if block.pages.get(page) == State::Absent => Ok(Some(Outcome::Retry)),
-            Answer::Pending => {
-                std::mem::forget(ours);
-                Ok(None)
-            }
+            Answer::Pending => Ok(if claim.settle() { Brought::Pending } else { Brought::Anew }),
             // Given up meanwhile (kvmfault_pages_lost), from which everything that the resolver could say follows.
-            _ if block.pages.get(page) == State::Lost => Ok(Some(Outcome::Lost)),
-            Answer::Lost => {
-                discard::lose(&self.memory, block, page..page + 1)?;
-                let lost = block.pages.get(page) == State::Lost;
-                Ok(Some(if lost { Outcome::Lost } else { Outcome::Installed }))
+            _ if block.pages.get(page) == State::Lost => {
+                claim.settle();
+                Ok(Brought::Ended(Outcome::Lost))
             }
-            Answer::Retry => Ok(Some(Outcome::Retry)),
+            // Brought, and discarded since: the guest comes again if it still needs the page.
+            Answer::Resolved | Answer::Failed(libc::EEXIST) if claim.is_overtaken() => {
+                Ok(Brought::Ended(Outcome::Installed))
+            }
+            _ if claim.is_overtaken() => Ok(Brought::Anew),
+            Answer::Lost => {
+                discard::lose_claimed(&self.memory, block, page, &claim)?;
+                Ok(match block.pages.get(page) {
+                    State::Lost => Brought::Ended(Outcome::Lost),
+                    State::Present => Brought::Ended(Outcome::Installed),
+                    _ => Brought::Anew,
+                })
+            }
+            Answer::Retry => Ok(Brought::Ended(Outcome::Retry)),
             Answer::Resolved => fail!(EPROTO, "the resolver said KVMFAULT_RESOLVED but installed nothing at {}", at()),
             Answer::Failed(errno) => {
                 let error = std::io::Error::from_raw_os_error(errno);
@@ -514,29 +521,6 @@ impl Engine {
         if let Ok(mut failing) = self.failing.lock() {
             failing.remove(&hva);
             self.failing_len.store(failing.len(), SeqCst);
-        }
-    }
-}
-
-/// A page that is ours to bring. Dropped without success, it is absent again and others are told: on errors, and should a
-/// resolver panic.
-struct Ours<'a> {
-    engine: &'a Engine,
-    block: &'a Arc<Block>,
-    page: u64,
-    /// Whoever sleeps in userfaultfd for the page is to be woken now, and not by the reader thread after a pause.
-    wakes: bool,
-}
-
-impl Drop for Ours<'_> {
-    fn drop(&mut self) {
-        if self.block.pages.change(self.page, State::Resolving, State::Absent).is_ok() {
-            WAITS.wake(self.block.hva_of(self.page));
-            if !self.wakes {
-                return;
-            }
-            // Whoever sleeps in userfaultfd looks again, and so asks the resolver anew. Nothing to do if the memory is gone.
-            let _ = discard::wake(&self.engine.memory, self.block, &(self.page..self.page + 1));
         }
     }
 }

@@ -4,12 +4,12 @@
 use super::readahead::Runs;
 use super::seat::News;
 use super::strays::Strays;
-use super::{calls, pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
+use super::{pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{Error, Result};
 use crate::kernel::thread::{block_all_signals, poll, Flag};
 use crate::kernel::uffd::{Message, FEATURE_POISON};
 use crate::memory::block::Block;
-use crate::memory::{discard, install};
+use crate::memory::{calls, discard, install};
 use std::os::fd::AsRawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{mpsc, Arc, Mutex};
