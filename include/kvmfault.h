@@ -105,6 +105,26 @@
 #define KVMFAULT_PAGE_LOST 3
 
 /*
+ * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_ABSENT.
+ */
+#define KVMFAULT_STATE_ABSENT (1 << 0)
+
+/*
+ * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_RESOLVING.
+ */
+#define KVMFAULT_STATE_RESOLVING (1 << 1)
+
+/*
+ * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_PRESENT.
+ */
+#define KVMFAULT_STATE_PRESENT (1 << 2)
+
+/*
+ * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_LOST.
+ */
+#define KVMFAULT_STATE_LOST (1 << 3)
+
+/*
  * What a resolver returns: the page is installed now (before returning).
  */
 #define KVMFAULT_RESOLVED 0
@@ -474,6 +494,13 @@ struct kvmfault_fault {
  * resolver is asked again after a pause that grows to a second. KVMFAULT_RESOLVED without an
  * installed page, and any other value, become -EPROTO. If the page was given up meanwhile
  * (`kvmfault_pages_lost`), it is LOST whatever the resolver returns.
+ *
+ * A call is overtaken if another thread makes its page missing anew while it is under way: by
+ * `kvmfault_pages_discard` after the page was installed or given up, or by
+ * `kvmfault_pages_withdraw`. The page then stays KVMFAULT_PAGE_RESOLVING, without a second call,
+ * until the call returns. Its answer, an error too, counts for nothing: the page is absent (or
+ * present, if it was installed since), and the resolver is called again for threads that still need
+ * it. A call that never returns therefore keeps its page from ever being asked for again.
  */
 typedef int (*kvmfault_resolver)(void *opaque,
                                  struct kvmfault_vm *vm,
@@ -1280,6 +1307,10 @@ int kvmfault_pages_lost(const struct kvmfault_vm *vm,
  * balloon, or for a post-copy that will fetch them anew. Pages that are being resolved stay so. Use
  * this and not madvise(2): the library must know.
  *
+ * A page that was installed or given up while a resolver call for it is under way stays
+ * KVMFAULT_PAGE_RESOLVING until that call returns, and is absent then; there is no second call for
+ * it meanwhile (see `kvmfault_resolver`).
+ *
  * Returns 0; -ENOENT and -EINVAL as above, and -EINVAL for memory that is locked (mlock(2)); -EBUSY
  * if vCPUs use the pages faster than they can be taken away. Present pages that could not be
  * dropped are still present then. Any thread; not from callbacks.
@@ -1287,6 +1318,24 @@ int kvmfault_pages_lost(const struct kvmfault_vm *vm,
 int kvmfault_pages_discard(const struct kvmfault_vm *vm,
                            uint64_t gpa,
                            uint64_t len);
+
+/*
+ * Withdraws announcements: pages for which the resolver returned KVMFAULT_PENDING, and that have
+ * not come, are absent again, and the resolver is called anew for vCPUs and threads that wait for
+ * them (and by a fill under way). For post-copy recovery: the connection over which the pages were
+ * asked for has died. A page whose resolver call is under way is withdrawn, too: it is absent when
+ * that call returns, whatever that answers, KVMFAULT_PENDING included (see `kvmfault_resolver`). A
+ * page that is installed before or after is present as ever. PRESENT, LOST and ABSENT pages stay as
+ * they are. `gpa` and `len` are multiples of the memory's page size, inside one slot. Also for VMs
+ * with KVMFAULT_VM_EXTERNAL_UFFD, where it concerns vCPUs that wait; who waits in the VMM's own
+ * userfaultfd is the VMM's to wake.
+ *
+ * Returns how many pages were withdrawn, 0 or more; -ENOENT and -EINVAL as
+ * `kvmfault_pages_install`. Any thread, also in callbacks.
+ */
+int64_t kvmfault_pages_withdraw(const struct kvmfault_vm *vm,
+                                uint64_t gpa,
+                                uint64_t len);
 
 /*
  * Brings pages now, through the resolver, on the calling thread; waits for those that somebody else
@@ -1311,6 +1360,28 @@ int kvmfault_pages_resolve(const struct kvmfault_vm *vm,
  */
 int kvmfault_pages_state(const struct kvmfault_vm *vm,
                          uint64_t gpa);
+
+/*
+ * The states of a range as a bitmap: one bit a page of the memory's page size, set if the page is
+ * in one of `states` (KVMFAULT_STATE_* bits, at least one). Bit n % 8 of byte n / 8 is page n of
+ * the range, as in little-endian 64-bit words and in KVM's dirty log; bits beyond the last page are
+ * 0. Writes as many whole 64-bit words as the pages need and no more: `size`, in bytes, is at least
+ * 8 * ((len / page size + 63) / 64). `bitmap` needs no alignment. `gpa` and `len` are multiples of
+ * the memory's page size, inside one slot.
+ *
+ * A snapshot: each page is looked at once, while others may change. A page that was RESOLVING may
+ * be present by the time the call returns.
+ *
+ * Returns how many bits are set, 0 or more. -EINVAL: alignment, `len` 0, beyond the slot's end,
+ * `states` 0 or with unknown bits, `bitmap` NULL, `size` too small. -ENOENT: `gpa` is in no slot.
+ * -EFAULT: `bitmap` can't be written. Any thread, also in callbacks.
+ */
+int64_t kvmfault_pages_bitmap(const struct kvmfault_vm *vm,
+                              uint64_t gpa,
+                              uint64_t len,
+                              uint32_t states,
+                              void *bitmap,
+                              size_t size);
 
 /*
  * How many pages of all memory are not there yet (absent or being resolved; pages that two slots

@@ -5,7 +5,7 @@ pub mod memslots;
 
 use crate::error::{fail, Error, Result};
 use crate::kernel::kvm::{Descriptor, Role};
-use crate::kernel::mem::Kind;
+use crate::kernel::mem::{self, Kind};
 use crate::kernel::process::Process;
 use crate::kernel::thread::Flag;
 use crate::kernel::uffd::{Uffd, FEATURE_POISON};
@@ -18,9 +18,7 @@ use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{Patience, Sleeper};
 use crate::memory::{calls, discard, Memory};
 use crate::resolve::fill::Fill;
-use crate::resolve::{
-    calls, pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES,
-};
+use crate::resolve::{pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
 use crate::stats::Stats;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -304,6 +302,37 @@ impl Vm {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
         discard::discard(&self.engine.memory, &slot.block, pages, self.engine.memory.stats.here())
+    }
+
+    /// Makes announced pages absent again; how many there were.
+    pub fn withdraw(&self, gpa: u64, len: u64) -> Result<u64> {
+        let slots = self.engine.memory.slots();
+        let (slot, pages) = self.pages(&slots, gpa, len)?;
+        discard::withdraw(&self.engine.memory, &slot.block, pages)
+    }
+
+    /// Writes a bit a page to `to`: is its state in this set (bit n for state n)? How many are.
+    pub fn bitmap(&self, gpa: u64, len: u64, states: u32, to: u64, size: u64) -> Result<u64> {
+        let slots = self.engine.memory.slots();
+        let (slot, pages) = self.pages(&slots, gpa, len)?;
+        let needed = (pages.end - pages.start).div_ceil(64) * 8;
+        if size < needed {
+            fail!(EINVAL, "size: {size} bytes are less than the {needed} that {} pages need", pages.end - pages.start);
+        }
+        let mut set = 0;
+        // In pieces: a bitmap may be long, and its place is the VMM's.
+        const PIECE: u64 = 64 * 512;
+        for start in pages.clone().step_by(PIECE as usize) {
+            let mut bytes = [0; PIECE as usize / 8];
+            let end = pages.end.min(start + PIECE);
+            for page in (start..end).filter(|&page| states >> slot.block.pages.get(page) as u32 & 1 != 0) {
+                bytes[((page - start) / 8) as usize] |= 1 << ((page - start) % 8);
+                set += 1;
+            }
+            let bytes = &bytes[..((end - start).div_ceil(64) * 8) as usize];
+            mem::write(to.wrapping_add((start - pages.start) / 8), bytes).map_err(|e| e.context("bitmap"))?;
+        }
+        Ok(set)
     }
 
     /// Brings pages through the resolver, on this thread; waits for those that others are bringing.

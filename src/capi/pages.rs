@@ -127,6 +127,22 @@ pub unsafe extern "C" fn kvmfault_pages_discard(vm: *const kvmfault_vm, gpa: u64
     })
 }
 
+/// Withdraws announcements: pages for which the resolver returned KVMFAULT_PENDING, and that have not come, are absent again, and the resolver is
+/// called anew for vCPUs and threads that wait for them (and by a fill under way). For post-copy recovery: the connection over which the pages
+/// were asked for has died. A page whose resolver call is under way is withdrawn, too: it is absent when that call returns, whatever that
+/// answers, KVMFAULT_PENDING included (see `kvmfault_resolver`). A page that is installed before or after is present as ever. PRESENT, LOST and
+/// ABSENT pages stay as they are. `gpa` and `len` are multiples of the memory's page size, inside one slot. Also for VMs with
+/// KVMFAULT_VM_EXTERNAL_UFFD, where it concerns vCPUs that wait; who waits in the VMM's own userfaultfd is the VMM's to wake.
+///
+/// Returns how many pages were withdrawn, 0 or more; -ENOENT and -EINVAL as `kvmfault_pages_install`. Any thread, also in callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_withdraw(vm: *const kvmfault_vm, gpa: u64, len: u64) -> i64 {
+    with_wide("kvmfault_pages_withdraw", vm, |vm| Ok(vm.withdraw(gpa, len)? as i64))
+}
+
 /// Brings pages now, through the resolver, on the calling thread; waits for those that somebody else is bringing. For memory that must be
 /// present before something touches it that can't wait or fails quietly: I/O on the memory's descriptor (pread, pwrite, sendfile, splice), a second mapping
 /// of it, or another process. With `poison-trap` that is also what KVM itself accesses outside of guest instructions, and `kvmfault_vcpu_run` doesn't bring by itself (guest page tables, where `kvmfault_probe.two_dimensional_paging` is 0;
@@ -152,6 +168,38 @@ pub unsafe extern "C" fn kvmfault_pages_resolve(vm: *const kvmfault_vm, gpa: u64
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_pages_state(vm: *const kvmfault_vm, gpa: u64) -> c_int {
     with("kvmfault_pages_state", vm, |vm| Ok(vm.state(gpa)? as c_int))
+}
+
+/// The states of a range as a bitmap: one bit a page of the memory's page size, set if the page is in one of `states` (KVMFAULT_STATE_* bits, at
+/// least one). Bit n % 8 of byte n / 8 is page n of the range, as in little-endian 64-bit words and in KVM's dirty log; bits beyond the last page
+/// are 0. Writes as many whole 64-bit words as the pages need and no more: `size`, in bytes, is at least 8 * ((len / page size + 63) / 64).
+/// `bitmap` needs no alignment. `gpa` and `len` are multiples of the memory's page size, inside one slot.
+///
+/// A snapshot: each page is looked at once, while others may change. A page that was RESOLVING may be present by the time the call returns.
+///
+/// Returns how many bits are set, 0 or more. -EINVAL: alignment, `len` 0, beyond the slot's end, `states` 0 or with unknown bits, `bitmap` NULL,
+/// `size` too small. -ENOENT: `gpa` is in no slot. -EFAULT: `bitmap` can't be written. Any thread, also in callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library. `bitmap` needs no checks of ours: the kernel writes it.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_bitmap(
+    vm: *const kvmfault_vm,
+    gpa: u64,
+    len: u64,
+    states: u32,
+    bitmap: *mut c_void,
+    size: usize,
+) -> i64 {
+    with_wide("kvmfault_pages_bitmap", vm, |vm| {
+        if states == 0 || states > 15 {
+            fail!(EINVAL, "states: {states:#x} is not a set of KVMFAULT_STATE_*");
+        }
+        if bitmap.is_null() {
+            fail!(EINVAL, "bitmap: is NULL");
+        }
+        vm.bitmap(gpa, len, states, bitmap as u64, size as u64).map(|set| set as i64)
+    })
 }
 
 /// How many pages of all memory are not there yet (absent or being resolved; pages that two slots show count once), or -errno. Takes time

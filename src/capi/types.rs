@@ -21,6 +21,15 @@ pub const KVMFAULT_PAGE_PRESENT: c_int = 2;
 /// The page can't be had; whoever touches it gets a memory error.
 pub const KVMFAULT_PAGE_LOST: c_int = 3;
 
+/// For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_ABSENT.
+pub const KVMFAULT_STATE_ABSENT: u32 = 1 << 0;
+/// For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_RESOLVING.
+pub const KVMFAULT_STATE_RESOLVING: u32 = 1 << 1;
+/// For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_PRESENT.
+pub const KVMFAULT_STATE_PRESENT: u32 = 1 << 2;
+/// For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_LOST.
+pub const KVMFAULT_STATE_LOST: u32 = 1 << 3;
+
 /// What a resolver returns: the page is installed now (before returning).
 pub const KVMFAULT_RESOLVED: c_int = 0;
 /// The page is installed later, from any thread; until then threads that need it sleep (vCPUs interruptibly). It may also be installed before

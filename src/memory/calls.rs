@@ -137,6 +137,14 @@ impl<'a> Claim<'a> {
         self.place.page.load(Acquire) & OVERTAKEN != 0
     }
 
+    /// The same, and a discard that is under way has said so: the page was seen neither PRESENT nor LOST.
+    pub fn is_overtaken_after_all(&self) -> bool {
+        if !self.is_overtaken() {
+            drop(self.memory.gates.install(self.block.gate_of(self.page)));
+        }
+        self.is_overtaken()
+    }
+
     /// The page's state is as it is to stay: PRESENT, LOST, or RESOLVING if the resolver has announced it. False if the call was overtaken: then
     /// the page is ABSENT again, unless it has come by another way.
     pub fn settle(mut self) -> bool {
@@ -170,6 +178,9 @@ impl<'a> Claim<'a> {
             given
         };
         if given {
+            if overtaken {
+                self.memory.withdrawn.fetch_add(1, Relaxed);
+            }
             WAITS.wake(self.block.hva_of(self.page));
             if self.wakes || overtaken {
                 // Threads asleep in userfaultfd look again, and so ask the resolver anew. Nothing to do if the memory is gone.

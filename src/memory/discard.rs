@@ -191,6 +191,7 @@ pub fn withdraw(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64
         for run in runs(group, |page| block.pages.get(page) == State::Resolving) {
             withdrawn += run.end - run.start;
             make_absent(block, &run);
+            memory.withdrawn.fetch_add(1, Ordering::Relaxed);
             wake(memory, block, &run)?;
         }
     }

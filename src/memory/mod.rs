@@ -17,6 +17,7 @@ use crate::stats::Shards;
 use arc_swap::{ArcSwap, Guard};
 use block::Block;
 use slots::Slots;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use wait::Gates;
 
@@ -31,6 +32,8 @@ pub struct Memory {
     pub gates: Gates,
     /// For pages that are given back (see `calls`): one at a time.
     pub giving_back: Mutex<()>,
+    /// How often pages were made missing that had been asked for: for a fill, which then asks again.
+    pub withdrawn: AtomicU32,
     /// What nobody else's counters cover: reader threads and calls from outside.
     pub stats: Shards,
     slots: ArcSwap<Slots>,
@@ -40,7 +43,15 @@ impl Memory {
     /// No slots yet.
     pub fn new(uffd: Uffd, external: bool) -> Memory {
         let slots = ArcSwap::from_pointee(Slots::default());
-        Memory { uffd, external, gates: Gates::new(), giving_back: Mutex::new(()), stats: Shards::default(), slots }
+        Memory {
+            uffd,
+            external,
+            gates: Gates::new(),
+            giving_back: Mutex::new(()),
+            withdrawn: AtomicU32::new(0),
+            stats: Shards::default(),
+            slots,
+        }
     }
 
     /// Registers the VMM's mapping of a new block, for as long as the registration is kept; nothing where that is the VMM's own affair.

@@ -468,10 +468,10 @@ impl Engine {
                 Ok(Brought::Ended(Outcome::Lost))
             }
             // Brought, and discarded since: the guest comes again if it still needs the page.
-            Answer::Resolved | Answer::Failed(libc::EEXIST) if claim.is_overtaken() => {
+            Answer::Resolved | Answer::Failed(libc::EEXIST) if claim.is_overtaken_after_all() => {
                 Ok(Brought::Ended(Outcome::Installed))
             }
-            _ if claim.is_overtaken() => Ok(Brought::Anew),
+            _ if claim.is_overtaken_after_all() => Ok(Brought::Anew),
             Answer::Lost => {
                 discard::lose_claimed(&self.memory, block, page, &claim)?;
                 Ok(match block.pages.get(page) {

@@ -212,6 +212,7 @@ impl Fill {
         let mut hand = Hand::default();
         let (mut reported, mut left_then) = (Instant::now(), self.total);
         let (mut idle, mut left_before) = (0, u64::MAX);
+        let mut withdrawn = self.engine.memory.withdrawn.load(Relaxed);
         while !self.is_stopped() {
             if reported.elapsed() >= self.options.interval {
                 let progress = self.progress(reported, left_then);
@@ -224,6 +225,12 @@ impl Fill {
                 break;
             }
             if self.work(&mut hand) {
+                continue;
+            }
+            // What was announced and withdrawn is asked for again, whatever is still to come.
+            let now = self.engine.memory.withdrawn.load(Relaxed);
+            if std::mem::replace(&mut withdrawn, now) != now {
+                self.order.lock().map(|mut order| order.start_again()).unwrap_or_default();
                 continue;
             }
             // The pass is over as soon as the others are done with what they have.
