@@ -15,7 +15,6 @@ use crate::kernel::kvm::{Descriptor, Role, Run};
 use crate::kernel::thread::{self, SignalSet};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
-use crate::memory::calls;
 use crate::memory::pages::State;
 use crate::memory::slots::Slot;
 use crate::memory::wait::{LOOK_AROUND, WAITS};

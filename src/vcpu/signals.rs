@@ -3,7 +3,7 @@
 use super::{Exit, MemoryError, Own, Sigbus, Vcpu};
 use crate::error::Result;
 use crate::kernel::{mem, thread};
-use crate::resolve::calls;
+use crate::memory::calls;
 use crate::resolve::seat::News;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::PoisonError;
