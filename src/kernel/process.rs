@@ -58,14 +58,15 @@ pub fn id() -> Result<i32> {
         0 => {}
         id => return Ok(id),
     }
+    // glibc's getpid knows no failure, and leaves errno alone.
     // SAFETY: getpid has no arguments.
-    match unsafe { libc::getpid() } {
+    match unsafe { libc::syscall(libc::SYS_getpid) } {
         id if id > 0 => {
             // Not before a child would forget it.
             if wiped {
                 known.store(id as u64, Relaxed);
             }
-            Ok(id)
+            Ok(id as i32)
         }
         _ => Err(Error::last_os("getpid")),
     }
