@@ -27,7 +27,7 @@ SHARED = $T/release/libkvmfault.so.$(VERSION)
 STAGE = $T/stage
 PROGRAMS = $T/programs
 VM_PROGRAMS = $T/programs-static
-BENCH = $T/bench/sweep $T/bench/background $T/bench/instructions
+BENCH = $T/bench/sweep $T/bench/background $T/bench/pending $T/bench/instructions
 PKG_CONFIG = PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config
 
 .DEFAULT_GOAL = build
@@ -65,6 +65,7 @@ bench: $(BENCH) | setup-bench ## pages a second and latencies, each mechanism be
 	$T/bench/sweep --batch 16 --order sequential --memory anon --vcpus 1,8 --json $T/bench/summary-16.json
 	bench/report $T/bench/summary.json $T/bench/summary-16.json --plot $T/bench/summary.svg
 	$T/bench/background --json $T/bench/background.json
+	$T/bench/pending --json $T/bench/pending.json
 	bench/callgrind $T/bench/instructions --json $T/bench/instructions.json
 	cargo bench --locked --quiet --bench scaling -- --json $(CURDIR)/$T/bench/scaling.json
 	bench/model $T/bench/scaling.json --json $T/bench/model.json
