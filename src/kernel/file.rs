@@ -78,6 +78,15 @@ pub fn memory(fd: RawFd, name: &str) -> Result<u64> {
     }
 }
 
+/// Is it a file of huge pages?
+pub fn is_hugetlb(fd: RawFd) -> bool {
+    // SAFETY: an all-zero statfs is a valid value, and lives during the call.
+    unsafe {
+        let mut fs: libc::statfs = std::mem::zeroed();
+        libc::fstatfs(fd, &mut fs) == 0 && fs.f_type == libc::HUGETLBFS_MAGIC
+    }
+}
+
 /// The first `len` bytes of a file, or all of them if it has fewer.
 pub fn read_start(file: &File, len: u64) -> std::io::Result<Vec<u8>> {
     let mut bytes = vec![0; len as usize];

@@ -15,7 +15,9 @@ pub const HUGE_PAGE: u64 = 2 << 20;
 /// Where a process's addresses end, unless it asks for more.
 pub const ADDRESSES: u64 = 1 << 47;
 
-/// A mapping that this library made; unmapped on drop.
+const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+/// A mapping that this library made; unmapped on drop. None is locked, whatever the process does with its own memory (mlockall(2)).
 #[derive(Debug)]
 pub struct Mapping {
     address: u64,
@@ -25,8 +27,13 @@ pub struct Mapping {
 impl Mapping {
     /// Anonymous zeroed memory, not reserved in advance: only touched pages cost anything.
     pub fn anonymous(len: u64) -> Result<Mapping> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        Mapping::map(0, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0, "mmap of anonymous memory")
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        Mapping::grown(len, prot, PRIVATE, -1, "mmap of anonymous memory")
+    }
+
+    /// Zeros that are only read: the kernel shows one page of zeros everywhere.
+    pub fn zeros(len: u64) -> Result<Mapping> {
+        Mapping::grown(len, libc::PROT_READ, PRIVATE, -1, "mmap of zeros")
     }
 
     /// A shared mapping of `fd`.
@@ -35,20 +42,68 @@ impl Mapping {
         Mapping::map(0, len, prot, libc::MAP_SHARED, fd, offset, "mmap of a shared mapping")
     }
 
+    /// A file of `len` bytes, to be read.
+    pub fn of_file(fd: RawFd, len: u64) -> Result<Mapping> {
+        // hugetlb has no small mapping that could grow.
+        match file::is_hugetlb(fd) {
+            true => Mapping::shared(fd, 0, len, false),
+            false => Mapping::grown(len, libc::PROT_READ, libc::MAP_SHARED, fd, "mmap of a file"),
+        }
+    }
+
+    /// A mapping that the process's mlockall(MCL_FUTURE) doesn't lock, and that its RLIMIT_MEMLOCK doesn't count: one page, unlocked, and grown to
+    /// its length. A mapping is locked, filled and counted when it is made; what grows is as it was.
+    fn grown(len: u64, prot: i32, flags: i32, fd: RawFd, what: &str) -> Result<Mapping> {
+        let first = Mapping::map(0, PAGE, prot, flags, fd, 0, what)?;
+        if len <= PAGE {
+            return Ok(first);
+        }
+        // SAFETY: the page is ours, and nothing refers to it. It moves to a range that the kernel picks, or grows into an unused one.
+        let address =
+            unsafe { libc::mremap(first.address as *mut _, PAGE as usize, len as usize, libc::MREMAP_MAYMOVE) };
+        if address == libc::MAP_FAILED {
+            let error = Error::last_os("mremap of a mapping to its length");
+            drop(first);
+            // A driver's mapping may not grow.
+            return match error.errno {
+                libc::EFAULT | libc::EINVAL => Mapping::map(0, len, prot, flags, fd, 0, what),
+                _ => Err(error.context(what)),
+            };
+        }
+        std::mem::forget(first);
+        Ok(Mapping { address: address as u64, len })
+    }
+
+    /// A mapping in one go. It is inaccessible until it is unlocked: mlockall(MCL_FUTURE) would fill it.
     fn map(at: u64, len: u64, prot: i32, flags: i32, fd: RawFd, offset: u64, what: &str) -> Result<Mapping> {
         // SAFETY: without MAP_FIXED the kernel picks an unused range; nothing that exists is touched.
-        let address = unsafe { libc::mmap(at as *mut _, len as usize, prot, flags, fd, offset as i64) };
+        let address = unsafe { libc::mmap(at as *mut _, len as usize, libc::PROT_NONE, flags, fd, offset as i64) };
         if address == libc::MAP_FAILED {
             return Err(Error::last_os(what));
         }
-        Ok(Mapping { address: address as u64, len })
+        let mapping = Mapping { address: address as u64, len };
+        mapping.open(0, len, prot, what)?;
+        Ok(mapping)
+    }
+
+    /// Makes a part that is inaccessible as yet accessible, and not locked.
+    fn open(&self, at: u64, len: u64, prot: i32, what: &str) -> Result<()> {
+        let address = (self.address + at) as *mut libc::c_void;
+        // SAFETY: the range is ours, and nothing refers to it.
+        let done = unsafe {
+            libc::munlock(address, len as usize);
+            prot == libc::PROT_NONE || libc::mprotect(address, len as usize, prot) == 0
+        };
+        match done {
+            true => Ok(()),
+            false => Err(Error::last_os("mprotect").context(what)),
+        }
     }
 
     /// Room for something of `len` bytes, inaccessible as yet. It begins at the same place in a unit of `align` bytes as `like`, so that huge pages
     /// that fit there fit here.
     pub fn room(len: u64, like: u64, align: u64) -> Result<Mapping> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let mut room = Mapping::map(0, len + align, libc::PROT_NONE, flags, -1, 0, "mmap of room for a mapping")?;
+        let mut room = Mapping::grown(len + align, libc::PROT_NONE, PRIVATE, -1, "mmap of room for a mapping")?;
         let before = like.wrapping_sub(room.address) % align;
         drop(room.split_off(before + len));
         Ok(room.split_off(before))
@@ -67,8 +122,9 @@ impl Mapping {
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
         let to = self.address + at;
         // SAFETY: what is replaced is ours, and Rust holds no reference to it (`self` is borrowed exclusively).
-        let done = unsafe { libc::mmap(to as *mut _, len as usize, prot, flags, fd, offset as i64) };
-        self.filled(done, "mmap of a shared mapping")
+        let done = unsafe { libc::mmap(to as *mut _, len as usize, libc::PROT_NONE, flags, fd, offset as i64) };
+        self.filled(done, "mmap of a shared mapping")?;
+        self.open(at, len, prot, "mmap of a shared mapping")
     }
 
     /// Replaces a part by a second mapping of the shared memory at `hva`, which is one mapping, without knowing its file: mremap(2) with an old

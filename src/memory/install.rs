@@ -9,10 +9,10 @@ use super::pages::State;
 use super::wait::{Pass, Patience, GATE_PAGES, WAITS};
 use super::{discard, Memory};
 use crate::error::{fail, Error, Result};
-use crate::kernel::mem::{self, Kind, Mapping, PAGE};
+use crate::kernel::mem::{self, Kind, Mapping, HUGE_PAGE, PAGE};
 use crate::kernel::uffd::Step;
 use crate::stats::Stats;
-use once_cell::sync::Lazy;
+use once_cell::sync::OnceCell;
 use std::ops::Range;
 
 /// How a page's bytes come.
@@ -38,8 +38,14 @@ impl Source {
     }
 }
 
-/// Zeros to copy where UFFDIO_ZEROPAGE doesn't work: as long as the largest page, and costing nothing, for it is only read.
-static ZEROS: Lazy<Result<Mapping>> = Lazy::new(|| Mapping::anonymous(1 << 30));
+/// Zeros to copy where UFFDIO_ZEROPAGE doesn't work, for pages up to 2 MiB and for those that are larger.
+static ZEROS: [OnceCell<Mapping>; 2] = [const { OnceCell::new() }; 2];
+
+/// As many zeros as a page of this size needs, at least; an error is not kept.
+fn zeros(page: u64) -> Result<(&'static Mapping, u64)> {
+    let (zeros, len) = if page <= HUGE_PAGE { (&ZEROS[0], HUGE_PAGE) } else { (&ZEROS[1], page.max(1 << 30)) };
+    Ok((zeros.get_or_try_init(|| Mapping::zeros(len))?, len))
+}
 
 /// So often in a row something may be in an absent page's place.
 const MOST_IN_THE_WAY: u32 = 1000;
@@ -146,8 +152,8 @@ fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source) -> Res
             memory.uffd.zero(hva, len, block.page).map_err(|e| explain(e, block, hva))
         }
         Source::Zero => {
-            let zeros = ZEROS.as_ref().map_err(Clone::clone)?;
-            let len = len.min((1 << 30) / block.page * block.page).max(block.page);
+            let (zeros, most) = zeros(block.page)?;
+            let len = len.min(most / block.page * block.page).max(block.page);
             memory.uffd.copy(hva, zeros.address(), len, block.page).map_err(|e| explain(e, block, hva))
         }
         Source::Map => memory.uffd.map(hva, len, block.page).map_err(|e| match e.errno {

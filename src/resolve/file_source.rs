@@ -67,7 +67,7 @@ impl FileSource {
             fail!(EINVAL, "ranges: gpa {:#x} is in two of them", pair[1].gpa);
         }
         let data = extents(&file, size)?;
-        let mapping = Mapping::shared(file.as_raw_fd(), 0, size.max(1), false)?;
+        let mapping = Mapping::of_file(file.as_raw_fd(), size.max(1))?;
         Ok(FileSource { mapping, data, ranges })
     }
 
