@@ -178,6 +178,8 @@ static void call_each(void)
 	REFUSED_HERE(kvmfault_pages_discard(vm, RAM_GPA, PAGE));
 	REFUSED_HERE(kvmfault_pages_resolve(vm, absent, PAGE));
 	REFUSED_HERE(kvmfault_pages_state(vm, absent));
+	REFUSED_HERE(kvmfault_pages_withdraw(vm, RAM_GPA, lab.ram.len));
+	REFUSED_HERE(kvmfault_pages_bitmap(vm, RAM_GPA, lab.ram.len, 1, bytes, sizeof(bytes)));
 	REFUSED_HERE(kvmfault_pages_absent(vm));
 	REFUSED_HERE(kvmfault_vcpu_new(vm, &vcpu_options, &no_vcpu));
 	REFUSED_HERE(kvmfault_vcpu_run(vcpu));
