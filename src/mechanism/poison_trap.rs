@@ -82,19 +82,32 @@ impl Mechanism for PoisonTrap {
         if memory.external && !on {
             return discard::release(memory, block);
         }
-        if let (Some(alias), Kind::Shared | Kind::HugetlbShared) = (&block.alias, block.kind) {
-            // Without markers, absent pages whose bytes are in the page cache are minor faults.
-            let minor = !on && has_minor(memory.uffd.features(), block.kind);
-            memory.uffd.register(alias.address(), block.len, Mode { minor, keeps_tables: true })?;
-        }
+        // Without markers, absent pages whose bytes are in the page cache are minor faults: from before the markers go until they are all there.
+        // With a userfaultfd of the VMM's own no reader would serve them.
+        let minor = !memory.external && has_minor(memory.uffd.features(), block.kind);
         match (on, block.is_marked()) {
-            (true, false) => discard::mark(memory, block),
-            (false, true) => discard::unmark(memory, block),
-            _ => Ok(()),
+            (true, false) => {
+                register_alias(memory, block, minor)?;
+                discard::mark(memory, block).inspect_err(|_| drop(discard::unmark(memory, block)))?;
+                register_alias(memory, block, false)
+            }
+            (false, true) => {
+                register_alias(memory, block, minor)?;
+                discard::unmark(memory, block)
+            }
+            (true, true) => Ok(()),
+            (false, false) => register_alias(memory, block, minor),
         }
     }
 
     fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
         install::map_present(memory, block, page, stats)
+    }
+}
+
+fn register_alias(memory: &Memory, block: &Block, minor: bool) -> Result<()> {
+    match &block.alias {
+        Some(alias) => memory.uffd.register(alias.address(), block.len, Mode { minor, keeps_tables: true }),
+        None => Ok(()),
     }
 }
