@@ -341,6 +341,42 @@ static void freed_in_a_resolver(void)
 	forget_handles();
 }
 
+/* KVM's slot outlives the library's VM: what the VMM maps next doesn't become the guest's. */
+static void addresses_kept(void)
+{
+	enum { MAPPINGS = 200, WRITTEN = 0x6b6b6b6b };
+	uint64_t *own[MAPPINGS];
+	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
+	options.resolver = bring_all;
+	lab_set_up_with(&options, MEMFD, 1, 3);
+	struct vcpu *v = lab.m.vcpu[0];
+	vcpu_attach(v);
+	OK(kvmfault_pages_resolve(lab.m.library, RAM_GPA, lab.ram.len));
+	lab_read(v, 1);
+	vcpu_detach(v);
+	struct kvmfault_vm *vm = lab.m.library;
+	lab.m.library = NULL;
+	EQUAL("kvmfault_vm_close", kvmfault_vm_close(vm, -1), 0);
+	for (int i = 0; i < MAPPINGS; i++) {
+		own[i] = mmap(NULL, lab.ram.len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		CHECK(own[i] != MAP_FAILED, "mmap: %s", strerror(errno));
+		memset(own[i], 0x5e, lab.ram.len);
+	}
+	lab.steps[0] = (struct step){ READ64, RAM_GPA + PAGE, 0, 0 };
+	lab.steps[1] = (struct step){ WRITE64, RAM_GPA + 2 * PAGE, WRITTEN, 0 };
+	lab.steps[2] = (struct step){ STOP, 0, 1, 0 };
+	vcpu_load_script(v, lab.steps_gpa);
+	/* An error where its memory was an alias of the library's; else it has its memory as before. */
+	while (ioctl(v->fd, KVM_RUN, 0) < 0 && errno == EINTR)
+		;
+	CHECK(lab.steps[0].value != 0x5e5e5e5e5e5e5e5e, "the guest reads memory of the VMM's own");
+	for (int i = 0; i < MAPPINGS; i++)
+		for (uint64_t at = 0; at < lab.ram.len / 8; at++)
+			CHECK(own[i][at] == 0x5e5e5e5e5e5e5e5e, "the guest has written to memory of the VMM's own");
+	lab.m.finalized = false;
+	lab_tear_down();
+}
+
 static const struct test_case cases[] = {
 	{ "touched-while-set", touched_while_set, true },
 	{ "freed-while-set", freed_while_set, true },
@@ -350,5 +386,6 @@ static const struct test_case cases[] = {
 	{ "finalized-before-handles", finalized_before_handles, true },
 	{ "fill-finalized-at-its-end", fill_finalized_at_its_end, true },
 	{ "freed-in-a-resolver", freed_in_a_resolver, true },
+	{ "addresses-kept", addresses_kept, true },
 };
 TEST_MAIN(cases)

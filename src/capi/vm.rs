@@ -163,8 +163,9 @@ fn string(pointer: *const c_char, name: &str) -> Result<Option<String>> {
 /// install under way writes to it.
 ///
 /// Free it when the guest has stopped, or after deleting the slots: absent pages are no longer brought (private ones that `poison-trap`
-/// has marked stay SIGBUS until they are unmapped), and KVM's slots that use the library's private alias lose their memory. Any thread; also
-/// from callbacks.
+/// has marked stay SIGBUS until they are unmapped), and KVM's slots that use the library's private alias lose their memory. Their addresses stay
+/// taken, inaccessible, for as long as the process lives, so that a guest that runs on gets an error and never what is mapped there next; where the
+/// slots were deleted before, nothing is kept. Any thread; also from callbacks.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
@@ -286,7 +287,7 @@ pub unsafe extern "C" fn kvmfault_memslot_set(vm: *const kvmfault_vm, slot: *con
 }
 
 /// The same for a VMM that does its own ioctl: registers the slot and fills in *region with what KVM is to be told. From then on the
-/// library takes the slot for set. To delete: first KVM, then this with `len` 0. If the VMM's ioctl fails, undo with `len` 0.
+/// library takes the slot for set. To delete (also before a slot is set anew on other memory): first KVM, then this with `len` 0. If the VMM's ioctl fails, undo with `len` 0.
 ///
 /// Errors as `kvmfault_memslot_set`. Any thread; calls take turns; not from callbacks.
 ///

@@ -159,6 +159,15 @@ impl Mapping {
         unsafe { libc::munlock(self.address as *const _, self.len as usize) };
     }
 
+    /// Gives the memory back, but never the addresses: the kernel may still have them (as a memslot's), and would reach whatever is mapped there next.
+    /// What is left is inaccessible and costs no memory.
+    pub fn keep_addresses(self) {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // SAFETY: the range is ours, and no reference outlives `self`. If it fails the mapping stays as it is, which keeps the addresses as well.
+        unsafe { libc::mmap(self.address as *mut _, self.len as usize, libc::PROT_NONE, flags, -1, 0) };
+        std::mem::forget(self);
+    }
+
     /// The mapping as 64-bit atomics; zero at first if it is anonymous.
     pub fn atomics(&self) -> &[AtomicU64] {
         // SAFETY: the range is mapped readable and writable, page-aligned, and lives as long as `self`; atomics may be shared.

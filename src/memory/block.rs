@@ -44,6 +44,8 @@ pub struct Block {
     bitmap: Option<Mapping>,
     /// One bit a page, set = PRESENT, and still with its marker in the alias (see `install::arrive`).
     deferred: Option<Mapping>,
+    /// KVM may have a slot of it, and so the addresses of what was made for KVM.
+    pub in_kvm: AtomicBool,
     /// No slot and no keeper any more: whoever waits for a page of it goes.
     pub gone: AtomicBool,
     /// Nothing is missing, and nothing may be any more (see `discard::close`).
@@ -64,14 +66,29 @@ impl Block {
         } else if let Some(bitmap) = &bitmap {
             bitmap.atomics().iter().for_each(|word| word.store(!0, Ordering::Release));
         }
-        let [marked, gone, released] = [false; 3].map(AtomicBool::new);
-        Ok(Block { hva, len, page, kind, mechanism, pages, alias, marked, bitmap, deferred: None, gone, released })
+        let [marked, in_kvm, gone, released] = [false; 4].map(AtomicBool::new);
+        Ok(Block {
+            hva,
+            len,
+            page,
+            kind,
+            mechanism,
+            pages,
+            alias,
+            marked,
+            bitmap,
+            deferred: None,
+            in_kvm,
+            gone,
+            released,
+        })
     }
 
     /// Pages may be called PRESENT before they are mapped in the alias.
-    pub fn with_deferral(self) -> Result<Block> {
+    pub fn with_deferral(mut self) -> Result<Block> {
         let deferred = Mapping::anonymous((self.pages.len().div_ceil(64) * 8).next_multiple_of(PAGE))?;
-        Ok(Block { deferred: Some(deferred), ..self })
+        self.deferred = Some(deferred);
+        Ok(self)
     }
 
     /// Where KVM finds the block.
@@ -188,6 +205,16 @@ impl Block {
     }
 }
 
+impl Drop for Block {
+    /// Memory of a slot that KVM still has goes when its VM is freed, but nothing else may come where KVM looks for it. (KVM reads the bitmap by its
+    /// address, too.) KVM's VM may outlive the library's by any time, and nothing tells of its end.
+    fn drop(&mut self) {
+        if self.in_kvm.load(Ordering::SeqCst) {
+            self.alias.take().into_iter().chain(self.bitmap.take()).for_each(Mapping::keep_addresses);
+        }
+    }
+}
+
 fn set_bits(word: &AtomicU64, mask: u64, on: bool) {
     if on {
         word.fetch_or(mask, Ordering::AcqRel);
@@ -242,5 +269,25 @@ mod tests {
         assert_eq!((block.page_at(0x3abc), block.page_at(at + 0x2abc)), (Some(2), Some(2)));
         assert_eq!((block.page_at(0xfff), block.page_at(0x5000)), (None, None));
         assert_eq!(block.pages.get(3), State::Present);
+    }
+
+    #[test]
+    fn what_kvm_has_an_address_of_stays_there_inaccessible() {
+        use crate::kernel::mem::{mappings, read};
+        for in_kvm in [true, false] {
+            let alias = Mapping::anonymous(4 * PAGE).unwrap();
+            let at = alias.address();
+            let shape = Shape { hva: 0x1000, len: 4 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+            let block = Block::new(shape, Some(alias), true, false).unwrap();
+            let bitmap = block.bitmap_at(0);
+            block.in_kvm.store(in_kvm, Ordering::SeqCst);
+            drop(block);
+            if in_kvm {
+                for (start, len) in [(at, 4 * PAGE), (bitmap, PAGE)] {
+                    assert!(mappings(start, len).is_ok(), "something else may come there");
+                    assert_eq!(read(start, &mut [0]).unwrap_err().errno, libc::EFAULT);
+                }
+            }
+        }
     }
 }

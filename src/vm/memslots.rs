@@ -119,8 +119,24 @@ impl Vm {
             Ioctl::Library => self.set_region(old.as_deref(), &region),
             Ioctl::Vmm => Ok(()),
         });
-        self.publish(if done.is_ok() { after } else { before });
+        match &done {
+            Ok(()) => {
+                self.publish(after);
+                // A VMM that replaces a slot by `prepare` has yet to tell KVM.
+                old.iter().filter(|_| ioctl == Ioctl::Library).for_each(|old| self.not_in_kvm(&old.block));
+            }
+            Err(_) => {
+                self.publish(before);
+                self.not_in_kvm(&slot.block);
+            }
+        }
         done.map(|()| region)
+    }
+
+    /// KVM has lost a slot of this block.
+    fn not_in_kvm(&self, block: &Arc<Block>) {
+        let is_shown = self.engine.memory.slots().iter().any(|s| Arc::ptr_eq(&s.block, block));
+        block.in_kvm.store(is_shown, SeqCst);
     }
 
     /// Has the fast path of a slot that is published made ready. If the VM is freed meanwhile, that is an error: nobody would serve the memory.
@@ -152,6 +168,7 @@ impl Vm {
             self.vm.set_region(&region)?;
         }
         self.publish(slots.without(request.slot, request.keep));
+        self.not_in_kvm(&old.block);
         Ok(region)
     }
 
@@ -161,6 +178,7 @@ impl Vm {
         let before = memory.slots().clone();
         let kept = |b: &Arc<Block>| new.blocks().any(|n| Arc::ptr_eq(n, b));
         let gone: Vec<_> = before.blocks().filter(|b| !kept(b)).cloned().collect();
+        new.iter().for_each(|slot| slot.block.in_kvm.store(true, SeqCst));
         memory.replace_slots(new);
         gone.iter().for_each(|block| self.retire(block));
     }
