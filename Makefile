@@ -38,7 +38,7 @@ PKG_CONFIG = PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config
 
 .PHONY: help
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf 'make %-10s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf 'make %-11s %s\n' "$$target" "$$text"; done
 
 .PHONY: build
 build: $(SHARED) ## the library (default)
@@ -46,6 +46,10 @@ build: $(SHARED) ## the library (default)
 .PHONY: demo
 demo: examples ## a VM restored lazily from a file, by each mechanism that works here; table, and target/demo.json
 	$T/examples/lazy-restore --json $T/demo.json
+
+.PHONY: demo-server
+demo-server: examples ## the same from a page server in another process, which is killed and replaced on the way
+	$T/examples/page-server
 
 .PHONY: test
 test: vm-programs programs examples | setup-test ## everything that can be tested here; ends with `N passed, N failed, N skipped`
