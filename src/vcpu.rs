@@ -24,7 +24,7 @@ use crate::resolve::{pause_before, More, Need, Origin, Outcome, Waiter, MOST_RET
 use crate::vm::Vm;
 use kvm_bindings as kb;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
 /// So many faults in a row of one vCPU at one page that is PRESENT, and the fault is an error.
@@ -90,6 +90,8 @@ pub struct Vcpu {
     /// SIGBUS and the kick signal.
     signals: SignalSet,
     own: Mutex<Own>,
+    /// The last one; readable while another thread is in the vCPU's functions.
+    memory_error: Mutex<Option<MemoryError>>,
 }
 
 /// What only the vCPU's thread uses.
@@ -106,16 +108,17 @@ struct Own {
     /// KVM may be in the middle of a string instruction: see `tables`.
     tables_due: bool,
     walked: [tables::Walked; 2],
-    /// An in-slot MMIO exit whose page isn't there yet.
+    /// kvm_run has been looked at for what an earlier handle left.
+    has_looked: bool,
+    /// kvm_run has an in-slot MMIO exit, or a write to an MSR that names an area, whose page isn't there yet.
     unfinished: bool,
-    /// A write to an MSR that names an area whose page isn't there yet.
-    naming: bool,
+    /// The page (by hva) of the unfinished access that the VMM knows can't be had.
+    told: Option<u64>,
     /// The page of the last fault that made no progress, and how often in a row.
     stuck_at: u64,
     stuck: u32,
     /// What the page's gate said of discards when `stuck_present` came to it last.
     discards: Option<u32>,
-    memory_error: Option<MemoryError>,
     /// KVM_PRE_FAULT_MEMORY doesn't work for this vCPU.
     no_pre_fault: bool,
 }
@@ -155,6 +158,7 @@ impl Vcpu {
             resumes: options.resumes,
             signals,
             own: Mutex::default(),
+            memory_error: Mutex::default(),
         };
         vcpu.attach(&mut *vcpu.own()?)?;
         vm.engine.check_begun()?;
@@ -251,11 +255,18 @@ impl Vcpu {
 
     /// Finishes what an interruption left; brings what KVM itself accesses, before the first KVM_RUN and after a device's exit.
     fn before_run(&self, own: &mut Own) -> Result<Exit> {
-        if own.unfinished {
-            return self.finish(own, true);
+        if !own.has_looked {
+            own.has_looked = true;
+            own.unfinished = self.is_left_unfinished();
         }
-        if own.naming {
-            return self.name_area(own, true);
+        if own.unfinished {
+            let exit = match self.run.exit_reason() {
+                kb::KVM_EXIT_MMIO => self.finish(own, true)?,
+                _ => self.name_area(own, true)?,
+            };
+            if exit != Exit::Handled {
+                return Ok(exit);
+            }
         }
         if !own.prepared {
             match self.bring_areas(own)? {
@@ -314,7 +325,7 @@ impl Vcpu {
 
     /// The last memory error.
     pub fn memory_error(&self) -> Result<Option<MemoryError>> {
-        Ok(self.own()?.memory_error)
+        Ok(*self.memory_error.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Was its VM freed?
@@ -331,6 +342,8 @@ impl Vcpu {
 
     fn exit(&self, own: &mut Own, ret: std::result::Result<(), i32>, interruptible: bool) -> Result<Exit> {
         let run = &self.run;
+        // KVM has ended whatever was unfinished.
+        (own.has_looked, own.unfinished, own.told) = (true, false, None);
         if ret != Err(libc::EINTR) {
             self.seat.forget_bus();
         }
@@ -341,9 +354,9 @@ impl Vcpu {
                     return self.fault_at_gpa(own, fault.gpa, fault.access);
                 }
                 if let Some(news) = self.seat.take_news() {
-                    return self.receive(own, news);
+                    return self.receive(news);
                 }
-                if let Some(exit) = (errno == libc::EFAULT).then(|| self.lost_somewhere(own)).flatten() {
+                if let Some(exit) = (errno == libc::EFAULT).then(|| self.lost_somewhere()).flatten() {
                     return Ok(exit);
                 }
                 match errno {
@@ -438,9 +451,9 @@ impl Vcpu {
         match outcome {
             Outcome::Lost => {
                 let (gpa, hva) = (Some(slot.gpa_of(page)), slot.block.hva_of(page));
-                Ok(self.report(own, MemoryError { gpa, hva, len: slot.block.page, lost: true }))
+                Ok(self.report(MemoryError { gpa, hva, len: slot.block.page, lost: true }))
             }
-            Outcome::Interrupted => self.look_up(own),
+            Outcome::Interrupted => self.look_up(),
             _ => {
                 own.stuck = 0;
                 Ok(Exit::Handled)
@@ -493,7 +506,7 @@ impl Vcpu {
         loop {
             let left = until.saturating_duration_since(Instant::now());
             if interruptible && self.seat.must_leave() {
-                return self.look_up(own);
+                return self.look_up();
             }
             if left.is_zero() {
                 return Ok(Exit::Handled);
@@ -519,8 +532,8 @@ impl Vcpu {
         self.stuck_at(own, block.hva_of(page))
     }
 
-    fn report(&self, own: &mut Own, error: MemoryError) -> Exit {
-        own.memory_error = Some(error);
+    fn report(&self, error: MemoryError) -> Exit {
+        *self.memory_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         Exit::MemoryError
     }
 }

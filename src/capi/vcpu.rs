@@ -83,7 +83,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_new(
 /// Gives a vCPU back. With KVMFAULT_SIGBUS_BY_MASK the vCPU has no KVM_SET_SIGNAL_MASK after it, and on its own thread what was blocked there is
 /// unblocked, unless another vCPU of the thread needs it; on any other thread the vCPU's own keeps it blocked. Waits for kicks that are under way. NULL is allowed; a handle that was freed before is left
 /// alone. Not while `run` is under way elsewhere: kick it out first (if you do, it is freed when that call returns). If the vCPU is to run on
-/// without the library, not in the middle of an access that KVM emulates: after INTERRUPTED call `run` or `resume` until it returns something else.
+/// without the library, not in the middle of an access that KVM emulates: see `kvmfault_vcpu_run`. A new handle of the vCPU takes such an access over.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -104,12 +104,21 @@ pub unsafe extern "C" fn kvmfault_vcpu_free(vcpu: *mut kvmfault_vcpu) {
 /// what the first word of an OUTS needs that the guest hasn't touched before. The registers must be set before the first call; in PAE
 /// mode the first table is read anew then if it was absent (KVM_SET_SREGS reads it, and says nothing).
 ///
-/// A vCPU left with INTERRUPTED in the middle of an access that KVM emulates (or of a filtered write to an MSR) finishes it in the next call;
-/// before its state is saved (or migrated), do as KVM's documentation says for KVM_EXIT_MMIO: set kvm_run->immediate_exit and call this once more.
+/// INTERRUPTED, an error or MEMORY_ERROR may leave the vCPU in the middle of an access that KVM emulates, or of a filtered write to an MSR. Then
+/// kvm_run->exit_reason is KVM_EXIT_MMIO or KVM_EXIT_X86_WRMSR, until the next call has finished it; the VMM leaves that exit in kvm_run alone. It
+/// outlives the handle: one that is made anew for the vCPU finishes it in its first call of this or of `kvmfault_vcpu_resume`. Before the vCPU's state is
+/// saved, migrated or reset, or the vCPU runs without the library, do as KVM's documentation says for KVM_EXIT_MMIO: set kvm_run->immediate_exit and
+/// call this until the exit reason is neither. If the page won't come, `kvmfault_pages_lost` gives it up.
+///
+/// KVMFAULT_MEMORY_ERROR: `kvmfault_vcpu_memory_error` tells where. The next call repeats the access: if the page was discarded meanwhile
+/// (`kvmfault_pages_discard`) the resolver is asked anew, and the guest gets its bytes. If the page is lost or broken still, an access of native code is
+/// told again, but one that KVM emulates is given up in the second call: the guest reads ones, what it wrote is dropped, and a machine check that the
+/// VMM has injected is delivered then.
 ///
 /// Errors: what the resolver returned; -EPROTO (the resolver broke its contract); -EFAULT (KVM could not access a slot's host
 /// memory, and did not say where); -ELOOP (a page faults again and again without progress); -ESHUTDOWN (the VM was freed); -EBUSY (another
-/// thread is in this vCPU's functions); or the errno of KVM_RUN. After an error the vCPU can be run again: the guest repeats the access.
+/// thread is in this vCPU's functions); or the errno of KVM_RUN, or of a system call that the message names (refused by a seccomp filter). After an error the vCPU can be run again: the
+/// guest repeats the access.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -128,8 +137,11 @@ pub unsafe extern "C" fn kvmfault_vcpu_run(vcpu: *mut kvmfault_vcpu) -> c_int {
 /// KVMFAULT_INTERRUPTED, KVMFAULT_MEMORY_ERROR, or -errno as `kvmfault_vcpu_run`. With KVMFAULT_VCPU_RESUMES see `kvmfault_vcpu_resume`. Not
 /// from callbacks.
 ///
-/// After an error, a VMM that goes on all the same calls `kvmfault_vcpu_resume` until it returns KVMFAULT_HANDLED, and KVM_RUN only then: the guest
-/// may be in the middle of an access that KVM emulates, and KVM_RUN alone would give it wrong bytes, or lose what it wrote.
+/// After an error and after KVMFAULT_MEMORY_ERROR, a VMM that goes on all the same calls `kvmfault_vcpu_resume` until it returns KVMFAULT_HANDLED, and
+/// KVM_RUN only then, also without KVMFAULT_VCPU_RESUMES: the guest may be in the middle of an access that KVM emulates, and KVM_RUN alone would give
+/// it wrong bytes (ones, after a memory error), or lose what it wrote. The same holds for the first KVM_RUN of a handle made for a vCPU that was left so.
+///
+/// -EBUSY: another thread is in this vCPU's functions. Nothing was looked at: call this again with the same `ret`, before KVM_RUN.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -226,7 +238,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_resolve(vcpu: *mut kvmfault_vcpu, gpa: u6
     })
 }
 
-/// Tells of the memory error that `run` or `handle_exit` returned last: 0, or -ENODATA if there was none. On the vCPU's thread.
+/// Tells of the last memory error of `run`, `handle_exit`, `resume` or `resolve`: 0, or -ENODATA if there was none. Any thread; it doesn't wait.
 ///
 /// # Safety
 /// The pointers are NULL or valid.

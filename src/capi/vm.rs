@@ -214,7 +214,8 @@ pub unsafe extern "C" fn kvmfault_vm_mechanism(vm: *const kvmfault_vm) -> c_int 
 /// Can the mechanism that `kvmfault_vm_mechanism` tells serve the guest of this vCPU, as far as its CPUID says? For a VMM that has another way:
 /// nothing else asks. With `poison-trap`, KVM must not access the guest's memory itself, which fails quietly on an absent page; it does so where it
 /// has no EPT or NPT, and for guests with nested virtualization or with Hyper-V or Xen enlightenments. (kvmclock, steal time, PV EOI and async
-/// page faults are no obstacle: see `kvmfault_vcpu_run`.) `vcpu_fd` is a vCPU on which KVM_SET_CPUID2 was called.
+/// page faults are no obstacle: see `kvmfault_vcpu_run`.) `vcpu_fd` is a vCPU on which KVM_SET_CPUID2 was called. Its CPUID is
+/// read (KVM_GET_CPUID2), which waits while the vCPU is inside KVM_RUN: ask before it runs.
 ///
 /// Returns 0; -EOPNOTSUPP, and `kvmfault_last_error` says why; -EINVAL or -EBADF for `vm` or `vcpu_fd`. Any thread, also in callbacks.
 ///

@@ -115,8 +115,8 @@ impl Slots {
     }
 
     /// A slot that shows a block's page to the guest.
-    pub fn showing(&self, block: &Arc<Block>, page: u64) -> Option<&Arc<Slot>> {
-        self.slots.iter().find(|s| Arc::ptr_eq(&s.block, block) && s.covers(page))
+    pub fn showing(&self, block: &Block, page: u64) -> Option<&Arc<Slot>> {
+        self.slots.iter().find(|s| std::ptr::eq(&*s.block, block) && s.covers(page))
     }
 
     /// The slot of KVM's number.

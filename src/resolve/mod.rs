@@ -481,6 +481,11 @@ impl Engine {
                 })
             }
             Answer::Retry => Ok(Brought::Ended(Outcome::Retry)),
+            // What it was asked for isn't there any more.
+            Answer::Resolved | Answer::Failed(_) if !self.is_shown(block, page, fault) => {
+                let elsewhere = self.memory.slots().showing(block, page).is_some();
+                Ok(Brought::Ended(if elsewhere { Outcome::Retry } else { Outcome::Gone }))
+            }
             Answer::Resolved => fail!(EPROTO, "the resolver said KVMFAULT_RESOLVED but installed nothing at {}", at()),
             Answer::Failed(errno) => {
                 let error = std::io::Error::from_raw_os_error(errno);
@@ -494,6 +499,12 @@ impl Engine {
                 )
             }
         }
+    }
+
+    /// Does the slot of a fault still show the page where it did?
+    fn is_shown(&self, block: &Block, page: u64, fault: &Fault) -> bool {
+        let slots = self.memory.slots();
+        slots.numbered(fault.slot).is_some_and(|s| std::ptr::eq(&*s.block, block) && s.gpa_of(page) == fault.gpa)
     }
 
     /// For a test of what faults must not wait for.

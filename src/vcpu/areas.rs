@@ -22,10 +22,10 @@ impl Vcpu {
     pub(super) fn name_area(&self, own: &mut Own, interruptible: bool) -> Result<Exit> {
         let write = self.run.msr_write();
         if !write.filtered || !kvm_itself::NAMING.contains(&write.index) {
-            own.naming = false;
+            own.unfinished = false;
             return Ok(Exit::Pass);
         }
-        own.naming = true;
+        own.unfinished = true;
         // Should the VMM go on after an error, the guest is told: it gets #GP.
         self.run.set_msr_failed(true);
         if let Some(area) = kvm_itself::named(write.index, write.data) {
@@ -35,8 +35,7 @@ impl Vcpu {
             }
         }
         self.run.set_msr_failed(!self.fd.set_msr(write.index, write.data)?);
-        own.naming = false;
-        own.stuck = 0;
+        self.is_over(own);
         Ok(Exit::Handled)
     }
 
@@ -47,10 +46,11 @@ impl Vcpu {
             if !slots.at(space, byte).is_some_and(|slot| slot.block.is_marked()) {
                 continue;
             }
-            match self.bring_range(own, space, byte, byte + 1, interruptible)? {
+            match self.bring_range(own, space, byte, byte + 1, interruptible) {
                 // One that is lost the guest meets by itself, if it wants it.
-                Exit::Handled | Exit::MemoryError => {}
-                other => return Ok(other),
+                Ok(Exit::Handled | Exit::MemoryError) => {}
+                Err(e) if e.errno == libc::ENOENT => {} // the slot has just been deleted
+                other => return other,
             }
         }
         Ok(Exit::Handled)

@@ -18,14 +18,14 @@ const KERNEL_SPACE: u64 = 1 << 63;
 
 impl Vcpu {
     /// Without UFFDIO_POISON lost pages are inaccessible, and EFAULT is all that KVM can say. Which page it was is certain if only one is lost.
-    pub(super) fn lost_somewhere(&self, own: &mut Own) -> Option<Exit> {
+    pub(super) fn lost_somewhere(&self) -> Option<Exit> {
         let slots = self.vm.engine.memory.slots();
         let (total, page) = slots.lost();
         let (block, page) = page.filter(|_| !self.vm.has_poison())?;
         let gpa = slots.showing(block, page).filter(|_| total == 1).map(|slot| slot.gpa_of(page));
         let hva = if total == 1 { block.hva_of(page) } else { 0 };
         let _ = self.seat.take_news(); // the reader that lost it may have told the same
-        Some(self.report(own, MemoryError { gpa, hva, len: block.page, lost: true }))
+        Some(self.report(MemoryError { gpa, hva, len: block.page, lost: true }))
     }
 
     /// SIGBUS with an address: a marker of ours, or memory that is really broken.
@@ -41,7 +41,7 @@ impl Vcpu {
                 return Ok(Exit::Handled);
             }
             let error = MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false };
-            return Ok(self.report(own, error));
+            return Ok(self.report(error));
         };
         let gpa = slot.region.gpa + (address - slot.region.hva);
         self.fault(own, slot, gpa, 0, true)
@@ -56,7 +56,7 @@ impl Vcpu {
             for page in slot.pages().filter(|&p| matches!(slot.block.pages.get(p), State::Absent | State::Resolving)) {
                 match self.bring(&slot.block, page, 0, self.seat)? {
                     Outcome::Retry => return self.again(own, slot, page, true),
-                    Outcome::Interrupted => return self.look_up(own),
+                    Outcome::Interrupted => return self.look_up(),
                     Outcome::Lost => {} // perhaps not the one that the guest wants
                     _ => brought = true,
                 }
@@ -79,7 +79,7 @@ impl Vcpu {
             (None, _) if own.stuck < MOST_MAPS => Ok(Exit::Handled),
             _ => {
                 own.stuck = 0;
-                Ok(self.report(own, MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false }))
+                Ok(self.report(MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false }))
             }
         }
     }
@@ -91,6 +91,6 @@ impl Vcpu {
     pub(super) fn report_broken(&self, own: &mut Own, slot: &Slot, page: u64) -> Exit {
         own.stuck = 0;
         let (gpa, hva) = (Some(slot.gpa_of(page)), slot.block.hva_of(page));
-        self.report(own, MemoryError { gpa, hva, len: slot.block.page, lost: false })
+        self.report(MemoryError { gpa, hva, len: slot.block.page, lost: false })
     }
 }

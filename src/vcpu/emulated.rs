@@ -6,31 +6,52 @@ use super::{Exit, Own, Vcpu, MOST_MAPS};
 use crate::error::Result;
 use crate::kernel::kvm::Mmio;
 use crate::kernel::mem;
+use crate::mechanism::kvm_itself;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
-use crate::memory::wait::Sleeper;
+use crate::memory::wait::{Pause, Sleeper};
 use crate::resolve::{Outcome, Waiter};
+use kvm_bindings as kb;
 
 /// A part of an access that lies in one page: its slot, its address, and which of the access's bytes it is.
 type Piece<'s> = (&'s Slot, u64, std::ops::Range<usize>);
+/// An access crosses one border at most.
+type Pieces<'s> = [Option<Piece<'s>>; 2];
 
 impl Vcpu {
     /// KVM's emulator could not read or write guest memory, and so took it for a device (KVM_EXIT_MMIO with an address in a slot):
     /// brings the page, and does what the device would. Left at a kick only if the caller can come back to it.
     pub(super) fn finish(&self, own: &mut Own, interruptible: bool) -> Result<Exit> {
-        let run = &self.run;
+        let mut pause = Pause::default();
+        loop {
+            let slots = self.vm.engine.memory.slots();
+            let mmio = self.run.mmio();
+            let Some(pieces) = self.pieces(&slots, &mmio) else {
+                own.unfinished = false;
+                return Ok(Exit::Pass);
+            };
+            own.unfinished = true;
+            match self.finish_in(own, &pieces, mmio, interruptible)? {
+                Some(exit) => return Ok(exit),
+                None => pause.a_moment(), // a slot was deleted: another may be there, or it is the VMM's
+            }
+        }
+    }
+
+    /// None if a slot was deleted meanwhile.
+    fn finish_in(
+        &self,
+        own: &mut Own,
+        pieces: &Pieces<'_>,
+        mut mmio: Mmio,
+        interruptible: bool,
+    ) -> Result<Option<Exit>> {
         let deaf = Deaf(&self.seat.sleeper);
         let waiter: &dyn Waiter = if interruptible { self.seat } else { &deaf };
-        let mut mmio = run.mmio();
-        let slots = self.vm.engine.memory.slots();
-        let Some(pieces) = self.pieces(&slots, &mmio) else {
-            own.unfinished = false;
-            return Ok(Exit::Pass);
-        };
-        own.unfinished = true;
-        for (slot, gpa, bytes) in pieces.into_iter().flatten() {
-            let (page, hva) = (slot.page_of(gpa), slot.vmm_hva(gpa));
+        for (slot, gpa, bytes) in pieces.iter().flatten() {
+            let (page, hva) = (slot.page_of(*gpa), slot.vmm_hva(*gpa));
             loop {
+                let was_lost = slot.block.pages.get(page) == State::Lost;
                 let exit = match self.bring(&slot.block, page, if mmio.write { 2 } else { 1 }, waiter)? {
                     Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => {
                         let done = match mmio.write {
@@ -39,8 +60,10 @@ impl Vcpu {
                         };
                         match done {
                             Err(e) if e.errno == libc::EFAULT && self.is_broken(&slot.block, page, hva) => {
-                                self.give_up(own);
-                                return Ok(self.report_broken(own, slot, page));
+                                if self.is_told(own, slot, page, &mmio) {
+                                    return Ok(Some(self.give_up(own)));
+                                }
+                                self.report_broken(own, slot, page)
                             }
                             // Discarded since, and private memory has its marker back; and somebody else may have brought it anew by now.
                             Err(e)
@@ -57,44 +80,71 @@ impl Vcpu {
                         }
                     }
                     Outcome::Retry => self.again(own, slot, page, interruptible)?,
-                    Outcome::Gone => {
-                        own.unfinished = false;
-                        return Ok(Exit::Pass);
-                    }
+                    Outcome::Gone => return Ok(None),
                     Outcome::Interrupted if !interruptible => continue,
                     Outcome::Lost => {
-                        self.give_up(own);
+                        if self.is_told(own, slot, page, &mmio) && was_lost {
+                            return Ok(Some(self.give_up(own)));
+                        }
                         self.settled(own, slot, page, Outcome::Lost)?
                     }
                     other => self.settled(own, slot, page, other)?,
                 };
                 if exit != Exit::Handled {
-                    return Ok(exit);
+                    return Ok(Some(exit));
                 }
             }
             if mmio.write {
-                self.vm.engine.written(gpa, bytes.len() as u64);
+                self.vm.engine.written(*gpa, bytes.len() as u64);
             }
         }
         if mmio.write {
             self.seat.stats.mmio_writes.add(1);
         } else {
             self.seat.stats.mmio_reads.add(1);
-            run.set_mmio_data(mmio.data);
+            self.run.set_mmio_data(mmio.data);
         }
-        own.unfinished = false;
-        own.stuck = 0;
-        Ok(Exit::Handled)
+        self.is_over(own);
+        Ok(Some(Exit::Handled))
     }
 
-    /// Nobody can finish the access. Should the VMM go on all the same, the guest reads ones, as from no device.
-    fn give_up(&self, own: &mut Own) {
-        own.unfinished = false;
-        self.run.set_mmio_data([0xff; 8]);
+    /// Has the VMM been told already that this page of the access can't be had? The first time it is: the access stays unfinished, so that the next
+    /// call repeats it. KVM_RUN alone would give the guest ones, as from no device.
+    fn is_told(&self, own: &mut Own, slot: &Slot, page: u64, mmio: &Mmio) -> bool {
+        let hva = slot.block.hva_of(page);
+        if !mmio.write {
+            self.run.set_mmio_data([0xff; 8]);
+        }
+        own.told.replace(hva) == Some(hva)
+    }
+
+    /// The VMM goes on though the page can't be had: a machine check that it has injected comes only once KVM has ended the instruction. So the
+    /// guest reads ones, and what it wrote is dropped.
+    fn give_up(&self, own: &mut Own) -> Exit {
+        self.is_over(own);
+        Exit::Handled
+    }
+
+    /// The access is finished. kvm_run tells so to whoever comes to the vCPU later. (KVM on x86 doesn't look at it.)
+    pub(super) fn is_over(&self, own: &mut Own) {
+        (own.unfinished, own.told, own.stuck) = (false, None, 0);
+        self.run.clear_exit_reason();
+    }
+
+    /// Has a handle before this one left an access, or a write to an MSR, in the middle? kvm_run still has it.
+    pub(super) fn is_left_unfinished(&self) -> bool {
+        match self.run.exit_reason() {
+            kb::KVM_EXIT_MMIO => self.pieces(&self.vm.engine.memory.slots(), &self.run.mmio()).is_some(),
+            kb::KVM_EXIT_X86_WRMSR => {
+                let write = self.run.msr_write();
+                self.vm.filters_msrs && write.filtered && kvm_itself::NAMING.contains(&write.index)
+            }
+            _ => false,
+        }
     }
 
     /// The access cut at page borders, if all of it lies in slots (and, for a write, none that is read-only).
-    fn pieces<'s>(&self, slots: &'s Slots, mmio: &Mmio) -> Option<[Option<Piece<'s>>; 2]> {
+    fn pieces<'s>(&self, slots: &'s Slots, mmio: &Mmio) -> Option<Pieces<'s>> {
         let first = (mem::PAGE - mmio.gpa % mem::PAGE).min(mmio.len as u64) as usize;
         let piece = |bytes: std::ops::Range<usize>| {
             let gpa = mmio.gpa.checked_add(bytes.start as u64)?;

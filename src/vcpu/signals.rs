@@ -57,7 +57,7 @@ impl Vcpu {
             return Ok(Exit::Interrupted);
         }
         if let Some(news) = self.seat.take_news() {
-            return self.receive(own, news);
+            return self.receive(news);
         }
         self.seat.refresh();
         // What came late, after what it announces was seen, is nobody's any more.
@@ -66,16 +66,16 @@ impl Vcpu {
     }
 
     /// A wait was left: for a kick, for news, or for a signal of the VMM's own.
-    pub(super) fn look_up(&self, own: &mut Own) -> Result<Exit> {
+    pub(super) fn look_up(&self) -> Result<Exit> {
         if !self.seat.see_kicks() {
             if let Some(news) = self.seat.take_news() {
-                return self.receive(own, news);
+                return self.receive(news);
             }
         }
         Ok(Exit::Interrupted)
     }
 
-    pub(super) fn receive(&self, own: &mut Own, news: News) -> Result<Exit> {
+    pub(super) fn receive(&self, news: News) -> Result<Exit> {
         self.seat.next_turn();
         match news {
             News::Failed(error) => Err(error),
@@ -84,7 +84,7 @@ impl Vcpu {
                 let page = slots.at_hva(hva);
                 let slot = page.and_then(|(block, page)| slots.showing(block, page).map(|slot| (slot, page)));
                 let (gpa, len) = slot.map_or((None, mem::PAGE), |(s, p)| (Some(s.gpa_of(p)), s.block.page));
-                Ok(self.report(own, MemoryError { gpa, hva, len, lost: true }))
+                Ok(self.report(MemoryError { gpa, hva, len, lost: true }))
             }
         }
     }
