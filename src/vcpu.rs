@@ -17,7 +17,7 @@ use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::Slot;
-use crate::memory::wait::{LOOK_AROUND, WAITS};
+use crate::memory::wait::{look_around, WAITS};
 use crate::resolve::readahead::{self, Plan};
 use crate::resolve::seat::Seat;
 use crate::resolve::{pause_before, More, Need, Origin, Outcome, Waiter, MOST_RETRIES};
@@ -511,7 +511,7 @@ impl Vcpu {
             if left.is_zero() {
                 return Ok(Exit::Handled);
             }
-            WAITS.wait(hva, &self.seat.sleeper, left.min(LOOK_AROUND), || !(interruptible && self.seat.must_leave()));
+            WAITS.wait(hva, &self.seat.sleeper, left.min(look_around()), || !(interruptible && self.seat.must_leave()));
         }
     }
 

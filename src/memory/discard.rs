@@ -13,6 +13,7 @@ use crate::kernel::uffd::{Step, FEATURE_POISON};
 use crate::stats::Stats;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// Less than so many gates' pages (128 MiB of 4 KiB pages, a few milliseconds) are not worth another thread.
 const MARKED_ALONE: u64 = 64;
@@ -21,7 +22,7 @@ const MARKED_ALONE: u64 = 64;
 /// dropped. A page that came by another way while a resolver call for it is under way is RESOLVING until that call returns, and then absent. Where the VMM's mapping is the VMM's own affair, what is there stays: then this says that the pages are missing, and no more.
 pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     for group in gate_groups(pages) {
-        let _pass = memory.gates.discard(block.gate_of(group.start));
+        let _pass = memory.gates.discard(block.gate_of(group.start))?;
         if block.is_released() {
             fail!(
                 EBUSY,
@@ -161,7 +162,7 @@ pub fn lose_claimed(memory: &Memory, block: &Block, page: u64, claim: &Claim<'_>
 fn lose_if(memory: &Memory, block: &Block, pages: Range<u64>, is_due: impl Fn() -> bool) -> Result<u64> {
     let mut lost = 0;
     for group in gate_groups(pages) {
-        let _pass = memory.gates.discard(block.gate_of(group.start));
+        let _pass = memory.gates.discard(block.gate_of(group.start))?;
         if !is_due() {
             continue;
         }
@@ -187,7 +188,7 @@ pub fn withdraw(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64
         if block.pages.count(group.clone(), State::Resolving) == 0 {
             continue;
         }
-        let _pass = memory.gates.discard(block.gate_of(group.start));
+        let _pass = memory.gates.discard(block.gate_of(group.start))?;
         for run in runs(group, |page| block.pages.get(page) == State::Resolving) {
             withdrawn += run.end - run.start;
             make_absent(block, &run);
@@ -209,7 +210,7 @@ fn make_absent(block: &Block, run: &Range<u64>) {
 
 /// Somebody has come to a page that is LOST, and was not told so: it isn't shown any more, as the VMM has dropped it by itself (MADV_DONTNEED).
 pub fn show_lost_again(memory: &Memory, block: &Block, page: u64) -> Result<()> {
-    let _pass = memory.gates.discard(block.gate_of(page));
+    let _pass = memory.gates.discard(block.gate_of(page))?;
     match block.pages.get(page) {
         State::Lost => show_lost(memory, block, &(page..page + 1)),
         _ => Ok(()),
@@ -237,7 +238,7 @@ pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
     thread::in_parallel(0..block.pages.len().div_ceil(GATE_PAGES), MARKED_ALONE, |groups| {
         let pages = groups.start * GATE_PAGES..(groups.end * GATE_PAGES).min(block.pages.len());
         gate_groups(pages).try_for_each(|group| {
-            let _pass = memory.gates.discard(block.gate_of(group.start));
+            let _pass = memory.gates.discard(block.gate_of(group.start))?;
             mark_missing(memory, block, group)
         })
     })
@@ -278,7 +279,12 @@ fn mark_until(memory: &Memory, at: u64, len: u64, page: u64) -> Result<u64> {
 /// Takes the markers away again: vCPUs' faults then go the classic way. LOST pages keep theirs.
 pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
     for group in gate_groups(0..block.pages.len()) {
-        let _pass = memory.gates.discard(block.gate_of(group.start));
+        let gate = block.gate_of(group.start);
+        // Where the slot is gone an install that doesn't end is not waited for: its page has nowhere to go.
+        let _pass = match block.gone.load(Ordering::SeqCst) {
+            true => memory.gates.discard_within(gate, Duration::from_millis(100)).ok(),
+            false => Some(memory.gates.discard(gate)?),
+        };
         for run in runs(group, |page| matches!(block.pages.get(page), State::Absent | State::Resolving)) {
             empty(block, block.kvm_hva_of(run.start), (run.end - run.start) * block.page)?;
         }
@@ -292,7 +298,7 @@ pub fn close(memory: &Memory, block: &Block) -> Result<()> {
     // First, so that nothing becomes missing behind our back: `discard` looks at it inside the gate.
     block.set_released(true);
     for group in gate_groups(0..block.pages.len()) {
-        let _pass = memory.gates.discard(block.gate_of(group.start));
+        let _pass = memory.gates.discard(block.gate_of(group.start))?;
         let missing = |&page: &u64| matches!(block.pages.get(page), State::Absent | State::Resolving);
         if let Some(page) = group.clone().find(missing) {
             block.set_released(false);

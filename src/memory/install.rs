@@ -13,6 +13,7 @@ use crate::kernel::mem::{self, Kind, Mapping, HUGE_PAGE, PAGE};
 use crate::kernel::uffd::Step;
 use crate::stats::Stats;
 use once_cell::sync::OnceCell;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// How a page's bytes come.
@@ -50,6 +51,24 @@ fn zeros(page: u64) -> Result<(&'static Mapping, u64)> {
 /// So often in a row something may be in an absent page's place.
 const MOST_IN_THE_WAY: u32 = 1000;
 
+thread_local! {
+    /// What the thread installed from last: start and end.
+    static FETCHED: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+}
+
+/// Has the source read into memory before a gate is entered. It may be slow (a file on a network, memory under another userfaultfd), or never
+/// answer, and then others would wait for it in the gate. A buffer that is used again and again is there already. Errors are the copy's to tell: it
+/// says which page. A page that goes again meanwhile is read inside the gate; no wait for that is without end (see `Gates::discard`).
+fn fetch(bytes: u64, len: u64) {
+    let end = bytes.saturating_add(len);
+    let (from, to) = FETCHED.get();
+    if bytes < from || end > to {
+        let start = bytes & !(PAGE - 1);
+        let _ = mem::advise(start, end.next_multiple_of(PAGE) - start, libc::MADV_POPULATE_READ, "");
+        FETCHED.set((bytes, end));
+    }
+}
+
 /// Makes pages of a block present; pages that are so already are skipped. Returns how many became present by this call.
 /// On an error the pages before the failing one stay installed.
 pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
@@ -58,6 +77,9 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
     let mut blocked = (page, 0);
     while page < pages.end {
         let end = pages.end.min((page / GATE_PAGES + 1) * GATE_PAGES);
+        if let Source::Copy(bytes) = source.from(block, page - pages.start) {
+            fetch(bytes, (end - page) * block.page);
+        }
         // While this lasts no page of the gate becomes LOST or is discarded: what the states say below stays true.
         let pass = memory.gates.install(block.gate_of(page));
         while page < end {
@@ -131,7 +153,7 @@ fn install_run(
 /// behind our back, or dropping it failed. Nobody may take that for the page, so it goes. The bytes come in an ordinary pass again: reading
 /// them may take whoever installs in this gate.
 fn make_room(memory: &Memory, block: &Block, page: u64) -> Result<()> {
-    let _pass = memory.gates.discard(block.gate_of(page));
+    let _pass = memory.gates.discard(block.gate_of(page))?;
     match block.pages.get(page) {
         State::Absent | State::Resolving => discard::clear(memory, block, page),
         // The other installer's wake-up may have been before the waiter's sleep.

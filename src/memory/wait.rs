@@ -2,12 +2,21 @@
 
 use crate::error::{fail, Result};
 use crate::kernel::thread::{futex_wait, futex_wake_all, Wake};
-use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use once_cell::sync::Lazy;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 /// After this time a sleeper looks around by itself: the way out for what no wake-up announces (a signal that arrived between
 /// the last check and the sleep, and left only `immediate_exit` set).
-pub const LOOK_AROUND: Duration = Duration::from_millis(20);
+///
+/// Nothing else needs it. So that tests see a wake-up that is lost, KVMFAULT_TEST_NO_LOOK_AROUND in the environment, read once, makes it an hour.
+pub fn look_around() -> Duration {
+    static LOOK_AROUND: Lazy<Duration> = Lazy::new(|| match std::env::var_os("KVMFAULT_TEST_NO_LOOK_AROUND") {
+        None => Duration::from_millis(20),
+        Some(_) => Duration::from_secs(3600),
+    });
+    *LOOK_AROUND
+}
 
 const BUCKETS: usize = 1024;
 
@@ -134,7 +143,7 @@ pub const GATE_PAGES: u64 = 512;
 struct Gate {
     /// Installs under way.
     installs: AtomicU32,
-    /// Odd while a discard is under way or waits for installs; another number after each.
+    /// Odd while a discard is under way or has claimed the gate; another number after each.
     discards: AtomicU32,
 }
 
@@ -143,7 +152,11 @@ struct Gate {
 /// rare, waits.
 pub struct Gates {
     gates: Box<[Gate]>,
+    closed: AtomicBool,
 }
+
+/// So long a discard waits for installs.
+const ENOUGH: Duration = Duration::from_secs(10);
 
 /// An install or discard under way.
 pub struct Pass<'a> {
@@ -160,14 +173,15 @@ impl Drop for Pass<'_> {
 impl Gates {
     /// Open gates.
     pub fn new() -> Gates {
-        Gates { gates: (0..BUCKETS).map(|_| Gate::default()).collect() }
+        Gates { gates: (0..BUCKETS).map(|_| Gate::default()).collect(), closed: AtomicBool::new(false) }
     }
 
     fn gate(&self, key: u64) -> &Gate {
         &self.gates[bucket_of(key, 12)]
     }
 
-    /// For installing pages of one gate's range (see `Block::gate_of`). Waits only while one of them is being discarded.
+    /// For installing pages of one gate's range (see `Block::gate_of`). Waits only while one of them is being discarded, or is about to be: some
+    /// milliseconds, whatever the discard waits for.
     pub fn install(&self, key: u64) -> Pass<'_> {
         let gate = self.gate(key);
         let mut pause = Pause::default();
@@ -182,17 +196,58 @@ impl Gates {
     }
 
     /// For discarding pages of one gate's range: no install or other discard is under way when this returns, and none begins.
-    /// Each of them is a few system calls that end, so this wait ends too.
-    pub fn discard(&self, key: u64) -> Pass<'_> {
+    ///
+    /// Installs are a few system calls that end, but for one whose source doesn't answer: the kernel reads it inside UFFDIO_COPY. Nothing waits for
+    /// that one without end: a discard that can't get in gives its claim up for as long as it held it, so that installs pass; and after `ENOUGH` it
+    /// is EBUSY. ESHUTDOWN at once when the gates are closed.
+    pub fn discard(&self, key: u64) -> Result<Pass<'_>> {
+        self.discard_within(key, ENOUGH)
+    }
+
+    /// The same with less patience.
+    pub fn discard_within(&self, key: u64, at_most: Duration) -> Result<Pass<'_>> {
+        const LONGEST_CLAIM: Duration = Duration::from_millis(64);
         let gate = self.gate(key);
+        let mut claim = Duration::from_millis(1);
+        let mut end = None;
         let mut pause = Pause::default();
-        while gate.discards.fetch_update(SeqCst, SeqCst, |n| (n % 2 == 0).then_some(n + 1)).is_err() {
-            pause.a_moment();
+        loop {
+            if gate.discards.fetch_update(SeqCst, SeqCst, |n| (n % 2 == 0).then_some(n + 1)).is_ok() {
+                if gate.installs.load(SeqCst) == 0 {
+                    return Ok(Pass { count: &gate.discards, at_the_end: 1 });
+                }
+                let claimed = Instant::now();
+                while claimed.elapsed() < claim {
+                    pause.a_moment();
+                    if gate.installs.load(SeqCst) == 0 {
+                        return Ok(Pass { count: &gate.discards, at_the_end: 1 });
+                    }
+                }
+                // As if it had never been: nothing was discarded.
+                gate.discards.fetch_sub(1, SeqCst);
+                let opened = Instant::now();
+                while opened.elapsed() < claim && gate.installs.load(SeqCst) > 0 {
+                    pause.a_moment();
+                }
+                claim = (claim * 2).min(LONGEST_CLAIM);
+            } else {
+                pause.a_moment();
+            }
+            if self.closed.load(SeqCst) {
+                fail!(ESHUTDOWN, "the VM was freed meanwhile");
+            }
+            if Instant::now() > *end.get_or_insert_with(|| Instant::now() + at_most) {
+                fail!(
+                    EBUSY,
+                    "an install near hva {key:#x} has been under way for {at_most:?}: does the source that it reads from answer?"
+                );
+            }
         }
-        while gate.installs.load(SeqCst) > 0 {
-            pause.a_moment();
-        }
-        Pass { count: &gate.discards, at_the_end: 1 }
+    }
+
+    /// The VM was freed: a discard that would have to wait fails.
+    pub fn close(&self) {
+        self.closed.store(true, SeqCst);
     }
 
     /// Changes with each discard of pages of one gate's range; None while one is under way. For whoever can't hold a pass over what it does, but
@@ -211,7 +266,6 @@ impl Default for Gates {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicBool;
 
     /// Longer than a busy machine keeps a thread from running.
     const FOR_LONG: Duration = Duration::from_secs(20);
@@ -255,7 +309,7 @@ mod tests {
                 scope.spawn(move || {
                     for _ in 0..500 {
                         if discard {
-                            let _pass = gates.discard(0x20_0000);
+                            let _pass = gates.discard(0x20_0000).unwrap();
                             assert_eq!(inside.fetch_add(1, SeqCst), 0, "a discard is not alone");
                             std::thread::yield_now();
                             inside.fetch_sub(1, SeqCst);
@@ -268,5 +322,27 @@ mod tests {
                 });
             }
         });
+    }
+
+    /// An install that hangs: a discard gives up, others install meanwhile, and the end of the VM ends the wait.
+    #[test]
+    fn nothing_waits_for_an_install_without_end() {
+        let gates = Gates::new();
+        let hangs = gates.install(0x20_0000);
+        let before = gates.discards(0x20_0000);
+        let within = |time| gates.discard_within(0x20_0000, time).map(drop).map_err(|e| e.errno);
+        assert_eq!(within(Duration::from_millis(50)), Err(libc::EBUSY));
+        assert_eq!(gates.discards(0x20_0000), before, "nothing was discarded");
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| within(FOR_LONG));
+            for _ in 0..100 {
+                drop(gates.install(0x20_0000));
+            }
+            assert!(!waits.is_finished());
+            gates.close();
+            assert_eq!(waits.join().unwrap(), Err(libc::ESHUTDOWN));
+        });
+        drop(hangs);
+        assert_eq!(within(FOR_LONG), Ok(()));
     }
 }

@@ -16,7 +16,7 @@ use crate::memory::block::Block;
 use crate::memory::calls::Claim;
 use crate::memory::pages::State;
 use crate::memory::slots::Slot;
-use crate::memory::wait::{Sleeper, LOOK_AROUND, WAITS};
+use crate::memory::wait::{look_around, Sleeper, WAITS};
 use crate::memory::{discard, Memory};
 use crate::stats::Stats;
 use arc_swap::ArcSwapOption;
@@ -217,6 +217,7 @@ pub struct Engine {
 impl Engine {
     /// `readahead`: how many pages may be brought together, the needed one included.
     pub fn new(memory: Memory, resolver: Box<dyn Resolver>, readahead: u64) -> Engine {
+        look_around(); // reads the environment, which is not for a fault to do
         Engine {
             memory,
             seats: Seats::default(),
@@ -234,6 +235,7 @@ impl Engine {
     pub fn shut_down(&self) -> bool {
         let first = !self.shutdown.swap(true, SeqCst);
         fence(SeqCst); // with `check_begun`
+        self.memory.gates.close();
         WAITS.wake_all();
         first
     }
@@ -325,7 +327,7 @@ impl Engine {
                             && !self.is_shut_down()
                             && !block.gone.load(SeqCst)
                     };
-                    let wake = WAITS.wait(hva, waiter.sleeper(), LOOK_AROUND, still);
+                    let wake = WAITS.wait(hva, waiter.sleeper(), look_around(), still);
                     let unsettled = block.pages.get(page) == State::Resolving;
                     if unsettled && (wake == Wake::Signal || waiter.must_leave()) {
                         return Ok(Outcome::Interrupted);
@@ -525,7 +527,7 @@ impl Engine {
         tries
     }
 
-    fn forget_failure(&self, hva: u64) {
+    pub(super) fn forget_failure(&self, hva: u64) {
         if self.failing_len.load(SeqCst) == 0 {
             return;
         }

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::kernel::thread::{block_all_signals, poll, Flag};
 use crate::kernel::uffd::{Message, FEATURE_POISON};
 use crate::memory::block::Block;
+use crate::memory::pages::State;
 use crate::memory::{calls, discard, install};
 use std::os::fd::AsRawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -92,6 +93,10 @@ fn wake_due(engine: &Engine, later: &mut Vec<Again>) {
     later.retain(|again| {
         if again.due <= now {
             let _ = discard::wake(&engine.memory, &again.block, &(again.page..again.page + 1));
+            // It has come by another way, and nobody may ever ask for it again.
+            if again.block.pages.get(again.page) != State::Absent {
+                engine.forget_failure(again.block.hva_of(again.page));
+            }
         }
         again.due > now
     });
