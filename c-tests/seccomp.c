@@ -402,7 +402,7 @@ static const struct {
 	{ "madvise", NULL, SET_UP | RUNNING },
 	{ "munmap", NULL, SET_UP | RUNNING },
 	{ "mremap", NULL, SET_UP | RUNNING },
-	{ "munlock", NULL, SET_UP },
+	{ "munlock", NULL, SET_UP | RUNNING },
 	{ "mincore", NULL, SET_UP },
 	{ "openat", NULL, SET_UP | RUNNING },
 	{ "readlink", NULL, SET_UP | RUNNING },

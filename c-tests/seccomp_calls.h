@@ -27,7 +27,7 @@
 	CALL(mprotect, ANYTIME, ALWAYS)                  \
 	CALL(brk, ANYTIME, SOMETIMES)                    \
 	CALL(mremap, ANYTIME, SOMETIMES)                 \
-	CALL(munlock, SET_UP, SOMETIMES)                 \
+	CALL(munlock, ANYTIME, SOMETIMES)                \
 	CALL(mincore, SET_UP, SOMETIMES)                 \
 	CALL(msync, SET_UP, SOMETIMES)                   \
 	CALL(openat, SET_UP | RUNNING, ALWAYS)           \
