@@ -94,6 +94,15 @@ void subject_unharmed(struct subject *s)
 	expect_states(s);
 }
 
+bool size_accepted(int ret, size_t size, size_t known)
+{
+	if (ret == 0)
+		return true;
+	CHECK(ret == -EINVAL && size < known && strstr(kvmfault_last_error(), "size"), "with size %zu: %s (%s)", size, strerror(-ret),
+	      kvmfault_last_error());
+	return false;
+}
+
 int closed_fd(void)
 {
 	int fd = SYS(open("/dev/null", O_RDONLY | O_CLOEXEC));

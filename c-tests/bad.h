@@ -37,6 +37,12 @@ void subject_learn(struct subject *subject);
 /* The guest reads page `page`; returns what vcpu_run of the library returns. */
 int subject_read(struct subject *subject, uint64_t page);
 
+/*
+ * What a call said to an output structure of `size` bytes, of which the library knows `known`: false if it refused a size that ends inside a
+ * field (bad_input has a list of which those are). Any other error ends the case.
+ */
+bool size_accepted(int ret, size_t size, size_t known);
+
 /* A descriptor's number that is closed. */
 int closed_fd(void);
 /* A userfaultfd; skips the case where none can be had. */

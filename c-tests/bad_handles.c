@@ -107,7 +107,7 @@ static void null_handles(void)
 	REFUSED(resolve_from(NULL, s.machine.library, SUBJECT_GPA), EINVAL, "source");
 	struct kvmfault_file_source *source = new_source(&s);
 	REFUSED(kvmfault_file_source_resolve(source, s.machine.library, NULL), EINVAL, "fault");
-	REFUSED(resolve_from(source, NULL, SUBJECT_GPA), EINVAL, "install");
+	REFUSED(resolve_from(source, NULL, SUBJECT_GPA), EINVAL, "vm");
 	kvmfault_file_source_free(source);
 
 	kvmfault_vm_free(NULL);

@@ -302,7 +302,8 @@ static void probe_sizes(void)
 	for (size_t size = sizeof(size_t) + 1; size <= sizeof(u); size += size < known + 8 ? 1 : 997) {
 		memset(&u, 0xee, sizeof(u));
 		u.probe.size = size;
-		OK(kvmfault_probe(-1, &u.probe));
+		if (!size_accepted(kvmfault_probe(-1, &u.probe), size, known))
+			continue;
 		EQUAL("size after the call", u.probe.size, size);
 		for (size_t i = size; i < sizeof(u); i++)
 			CHECK(u.bytes[i] == 0xee, "with size %zu byte %zu was written", size, i);
