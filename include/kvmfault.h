@@ -1168,6 +1168,12 @@ int kvmfault_vm_enable(const struct kvmfault_vm *vm,
  * Threads may touch the memory while this is under way: they wait for their pages as ever, and the
  * resolver may be called for these before this has returned.
  *
+ * KVM's ioctl waits for each vCPU that is in the middle of a fault inside KVM_RUN. Where such a
+ * vCPU sleeps for a page in the kernel (`userfaultfd`; a slot whose fast path is off), this call,
+ * deleting and `kvmfault_memslot_set_fast_only` wait until the page is brought or lost, or until
+ * the vCPU was kicked and stays out of KVM_RUN. With a source that may be dead, kick the vCPUs
+ * first and let them run again afterwards.
+ *
  * On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that
  * no other slot shows becomes ordinary memory again, in which absent pages read as zeros (see
  * KVMFAULT_MEMSLOT_KEEP).
