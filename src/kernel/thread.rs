@@ -2,10 +2,12 @@
 
 use super::process;
 use crate::error::{Error, Result};
+use once_cell::sync::Lazy;
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// The kernel's number of the calling thread.
@@ -22,6 +24,18 @@ pub fn token() -> u64 {
         TOKEN.set(LAST.fetch_add(1, SeqCst) + 1);
     }
     TOKEN.get()
+}
+
+/// For tests: so many fill threads can be started, and then no more.
+static MOST_THREADS: Lazy<Option<u32>> = Lazy::new(|| std::env::var("KVMFAULT_TEST_MOST_THREADS").ok()?.parse().ok());
+
+/// Starts a thread.
+pub fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
+    static STARTED: AtomicU32 = AtomicU32::new(0);
+    if MOST_THREADS.is_some_and(|most| STARTED.fetch_add(1, SeqCst) >= most) {
+        return Err(std::io::Error::from_raw_os_error(libc::EAGAIN));
+    }
+    std::thread::Builder::new().name(name).spawn(work)
 }
 
 /// Sends `signal` to one thread of this process; async-signal-safe. Returns 0 or an errno. A thread that

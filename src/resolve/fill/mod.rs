@@ -5,7 +5,7 @@ mod pace;
 
 use super::{Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{fail, Error, Result};
-use crate::kernel::thread::{block_all_signals, set_nice};
+use crate::kernel::thread::{block_all_signals, set_nice, spawn};
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use order::{Order, Piece};
@@ -13,7 +13,7 @@ use pace::{give_way, Limit};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// So many pages that a resolver has announced (KVMFAULT_PENDING) may be outstanding for each thread.
@@ -125,25 +125,36 @@ impl Fill {
             changed: Condvar::new(),
             options,
         });
+        // Threads begin when all of them are there: one that can't be started must leave none that calls anything.
+        let mut threads = Vec::new();
+        let gate = Arc::new(Gate::default());
         for n in 0..fill.options.threads {
             let (mine, callbacks, report) = (fill.clone(), engine.callbacks.keep(), report.take());
+            let waits_at = gate.clone();
             let work = move || {
                 // Dropped last of the two: a VM isn't over while this thread may be at its memory.
                 let _callbacks = callbacks;
                 let _guard = EndOnPanic(&mine);
                 block_all_signals();
+                if !waits_at.wait() {
+                    return;
+                }
                 set_nice(NICE);
                 match report {
                     Some(report) => mine.lead(&*report),
                     None => mine.follow(),
                 }
             };
-            let started = std::thread::Builder::new().name(format!("kvmfault-fill/{n}")).spawn(work);
-            if let Err(e) = started {
-                fill.stop();
-                return Err(Error::from_io("starting a fill thread", &e));
+            match spawn(format!("kvmfault-fill/{n}"), work) {
+                Ok(thread) => threads.push(thread),
+                Err(e) => {
+                    gate.open(false);
+                    threads.into_iter().for_each(|thread| drop(thread.join()));
+                    return Err(Error::from_io("starting a fill thread", &e));
+                }
             }
         }
+        gate.open(true);
         Ok(fill)
     }
 
@@ -381,6 +392,26 @@ impl Fill {
                 }
             }
         }
+    }
+}
+
+/// Where threads wait until it is known whether all of them could be started.
+#[derive(Default)]
+struct Gate {
+    all_there: Mutex<Option<bool>>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn open(&self, all_there: bool) {
+        *self.all_there.lock().unwrap_or_else(PoisonError::into_inner) = Some(all_there);
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) -> bool {
+        let answer = self.all_there.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = self.changed.wait_while(answer, |a| a.is_none()).unwrap_or_else(PoisonError::into_inner);
+        *answer == Some(true)
     }
 }
 
