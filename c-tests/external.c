@@ -408,13 +408,16 @@ static void refusals(void)
 		struct kvmfault_memslot slot = slot_on(&anon, RAM_SLOT + 1, RAM_GPA + vmm.ram.len);
 		REFUSED(kvmfault_memslot_set(vm, &slot), EOPNOTSUPP, "private");
 		ram_destroy(&anon);
-		/* A lie is found out when a vCPU comes to the page. */
+		/* What arrived without bytes reads as zeros. */
 		struct vcpu *v = machine_add_vcpu(&vmm.m, 3);
 		vcpu_load_touch(v, RAM_GPA + (PAGES - 1) * PAGE, 1, PAGE);
 		OK(kvmfault_pages_arrived(vm, missing, PAGE));
+		EQUAL("pages found empty before", machine_stats(&vmm.m).pages_empty, 0);
 		vcpu_attach(v);
-		REFUSED(kvmfault_vcpu_run(v->handle), ENOENT, "page cache");
+		vcpu_run(v);
 		vcpu_detach(v);
+		EQUAL("pages found empty", machine_stats(&vmm.m).pages_empty, 1);
+		SYS(madvise(missing, PAGE, MADV_REMOVE));
 		OK(kvmfault_pages_missing(vm, missing, PAGE));
 		EQUAL("the page", kvmfault_pages_state(vm, RAM_GPA + (PAGES - 1) * PAGE), KVMFAULT_PAGE_ABSENT);
 	}

@@ -281,7 +281,9 @@
 
 /*
  * `kvmfault_memslot.flags`: all pages are present at the start (a post-copy destination after its
- * pre-copy phase); `kvmfault_pages_discard` makes absent those that are to be fetched.
+ * pre-copy phase); `kvmfault_pages_discard` makes absent those that are to be fetched. A page that
+ * is present and has nothing in it (a hole of the file, private memory that was never touched)
+ * reads as zeros, for the guest, this process and KVM.
  */
 #define KVMFAULT_MEMSLOT_PRESENT (1 << 1)
 
@@ -823,6 +825,14 @@ struct kvmfault_stats {
    * own.
    */
   uint64_t ahead_failed;
+  /*
+   * Pages that were present and had nothing in them when they were touched: holes of memory that
+   * was set with KVMFAULT_MEMSLOT_PRESENT, and pages that the VMM took away without telling the
+   * library. They read as zeros. Without that flag any number but 0 means that the VMM has lost
+   * pages by a madvise(2) or fallocate(2) of its own. (With `memslot-flag` KVM's own fault may fill
+   * such a page uncounted.)
+   */
+  uint64_t pages_empty;
 };
 
 /*
@@ -1271,14 +1281,14 @@ int kvmfault_pages_map(const struct kvmfault_vm *vm,
  * With KVMFAULT_VM_EXTERNAL_UFFD: the VMM's mapping has these pages now (the VMM's UFFDIO_COPY,
  * _ZEROPAGE or _CONTINUE has returned). vCPUs see them, and those that wait for them go on. Once
  * for each page that was missing; pages that are present already stay as they are, so a range may
- * hold such. `hva` is the VMM's address, and `hva` and `len` are multiples of the memory's page
- * size.
+ * hold such. A page with nothing in it reads as zeros, and takes no memory before a vCPU comes to
+ * it: a balloon drops its pages (madvise(2), fallocate(2)) and then calls this for them. `hva` is
+ * the VMM's address, and `hva` and `len` are multiples of the memory's page size.
  *
  * Returns 0: all of the range is present. -ENOENT: `hva` is in no slot's memory (not an error for a
- * VMM that calls this for all of its memory), or a page of shared memory is not in the page cache
- * (which may be found out only when a vCPU comes to it, and end its run). -EINVAL: alignment, `len`
- * 0, beyond the memory that was registered. -EHWPOISON: a page is lost. -EOPNOTSUPP: a VM without
- * KVMFAULT_VM_EXTERNAL_UFFD. Any thread, also in callbacks.
+ * VMM that calls this for all of its memory). -EINVAL: alignment, `len` 0, beyond the memory that
+ * was registered. -EHWPOISON: a page is lost. -EOPNOTSUPP: a VM without KVMFAULT_VM_EXTERNAL_UFFD.
+ * Any thread, also in callbacks.
  */
 int kvmfault_pages_arrived(const struct kvmfault_vm *vm,
                            const void *hva,

@@ -15,6 +15,7 @@ use crate::kernel::kvm::{Descriptor, Role, Run};
 use crate::kernel::thread::{self, SignalSet};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
+use crate::memory::install;
 use crate::memory::pages::State;
 use crate::memory::slots::Slot;
 use crate::memory::wait::{look_around, WAITS};
@@ -306,6 +307,9 @@ impl Vcpu {
         while at < end {
             let Some(slot) = slots.at(space, at) else { fail!(ENOENT, "gpa: {at:#x} is in no slot") };
             let page = slot.page_of(at);
+            if slot.block.is_deferred(page) {
+                install::map_present(&self.vm.engine.memory, &slot.block, page, &self.seat.stats)?;
+            }
             if slot.block.pages.get(page) != State::Present {
                 let exit = match self.bring(&slot.block, page, 0, waiter)? {
                     Outcome::Retry => self.again(own, slot, page, interruptible)?,

@@ -12,7 +12,7 @@ use crate::kernel::uffd::{Uffd, FEATURE_POISON};
 use crate::kernel::{abi::Abi, probe};
 use crate::mechanism::{self, Host, Mechanism, Wish, MECHANISMS};
 use crate::memory::block::Block;
-use crate::memory::install::{install, Source};
+use crate::memory::install::{self, install, Source};
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{Patience, Sleeper};
@@ -280,7 +280,12 @@ impl Vm {
         if installed.is_err() && self.engine.is_shut_down() {
             fail!(ESHUTDOWN, "the VM was freed meanwhile");
         }
-        if installed? == 0 {
+        if installed.inspect_err(|e| {
+            if crate::resolve::in_callback() {
+                install::note_failure(e)
+            }
+        })? == 0
+        {
             fail!(EEXIST, "gpa: all pages of [{gpa:#x}, +{len:#x}) were present already");
         }
         Ok(())

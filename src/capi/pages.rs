@@ -64,10 +64,10 @@ pub unsafe extern "C" fn kvmfault_pages_map(vm: *const kvmfault_vm, gpa: u64, le
 
 /// With KVMFAULT_VM_EXTERNAL_UFFD: the VMM's mapping has these pages now (the VMM's UFFDIO_COPY, _ZEROPAGE or _CONTINUE has returned). vCPUs
 /// see them, and those that wait for them go on. Once for each page that was missing; pages that are present already stay as they are, so a
-/// range may hold such. `hva` is the VMM's address, and `hva` and `len` are multiples of the memory's page size.
+/// range may hold such. A page with nothing in it reads as zeros, and takes no memory before a vCPU comes to it: a balloon drops its pages
+/// (madvise(2), fallocate(2)) and then calls this for them. `hva` is the VMM's address, and `hva` and `len` are multiples of the memory's page size.
 ///
-/// Returns 0: all of the range is present. -ENOENT: `hva` is in no slot's memory (not an error for a VMM that calls this for all of its memory),
-/// or a page of shared memory is not in the page cache (which may be found out only when a vCPU comes to it, and end its run). -EINVAL:
+/// Returns 0: all of the range is present. -ENOENT: `hva` is in no slot's memory (not an error for a VMM that calls this for all of its memory). -EINVAL:
 /// alignment, `len` 0, beyond the memory that was registered. -EHWPOISON: a page is lost. -EOPNOTSUPP: a VM without
 /// KVMFAULT_VM_EXTERNAL_UFFD. Any thread, also in callbacks.
 ///

@@ -185,7 +185,8 @@ versioned!(kvmfault_stats {
     kicks,
     latency_us_log2,
     ahead_asked,
-    ahead_failed
+    ahead_failed,
+    pages_empty
 });
 versioned!(kvmfault_file_range { gpa, len, offset });
 versioned!(kvmfault_fill_options {

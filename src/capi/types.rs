@@ -109,7 +109,8 @@ pub const KVMFAULT_VM_FILTER_MSRS: u64 = 1 << 2;
 /// SIGBUS (threads) or EFAULT (system calls) instead of waiting.
 pub const KVMFAULT_MEMSLOT_VCPU_ONLY: u32 = 1 << 0;
 /// `kvmfault_memslot.flags`: all pages are present at the start (a post-copy destination after its pre-copy phase);
-/// `kvmfault_pages_discard` makes absent those that are to be fetched.
+/// `kvmfault_pages_discard` makes absent those that are to be fetched. A page that is present and has nothing in it (a hole of the file, private memory
+/// that was never touched) reads as zeros, for the guest, this process and KVM.
 pub const KVMFAULT_MEMSLOT_PRESENT: u32 = 1 << 1;
 /// `kvmfault_memslot.flags`, when deleting (`len` 0): keep the page states of the memory and stay registered with
 /// userfaultfd, for a VMM that deletes a slot to create it anew in another shape. Ends with `kvmfault_vm_free`, or with
@@ -467,6 +468,10 @@ pub struct kvmfault_stats {
     pub ahead_asked: u64,
     /// Of them, those for which the resolver failed; each is still absent, or came by a fault of its own.
     pub ahead_failed: u64,
+    /// Pages that were present and had nothing in them when they were touched: holes of memory that was set with KVMFAULT_MEMSLOT_PRESENT, and
+    /// pages that the VMM took away without telling the library. They read as zeros. Without that flag any number but 0 means that the VMM has lost
+    /// pages by a madvise(2) or fallocate(2) of its own. (With `memslot-flag` KVM's own fault may fill such a page uncounted.)
+    pub pages_empty: u64,
 }
 
 /// Where a range of guest memory lies in the snapshot file. Start from KVMFAULT_FILE_RANGE_INIT.

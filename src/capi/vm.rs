@@ -433,5 +433,6 @@ pub fn stats_of(stats: &Stats) -> kvmfault_stats {
         latency_us_log2: std::array::from_fn(|n| stats.latency[n].get()),
         ahead_asked: stats.ahead_asked.get(),
         ahead_failed: stats.ahead_failed.get(),
+        pages_empty: stats.pages_empty.get(),
     }
 }

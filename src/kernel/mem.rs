@@ -254,6 +254,16 @@ pub fn is_poisoned(hva: u64, page: u64) -> bool {
     }
 }
 
+/// Of each base page whether it has content, as far as can be told: mapped, or in the page cache (but for hugetlb, of which only what is mapped shows).
+pub fn resident(hva: u64, len: u64) -> Result<Vec<bool>> {
+    let mut resident = vec![0u8; (len / PAGE) as usize];
+    // SAFETY: mincore writes one byte a page, for which there is room.
+    match unsafe { libc::mincore(hva as *mut _, len as usize, resident.as_mut_ptr()) } {
+        0 => Ok(resident.iter().map(|r| r & 1 != 0).collect()),
+        _ => Err(Error::last_os("mincore")),
+    }
+}
+
 /// The first page that has content, if any has: mapped, or in the page cache (but for hugetlb, of which only what is mapped shows).
 pub fn first_resident(hva: u64, len: u64) -> Result<Option<u64>> {
     const CHUNK: u64 = 1 << 16; // pages a call

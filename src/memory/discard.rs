@@ -7,7 +7,7 @@ use super::pages::State;
 use super::wait::{Patience, GATE_PAGES, WAITS};
 use super::Memory;
 use crate::error::{fail, Result};
-use crate::kernel::mem::{advise, protect, Kind, MADV_DONTNEED_LOCKED};
+use crate::kernel::mem::{self, advise, protect, Kind, MADV_DONTNEED_LOCKED, PAGE};
 use crate::kernel::thread;
 use crate::kernel::uffd::{Step, FEATURE_POISON};
 use crate::stats::Stats;
@@ -239,8 +239,26 @@ pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
         let pages = groups.start * GATE_PAGES..(groups.end * GATE_PAGES).min(block.pages.len());
         gate_groups(pages).try_for_each(|group| {
             let _pass = memory.gates.discard(block.gate_of(group.start))?;
-            mark_missing(memory, block, group)
+            mark_missing(memory, block, group.clone())?;
+            match memory.external {
+                true => mark_empty_pages(memory, block, group),
+                false => Ok(()),
+            }
         })
+    })
+}
+
+/// Nothing of ours reads a userfaultfd for the alias of an external VMM's memory: a PRESENT page with nothing in it would be waited for without
+/// end. It gets a marker, and is mapped when a vCPU comes to it; the same for one that only seems empty (swapped out, or hugetlb that the VMM
+/// hasn't mapped).
+fn mark_empty_pages(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
+    let (hva, len) = (block.hva_of(group.start), (group.end - group.start) * block.page);
+    let resident = mem::resident(hva, len)?;
+    let is_empty = |page: u64| !resident[((page - group.start) * (block.page / PAGE)) as usize];
+    let take = |page| block.pages.get(page) == State::Present && is_empty(page) && block.defer(page);
+    let mut empty = runs(group.clone(), take);
+    empty.try_for_each(|run| {
+        mark_empty(memory, block.kvm_hva_of(run.start), (run.end - run.start) * block.page, block.page)
     })
 }
 

@@ -13,7 +13,7 @@ use crate::kernel::mem::{self, Kind, Mapping, HUGE_PAGE, PAGE};
 use crate::kernel::uffd::Step;
 use crate::stats::Stats;
 use once_cell::sync::OnceCell;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 
 /// How a page's bytes come.
@@ -54,6 +54,8 @@ const MOST_IN_THE_WAY: u32 = 1000;
 thread_local! {
     /// What the thread installed from last: start and end.
     static FETCHED: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+    /// Why the last install failed that a resolver called for on this thread.
+    static FAILED: RefCell<Option<Error>> = const { RefCell::new(None) };
 }
 
 /// Has the source read into memory before a gate is entered. It may be slow (a file on a network, memory under another userfaultfd), or never
@@ -67,6 +69,16 @@ fn fetch(bytes: u64, len: u64) {
         let _ = mem::advise(start, end.next_multiple_of(PAGE) - start, libc::MADV_POPULATE_READ, "");
         FETCHED.set((bytes, end));
     }
+}
+
+/// An install that a resolver called for failed: its errno is all that the resolver can return.
+pub fn note_failure(error: &Error) {
+    FAILED.set(Some(error.clone()));
+}
+
+/// Why the last install failed that a resolver called for on this thread, if that had this errno.
+pub fn take_failure(errno: i32) -> Option<Error> {
+    FAILED.take().filter(|error| error.errno == errno)
 }
 
 /// Makes pages of a block present; pages that are so already are skipped. Returns how many became present by this call.
@@ -84,7 +96,13 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
         let pass = memory.gates.install(block.gate_of(page));
         while page < end {
             match block.pages.get(page) {
-                State::Present => page += 1,
+                State::Present => {
+                    // The VMM may have dropped what was there: then KVM's mapping, which had it, has nothing.
+                    if matches!(source, Source::Arrived) && !block.is_deferred(page) {
+                        map_alias(memory, block, page..page + 1, Empty::Defer, stats)?;
+                    }
+                    page += 1;
+                }
                 State::Lost => fail!(EHWPOISON, "the page at hva {:#x} is lost; discard it first", block.hva_of(page)),
                 _ => {
                     let run_end = (page + 1..end)
@@ -126,7 +144,7 @@ fn install_run(
         match bring(memory, block, at..run.end, source.from(block, at - run.start))? {
             Step::Done(bytes) => {
                 let end = at + bytes / block.page;
-                *installed += publish(memory, block, at..end, source, stats)?;
+                publish(memory, block, at..end, source, stats, installed)?;
                 at = end;
             }
             Step::Exists => {
@@ -135,7 +153,7 @@ fn install_run(
                     return Ok(at);
                 }
                 // Another installer was first; its wake-up may have been before the waiter's sleep.
-                *installed += publish(memory, block, at..at + 1, source, stats)?;
+                publish(memory, block, at..at + 1, source, stats, installed)?;
                 memory.uffd.wake(block.hva_of(at), block.page)?;
                 at += 1;
             }
@@ -169,21 +187,26 @@ fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source) -> Res
             libc::EFAULT => Error::new(libc::EFAULT, format!("src: the bytes at {bytes:#x} can't be read")),
             _ => explain(e, block, hva),
         }),
-        // UFFDIO_ZEROPAGE doesn't replace a marker in private memory, and doesn't know hugetlb.
-        Source::Zero if block.kind == Kind::Shared || block.kind == Kind::Anon && !block.is_marked() => {
-            memory.uffd.zero(hva, len, block.page).map_err(|e| explain(e, block, hva))
-        }
-        Source::Zero => {
-            let (zeros, most) = zeros(block.page)?;
-            let len = len.min(most / block.page * block.page).max(block.page);
-            memory.uffd.copy(hva, zeros.address(), len, block.page).map_err(|e| explain(e, block, hva))
-        }
+        Source::Zero => zero(memory, block, hva, len),
         Source::Map => memory.uffd.map(hva, len, block.page).map_err(|e| match e.errno {
             libc::EFAULT => Error::new(libc::ENOENT, format!("the page at hva {hva:#x} is not in the page cache")),
             _ => explain(e, block, hva),
         }),
         Source::Arrived => Ok(Step::Done(len)),
     }
+}
+
+/// Zeros to an address in either mapping of a block.
+fn zero(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<Step> {
+    // UFFDIO_ZEROPAGE doesn't replace a marker in private memory, and doesn't know hugetlb.
+    let done = if block.kind == Kind::Shared || block.kind == Kind::Anon && !block.is_marked() {
+        memory.uffd.zero(at, len, block.page)
+    } else {
+        let (zeros, most) = zeros(block.page)?;
+        let len = len.min(most / block.page * block.page).max(block.page);
+        memory.uffd.copy(at, zeros.address(), len, block.page)
+    };
+    done.map_err(|e| explain(e, block, at))
 }
 
 fn explain(error: Error, block: &Block, hva: u64) -> Error {
@@ -195,40 +218,49 @@ fn explain(error: Error, block: &Block, hva: u64) -> Error {
     error.context(format!("installing the page at hva {hva:#x}: {why}"))
 }
 
-/// The bytes are in the VMM's mapping: show them to KVM, then to everybody.
-fn publish(memory: &Memory, block: &Block, run: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
+/// The bytes are in the VMM's mapping: show them to KVM, then to everybody. Host threads have them from now on, so the pages are PRESENT even if
+/// mapping them for KVM fails: were they absent, the next install would drop them, with what was written to them meanwhile. A page that isn't mapped
+/// for KVM keeps its marker, and is mapped when a vCPU comes to it.
+fn publish(
+    memory: &Memory,
+    block: &Block,
+    run: Range<u64>,
+    source: Source,
+    stats: &Stats,
+    installed: &mut u64,
+) -> Result<()> {
     if matches!(source, Source::Arrived) {
-        return arrive(memory, block, run, stats);
+        return arrive(memory, block, run, stats, installed);
     }
-    map_alias(memory, block, run.clone(), stats)?;
+    let mapped = map_alias(memory, block, run.clone(), Empty::Fill, stats);
     block.set_exits(run.clone(), false);
-    let mut installed = 0;
+    let before = *installed;
     for page in run {
-        installed += block.pages.make_present(page) as u64;
+        *installed += block.pages.make_present(page) as u64;
         WAITS.wake(block.hva_of(page));
     }
     match source {
-        Source::Copy(_) => stats.pages_copied.add(installed),
-        Source::Zero => stats.pages_zeroed.add(installed),
-        Source::Map | Source::Arrived => stats.pages_mapped.add(installed),
+        Source::Copy(_) => stats.pages_copied.add(*installed - before),
+        Source::Zero => stats.pages_zeroed.add(*installed - before),
+        Source::Map | Source::Arrived => stats.pages_mapped.add(*installed - before),
     }
-    Ok(installed)
+    mapped
 }
 
 /// The VMM has brought pages into its mapping, mostly such as nobody has asked for. A system call for each of them would slow the VMM's stream
 /// down; so they are mapped in the alias when all 64 pages of a word are there, or when a vCPU comes to one of the word that is. Pages that
-/// somebody waits for are mapped at once.
-fn arrive(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Result<u64> {
-    let mut installed = 0;
+/// somebody waits for are mapped at once. A page with nothing in it (the VMM has dropped what was there) takes no memory before a vCPU comes to it.
+fn arrive(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats, installed: &mut u64) -> Result<()> {
+    let before = *installed;
     block.set_exits(run.clone(), false);
     for page in run.clone() {
         let unasked = block.pages.get(page) == State::Absent && block.defer(page);
         if unasked && block.pages.change(page, State::Absent, State::Present).is_ok() {
-            installed += 1;
+            *installed += 1;
         } else {
             block.take_deferred_runs(page..page + 1).for_each(drop);
-            map_alias(memory, block, page..page + 1, stats)?;
-            installed += block.pages.make_present(page) as u64;
+            map_alias(memory, block, page..page + 1, Empty::Defer, stats)?;
+            *installed += block.pages.make_present(page) as u64;
         }
         WAITS.wake(block.hva_of(page));
         let word = block.word_of(page);
@@ -237,13 +269,13 @@ fn arrive(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Res
             map_deferred(memory, block, word, stats)?;
         }
     }
-    stats.pages_mapped.add(installed);
-    Ok(installed)
+    stats.pages_mapped.add(*installed - before);
+    Ok(())
 }
 
 /// Maps what is deferred of a range. No discard of the pages may be under way.
 fn map_deferred(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
-    block.take_deferred_runs(pages).try_for_each(|run| map_alias(memory, block, run, stats))
+    block.take_deferred_runs(pages).try_for_each(|run| map_alias(memory, block, run, Empty::Defer, stats))
 }
 
 /// A page stays PRESENT for as long as this pass is held; None if it isn't PRESENT any more. Then it must be left alone: what were mapped there
@@ -260,7 +292,7 @@ pub fn map_present(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> 
     if block.is_deferred(page) {
         map_deferred(memory, block, block.word_of(page), stats)?;
     }
-    map_alias(memory, block, page..page + 1, stats)
+    map_alias(memory, block, page..page + 1, Empty::Fill, stats)
 }
 
 /// Is a PRESENT page broken (hwpoison) at `hva`, which shows it? A page that is discarded meanwhile isn't, though its marker looks the same.
@@ -273,21 +305,19 @@ pub fn is_broken(memory: &Memory, block: &Block, page: u64, hva: u64) -> bool {
         && memory.gates.discards(block.gate_of(page)) == discards
 }
 
-/// Maps a PRESENT page in the VMM's mapping, for whoever waits there in userfaultfd. Shared memory has the page in the page cache, unless it was
-/// dropped behind our back; then, and for private memory, it reads as zeros, as it would without userfaultfd.
-pub fn map_vmm(memory: &Memory, block: &Block, page: u64) -> Result<()> {
+/// Maps a PRESENT page in the VMM's mapping, for threads that wait there in userfaultfd.
+pub fn map_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
     let hva = block.hva_of(page);
     if let Some(_pass) = keep_present(memory, block, page) {
         let mapped = match block.kind {
             Kind::Shared | Kind::HugetlbShared => memory.uffd.map(hva, block.page, block.page),
-            _ => memory.uffd.zero(hva, block.page, block.page),
+            Kind::Anon | Kind::HugetlbPrivate => fill(memory, block, hva, stats),
         };
         match mapped {
-            Err(e) if e.errno == libc::EFAULT && block.kind == Kind::Shared => {
-                memory.uffd.zero(hva, block.page, block.page)?;
+            // EINVAL: the kernel has no UFFDIO_CONTINUE. What is in the page cache needs none there.
+            Err(e) if matches!(e.errno, libc::EFAULT | libc::EINVAL) => {
+                fill(memory, block, hva, stats)?;
             }
-            // hugetlb has no UFFDIO_ZEROPAGE; KVM without minor faults gets the page by itself once it is awake.
-            Err(e) if e.errno == libc::EINVAL => {}
             // No longer registered: whoever slept was woken by that.
             Err(e) if e.errno == libc::ENOENT && block.is_released() => {}
             other => {
@@ -298,20 +328,49 @@ pub fn map_vmm(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     memory.uffd.wake(hva, block.page)
 }
 
+/// What becomes of a PRESENT page with nothing in it, when it is to be mapped for KVM.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Empty {
+    /// It gets zeros.
+    Fill,
+    /// Where pages can be deferred it keeps a marker, and gets its zeros when a vCPU comes to it.
+    Defer,
+}
+
+/// So often in a row a page may be neither in the page cache nor possible to put there.
+const MOST_FILLS: u32 = 100;
+
 /// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias.
-fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> Result<()> {
+fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, empty: Empty, stats: &Stats) -> Result<()> {
     let Some(alias) = block.alias_of(run.start) else {
         return Ok(());
     };
     let end = alias + (run.end - run.start) * block.page;
     let mut at = alias;
     let mut patience = Patience::default();
+    let mut fills = 0;
     while at < end {
         let step = match memory.uffd.map(at, end - at, block.page) {
             // No longer registered: the alias needs no help any more. (While a page is missing it is.)
             Err(e) if e.errno == libc::ENOENT && block.is_released() => return Ok(()),
-            Err(e) if e.errno == libc::EFAULT && memory.external => {
-                fail!(ENOENT, "the page at hva {:#x} is not in the page cache", block.hva + (at - block.kvm_hva()))
+            Err(e) if e.errno == libc::EFAULT => {
+                let page = run.start + (at - alias) / block.page;
+                if empty == Empty::Defer && block.defer(page) {
+                    memory.uffd.poison(at, block.page, block.page)?;
+                    at += block.page;
+                    continue;
+                }
+                match fill(memory, block, at, stats)? {
+                    // Others were faster, and it is in the page cache now. Unless it goes as fast as it comes.
+                    Step::Exists if fills < MOST_FILLS => {
+                        fills += 1;
+                        continue;
+                    }
+                    Step::Exists => {
+                        fail!(EBUSY, "the page at hva {:#x} is dropped as fast as it comes", block.hva_of(page))
+                    }
+                    step => step,
+                }
             }
             step => step.map_err(|e| e.context("mapping a page for KVM"))?,
         };
@@ -328,6 +387,16 @@ fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, stats: &Stats) -> 
         }
     }
     Ok(())
+}
+
+/// A PRESENT page with nothing in it reads as zeros, as it would without userfaultfd: a hole of memory that was set with all pages present, or a
+/// page that the VMM dropped without telling.
+fn fill(memory: &Memory, block: &Block, at: u64, stats: &Stats) -> Result<Step> {
+    let step = zero(memory, block, at, block.page)?;
+    if let Step::Done(_) = step {
+        stats.pages_empty.add(1);
+    }
+    Ok(step)
 }
 
 #[cfg(test)]
@@ -394,12 +463,12 @@ mod tests {
         mem::write(bytes.address(), &[1; PAGE as usize]).unwrap();
         for (memory, block) in [(&anon_memory, &anon), (&memory, &shared)] {
             let stats = Stats::default();
-            map_vmm(memory, block, 0).unwrap();
+            map_vmm(memory, block, 0, &stats).unwrap();
             assert_eq!(install(memory, block, 0..1, Source::Copy(bytes.address()), &stats), Ok(1));
             assert_eq!(byte(block.hva), 1, "{:?}", block.kind);
             // One that is PRESENT is mapped: here with zeros, as it was dropped behind our back.
             block.pages.make_present(1);
-            map_vmm(memory, block, 1).unwrap();
+            map_vmm(memory, block, 1, &stats).unwrap();
             assert_eq!(byte(block.hva_of(1)), 0, "{:?}", block.kind);
         }
     }

@@ -49,6 +49,11 @@ impl Slot {
         gpa - self.region.gpa + self.offset + self.block.hva
     }
 
+    /// A guest physical address in the mapping that KVM uses.
+    pub fn kvm_hva(&self, gpa: u64) -> u64 {
+        gpa - self.region.gpa + self.offset + self.block.kvm_hva()
+    }
+
     /// The block's pages that the slot covers.
     pub fn pages(&self) -> std::ops::Range<u64> {
         self.offset / self.block.page..(self.offset + self.region.len) / self.block.page

@@ -490,8 +490,11 @@ impl Engine {
             }
             Answer::Resolved => fail!(EPROTO, "the resolver said KVMFAULT_RESOLVED but installed nothing at {}", at()),
             Answer::Failed(errno) => {
-                let error = std::io::Error::from_raw_os_error(errno);
-                Err(Error::new(errno, format!("the resolver failed at {}: {error}", at())))
+                let why = match crate::memory::install::take_failure(errno) {
+                    Some(error) => error.to_string(),
+                    None => std::io::Error::from_raw_os_error(errno).to_string(),
+                };
+                Err(Error::new(errno, format!("the resolver failed at {}: {why}", at())))
             }
             Answer::Garbage(value) => {
                 fail!(

@@ -185,6 +185,6 @@ fn map(engine: &Engine, block: &Block, page: u64, touched: u64) -> Result<()> {
             install::map_present(&engine.memory, block, page, engine.memory.stats.here())?;
             engine.memory.uffd.wake(alias, block.page)
         }
-        _ => install::map_vmm(&engine.memory, block, page),
+        _ => install::map_vmm(&engine.memory, block, page, engine.memory.stats.here()),
     }
 }

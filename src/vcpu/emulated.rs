@@ -6,7 +6,8 @@ use super::{Exit, Own, Vcpu, MOST_MAPS};
 use crate::error::Result;
 use crate::kernel::kvm::Mmio;
 use crate::kernel::mem;
-use crate::mechanism::kvm_itself;
+use crate::mechanism::{kvm_itself, MECHANISMS};
+use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{Pause, Sleeper};
@@ -49,17 +50,27 @@ impl Vcpu {
         let deaf = Deaf(&self.seat.sleeper);
         let waiter: &dyn Waiter = if interruptible { self.seat } else { &deaf };
         for (slot, gpa, bytes) in pieces.iter().flatten() {
-            let (page, hva) = (slot.page_of(*gpa), slot.vmm_hva(*gpa));
+            // KVM's own mapping: where a page isn't there an access fails, and waits for nobody.
+            let (page, hva) = (slot.page_of(*gpa), slot.kvm_hva(*gpa));
             loop {
                 let was_lost = slot.block.pages.get(page) == State::Lost;
-                let exit = match self.bring(&slot.block, page, if mmio.write { 2 } else { 1 }, waiter)? {
+                let outcome = self.bring(&slot.block, page, if mmio.write { 2 } else { 1 }, waiter)?;
+                // PRESENT, and KVM could not access it: it needs mapping.
+                let was_present = outcome == Outcome::WasPresent;
+                if was_present {
+                    self.map_for_kvm(&slot.block, page, hva)
+                        .map_err(|e| e.context(format!("completing an access of the guest to gpa {gpa:#x}")))?;
+                }
+                let exit = match outcome {
                     Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => {
                         let done = match mmio.write {
                             true => mem::write(hva, &mmio.data[bytes.clone()]),
                             false => mem::read(hva, &mut mmio.data[bytes.clone()]),
                         };
                         match done {
-                            Err(e) if e.errno == libc::EFAULT && self.is_broken(&slot.block, page, hva) => {
+                            Err(e)
+                                if e.errno == libc::EFAULT && was_present && self.is_broken(&slot.block, page, hva) =>
+                            {
                                 if self.is_told(own, slot, page, &mmio) {
                                     return Ok(Some(self.give_up(own)));
                                 }
@@ -140,6 +151,14 @@ impl Vcpu {
                 self.vm.filters_msrs && write.filtered && kvm_itself::NAMING.contains(&write.index)
             }
             _ => false,
+        }
+    }
+
+    /// A broken page can't be mapped; the access itself shows it.
+    fn map_for_kvm(&self, block: &Block, page: u64, hva: u64) -> Result<()> {
+        match MECHANISMS[block.mechanism].map_present(&self.vm.engine.memory, block, page, &self.seat.stats) {
+            Err(e) if matches!(e.errno, libc::EHWPOISON | libc::EIO) && self.is_broken(block, page, hva) => Ok(()),
+            mapped => mapped,
         }
     }
 
