@@ -174,6 +174,9 @@ static void useless_files(void)
 	}
 	SYS(ftruncate(bad, 2ul << 30));
 	REFUSED_WITH("no working set");
+	/* No larger than one of this memory can be, so that a few bytes of guest don't cost a VMM what the file likes. */
+	SYS(ftruncate(bad, PAGES * 30 + 41));
+	REFUSED_WITH("no working set");
 	options.working_set_fd = directory;
 	REFUSED_WITH("regular file");
 	options.working_set_fd = pipes[0];

@@ -89,7 +89,9 @@ pub fn is_hugetlb(fd: RawFd) -> bool {
 
 /// The first `len` bytes of a file, or all of them if it has fewer.
 pub fn read_start(file: &File, len: u64) -> std::io::Result<Vec<u8>> {
-    let mut bytes = vec![0; len as usize];
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(len as usize).map_err(|_| std::io::Error::from_raw_os_error(libc::ENOMEM))?;
+    bytes.resize(len as usize, 0);
     let mut done = 0;
     while done < bytes.len() {
         match file.read_at(&mut bytes[done..], done as u64) {

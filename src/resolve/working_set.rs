@@ -88,13 +88,24 @@ impl Recorder {
             let slot = slots.showing(block, page)?;
             Some(Record { gpa: slot.gpa_of(page), pages: count, us: (time - 1) / 1000 })
         };
-        found.into_iter().filter_map(record).collect()
+        // Pages that were dropped and needed again come to more than there are: the first are what counts.
+        found.into_iter().filter_map(record).take(most_records(Shape::of(slots)) as usize).collect()
     }
 
     /// Faults that found their log full.
     pub fn dropped(&self) -> u64 {
         self.logs.iter().map(|log| log.len.load(Relaxed).saturating_sub(MOST)).sum()
     }
+}
+
+/// Records that a working set of such memory has at most: one for each page that it could need.
+pub fn most_records(shape: Shape) -> u64 {
+    shape.bytes / PAGE
+}
+
+/// Bytes that its file has at most: a number takes ten.
+pub fn longest_file(shape: Shape) -> u64 {
+    HEADER as u64 + most_records(shape).saturating_mul(30)
 }
 
 /// What one fault brought.
@@ -173,9 +184,18 @@ pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
     }
     // The checksum tells accidents, not intent: nothing below trusts what it reads.
     let mut rest = &file[HEADER..];
+    let (count, most) = (word(32), most_records(shape));
+    if count > most {
+        fail!(EINVAL, "has {count} records; the VM has {most} pages");
+    }
+    if count > rest.len() as u64 / 3 {
+        fail!(EINVAL, "has {} bytes for {count} records", rest.len());
+    }
     let mut records = Vec::new();
+    let room = records.try_reserve_exact(count as usize);
+    room.map_err(|_| Error::new(libc::ENOMEM, format!("needs memory for {count} records, which isn't there")))?;
     let (mut expected, mut us) = (0u64, 0u64);
-    for n in 0..word(32) {
+    for n in 0..count {
         let numbers = [get(&mut rest), get(&mut rest), get(&mut rest)];
         let [Some(zigzag), Some(pages), Some(after)] = numbers else { fail!(EINVAL, "ends in record {n}") };
         let page = expected.wrapping_add((zigzag >> 1) ^ (zigzag & 1).wrapping_neg());

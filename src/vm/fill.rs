@@ -101,13 +101,14 @@ impl Vm {
     }
 }
 
-/// The longest file that is read: a guest of 1 TiB that needed all of it page by page has about that.
-const LONGEST_FILE: u64 = 1 << 30;
-
 fn read_working_set(fd: RawFd, slots: &Slots) -> Result<Vec<Range<u64>>> {
     let (file, len) = file::regular(fd, "working_set_fd", Use::Read)?;
-    if len > LONGEST_FILE {
-        fail!(EINVAL, "working_set_fd: the file has {len} bytes; that is no working set");
+    let longest = working_set::longest_file(Shape::of(slots));
+    if len > longest {
+        fail!(
+            EINVAL,
+            "working_set_fd: the file has {len} bytes, and one of this VM's memory at most {longest}; that is no working set of it"
+        );
     }
     let bytes = file::read_start(&file, len).map_err(|e| Error::from_io("working_set_fd: reading", &e))?;
     let records = working_set::decode(&bytes, Shape::of(slots)).map_err(working_set::about_the_file)?;
