@@ -283,10 +283,98 @@ static void immediate_exit(void)
 	each(set_immediate_exit);
 }
 
+/* ---- nudges ---- */
+
+#define OTHER_GPA 0x90000000ul
+enum { OTHER_SLOT = 2, COUNTER_STEP = 64, ASLEEP_AT = 5 };
+
+static atomic_int awake;
+
+static void *read_one_page(struct vcpu *v)
+{
+	uint32_t value;
+	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
+	attach(v);
+	lab_load_read(v, ASLEEP_AT);
+	int ret = run(v);
+	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
+	lab_check_read(v, ASLEEP_AT);
+	OK(kvmfault_vcpu_stats(v->handle, &stats));
+	EQUAL("kicks of the vCPU that sleeps", stats.kicks, 0);
+	awake++;
+	vcpu_detach(v);
+	return NULL;
+}
+
+static void *count_until_kicked(struct vcpu *v)
+{
+	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
+	attach(v);
+	vcpu_load_script(v, lab.steps_gpa + COUNTER_STEP * sizeof(struct step));
+	started = true;
+	int ret = run(v);
+	CHECK(ret == KVMFAULT_INTERRUPTED && stop, "%s, and there was no kick", vcpu_describe(v, ret));
+	OK(kvmfault_vcpu_stats(v->handle, &stats));
+	EQUAL("kicks of the vCPU that counts", stats.kicks, 1);
+	vcpu_detach(v);
+	return NULL;
+}
+
+/*
+ * A vCPU sleeps in the kernel, inside KVM_RUN, for a page that nobody brings. KVM waits for it when a slot is set; the library makes it leave for a
+ * moment, and neither it nor the VMM sees anything of that.
+ */
+static void set_while_a_vcpu_sleeps(void)
+{
+	struct ram other;
+	require_interruptible_sleep_in_slow_slots();
+	awake = 0;
+	lab_set_up(MEMFD, lab_answer_pending, 2, 3);
+	lab.calls = 0;
+	OK(kvmfault_memslot_set_fast_only(lab.m.library, RAM_SLOT, 0));
+	/* Counts for ever. */
+	uint64_t *counter = (uint64_t *)(lab.steps + COUNTER_STEP + 2);
+	uint64_t counter_gpa = lab.steps_gpa + (COUNTER_STEP + 2) * sizeof(struct step);
+	lab.steps[COUNTER_STEP] = (struct step){ ADD64, counter_gpa, 1, 0 };
+	lab.steps[COUNTER_STEP + 1] = (struct step){ JUMP, lab.steps_gpa + COUNTER_STEP * sizeof(struct step), 0, 0 };
+	vcpu_start(lab.m.vcpu[1], count_until_kicked, NULL);
+	UNTIL(started && __atomic_load_n(counter, __ATOMIC_RELAXED) > 0);
+	struct vcpu *counting = the;
+	vcpu_start(lab.m.vcpu[0], read_one_page, NULL);
+	UNTIL(lab.calls == 1);
+
+	ram_create(&other, MEMFD, 4 * PAGE);
+	for (int i = 0; i < 5; i++) {
+		struct kvmfault_memslot gone = KVMFAULT_MEMSLOT_INIT;
+		gone.slot = OTHER_SLOT;
+		machine_set_slot(&lab.m, &other, OTHER_SLOT, OTHER_GPA);
+		machine_set_slot(&lab.m, &other, OTHER_SLOT, 2 * OTHER_GPA); /* moved */
+		OK(kvmfault_memslot_set(lab.m.library, &gone));
+		OK(kvmfault_memslot_set_fast_only(lab.m.library, RAM_SLOT, 1));
+		OK(kvmfault_memslot_set_fast_only(lab.m.library, RAM_SLOT, 0));
+	}
+	uint64_t before = __atomic_load_n(counter, __ATOMIC_RELAXED);
+	UNTIL(__atomic_load_n(counter, __ATOMIC_RELAXED) > before);
+	EQUAL("vCPUs that have the page", awake, 0);
+	lab_install(ASLEEP_AT);
+	vcpu_join(lab.m.vcpu[0]);
+	stop = true;
+	OK(kvmfault_vcpu_kick(counting->handle));
+	vcpu_join(counting);
+	ram_destroy(&other);
+	lab_tear_down();
+}
+
+static void nudges(void)
+{
+	each(set_while_a_vcpu_sleeps);
+}
+
 static const struct test_case cases[] = {
 	{ "bursts", bursts, true },
 	{ "news", news, true },
 	{ "old-news", old_news, true },
 	{ "immediate-exit", immediate_exit, true },
+	{ "nudges", nudges, true },
 };
 TEST_MAIN(cases)

@@ -448,14 +448,25 @@ static bool reads_by_mmio(int mechanism)
 	return by_mmio;
 }
 
-void require_interruptible_sleep(void)
+static void require_linux_6_2(const char *else_what)
 {
 	struct utsname name;
 	int major = 0, minor = 0;
 	SYS(uname(&name));
 	EQUAL("numbers in the kernel's release", sscanf(name.release, "%d.%d", &major, &minor), 2);
-	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD && (major < 6 || (major == 6 && minor < 2)))
-		skip("before Linux 6.2 a vCPU that sleeps in userfaultfd can't be interrupted");
+	if (major < 6 || (major == 6 && minor < 2))
+		skip("%s", else_what);
+}
+
+void require_interruptible_sleep(void)
+{
+	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
+		require_linux_6_2("before Linux 6.2 a vCPU that sleeps in userfaultfd can't be interrupted");
+}
+
+void require_interruptible_sleep_in_slow_slots(void)
+{
+	require_linux_6_2("before Linux 6.2 a vCPU that sleeps in a slot without the fast path can't be interrupted");
 }
 
 bool cpl0_comes_as_mmio(void)

@@ -57,6 +57,8 @@ struct kvmfault_stats machine_settled_stats(const struct machine *machine);
 bool cpl0_is_emulated(void);
 /* Skips the case where a vCPU that sleeps for a page can't be made to leave: in userfaultfd before Linux 6.2. */
 void require_interruptible_sleep(void);
+/* The same with any mechanism, while the fast path of the slot is off. */
+void require_interruptible_sleep_in_slow_slots(void);
 
 /* Do accesses at CPL 0 to absent pages come as MMIO exits, with the case's mechanism? */
 bool cpl0_comes_as_mmio(void);

@@ -261,10 +261,8 @@ static int pending(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 /* Its slot goes while it waits: there is no memory any more, so what it wanted is for the VMM. */
 static void *expect_no_memory(struct vcpu *v)
 {
-	int ret;
 	vcpu_attach(v);
-	while ((ret = kvmfault_vcpu_run(v->handle)) == KVMFAULT_INTERRUPTED)
-		;
+	int ret = kvmfault_vcpu_run(v->handle);
 	CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.phys_addr == RAM_GPA + 3 * PAGE, "%s",
 	      vcpu_describe(v, ret));
 	finished++;
@@ -274,8 +272,7 @@ static void *expect_no_memory(struct vcpu *v)
 static void deleted_while_waiting(void)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
-	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
-		skip("KVM deletes no slot while a vCPU sleeps in userfaultfd for a page of it");
+	require_interruptible_sleep();
 	options.resolver = pending;
 	ram_create(&ram, MEMFD, PAGES * PAGE);
 	machine_create(&m, PAGE);

@@ -858,7 +858,9 @@ struct kvmfault_vcpu_options {
   void *run;
   /*
    * The signal that `kvmfault_vcpu_kick` sends to the vCPU's thread; the library's alone in that
-   * thread. 0 means SIGURG (by mask); by handler it must be given.
+   * thread. 0 means SIGURG (by mask); by handler it must be given, and the handler runs for the
+   * library's own purposes too, so that system calls of the thread may end with EINTR without a
+   * kick (SA_RESTART avoids that). It shouldn't set `immediate_exit`.
    */
   int kick_signal;
   /*
@@ -1178,11 +1180,17 @@ int kvmfault_vm_enable(const struct kvmfault_vm *vm,
  * Threads may touch the memory while this is under way: they wait for their pages as ever, and the
  * resolver may be called for these before this has returned.
  *
- * KVM's ioctl waits for each vCPU that is in the middle of a fault inside KVM_RUN. Where such a
- * vCPU sleeps for a page in the kernel (`userfaultfd`; a slot whose fast path is off), this call,
- * deleting and `kvmfault_memslot_set_fast_only` wait until the page is brought or lost, or until
- * the vCPU was kicked and stays out of KVM_RUN. With a source that may be dead, kick the vCPUs
- * first and let them run again afterwards.
+ * KVM's ioctl waits for each vCPU that is in the middle of a fault inside KVM_RUN, also of one that
+ * sleeps there for a page (`userfaultfd`; a slot whose fast path is off). So that this call,
+ * deleting and `kvmfault_memslot_set_fast_only` don't wait for the source of the page, the vCPUs
+ * are made to leave KVM_RUN for a moment when the ioctl has taken 10 ms: by their kick signal,
+ * which is no kick and which the VMM doesn't see (see `kvmfault_vcpu_options.kick_signal`). Two
+ * limits. Before Linux 6.2, and wherever the vCPU sleeps in a copy that KVM makes (an instruction
+ * that it emulates: all of CPL 0 on a KVM without hardware virtualisation), the call waits until
+ * the page is brought or lost; in such a copy the vCPU's thread uses a CPU meanwhile. And a VMM
+ * that does the ioctl itself (`kvmfault_memslot_prepare`) waits likewise: it kicks its vCPUs and
+ * keeps them out of KVM_RUN until the ioctl has returned, or does the ioctl on a thread that may
+ * wait.
  *
  * On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that
  * no other slot shows becomes ordinary memory again, in which absent pages read as zeros (see
@@ -1222,6 +1230,9 @@ int kvmfault_memslot_prepare(const struct kvmfault_vm *vm,
  * been on its way while the last pages came); if all are, what the resolver looks at can be put
  * away. So don't hold a lock that the resolver takes. -EBUSY: a page is missing (`poison-trap`
  * only), or such a call has not returned for ten seconds (the fast path is off then; call again).
+ *
+ * A vCPU that sleeps for a page doesn't hold it up, with the limits that `kvmfault_memslot_set`
+ * names.
  *
  * Errors: -ENOENT (no such slot), -EINVAL (`on`), or KVM's errno. Any thread; calls take turns; not
  * from callbacks.

@@ -194,6 +194,7 @@ impl Vcpu {
         let mut own = self.own()?;
         self.attach(&mut own)?;
         self.seat.next_turn();
+        self.seat.see_nudges(); // whose signals came in the VMM's own code
         self.seat.refresh();
         match self.before_run(&mut own)? {
             Exit::Handled => {}
@@ -249,6 +250,7 @@ impl Vcpu {
         if own.is_away {
             // Its thread may have touched memory as the VMM's meanwhile.
             self.seat.next_turn();
+            self.seat.see_nudges();
         }
         let exit = self.before_run(&mut own);
         self.back_to_vmm(&mut own, exit)

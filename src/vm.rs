@@ -2,6 +2,7 @@
 
 pub mod fill;
 pub mod memslots;
+mod nudge;
 
 use crate::error::{fail, Error, Result};
 use crate::kernel::kvm::{Descriptor, Role};

@@ -365,7 +365,8 @@ pub struct kvmfault_vcpu_options {
     /// The vCPU's struct kvm_run, mapped by the VMM for as long as the handle lives; NULL: the library maps it.
     pub run: *mut c_void,
     /// The signal that `kvmfault_vcpu_kick` sends to the vCPU's thread; the library's alone in that thread.
-    /// 0 means SIGURG (by mask); by handler it must be given.
+    /// 0 means SIGURG (by mask); by handler it must be given, and the handler runs for the library's own purposes too, so that system calls
+    /// of the thread may end with EINTR without a kick (SA_RESTART avoids that). It shouldn't set `immediate_exit`.
     pub kick_signal: c_int,
     /// KVMFAULT_VCPU_* bits.
     pub flags: u32,

@@ -47,6 +47,13 @@ pub struct Sleeper {
     bucket: AtomicU32,
 }
 
+impl Sleeper {
+    /// Does it sleep for a page, or is it about to?
+    pub fn is_asleep(&self) -> bool {
+        self.bucket.load(SeqCst) != 0
+    }
+}
+
 impl WaitTable {
     /// An empty table.
     pub const fn new() -> WaitTable {

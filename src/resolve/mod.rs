@@ -161,6 +161,10 @@ pub trait Waiter {
     fn sleeper(&self) -> &Sleeper;
     /// Is there a kick?
     fn must_leave(&self) -> bool;
+    /// Was a signal that ended its wait a nudge (`Seat::nudge`), and so for nothing?
+    fn was_nudged(&self) -> bool {
+        false
+    }
 }
 
 /// After so many KVMFAULT_RETRY in a row for one page the fault is an error.
@@ -329,7 +333,7 @@ impl Engine {
                     };
                     let wake = WAITS.wait(hva, waiter.sleeper(), look_around(), still);
                     let unsettled = block.pages.get(page) == State::Resolving;
-                    if unsettled && (wake == Wake::Signal || waiter.must_leave()) {
+                    if unsettled && (waiter.must_leave() || wake == Wake::Signal && !waiter.was_nudged()) {
                         return Ok(Outcome::Interrupted);
                     }
                 }

@@ -46,7 +46,11 @@ pub struct Seat {
     /// Kicks so far; the vCPU remembers how many it has seen.
     kicks: AtomicU32,
     seen: AtomicU32,
-    /// Kicks and news under way: whoever is at it may yet write to kvm_run and send the signal. See `Interrupting`.
+    /// Nudges so far, and those that the vCPU has seen: see `nudge`.
+    nudges: AtomicU32,
+    seen_nudges: AtomicU32,
+    /// Kicks, news and nudges under way: whoever is at it may yet write to kvm_run and send the
+    /// signal. See `Interrupting`.
     interrupting: AtomicU32,
     /// SIGBUS as the VMM's handler saw it: address, and code + 1 (0 = none).
     bus_address: AtomicU64,
@@ -71,6 +75,8 @@ impl Seat {
             by_handler,
             kicks: AtomicU32::new(0),
             seen: AtomicU32::new(0),
+            nudges: AtomicU32::new(0),
+            seen_nudges: AtomicU32::new(0),
             interrupting: AtomicU32::new(0),
             bus_address: AtomicU64::new(0),
             bus_code: AtomicI32::new(0),
@@ -121,6 +127,35 @@ impl Seat {
         }
     }
 
+    /// Makes the vCPU leave KVM_RUN for a moment, if it is there; its loop goes back by itself, and
+    /// the VMM sees nothing of it. By mask the signal stays pending outside KVM_RUN, and one that
+    /// announces nothing is passed over as ever. By handler nothing is left of the signal, so the
+    /// count says what it was.
+    pub fn nudge(&self) {
+        let _under_way = Interrupting::begin(self);
+        let thread = self.thread();
+        if thread != 0 && !self.sleeper.is_asleep() {
+            self.nudges.fetch_add(1, SeqCst);
+            send_signal(thread, self.signal);
+        }
+    }
+
+    /// Were there nudges that the loop hasn't seen? The handler has run for each of them when this
+    /// returns. On the vCPU's thread.
+    pub fn see_nudges(&self) -> bool {
+        let nudges = self.nudges.load(SeqCst);
+        if !self.by_handler || nudges == self.seen_nudges.swap(nudges, SeqCst) {
+            return false;
+        }
+        self.wait_for_signals();
+        true
+    }
+
+    /// Its thread's number; 0 while it has none.
+    pub fn thread(&self) -> i32 {
+        self.thread.load(SeqCst)
+    }
+
     /// What ends the next KVM_RUN is there if the loop has something to see, and not otherwise. On the vCPU's thread.
     ///
     /// By handler, the byte follows from the counts: others add to these first and raise the byte then, so here it is lowered first and the counts
@@ -146,15 +181,21 @@ impl Seat {
     /// What the loop has just seen is over, so that it isn't seen once more: whoever brought it has sent its signal, and the signal is taken.
     /// On the vCPU's thread.
     fn settle(&self) {
-        let deadline = Instant::now() + LONG_FOR_A_SIGNAL;
-        if self.wait_for_interrupters(|| Instant::now() > deadline) {
-            if self.by_handler {
-                thread::id(); // when a system call returns, the handler has run for what was sent before
-            } else {
-                while matches!(thread::take_signal(SignalSet::of(&[self.signal])), Ok(Some(_))) {}
-            }
+        if self.wait_for_signals() && !self.by_handler {
+            while matches!(thread::take_signal(SignalSet::of(&[self.signal])), Ok(Some(_))) {}
         }
         self.refresh();
+    }
+
+    /// Waits until all that are interrupting the vCPU have sent their signals; by handler, until it
+    /// has run for them. False if that takes too long.
+    fn wait_for_signals(&self) -> bool {
+        let deadline = Instant::now() + LONG_FOR_A_SIGNAL;
+        let are_sent = self.wait_for_interrupters(|| Instant::now() > deadline);
+        if are_sent && self.by_handler {
+            thread::id(); // when a system call returns, the handler has run for what was sent before
+        }
+        are_sent
     }
 
     /// Waits until all that are interrupting the vCPU are done; false if `enough` says so first.
@@ -311,6 +352,10 @@ impl Waiter for Seat {
 
     fn must_leave(&self) -> bool {
         self.has_business() || self.immediate_exit.is_the_vmms()
+    }
+
+    fn was_nudged(&self) -> bool {
+        self.see_nudges()
     }
 }
 

@@ -38,7 +38,10 @@ impl Vcpu {
     pub(super) fn interrupted(&self, own: &mut Own) -> Result<Exit> {
         let (mut bus, mut late) = (None, false);
         match self.sigbus {
-            Sigbus::ByHandler => (bus, late) = (self.seat.take_bus(), self.seat.immediate_exit.is_raised()),
+            Sigbus::ByHandler => {
+                let was_nudged = self.seat.see_nudges();
+                (bus, late) = (self.seat.take_bus(), was_nudged || self.seat.immediate_exit.is_raised());
+            }
             // SIGBUS comes before the kick signal, as a synchronous one (dequeue_signal in kernel/signal.c): one call is enough.
             // A kick signal that stays pending ends the next KVM_RUN.
             Sigbus::ByMask => match thread::take_signal(self.signals)? {
@@ -60,7 +63,7 @@ impl Vcpu {
             return self.receive(news);
         }
         self.seat.refresh();
-        // What came late, after what it announces was seen, is nobody's any more.
+        // A nudge; or it came late, after what it announces was seen, and is nobody's any more.
         let ours = bus.is_some() || late && !self.seat.immediate_exit.is_the_vmms();
         Ok(if ours { Exit::Handled } else { Exit::Interrupted })
     }

@@ -151,12 +151,12 @@ impl Vm {
     /// KVM moves a slot (guest address, flags) in place, but takes another size or host address only after a delete.
     fn set_region(&self, old: Option<&Slot>, region: &Region) -> Result<()> {
         if let Some(old) = old.filter(|o| o.region.len != region.len || o.region.hva != region.hva) {
-            self.vm.set_region(&Region { len: 0, ..old.region })?;
-            return self.vm.set_region(region).inspect_err(|_| {
-                let _ = self.vm.set_region(&old.region); // as it was
+            self.tell_kvm(&Region { len: 0, ..old.region })?;
+            return self.tell_kvm(region).inspect_err(|_| {
+                let _ = self.tell_kvm(&old.region); // as it was
             });
         }
-        self.vm.set_region(region)
+        self.tell_kvm(region)
     }
 
     fn delete(&self, slots: &Slots, request: &SlotRequest, ioctl: Ioctl) -> Result<Region> {
@@ -165,7 +165,7 @@ impl Vm {
         };
         let region = Region { len: 0, ..old.region };
         if ioctl == Ioctl::Library {
-            self.vm.set_region(&region)?;
+            self.tell_kvm(&region)?;
         }
         self.publish(slots.without(request.slot, request.keep));
         self.not_in_kvm(&old.block);
@@ -395,7 +395,7 @@ impl Vm {
         let region = slot.region;
         if region != old.region {
             // The same ioctl that is good for the flag is good for its removal.
-            self.vm.set_region(&Region { version: region.version.max(old.region.version), ..region })?;
+            self.tell_kvm(&Region { version: region.version.max(old.region.version), ..region })?;
         }
         if on || !others {
             mechanism.set_fast(memory, &slot.block, on)?;
