@@ -17,7 +17,7 @@ use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::install;
 use crate::memory::pages::State;
-use crate::memory::slots::Slot;
+use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{look_around, WAITS};
 use crate::resolve::readahead::{self, Plan};
 use crate::resolve::seat::Seat;
@@ -228,18 +228,19 @@ impl Vcpu {
         if let Ok(Exit::Handled) = exit {
             self.run.clear_exit_reason();
         }
-        self.back_to_vmm(&mut own, exit)
+        self.back_to_vmm(&mut own, &exit);
+        exit
     }
 
     /// The end of a call of a VMM with its own loop. A turn lasts until the VMM has something to do, as with `run`: what is told later of a fault
     /// that the vCPU had before is no news.
-    fn back_to_vmm(&self, own: &mut Own, exit: Result<Exit>) -> Result<Exit> {
+    #[inline]
+    fn back_to_vmm(&self, own: &mut Own, exit: &Result<Exit>) {
         own.is_away = !matches!(exit, Ok(Exit::Handled));
         if own.is_away {
             self.seat.next_turn();
         }
         self.seat.refresh();
-        exit
     }
 
     /// For a VMM with its own loop: what is to be done before KVM_RUN.
@@ -253,7 +254,8 @@ impl Vcpu {
             self.seat.see_nudges();
         }
         let exit = self.before_run(&mut own);
-        self.back_to_vmm(&mut own, exit)
+        self.back_to_vmm(&mut own, &exit);
+        exit
     }
 
     /// Finishes what an interruption left; brings what KVM itself accesses, before the first KVM_RUN and after a device's exit.
@@ -313,7 +315,7 @@ impl Vcpu {
                 install::map_present(&self.vm.engine.memory, &slot.block, page, &self.seat.stats)?;
             }
             if slot.block.pages.get(page) != State::Present {
-                let exit = match self.bring(&slot.block, page, 0, waiter)? {
+                let exit = match self.bring(&slots, &slot.block, page, 0, waiter)? {
                     Outcome::Retry => self.again(own, slot, page, interruptible)?,
                     Outcome::Interrupted if !interruptible => continue,
                     Outcome::Gone => fail!(ENOENT, "slot {:#x} was deleted meanwhile", slot.region.slot),
@@ -396,16 +398,17 @@ impl Vcpu {
     }
 
     fn fault_at_gpa(&self, own: &mut Own, gpa: u64, access: Access) -> Result<Exit> {
-        match self.vm.engine.memory.slots().at(self.run.space(), gpa) {
-            Some(slot) => self.fault(own, slot, gpa, access, false),
+        let slots = self.vm.engine.memory.slots();
+        match slots.at(self.run.space(), gpa) {
+            Some(slot) => self.fault(own, &slots, slot, gpa, access, false),
             None => Ok(Exit::Pass), // the VMM's: private/shared conversion, or a slot that isn't ours
         }
     }
 
     /// A page that the guest needs.
-    fn fault(&self, own: &mut Own, slot: &Slot, gpa: u64, access: Access, broken: bool) -> Result<Exit> {
+    fn fault(&self, own: &mut Own, slots: &Slots, slot: &Slot, gpa: u64, access: Access, broken: bool) -> Result<Exit> {
         let (block, page) = (&slot.block, slot.page_of(gpa));
-        let outcome = self.bring(block, page, access, self.seat)?;
+        let outcome = self.bring(slots, block, page, access, self.seat)?;
         match outcome {
             Outcome::WasPresent => self.map(own, slot, page, broken),
             Outcome::Retry => self.again(own, slot, page, true),
@@ -440,7 +443,14 @@ impl Vcpu {
         }
     }
 
-    fn bring(&self, block: &Arc<Block>, page: u64, access: Access, waiter: &dyn Waiter) -> Result<Outcome> {
+    fn bring(
+        &self,
+        slots: &Slots,
+        block: &Arc<Block>,
+        page: u64,
+        access: Access,
+        waiter: &dyn Waiter,
+    ) -> Result<Outcome> {
         let need = Need {
             origin: Origin::Vcpu(self.seat.number),
             access,
@@ -449,21 +459,29 @@ impl Vcpu {
             more: More::Ahead(&self.seat.runs),
         };
         let _serving = self.seat.faults_at(block.hva_of(page));
-        self.vm.engine.resolve(block, page, &need)
+        self.vm.engine.resolve(slots, block, page, &need)
     }
 
     /// Outcomes that need nothing more.
+    #[inline]
     fn settled(&self, own: &mut Own, slot: &Slot, page: u64, outcome: Outcome) -> Result<Exit> {
+        match outcome {
+            Outcome::Lost | Outcome::Interrupted => self.settled_badly(slot, page, outcome),
+            _ => {
+                own.stuck = 0;
+                Ok(Exit::Handled)
+            }
+        }
+    }
+
+    #[cold]
+    fn settled_badly(&self, slot: &Slot, page: u64, outcome: Outcome) -> Result<Exit> {
         match outcome {
             Outcome::Lost => {
                 let (gpa, hva) = (Some(slot.gpa_of(page)), slot.block.hva_of(page));
                 Ok(self.report(MemoryError { gpa, hva, len: slot.block.page, lost: true }))
             }
-            Outcome::Interrupted => self.look_up(),
-            _ => {
-                own.stuck = 0;
-                Ok(Exit::Handled)
-            }
+            _ => self.look_up(),
         }
     }
 

@@ -356,7 +356,7 @@ impl Vm {
         for page in pages {
             let mut retries = 0;
             while slot.block.pages.get(page) != State::Present {
-                match self.engine.resolve(&slot.block, page, &need)? {
+                match self.engine.resolve(&slots, &slot.block, page, &need)? {
                     Outcome::Lost => fail!(EHWPOISON, "the page at gpa {:#x} is lost", slot.gpa_of(page)),
                     Outcome::Interrupted => fail!(EINTR, "interrupted by a signal at gpa {:#x}", slot.gpa_of(page)),
                     Outcome::Gone => fail!(ENOENT, "slot {:#x} was deleted meanwhile", slot.region.slot),

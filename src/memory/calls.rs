@@ -118,9 +118,27 @@ impl<'a> Claim<'a> {
     /// Takes an ABSENT page. None if it isn't ABSENT any more.
     #[inline]
     pub fn take(memory: &'a Memory, block: &'a Block, page: u64, wakes: bool) -> Option<Claim<'a>> {
-        let own = MINE.try_with(|mine| mine.0).ok().filter(|place| place.page.load(Relaxed) == 0);
-        let extra = if own.is_none() { Some(Mine::take()) } else { None };
-        let place = own.or(extra.as_ref().map(|extra| extra.0))?;
+        match MINE.try_with(|mine| mine.0) {
+            Ok(place) if place.page.load(Relaxed) == 0 => Claim::take_in(memory, block, page, wakes, place, None),
+            _ => Claim::take_in_extra(memory, block, page, wakes),
+        }
+    }
+
+    #[cold]
+    fn take_in_extra(memory: &'a Memory, block: &'a Block, page: u64, wakes: bool) -> Option<Claim<'a>> {
+        let extra = Mine::take();
+        Claim::take_in(memory, block, page, wakes, extra.0, Some(extra))
+    }
+
+    #[inline]
+    fn take_in(
+        memory: &'a Memory,
+        block: &'a Block,
+        page: u64,
+        wakes: bool,
+        place: &'static Place,
+        extra: Option<Mine>,
+    ) -> Option<Claim<'a>> {
         place.page.store(block.pages.key_of(page), Relaxed);
         // Then `wait` either sees this call, or has seen the page come before, and so does the change below.
         fence(SeqCst);
@@ -147,7 +165,8 @@ impl<'a> Claim<'a> {
 
     /// The page's state is as it is to stay: PRESENT, LOST, or RESOLVING if the resolver has announced it. False if the call was overtaken: then
     /// the page is ABSENT again, unless it has come by another way.
-    pub fn settle(mut self) -> bool {
+    #[inline]
+    pub fn settle(&mut self) -> bool {
         self.end = End::Settled;
         self.finish()
     }
@@ -273,7 +292,7 @@ mod tests {
                     while !stop.load(SeqCst) {
                         random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                         let (page, what) = ((random >> 40) % PAGES, (random >> 50) % 4);
-                        let Some(claim) = Claim::take(memory, block, page, true) else { continue };
+                        let Some(mut claim) = Claim::take(memory, block, page, true) else { continue };
                         most.fetch_max(inside[page as usize].fetch_add(1, SeqCst) + 1, SeqCst);
                         (0..(random >> 45) % 32).for_each(|_| std::thread::yield_now());
                         if what == 0 {
@@ -326,7 +345,7 @@ mod tests {
     fn calls_may_be_nested() {
         let (memory, _ram, block) = needs!(memory_and_block());
         let outer = Claim::take(&memory, &block, 0, false).unwrap();
-        let inner = Claim::take(&memory, &block, 1, false).unwrap();
+        let mut inner = Claim::take(&memory, &block, 1, false).unwrap();
         assert!(is_mine(&block, 0) && Claim::take(&memory, &block, 1, false).is_none());
         assert_eq!(discard::withdraw(&memory, &block, 0..2), Ok(2));
         assert!(outer.is_overtaken() && inner.is_overtaken());

@@ -11,11 +11,11 @@ pub mod working_set;
 
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::Access;
-use crate::kernel::thread::Wake;
+use crate::kernel::thread::{self, Wake};
 use crate::memory::block::Block;
 use crate::memory::calls::Claim;
 use crate::memory::pages::State;
-use crate::memory::slots::Slot;
+use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{look_around, Sleeper, WAITS};
 use crate::memory::{discard, Memory};
 use crate::stats::Stats;
@@ -277,9 +277,9 @@ impl Engine {
         }
     }
 
-    /// Serves one fault, and counts it.
-    pub fn resolve(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
-        let start = Instant::now();
+    /// Serves one fault, and counts it. `slots` are those in which the caller found the page, not long ago.
+    pub fn resolve(&self, slots: &Slots, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
+        let start = thread::nanoseconds();
         let stats = need.stats;
         match need.origin {
             Origin::Vcpu(_) => stats.faults_vcpu.add(1),
@@ -287,7 +287,7 @@ impl Engine {
             Origin::Prefetch => stats.faults_prefetch.add(1),
             Origin::Fill => {} // not through here
         }
-        let outcome = self.settle(block, page, need);
+        let outcome = self.settle(slots, block, page, need);
         match outcome {
             Ok(Outcome::Installed) => stats.outcome_resolved.add(1),
             Ok(Outcome::Waited | Outcome::Elsewhere | Outcome::Pending | Outcome::Gone) => stats.outcome_waited.add(1),
@@ -297,16 +297,16 @@ impl Engine {
             Ok(Outcome::Retry) => stats.outcome_retried.add(1),
             Err(_) => stats.outcome_failed.add(1),
         }
-        stats.served_in(start.elapsed());
+        stats.served_in(thread::nanoseconds().saturating_sub(start));
         outcome
     }
 
     /// The same for background fill: nobody waits, so that it is no fault to count.
     pub fn fill(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
-        self.settle(block, page, need)
+        self.settle(&self.memory.slots(), block, page, need)
     }
 
-    fn settle(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
+    fn settle(&self, slots: &Slots, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
         let hva = block.hva_of(page);
         let mut waited = false;
         loop {
@@ -339,13 +339,13 @@ impl Engine {
                 }
                 State::Absent => {
                     let wakes = need.waiter.is_some() || need.origin == Origin::Fill;
-                    let Some(claim) = Claim::take(&self.memory, block, page, wakes) else { continue };
-                    let slots = self.memory.slots();
+                    let Some(mut claim) = Claim::take(&self.memory, block, page, wakes) else { continue };
                     let Some(slot) = slots.showing(block, page) else {
                         return Ok(Outcome::Gone);
                     };
                     let plan = self.plan(slot, page, need.more);
-                    let brought = self.bring(claim, slot, page, need, &plan)?;
+                    let brought = self.bring(&mut claim, slot, page, need, &plan)?;
+                    drop(claim);
                     if !plan.is_contiguous() {
                         self.bring_beyond(slot, page, need, plan);
                     }
@@ -378,7 +378,7 @@ impl Engine {
 
     /// Has the resolver bring a page that was claimed, and what is absent around it according to the plan. If that fails, the page alone: what
     /// nobody has asked for must not cost the guest what it needs.
-    fn bring(&self, claim: Claim<'_>, slot: &Slot, page: u64, need: &Need<'_>, plan: &Plan) -> Result<Brought> {
+    fn bring(&self, claim: &mut Claim<'_>, slot: &Slot, page: u64, need: &Need<'_>, plan: &Plan) -> Result<Brought> {
         let block = &slot.block;
         let mut window = match plan.count {
             1 => page..page + 1,
@@ -448,9 +448,11 @@ impl Engine {
                 return;
             }
             let block = &slot.block;
-            if let Some(claim) = Claim::take(&self.memory, block, page, true) {
+            if let Some(mut claim) = Claim::take(&self.memory, block, page, true) {
                 need.stats.ahead_asked.add(1);
-                match self.bring(claim, slot, page, &prefetch, &Plan::ALONE) {
+                let brought = self.bring(&mut claim, slot, page, &prefetch, &Plan::ALONE);
+                drop(claim);
+                match brought {
                     Ok(Brought::Pending | Brought::Ended(Outcome::Installed)) => {}
                     _ => need.stats.ahead_failed.add(1),
                 }
@@ -459,7 +461,14 @@ impl Engine {
     }
 
     /// What the answer means for the page that was claimed.
-    fn conclude(&self, claim: Claim<'_>, block: &Block, page: u64, answer: Answer, fault: &Fault) -> Result<Brought> {
+    fn conclude(
+        &self,
+        claim: &mut Claim<'_>,
+        block: &Block,
+        page: u64,
+        answer: Answer,
+        fault: &Fault,
+    ) -> Result<Brought> {
         let is_present = block.pages.get(page) == State::Present;
         let at = || format!("gpa {:#x} (slot {:#x})", fault.gpa, fault.slot);
         match answer {
@@ -479,7 +488,7 @@ impl Engine {
             }
             _ if claim.is_overtaken_after_all() => Ok(Brought::Anew),
             Answer::Lost => {
-                discard::lose_claimed(&self.memory, block, page, &claim)?;
+                discard::lose_claimed(&self.memory, block, page, claim)?;
                 Ok(match block.pages.get(page) {
                     State::Lost => Brought::Ended(Outcome::Lost),
                     State::Present => Brought::Ended(Outcome::Installed),

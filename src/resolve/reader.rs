@@ -121,7 +121,7 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
         more: More::Ahead(seat.as_ref().map_or(hosts, |seat| &seat.runs)),
     };
     let serving = seat.map(|seat| seat.faults_at(hva));
-    let outcome = engine.resolve(&block, page, &need);
+    let outcome = engine.resolve(&engine.memory.slots(), &block, page, &need);
     drop(serving);
     let failed = match outcome {
         Ok(Outcome::WasPresent) => map(engine, &block, page, message.hva).err(),

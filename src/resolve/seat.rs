@@ -160,7 +160,15 @@ impl Seat {
     ///
     /// By handler, the byte follows from the counts: others add to these first and raise the byte then, so here it is lowered first and the counts
     /// are looked at once more. By mask, the signal may have been taken together with one of another vCPU of this thread.
+    #[inline]
     pub fn refresh(&self) {
+        if self.has_business() || self.by_handler && self.immediate_exit.is_raised() {
+            self.refresh_exit();
+        }
+    }
+
+    #[cold]
+    fn refresh_exit(&self) {
         if self.by_handler {
             if !self.has_business() && self.immediate_exit.is_raised() {
                 self.immediate_exit.lower();
@@ -230,6 +238,9 @@ impl Seat {
 
     /// The loop reports all kicks so far, as one. True if there was any.
     pub fn see_kicks(&self) -> bool {
+        if !self.is_kicked() {
+            return false;
+        }
         let kicks = self.kicks.load(SeqCst);
         let fresh = kicks.wrapping_sub(self.seen.swap(kicks, SeqCst));
         if fresh > 0 {
@@ -299,10 +310,17 @@ impl Seat {
     }
 
     /// What it was told.
+    #[inline]
     pub fn take_news(&self) -> Option<News> {
-        if !self.has_news.swap(false, SeqCst) {
-            return None;
+        match self.has_news() {
+            true => self.take_news_now(),
+            false => None,
         }
+    }
+
+    #[cold]
+    fn take_news_now(&self) -> Option<News> {
+        self.has_news.store(false, SeqCst);
         let news = self.news.lock().ok()?.take();
         self.settle();
         news

@@ -44,7 +44,7 @@ impl Vcpu {
             return Ok(self.report(error));
         };
         let gpa = slot.region.gpa + (address - slot.region.hva);
-        self.fault(own, slot, gpa, 0, true)
+        self.fault(own, &slots, slot, gpa, 0, true)
     }
 
     /// For a read-only slot KVM signals an address that is none: gfn_to_hva_memslot answers KVM_HVA_ERR_RO_BAD, as if for a write
@@ -54,7 +54,7 @@ impl Vcpu {
         let readonly = || slots.iter().filter(|s| s.is_readonly());
         for slot in readonly().filter(|s| s.block.is_marked()) {
             for page in slot.pages().filter(|&p| matches!(slot.block.pages.get(p), State::Absent | State::Resolving)) {
-                match self.bring(&slot.block, page, 0, self.seat)? {
+                match self.bring(slots, &slot.block, page, 0, self.seat)? {
                     Outcome::Retry => return self.again(own, slot, page, true),
                     Outcome::Interrupted => return self.look_up(),
                     Outcome::Lost => {} // perhaps not the one that the guest wants

@@ -32,7 +32,7 @@ impl Vcpu {
                 return Ok(Exit::Pass);
             };
             own.unfinished = true;
-            match self.finish_in(own, &pieces, mmio, interruptible)? {
+            match self.finish_in(own, &slots, &pieces, mmio, interruptible)? {
                 Some(exit) => return Ok(exit),
                 None => pause.a_moment(), // a slot was deleted: another may be there, or it is the VMM's
             }
@@ -43,6 +43,7 @@ impl Vcpu {
     fn finish_in(
         &self,
         own: &mut Own,
+        slots: &Slots,
         pieces: &Pieces<'_>,
         mut mmio: Mmio,
         interruptible: bool,
@@ -54,7 +55,7 @@ impl Vcpu {
             let (page, hva) = (slot.page_of(*gpa), slot.kvm_hva(*gpa));
             loop {
                 let was_lost = slot.block.pages.get(page) == State::Lost;
-                let outcome = self.bring(&slot.block, page, if mmio.write { 2 } else { 1 }, waiter)?;
+                let outcome = self.bring(slots, &slot.block, page, if mmio.write { 2 } else { 1 }, waiter)?;
                 // PRESENT, and KVM could not access it: it needs mapping.
                 let was_present = outcome == Outcome::WasPresent;
                 if was_present {
@@ -194,7 +195,7 @@ impl Vcpu {
                 continue;
             }
             absent = true;
-            match self.bring(&slot.block, page, 4, self.seat)? {
+            match self.bring(&slots, &slot.block, page, 4, self.seat)? {
                 Outcome::Retry => {
                     self.again(own, slot, page, true)?;
                 }

@@ -10,11 +10,17 @@ use std::sync::PoisonError;
 
 impl Vcpu {
     /// The calling thread is the vCPU's from now on.
+    #[inline]
     pub(super) fn attach(&self, own: &mut Own) -> Result<()> {
         let token = thread::token();
-        if own.attached == Some(token) {
-            return Ok(());
+        match own.attached == Some(token) {
+            true => Ok(()),
+            false => self.attach_to(own, token),
         }
+    }
+
+    #[cold]
+    fn attach_to(&self, own: &mut Own, token: u64) -> Result<()> {
         thread::check_signals()?;
         if self.sigbus == Sigbus::ByMask {
             let before = match own.holds.contains(&token) {
