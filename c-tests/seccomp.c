@@ -142,6 +142,7 @@ static int snapshot, working_set, uffd;
 static pthread_t completer;
 static atomic_long pending = -1;
 static atomic_bool over, retried;
+static bool host_waits; /* no thread of the host is served */
 
 /* Each way to answer: page n by n modulo 8. */
 static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
@@ -279,9 +280,9 @@ static void run(void)
 		vcpu_start(machine.vcpu[n], visit, NULL);
 	for (int n = 0; n < 2; n++)
 		vcpu_join(machine.vcpu[n]);
-	/* The host touches an absent page. */
-	if (backing == MEMFD)
-		EQUAL("the host reads", *(volatile uint64_t *)(ram.hva + (PAGES / 2) * PAGE), pattern_word(&source.pattern, PAGES / 2, 0));
+	/* The host touches absent pages. */
+	for (uint64_t page = PAGES / 2; backing == MEMFD && !host_waits && page < PAGES / 2 + 4; page++)
+		EQUAL("the host reads", *(volatile uint64_t *)(ram.hva + page * PAGE), pattern_word(&source.pattern, page, 0));
 	OK(kvmfault_pages_zero(machine.library, RAM_GPA + (PAGES - 2) * PAGE, PAGE));
 	OK(kvmfault_pages_lost(machine.library, RAM_GPA + (PAGES - 1) * PAGE, PAGE));
 	for (int n = 0; n < 2; n++) {
@@ -367,6 +368,7 @@ static int run_without(const struct call *call, int when, char *text, size_t siz
 		if (when == SET_UP)
 			refuse(call->number);
 		set_up();
+		host_waits = when == RUNNING && call->number == SYS_read;
 		if (when == RUNNING)
 			refuse(call->number);
 		run();
@@ -384,14 +386,15 @@ static int run_without(const struct call *call, int when, char *text, size_t siz
 
 /*
  * Calls of which a refusal (EPERM) either doesn't matter or comes as an error that names it, from the time on when the filter is there. Not here: what the
- * C library needs to have threads (futex, rseq, mmap, mprotect, clone3, exit), and what a thread of the library calls after it has begun to wait.
+ * C library needs to have threads (futex, rseq, mmap, mprotect, clone3, exit).
  */
 static const struct {
 	const char *name, *words; /* in the error; NULL: as it is named */
 	int when;
 } refusals[] = {
 	{ "ioctl", NULL, SET_UP | RUNNING },
-	{ "read", "/proc/self/maps", SET_UP },
+	{ "read", NULL, SET_UP | RUNNING },
+	{ "poll", NULL, SET_UP | RUNNING },
 	{ "getpid", NULL, SET_UP | RUNNING },
 	{ "gettid", NULL, RUNNING },
 	{ "tgkill", NULL, RUNNING },
@@ -449,6 +452,85 @@ static void refused(void)
 	note("%u refusals don't matter, %u are named", harmless, named);
 }
 
+/* ---- readers that can't work ---- */
+
+static void *touch_from_the_host(void *arg)
+{
+	(void)*(volatile uint64_t *)(ram.hva + 5 * PAGE);
+	*(atomic_bool *)arg = true;
+	return NULL;
+}
+
+/* Runs until it is told; what else comes is no more than an interruption. */
+static void await_the_news(struct vcpu *v)
+{
+	int ret;
+	do
+		ret = kvmfault_vcpu_run(v->handle);
+	while (ret == KVMFAULT_INTERRUPTED);
+	EQUAL("run", ret, -EPERM);
+	CHECK(strstr(kvmfault_last_error(), "reading the userfaultfd"), "the message is: %s", kvmfault_last_error());
+}
+
+/*
+ * From some time on no reader can read: a host thread waits, and with userfaultfd a vCPU. Every vCPU is told, each time; new memory is refused. The
+ * end of the VM releases the host thread.
+ */
+static void unread_with(const int *refused, size_t count)
+{
+	pthread_t host;
+	atomic_bool done = false;
+	require_interruptible_sleep();
+	prepare();
+	set_up();
+	vcpu_attach(machine.vcpu[0]);
+	for (size_t n = 0; n < count; n++)
+		refuse(refused[n]);
+	CHECK(!pthread_create(&host, NULL, touch_from_the_host, &done), "pthread_create");
+	struct step *step = steps[0];
+	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
+		step[0] = (struct step){ READ64, RAM_GPA + 9 * PAGE, 0, 0 };
+	else
+		step[0] = (struct step){ JUMP, steps_gpa[0], 0, 0 };
+	step[1] = (struct step){ STOP, 0, 0, 0 };
+	vcpu_load_script(machine.vcpu[0], steps_gpa[0]);
+	for (int i = 0; i < 3; i++)
+		await_the_news(machine.vcpu[0]);
+	EQUAL("the host thread has read", done, false);
+	struct ram more;
+	ram_create(&more, MEMFD, 4 * PAGE);
+	struct kvmfault_memslot slot = slot_on(&more, RAM_SLOT + 1, RAM_GPA + PAGES * PAGE);
+	REFUSED(kvmfault_memslot_set(machine.library, &slot), EPERM, "reading the userfaultfd");
+	/* What needs no reader works. */
+	OK(source_install(&source, machine.library, RAM_GPA + 9 * PAGE, PAGE));
+	OK(kvmfault_pages_resolve(machine.library, RAM_GPA + 16 * PAGE, PAGE));
+	vcpu_detach(machine.vcpu[0]);
+	end();
+	pthread_join(host, NULL);
+}
+
+static void unread(void)
+{
+	const int read_only[] = { SYS_read };
+	unread_with(read_only, 1);
+}
+
+static void unread_unpolled(void)
+{
+	const int both[] = { SYS_poll, SYS_read };
+	unread_with(both, 2);
+}
+
+/* Where only poll is refused all goes on. */
+static void unpolled(void)
+{
+	prepare();
+	set_up();
+	refuse(SYS_poll);
+	run();
+	end();
+}
+
 static void listed(void)
 {
 	static char missing[2000];
@@ -482,5 +564,8 @@ static const struct test_case cases[] = {
 	{ "narrowed", narrowed, true },
 	{ "listed", listed, true },
 	{ "refused", refused, true },
+	{ "unread", unread, true },
+	{ "unread-unpolled", unread_unpolled, true },
+	{ "unpolled", unpolled, true },
 };
 TEST_MAIN(cases)

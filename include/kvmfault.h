@@ -1077,8 +1077,13 @@ int kvmfault_explain(int kvm_fd,
  * Not from callbacks.
  *
  * Errors: -EINVAL (an argument; the message names it), -EBADF (a descriptor is closed), -EPERM or
- * -EACCES (userfaultfd isn't permitted: `kvmfault_explain` says what to do), -EOPNOTSUPP (the
- * forced mechanism or ABI can't work here), -E2BIG (see `size`).
+ * -EACCES (userfaultfd isn't permitted: `kvmfault_explain` says what to do; or a seccomp filter
+ * refuses read(2) to the reader threads), -EOPNOTSUPP (the forced mechanism or ABI can't work
+ * here), -E2BIG (see `size`).
+ *
+ * Should a seccomp filter refuse read(2) to all reader threads later, calls that run vCPUs return
+ * its errno while a thread waits for a page, and `kvmfault_memslot_set` refuses new memory with it;
+ * a host thread that sleeps can't be told (docs/seccomp.md).
  */
 int kvmfault_vm_new(const struct kvmfault_vm_options *options,
                     struct kvmfault_vm **vm);
@@ -1201,8 +1206,8 @@ int kvmfault_vm_enable(const struct kvmfault_vm *vm,
  * locked, and in any before Linux 5.14), -EFAULT and -EACCES (hva isn't mapped, or not readable and
  * writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd),
  * -ENOENT (deleting what is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory),
- * -ESHUTDOWN (the VM was freed meanwhile), or KVM's errno. Any thread; calls take turns; not from
- * callbacks.
+ * -ESHUTDOWN (the VM was freed meanwhile), the errno of reader threads that can't read (see
+ * `kvmfault_vm_new`), or KVM's errno. Any thread; calls take turns; not from callbacks.
  */
 int kvmfault_memslot_set(const struct kvmfault_vm *vm,
                          const struct kvmfault_memslot *slot);
@@ -1493,7 +1498,8 @@ void kvmfault_vcpu_free(struct kvmfault_vcpu *vcpu);
  * not access a slot's host memory, and did not say where); -ELOOP (a page faults again and again
  * without progress); -ESHUTDOWN (the VM was freed); -EBUSY (another thread is in this vCPU's
  * functions); or the errno of KVM_RUN, or of a system call that the message names (refused by a
- * seccomp filter). After an error the vCPU can be run again: the guest repeats the access.
+ * seccomp filter; to reader threads, too). After an error the vCPU can be run again: the guest
+ * repeats the access.
  */
 int kvmfault_vcpu_run(struct kvmfault_vcpu *vcpu);
 

@@ -117,8 +117,8 @@ pub unsafe extern "C" fn kvmfault_vcpu_free(vcpu: *mut kvmfault_vcpu) {
 ///
 /// Errors: what the resolver returned; -EPROTO (the resolver broke its contract); -EFAULT (KVM could not access a slot's host
 /// memory, and did not say where); -ELOOP (a page faults again and again without progress); -ESHUTDOWN (the VM was freed); -EBUSY (another
-/// thread is in this vCPU's functions); or the errno of KVM_RUN, or of a system call that the message names (refused by a seccomp filter). After an error the vCPU can be run again: the
-/// guest repeats the access.
+/// thread is in this vCPU's functions); or the errno of KVM_RUN, or of a system call that the message names (refused by a seccomp filter; to
+/// reader threads, too). After an error the vCPU can be run again: the guest repeats the access.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.

@@ -91,7 +91,11 @@ impl Resolver for Callbacks {
 /// On success *vm is the new handle, to be freed with `kvmfault_vm_free`; on an error it is NULL. Not from callbacks.
 ///
 /// Errors: -EINVAL (an argument; the message names it), -EBADF (a descriptor is closed), -EPERM or -EACCES (userfaultfd isn't
-/// permitted: `kvmfault_explain` says what to do), -EOPNOTSUPP (the forced mechanism or ABI can't work here), -E2BIG (see `size`).
+/// permitted: `kvmfault_explain` says what to do; or a seccomp filter refuses read(2) to the reader threads), -EOPNOTSUPP (the forced mechanism or ABI
+/// can't work here), -E2BIG (see `size`).
+///
+/// Should a seccomp filter refuse read(2) to all reader threads later, calls that run vCPUs return its errno while a thread waits for a page, and
+/// `kvmfault_memslot_set` refuses new memory with it; a host thread that sleeps can't be told (docs/seccomp.md).
 ///
 /// # Safety
 /// The pointers are NULL or valid, and the callbacks are as the header says.
@@ -285,8 +289,8 @@ pub unsafe extern "C" fn kvmfault_vm_enable(vm: *const kvmfault_vm, caps: u64) -
 /// Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another slot, or there is content already that
 /// can't be hidden: in private memory, in memory that is locked, and in any before Linux 5.14), -EFAULT and -EACCES (hva isn't mapped, or
 /// not readable and writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd), -ENOENT (deleting what
-/// is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory), -ESHUTDOWN (the VM was freed meanwhile), or KVM's errno. Any thread;
-/// calls take turns; not from callbacks.
+/// is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory), -ESHUTDOWN (the VM was freed meanwhile), the errno of reader
+/// threads that can't read (see `kvmfault_vm_new`), or KVM's errno. Any thread; calls take turns; not from callbacks.
 ///
 /// # Safety
 /// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.

@@ -291,13 +291,23 @@ impl AsRawFd for Flag {
     }
 }
 
-/// Waits until one of the descriptors is readable (or broken); tells which are.
-pub fn poll<const N: usize>(fds: [i32; N], timeout: Option<Duration>) -> [bool; N] {
+/// Waits until one of the descriptors is readable (or broken); tells which are. None of them after the timeout, or a signal.
+pub fn poll<const N: usize>(fds: [i32; N], timeout: Option<Duration>) -> Result<[bool; N]> {
     let mut set = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     let millis = timeout.map_or(-1, |t| t.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32);
-    // SAFETY: `set` is a live array of N pollfds. EINTR leaves all revents 0.
-    let ready = unsafe { libc::poll(set.as_mut_ptr(), N as _, millis) };
-    set.map(|p| ready > 0 && p.revents != 0)
+    // SAFETY: `set` is a live array of N pollfds.
+    match unsafe { libc::poll(set.as_mut_ptr(), N as _, millis) } {
+        -1 => match Error::last_os("poll") {
+            error if error.errno == libc::EINTR => Ok([false; N]),
+            error => Err(error),
+        },
+        _ => Ok(set.map(|p| p.revents != 0)),
+    }
+}
+
+/// Sleeps. By a system call that all programs with threads need, so that no seccomp filter refuses it: nanosleep may be missing.
+pub fn pause(time: Duration) {
+    futex_wait(&AtomicU32::new(0), 0, time);
 }
 
 /// Blocks every signal in the calling thread: the VMM's handlers are not for the library's own threads.
@@ -409,9 +419,9 @@ mod tests {
     #[test]
     fn a_flag_stays_raised() {
         let flag = Flag::new().unwrap();
-        assert_eq!(poll([flag.as_raw_fd()], Some(Duration::ZERO)), [false]);
+        assert_eq!(poll([flag.as_raw_fd()], Some(Duration::ZERO)).unwrap(), [false]);
         flag.raise();
-        assert_eq!(poll([flag.as_raw_fd()], None), [true]);
-        assert_eq!(poll([flag.as_raw_fd()], None), [true]);
+        assert_eq!(poll([flag.as_raw_fd()], None).unwrap(), [true]);
+        assert_eq!(poll([flag.as_raw_fd()], None).unwrap(), [true]);
     }
 }

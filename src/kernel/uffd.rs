@@ -295,6 +295,20 @@ impl Uffd {
         })
     }
 
+    /// May the calling thread read the userfaultfd? A seccomp filter may refuse it. Takes no message: one byte is too little for any, and then
+    /// userfaultfd_read_iter (fs/userfaultfd.c) says EINVAL.
+    pub fn check_readable(&self) -> Result<()> {
+        let mut byte = 0u8;
+        // SAFETY: reads one byte at most, to a live variable, from our own descriptor.
+        match unsafe { libc::read(self.as_raw_fd(), (&raw mut byte).cast(), 1) } {
+            -1 => match Error::last_os("reading the userfaultfd") {
+                error if [libc::EINVAL, libc::EAGAIN, libc::EINTR].contains(&error.errno) => Ok(()),
+                error => Err(error),
+            },
+            _ => Ok(()),
+        }
+    }
+
     /// The next fault, if there is one.
     pub fn next(&self) -> Result<Option<Message>> {
         match self.uffd.read_event() {

@@ -209,6 +209,8 @@ pub struct Engine {
     pub callbacks: Holder,
     /// How many pages may be brought together, the needed one included.
     pub readahead: u64,
+    /// Can the reader threads work?
+    pub readers: reader::Readers,
     shutdown: AtomicBool,
     /// Pages whose last try for a host thread failed: how often in a row. Touched on failure only (see `is_failing`).
     failing: Mutex<HashMap<u64, u32>>,
@@ -227,6 +229,7 @@ impl Engine {
             seats: Seats::default(),
             callbacks: Holder::new(resolver),
             readahead,
+            readers: reader::Readers::default(),
             shutdown: AtomicBool::new(false),
             failing: Mutex::default(),
             failing_len: AtomicUsize::new(0),

@@ -5,14 +5,15 @@ use super::readahead::Runs;
 use super::seat::News;
 use super::strays::Strays;
 use super::{pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
-use crate::error::{Error, Result};
-use crate::kernel::thread::{block_all_signals, poll, Flag};
+use crate::error::{fail, Error, Result};
+use crate::kernel::thread::{block_all_signals, pause, poll, Flag};
 use crate::kernel::uffd::{Message, FEATURE_POISON};
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::{calls, discard, install};
 use std::os::fd::AsRawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{mpsc, Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,52 @@ struct Again {
     page: u64,
 }
 
-/// Starts `count` threads that read until `stop` is raised; returns when they do.
+/// Can the reader threads read? A seccomp filter that came after them may refuse it. As long as one of them can, messages are served.
+#[derive(Default)]
+pub struct Readers {
+    count: AtomicU32,
+    unable: AtomicU32,
+    /// What the last one that became unable was told.
+    why: Mutex<Option<Error>>,
+}
+
+impl Readers {
+    /// An error if there are readers and none of them can read.
+    pub fn check(&self) -> Result<()> {
+        if self.count.load(SeqCst) == 0 || self.unable.load(SeqCst) < self.count.load(SeqCst) {
+            return Ok(());
+        }
+        match self.why.lock().map(|why| why.clone()) {
+            Ok(Some(error)) => Err(error.context("no reader thread can work (refused by a seccomp filter?)")),
+            _ => fail!(EIO, "no reader thread can work"),
+        }
+    }
+}
+
+/// What one reader knows of itself.
+struct Ability<'a> {
+    readers: &'a Readers,
+    is_unable: bool,
+}
+
+impl Ability<'_> {
+    fn has_read(&mut self) {
+        if std::mem::take(&mut self.is_unable) {
+            self.readers.unable.fetch_sub(1, SeqCst);
+        }
+    }
+
+    fn has_failed(&mut self, error: Error) {
+        if let Ok(mut why) = self.readers.why.lock() {
+            *why = Some(error);
+        }
+        if !std::mem::replace(&mut self.is_unable, true) {
+            self.readers.unable.fetch_add(1, SeqCst);
+        }
+    }
+}
+
+/// Starts `count` threads that read until `stop` is raised; returns when they do. An error if they can't read.
 pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
     let (ready, all) = mpsc::channel();
     // A host thread's faults come to whichever reader is free: its runs are of all of them.
@@ -38,15 +84,19 @@ pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
                 drop(engine.memory.slots());
                 calls::register();
                 let callbacks = engine.callbacks.keep();
-                let _ = ready.send(());
-                read(&engine, &stop, &hosts);
+                let able = engine.memory.uffd.check_readable();
+                let is_able = able.is_ok();
+                let _ = ready.send(able);
+                if is_able {
+                    read(&engine, &stop, &hosts);
+                }
                 drop(callbacks);
             })
             .map_err(|e| Error::from_io("starting a reader thread", &e))?;
     }
     drop(ready);
-    all.iter().take(count as usize).for_each(drop);
-    Ok(())
+    engine.readers.count.store(count, SeqCst);
+    all.iter().take(count as usize).collect()
 }
 
 fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
@@ -54,10 +104,18 @@ fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
     // Where two want a page at once one may be put here: faults allocate nothing.
     let mut later: Vec<Again> = Vec::with_capacity(256);
     let mut strays = Strays::new(Instant::now());
+    let mut ability = Ability { readers: &engine.readers, is_unable: false };
     loop {
         let due = later.iter().map(|a| a.due).chain(strays.due()).min();
         let timeout = due.map(|due| due.saturating_duration_since(Instant::now()));
-        let [readable, stopped] = poll([engine.memory.uffd.as_raw_fd(), stop.as_raw_fd()], timeout);
+        let [readable, stopped] = match poll([engine.memory.uffd.as_raw_fd(), stop.as_raw_fd()], timeout) {
+            Ok(ready) => ready,
+            // Refused, perhaps by a seccomp filter: then it looks by reading, again and again.
+            Err(_) => {
+                pause(LOOK);
+                [true, engine.is_shut_down()]
+            }
+        };
         if stopped {
             return;
         }
@@ -66,7 +124,11 @@ fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
         if !readable {
             continue;
         }
-        match engine.memory.uffd.next() {
+        let next = engine.memory.uffd.next();
+        if next.is_ok() {
+            ability.has_read();
+        }
+        match next {
             Ok(Some(message)) => {
                 // A panic here would leave a thread of the VMM asleep for ever. The page was given back on the way out.
                 let served = catch_unwind(AssertUnwindSafe(|| serve(engine, &message, hosts, &mut later, &mut strays)));
@@ -79,13 +141,32 @@ fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
                         libc::ENOTRECOVERABLE,
                         "a bug in libkvmfault: a reader thread panicked (see stderr)",
                     );
-                    engine.seats.all().iter().for_each(|s| s.tell(s.turn(), News::Failed(error.clone())));
+                    tell_all(engine, &error);
                 }
             }
-            Ok(None) => {}                                           // another reader was faster
-            Err(_) => std::thread::sleep(Duration::from_millis(10)), // a broken userfaultfd: don't spin
+            Ok(None) => {} // another reader was faster
+            Err(e) if e.errno == libc::EINTR => {}
+            // A thread waits for a page, and which one is in the message. vCPUs are told, each time until it is served; a host thread that sleeps
+            // can't be told anything.
+            Err(e) => {
+                ability.has_failed(e);
+                if let Err(error) = engine.readers.check() {
+                    tell_all(engine, &error);
+                }
+                pause(UNABLE);
+            }
         }
     }
+}
+
+/// So often a reader looks that can't poll.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// So often a reader tries that can't read.
+const UNABLE: Duration = Duration::from_millis(100);
+
+fn tell_all(engine: &Engine, error: &Error) {
+    engine.seats.all().iter().for_each(|s| s.tell(s.turn(), News::Failed(error.clone())));
 }
 
 fn wake_due(engine: &Engine, later: &mut Vec<Again>) {

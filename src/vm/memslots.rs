@@ -295,6 +295,7 @@ impl Vm {
     }
 
     fn new_block(&self, hva: u64, len: u64, offset: u64, request: &SlotRequest) -> Result<Block> {
+        self.engine.readers.check()?;
         let backing = mem::inspect(hva, len, request.memory.kind(), request.file.map(|(fd, _)| fd))?;
         if hva % backing.page != 0 || len % backing.page != 0 {
             fail!(
