@@ -199,6 +199,13 @@ pub fn advise(hva: u64, len: u64, advice: i32, what: &str) -> Result<()> {
                 libc::EINVAL if drops => {
                     Error::new(libc::EINVAL, format!("{error}; memory that is locked (mlock) can't be dropped"))
                 }
+                // shmem_fallocate in mm/shmem.c, hugetlbfs_punch_hole in fs/hugetlbfs/inode.c.
+                libc::EPERM if drops => Error::new(
+                    libc::EPERM,
+                    format!(
+                        "{error}; the memory's file is sealed (F_SEAL_WRITE or F_SEAL_FUTURE_WRITE), and nothing can be dropped from it: make the file without that seal"
+                    ),
+                ),
                 _ => error,
             })
         }
