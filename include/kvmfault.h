@@ -1331,8 +1331,9 @@ int kvmfault_pages_missing(const struct kvmfault_vm *vm,
  * KVMFAULT_MEMORY_ERROR; host threads get SIGBUS and system calls EFAULT, as for broken hardware
  * (before Linux 6.6: SIGSEGV). `kvmfault_pages_discard` makes them absent again.
  *
- * Returns 0; -EEXIST if all of them are present or lost already; -ENOENT and -EINVAL as above. Any
- * thread, also in callbacks.
+ * Returns 0; -EEXIST if all of them are present or lost already; -ENOENT and -EINVAL as above.
+ * Another error (the memory is no longer mapped) means that host threads may not be told: pages of
+ * the range may be lost, and vCPUs and waiters are told so. Any thread, also in callbacks.
  */
 int kvmfault_pages_lost(const struct kvmfault_vm *vm,
                         uint64_t gpa,
@@ -1347,9 +1348,12 @@ int kvmfault_pages_lost(const struct kvmfault_vm *vm,
  * KVMFAULT_PAGE_RESOLVING until that call returns, and is absent then; there is no second call for
  * it meanwhile (see `kvmfault_resolver`).
  *
- * Returns 0; -ENOENT and -EINVAL as above, and -EINVAL for memory that is locked (mlock(2)); -EBUSY
- * if vCPUs use the pages faster than they can be taken away. Present pages that could not be
- * dropped are still present then. Any thread; not from callbacks.
+ * Returns 0; -ENOENT and -EINVAL as above, and -EINVAL for memory that is locked (mlock(2)); -EPERM
+ * for memory whose file is sealed (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE: the kernel drops nothing from
+ * it, whichever call is used; F_SEAL_SHRINK and F_SEAL_GROW don't matter); -EBUSY if vCPUs use the
+ * pages faster than they can be taken away. After an error present pages that could not be dropped
+ * are still present, with their bytes, and other pages of the range may be absent:
+ * `kvmfault_pages_bitmap` tells which. Any thread; not from callbacks.
  */
 int kvmfault_pages_discard(const struct kvmfault_vm *vm,
                            uint64_t gpa,

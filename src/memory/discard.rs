@@ -30,27 +30,9 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
                 block.hva
             );
         }
-        let inaccessible = memory.uffd.features() & FEATURE_POISON == 0 && !memory.external;
         for from in [State::Present, State::Lost] {
             for run in runs(group.clone(), |page| block.pages.change(page, from, State::Resolving).is_ok()) {
-                let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
-                let accessible = if from == State::Lost && inaccessible { protect(hva, len, true) } else { Ok(()) };
-                let mut gone = from == State::Lost && accessible.is_ok();
-                let dropped = accessible.and_then(|()| drop_run(memory, block, &run, &mut gone));
-                let to = if dropped.is_err() && !gone { from } else { State::Absent };
-                if to == State::Present {
-                    block.set_exits(run.clone(), false);
-                }
-                match to {
-                    State::Absent => make_absent(block, &run),
-                    _ => run.clone().for_each(|page| {
-                        let _ = block.pages.change(page, State::Resolving, to);
-                        WAITS.wake(block.hva_of(page));
-                    }),
-                }
-                wake(memory, block, &run)?;
-                dropped?;
-                stats.pages_discarded.add(run.end - run.start);
+                drop_and_book(memory, block, &run, from, stats)?;
             }
         }
         if memory.external && takes_markers(block) {
@@ -59,6 +41,48 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
         }
     }
     Ok(())
+}
+
+/// Drops pages that were `from` and are RESOLVING for as long as this takes, and books each of them as what it is then.
+/// A run may be of several mappings for the kernel, which drops those before one that it can't drop (mlock(2), a part
+/// that is no longer mapped). So what fails as a whole is done page by page.
+fn drop_and_book(memory: &Memory, block: &Block, run: &Range<u64>, from: State, stats: &Stats) -> Result<()> {
+    let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
+    let inaccessible = memory.uffd.features() & FEATURE_POISON == 0 && !memory.external;
+    let accessible = if from == State::Lost && inaccessible { protect(hva, len, true) } else { Ok(()) };
+    let mut gone = from == State::Lost && accessible.is_ok();
+    let dropped = accessible.and_then(|()| drop_run(memory, block, run, &mut gone));
+    if dropped.is_err() && !gone && len > block.page {
+        let pages = run.clone().map(|page| page..page + 1);
+        return pages.fold(Ok(()), |before, page| {
+            let done = drop_and_book(memory, block, &page, from, stats);
+            before.and(done.map_err(|e| e.context(format!("the page at hva {:#x}", block.hva_of(page.start)))))
+        });
+    }
+    if dropped.is_ok() || gone {
+        make_absent(block, run);
+    } else {
+        keep(memory, block, run, from);
+    }
+    wake(memory, block, run)?;
+    dropped?;
+    stats.pages_discarded.add(run.end - run.start);
+    Ok(())
+}
+
+/// Pages that couldn't be dropped are what they were. KVM's alias has them again; where that fails they keep a marker
+/// there, and are mapped when a vCPU comes to them.
+fn keep(memory: &Memory, block: &Block, run: &Range<u64>, state: State) {
+    if state == State::Present {
+        if let Some(alias) = block.alias_of(run.start) {
+            let _ = memory.uffd.map(alias, (run.end - run.start) * block.page, block.page);
+        }
+        block.set_exits(run.clone(), false);
+    }
+    for page in run.clone() {
+        let _ = block.pages.change(page, State::Resolving, state);
+        WAITS.wake(block.hva_of(page));
+    }
 }
 
 /// Does dropping pages from the file take the markers away, too? From shared memory it doesn't; hugetlb clears whatever isn't a page
@@ -172,9 +196,12 @@ fn lose_if(memory: &Memory, block: &Block, pages: Range<u64>, is_due: impl Fn() 
         };
         for run in runs(group, take) {
             lost += run.end - run.start;
-            show_lost(memory, block, &run)?;
+            // They are LOST also where that can't be shown: the threads waiting for them are released all the same,
+            // and find out from the state (see `show_lost_again`).
+            let shown = show_lost(memory, block, &run);
             run.clone().for_each(|page| WAITS.wake(block.hva_of(page)));
             wake(memory, block, &run)?;
+            shown?;
         }
     }
     Ok(lost)
@@ -220,15 +247,16 @@ pub fn show_lost_again(memory: &Memory, block: &Block, page: u64) -> Result<()> 
 fn show_lost(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     let markers = memory.uffd.features() & FEATURE_POISON != 0;
-    match (memory.external, markers) {
-        (true, _) => {} // vCPUs are told; what others see there is the VMM's affair
-        (false, true) => mark_empty(memory, hva, len, block.page)?,
-        (false, false) => protect(hva, len, false)?,
-    }
-    match block.alias_of(run.start) {
+    let in_vmm = match (memory.external, markers) {
+        (true, _) => Ok(()), // vCPUs are told; what others see there is the VMM's affair
+        (false, true) => mark_empty(memory, hva, len, block.page),
+        (false, false) => protect(hva, len, false),
+    };
+    let in_kvm = match block.alias_of(run.start) {
         Some(alias) if markers => mark_empty(memory, alias, len, block.page),
         _ => Ok(()),
-    }
+    };
+    in_vmm.and(in_kvm)
 }
 
 /// Puts markers on all absent pages of a block, in the mapping that KVM uses. Pages that arrive meanwhile are left alone.
