@@ -12,6 +12,7 @@
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -192,10 +193,40 @@ static void load(struct vcpu *v, uint64_t page)
 	vcpu_load_script(v, steps_gpa[v->number]);
 }
 
+static bool by_handler;
+static __thread struct vcpu *mine;
+
+static void on_kick(int signal)
+{
+	(void)signal;
+}
+
+static void on_sigbus(int signal, siginfo_t *info, void *context)
+{
+	(void)signal, (void)context;
+	if (!mine || kvmfault_vcpu_on_sigbus(mine->handle, info->si_code, info->si_addr) != 1)
+		_exit(99);
+}
+
+static void attach(struct vcpu *v)
+{
+	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
+	if (!by_handler) {
+		vcpu_attach(v);
+		return;
+	}
+	options.fd = v->fd;
+	options.run = v->run;
+	options.sigbus = KVMFAULT_SIGBUS_BY_HANDLER;
+	options.kick_signal = SIGUSR1;
+	OK(kvmfault_vcpu_new(machine.library, &options, &v->handle));
+}
+
 /* The same at CPL 3 and at CPL 0, of which KVM may emulate the accesses. */
 static void *visit(struct vcpu *v)
 {
-	vcpu_attach(v);
+	mine = v;
+	attach(v);
 	/* Each has pages that the other one hasn't touched. */
 	for (uint64_t n = 0; n < PAGES / 2; n++) {
 		uint64_t page = n ^ (v->number ? 64 : 0);
@@ -210,6 +241,7 @@ static void *visit_lost_page(struct vcpu *v)
 {
 	struct kvmfault_memory_error_info info = KVMFAULT_MEMORY_ERROR_INFO_INIT;
 	int ret;
+	mine = v;
 	load(v, PAGES - 1);
 	while ((ret = kvmfault_vcpu_run(v->handle)) == KVMFAULT_INTERRUPTED)
 		;
@@ -531,6 +563,21 @@ static void unpolled(void)
 	end();
 }
 
+/* Signals that come by handler are neither blocked nor taken: a filter without these two calls is as good. */
+static void refused_by_handler(void)
+{
+	struct sigaction kick = { .sa_handler = on_kick }, bus = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO };
+	by_handler = true;
+	SYS(sigaction(SIGUSR1, &kick, NULL));
+	SYS(sigaction(SIGBUS, &bus, NULL));
+	prepare();
+	set_up();
+	refuse(SYS_rt_sigtimedwait);
+	refuse(SYS_rt_sigprocmask);
+	run();
+	end();
+}
+
 static void listed(void)
 {
 	static char missing[2000];
@@ -567,5 +614,6 @@ static const struct test_case cases[] = {
 	{ "unread", unread, true },
 	{ "unread-unpolled", unread_unpolled, true },
 	{ "unpolled", unpolled, true },
+	{ "refused-by-handler", refused_by_handler, true },
 };
 TEST_MAIN(cases)

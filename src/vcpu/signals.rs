@@ -21,7 +21,7 @@ impl Vcpu {
 
     #[cold]
     fn attach_to(&self, own: &mut Own, token: u64) -> Result<()> {
-        thread::check_signals()?;
+        thread::check_signals(self.sigbus == Sigbus::ByMask)?;
         if self.sigbus == Sigbus::ByMask {
             let before = match own.holds.contains(&token) {
                 true => thread::mask()?,
