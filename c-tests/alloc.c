@@ -7,9 +7,11 @@
 #include "machine.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 /* ---- malloc: from an arena that only grows ---- */
@@ -117,8 +119,15 @@ static void *verify_twice(struct vcpu *v)
 	return NULL;
 }
 
+static bool is_open(int fd)
+{
+	return fcntl(fd, F_GETFD) >= 0;
+}
+
 /* vCPUs verify a few pages, and then, with the counter running, all: some alone, some in each other's way. */
-static void faults(enum backing backing, bool from_file)
+enum origin { CALLBACK, MAPPED_FILE, READ_FILE };
+
+static void faults(enum backing backing, enum origin origin)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct machine m;
@@ -128,7 +137,7 @@ static void faults(enum backing backing, bool from_file)
 	ram_create(&ram, backing, PAGES * PAGE);
 	machine_create(&m, PAGES * sizeof(uint32_t));
 	source_create(&source, RAM_GPA, ram.len, PATTERN);
-	if (from_file) {
+	if (origin != CALLBACK) {
 		struct kvmfault_file_range range = KVMFAULT_FILE_RANGE_INIT;
 		struct kvmfault_file_source *file;
 		uint8_t bytes[PAGE];
@@ -139,8 +148,18 @@ static void faults(enum backing backing, bool from_file)
 		}
 		range.gpa = RAM_GPA;
 		range.len = ram.len;
+		struct rlimit before, little;
+		SYS(getrlimit(RLIMIT_AS, &before));
+		if (origin == READ_FILE) {
+			/* A process that may map no more than it has. */
+			SYS(ftruncate(snapshot, 1ul << 30));
+			little = before;
+			little.rlim_cur = 2ul << 20;
+			SYS(setrlimit(RLIMIT_AS, &little));
+		}
 		OK(kvmfault_file_source_new(snapshot, &range, 1, &file));
-		close(snapshot);
+		SYS(setrlimit(RLIMIT_AS, &before));
+		EQUAL("is the file mapped?", close(snapshot) == 0 && !is_open(snapshot + 1), origin == MAPPED_FILE);
 		options.resolver = kvmfault_file_source_resolve;
 		options.opaque = file;
 		options.finalizer = kvmfault_file_source_finalize;
@@ -184,17 +203,24 @@ static void faults(enum backing backing, bool from_file)
 
 static void anon(void)
 {
-	faults(ANON, false);
+	faults(ANON, CALLBACK);
 }
 
 static void memfd(void)
 {
-	faults(MEMFD, false);
+	faults(MEMFD, CALLBACK);
 }
 
 static void file(void)
 {
-	faults(MEMFD, true);
+	faults(MEMFD, MAPPED_FILE);
+}
+
+/* Which can't be mapped: into a buffer that each thread has. */
+static void read_file(void)
+{
+	faults(MEMFD, READ_FILE);
+	faults(ANON, READ_FILE);
 }
 
 /* The counter counts: a test that can't fail proves nothing. */
@@ -216,5 +242,6 @@ static const struct test_case cases[] = {
 	{ "anon", anon, true },
 	{ "memfd", memfd, true },
 	{ "file", file, true },
+	{ "read-file", read_file, true },
 };
 TEST_MAIN(cases)

@@ -1595,20 +1595,31 @@ int kvmfault_vcpu_memory_error(const struct kvmfault_vcpu *vcpu,
 int kvmfault_vcpu_stats(const struct kvmfault_vcpu *vcpu, struct kvmfault_stats *stats);
 
 /*
- * Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in the regular file
- * `fd`. Holes of the file are zero pages, without any I/O. The file must not change while the
- * source lives; the descriptor may be closed at once. It is used as it is given: no path is opened,
- * and no permission but the descriptor's own is needed. Where it can't be opened anew (no /proc, no
- * permission) the search for holes moves its file position, which is back where it was when this
- * returns: no other thread or process may use the position meanwhile. Use the source as the
- * resolver:
+ * Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in `fd`, a regular
+ * file or a block device. Holes of a file are zero pages, without any I/O; a block device has no
+ * holes. The file must not change while the source lives; the descriptor may be closed at once. It
+ * is used as it is given: no path is opened, and no permission but the descriptor's own is needed.
+ * Where it can't be opened anew (no /proc, no permission) the search for holes moves its file
+ * position, which is back where it was when this returns: no other thread or process may use the
+ * position meanwhile.
+ *
+ * The file is mapped. Where mmap(2) fails, whatever the reason (a file system without it, or a
+ * limit of the process such as RLIMIT_AS), the source keeps a duplicate of the descriptor and reads
+ * pages with pread(2) into a buffer of each thread that serves faults: of 1 MiB, or of one page of
+ * the guest's memory if that is larger. That is one more copy, and one more system call for each
+ * MiB or piece of the file. What has no bytes at offsets is refused: a pipe, a socket, a directory,
+ * a character device.
+ *
+ * A page whose bytes can't be read stays absent, and its fault ends with an error: -EIO for a file
+ * that is shorter than it was, or pread's. Use the source as the resolver:
  *
  * struct kvmfault_file_source *source; kvmfault_file_source_new(fd, &range, 1, &source);
  * options.resolver = kvmfault_file_source_resolve; options.opaque = source; options.finalizer =
  * kvmfault_file_source_finalize;
  *
  * On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names
- * it), -EBADF (`fd` is closed), -EACCES (it is not open for reading), -ENOMEM. Any thread.
+ * it; `fd` has no bytes at offsets), -EBADF (`fd` is closed), -EACCES (it is not open for reading),
+ * -ENOMEM. Any thread.
  */
 int kvmfault_file_source_new(int fd,
                              const struct kvmfault_file_range *ranges,

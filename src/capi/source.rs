@@ -17,10 +17,22 @@ impl Opaque for kvmfault_file_source {
 /// Most ranges that a source takes.
 const MOST_RANGES: usize = 4096;
 
-/// Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in the regular file `fd`. Holes of the file are zero pages, without any I/O. The
-/// file must not change while the source lives; the descriptor may be closed at once. It is used as it is given: no path is opened, and no permission but
-/// the descriptor's own is needed. Where it can't be opened anew (no /proc, no permission) the search for holes moves its file position, which is back
-/// where it was when this returns: no other thread or process may use the position meanwhile. Use the source as the resolver:
+/// Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in `fd`, a regular file
+/// or a block device. Holes of a file are zero pages, without any I/O; a block device has no holes.
+/// The file must not change while the source lives; the descriptor may be closed at once. It is used
+/// as it is given: no path is opened, and no permission but the descriptor's own is needed. Where it
+/// can't be opened anew (no /proc, no permission) the search for holes moves its file position, which
+/// is back where it was when this returns: no other thread or process may use the position meanwhile.
+///
+/// The file is mapped. Where mmap(2) fails, whatever the reason (a file system without it, or a limit
+/// of the process such as RLIMIT_AS), the source keeps a duplicate of the descriptor and reads pages
+/// with pread(2) into a buffer of each thread that serves faults: of 1 MiB, or of one page of the
+/// guest's memory if that is larger. That is one more copy, and one more system call for each MiB or
+/// piece of the file. What has no bytes at offsets is refused: a pipe, a socket, a directory, a
+/// character device.
+///
+/// A page whose bytes can't be read stays absent, and its fault ends with an error: -EIO for a file
+/// that is shorter than it was, or pread's. Use the source as the resolver:
 ///
 ///     struct kvmfault_file_source *source;
 ///     kvmfault_file_source_new(fd, &range, 1, &source);
@@ -28,7 +40,7 @@ const MOST_RANGES: usize = 4096;
 ///     options.opaque = source;
 ///     options.finalizer = kvmfault_file_source_finalize;
 ///
-/// On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names it), -EBADF (`fd` is closed), -EACCES (it
+/// On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names it; `fd` has no bytes at offsets), -EBADF (`fd` is closed), -EACCES (it
 /// is not open for reading), -ENOMEM. Any thread.
 ///
 /// # Safety
@@ -75,22 +87,32 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
             if len == 0 {
                 fail!(EINVAL, "the page of {:#x} bytes at gpa {gpa:#x} is not in one piece in the snapshot", fault.len);
             }
-            // SAFETY: what the library passed to the resolver, and bytes of the source's mapping.
-            let result = unsafe {
-                match bytes {
-                    Bytes::At(address) => super::pages::kvmfault_pages_install(vm, gpa, address as *const c_void, len),
-                    Bytes::Hole => super::pages::kvmfault_pages_zero(vm, gpa, len),
+            let install = |address: *const c_void, len| {
+                // SAFETY: what the library passed to the resolver, and bytes of the source's mapping or of a buffer.
+                match unsafe { super::pages::kvmfault_pages_install(vm, gpa, address, len) } {
+                    e if e == 0 || e == -libc::EEXIST => Ok(len),
+                    e => Err(-e),
                 }
             };
-            match result {
-                0 => Ok(len),
-                e if e == -libc::EEXIST => Ok(len),
+            let result = match bytes {
+                // The bytes of some page of the window can't be read: the first may be another one.
+                Bytes::At(address) => match install(address as *const c_void, len) {
+                    Err(libc::EFAULT) if len > fault.len => install(address as *const c_void, fault.len),
+                    other => other,
+                },
+                Bytes::InFile(offset) => source
+                    .read(gpa, offset, len, fault.len, |pages| install(pages.as_ptr().cast(), pages.len() as u64))?,
+                // SAFETY: as above.
+                Bytes::Hole => match unsafe { super::pages::kvmfault_pages_zero(vm, gpa, len) } {
+                    e if e == 0 || e == -libc::EEXIST => Ok(len),
+                    e => Err(-e),
+                },
+            };
+            result.map_err(|errno| match errno {
                 // The file's own bytes could not be read: the disk failed, or the file was cut short.
-                e if e == -libc::EFAULT => {
-                    Err(Error::new(libc::EIO, format!("the snapshot can't be read for gpa {gpa:#x}")))
-                }
-                e => Err(Error::new(-e, "installing a page of the snapshot")),
-            }
+                libc::EFAULT => Error::new(libc::EIO, format!("the snapshot can't be read for gpa {gpa:#x}")),
+                _ => Error::new(errno, "installing a page of the snapshot"),
+            })
         };
         let end = fault.window_gpa + fault.window_len;
         let first = bring(fault.gpa, end)?;

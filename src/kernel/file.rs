@@ -3,7 +3,7 @@
 
 use super::mem::PAGE;
 use crate::error::{fail, Error, Result};
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
@@ -45,11 +45,67 @@ pub fn is_anonymous(fd: RawFd) -> std::io::Result<bool> {
 /// A duplicate of the descriptor of a regular file, and the file's size. The file position is shared with the VMM: read and write at offsets only.
 pub fn regular(fd: RawFd, name: &str, wanted: Use) -> Result<(File, u64)> {
     let file = duplicate(fd, name)?;
-    let meta = file.metadata().map_err(|e| Error::from_io(&format!("{name}: fstat"), &e))?;
+    let meta = metadata(&file, name)?;
     if !meta.is_file() {
-        let kind = if meta.file_type().is_block_device() { "a block device" } else { "not a file" };
-        fail!(EINVAL, "{name}: must be a regular file; {fd} is {kind}");
+        fail!(EINVAL, "{name}: must be a regular file; {fd} is {}", kind(&meta));
     }
+    check_mode(&file, fd, name, wanted)?;
+    Ok((file, meta.size()))
+}
+
+/// A duplicate of the descriptor of a regular file or a block device, open for reading, and its size.
+/// Both can be read at any offset; nothing else can that has a size.
+pub fn with_offsets(fd: RawFd, name: &str) -> Result<(File, u64)> {
+    let file = duplicate(fd, name)?;
+    let meta = metadata(&file, name)?;
+    let is_device = meta.file_type().is_block_device();
+    if !meta.is_file() && !is_device {
+        let kind = kind(&meta);
+        fail!(
+            EINVAL,
+            "{name}: must be a regular file or a block device; {fd} is {kind}, which has no bytes at offsets"
+        );
+    }
+    check_mode(&file, fd, name, Use::Read)?;
+    let size = if is_device { device_size(&file, name)? } else { meta.size() };
+    Ok((file, size))
+}
+
+fn metadata(file: &File, name: &str) -> Result<Metadata> {
+    file.metadata().map_err(|e| Error::from_io(&format!("{name}: fstat"), &e))
+}
+
+/// What a file is that isn't a regular one.
+fn kind(meta: &Metadata) -> &'static str {
+    match meta.mode() & libc::S_IFMT {
+        libc::S_IFBLK => "a block device",
+        libc::S_IFCHR => "a character device",
+        libc::S_IFDIR => "a directory",
+        libc::S_IFIFO => "a pipe",
+        libc::S_IFSOCK => "a socket",
+        _ => "not a file",
+    }
+}
+
+/// BLKGETSIZE64, of linux/fs.h.
+const BLKGETSIZE64: u64 = 0x8008_1272;
+
+/// A block device's bytes. Asking for the end of the device would move the file position; this doesn't,
+/// unless the ioctl is refused (Landlock refuses it for devices that are opened under it).
+fn device_size(file: &File, name: &str) -> Result<u64> {
+    let mut size = 0u64;
+    // SAFETY: BLKGETSIZE64 writes one u64, which is live. The descriptor is a block device's.
+    if unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64 as _, &mut size) } == 0 {
+        return Ok(size);
+    }
+    let position = Position::of(file)?;
+    position
+        .seek(0, libc::SEEK_END)?
+        .ok_or_else(|| Error::new(libc::EINVAL, format!("{name}: a device without an end")))
+}
+
+/// Is the descriptor open for what it is wanted for?
+fn check_mode(file: &File, fd: RawFd, name: &str, wanted: Use) -> Result<()> {
     // SAFETY: F_GETFL takes no argument.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
     let (refused, how) = match wanted {
@@ -59,7 +115,7 @@ pub fn regular(fd: RawFd, name: &str, wanted: Use) -> Result<(File, u64)> {
     if flags & libc::O_PATH != 0 || flags & libc::O_ACCMODE == refused {
         fail!(EACCES, "{name}: descriptor {fd} is not open for {how}");
     }
-    Ok((file, meta.size()))
+    Ok(())
 }
 
 /// The page size of the memory that a file is: tmpfs (memfd, too) or hugetlbfs.
@@ -92,22 +148,53 @@ pub fn read_start(file: &File, len: u64) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     bytes.try_reserve_exact(len as usize).map_err(|_| std::io::Error::from_raw_os_error(libc::ENOMEM))?;
     bytes.resize(len as usize, 0);
+    let (done, error) = read_at(file, &mut bytes, 0);
+    match error {
+        Some(error) => Err(error),
+        None => {
+            bytes.truncate(done);
+            Ok(bytes)
+        }
+    }
+}
+
+/// Reads from an offset on until `to` is full, the file ends (no error), or reading fails. Returns how
+/// many bytes were read, also with an error. A single read may be short before the end: sysfs reads a
+/// page at a time.
+pub fn read_at(file: &File, to: &mut [u8], offset: u64) -> (usize, Option<std::io::Error>) {
     let mut done = 0;
-    while done < bytes.len() {
-        match file.read_at(&mut bytes[done..], done as u64) {
+    while done < to.len() {
+        match file.read_at(&mut to[done..], offset + done as u64) {
             Ok(0) => break,
             Ok(n) => done += n,
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
+            Err(e) => return (done, Some(e)),
         }
     }
-    bytes.truncate(done);
-    Ok(bytes)
+    (done, None)
+}
+
+/// Can the file be read at offsets? An error if not. Reads nothing.
+pub fn check_reads(file: &File) -> std::io::Result<()> {
+    file.read_at(&mut [], 0).map(drop)
 }
 
 /// The data of a file of `size` bytes, in order; all else is holes. Looking for holes moves the file position, and Linux has no other call for it: so
-/// the file is opened anew for this where that is possible, and elsewhere the position is put back.
+/// the file is opened anew for this where that is possible, and elsewhere the position is put back. Files that can't tell are all data: a block device
+/// (a search in it is EINVAL), and some of procfs.
 pub fn data(file: &File, size: u64) -> Result<Vec<Range<u64>>> {
+    if file.metadata().is_ok_and(|meta| meta.file_type().is_block_device()) {
+        return Ok(std::iter::once(0..size).collect());
+    }
+    match holes_left_out(file, size) {
+        Err(e) if matches!(e.errno, libc::EINVAL | libc::ESPIPE | libc::EOPNOTSUPP) => {
+            Ok(std::iter::once(0..size).collect())
+        }
+        other => other,
+    }
+}
+
+fn holes_left_out(file: &File, size: u64) -> Result<Vec<Range<u64>>> {
     let anew = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok();
     let position = Position::of(anew.as_ref().unwrap_or(file))?;
     let (mut data, mut at) = (Vec::new(), 0);

@@ -153,6 +153,11 @@ impl Mapping {
         self.address
     }
 
+    /// How many bytes it has.
+    pub fn size(&self) -> u64 {
+        self.len
+    }
+
     /// Undoes what mlockall(2) does to new mappings, and mlock(2) to duplicates of locked ones: what is locked can't be dropped.
     pub fn unlock(&self) {
         // SAFETY: the range is ours; this changes what the kernel may do with its pages, and not what is in them.

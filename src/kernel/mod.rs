@@ -5,6 +5,7 @@
 
 pub mod abi;
 pub mod alias;
+pub mod buffer;
 pub mod file;
 pub mod kvm;
 pub mod mem;

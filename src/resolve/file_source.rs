@@ -1,9 +1,10 @@
-//! The built-in resolver: guest memory in a snapshot file. Pages are copied straight from a mapping of the file, without a buffer
-//! between; holes are zero pages, without any I/O.
+//! The built-in resolver: guest memory in a snapshot file. Pages are copied straight from a mapping of
+//! the file, without a buffer between; holes are zero pages, without any I/O. A file that can't be mapped
+//! is read.
 
-use crate::error::{fail, Result};
-use crate::kernel::file::{self, Use};
+use crate::error::{fail, Error, Result};
 use crate::kernel::mem::{Mapping, PAGE};
+use crate::kernel::{buffer, file};
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -23,14 +24,24 @@ pub struct FileRange {
 pub enum Bytes {
     /// At this address of this process.
     At(u64),
+    /// At this offset of the file, to be read (see `FileSource::read`).
+    InFile(u64),
     /// Nowhere: zeros.
     Hole,
+}
+
+/// How the file's bytes are had.
+#[derive(Debug)]
+enum Access {
+    Mapped(Mapping),
+    /// By pread(2): file systems without mmap, a process that may map no more.
+    Read(File),
 }
 
 /// A snapshot file.
 #[derive(Debug)]
 pub struct FileSource {
-    mapping: Mapping,
+    access: Access,
     /// Data extents of the file, sorted; all else is holes.
     data: Vec<std::ops::Range<u64>>,
     /// Sorted by gpa.
@@ -38,9 +49,9 @@ pub struct FileSource {
 }
 
 impl FileSource {
-    /// Maps the file, which must stay as it is. `fd` isn't needed afterwards.
+    /// Maps the file, which must stay as it is, or keeps it open. `fd` isn't needed afterwards.
     pub fn new(fd: RawFd, ranges: &[FileRange]) -> Result<FileSource> {
-        let (file, size) = file::regular(fd, "fd", Use::Read)?;
+        let (file, size) = file::with_offsets(fd, "fd")?;
         let mut ranges = ranges.to_vec();
         ranges.sort_by_key(|r| r.gpa);
         for r in &ranges {
@@ -67,8 +78,14 @@ impl FileSource {
             fail!(EINVAL, "ranges: gpa {:#x} is in two of them", pair[1].gpa);
         }
         let data = extents(&file, size)?;
-        let mapping = Mapping::of_file(file.as_raw_fd(), size.max(1))?;
-        Ok(FileSource { mapping, data, ranges })
+        let access = match Mapping::of_file(file.as_raw_fd(), size.max(1)) {
+            Ok(mapping) => Access::Mapped(mapping),
+            Err(unmapped) => match file::check_reads(&file) {
+                Ok(()) => Access::Read(file),
+                Err(e) => return Err(unmapped.context(format!("fd: can't be read at offsets ({e}), nor mapped"))),
+            },
+        };
+        Ok(FileSource { access, data, ranges })
     }
 
     /// The longest piece from `gpa` on, up to `len` bytes, that is all data or all hole.
@@ -81,11 +98,32 @@ impl FileSource {
         let next = self.data.partition_point(|d| d.end <= offset);
         Ok(match self.data.get(next) {
             Some(data) if data.start <= offset => {
-                (Bytes::At(self.mapping.address() + offset), len.min(data.end - offset))
+                let bytes = match &self.access {
+                    Access::Mapped(mapping) => Bytes::At(mapping.address() + offset),
+                    Access::Read(_) => Bytes::InFile(offset),
+                };
+                (bytes, len.min(data.end - offset))
             }
             Some(data) => (Bytes::Hole, len.min(data.start - offset)),
             None => (Bytes::Hole, len),
         })
+    }
+
+    /// Reads what is at `offset`, which is for `gpa`, into a buffer of the thread's, and calls `work` with
+    /// as many whole pages of `page` bytes as could be read, up to `len` bytes: with one at least, or
+    /// there is an error.
+    pub fn read<R>(&self, gpa: u64, offset: u64, len: u64, page: u64, work: impl FnOnce(&[u8]) -> R) -> Result<R> {
+        let Access::Read(file) = &self.access else { fail!(EINVAL, "the snapshot is mapped") };
+        let len = len.min(buffer::USUAL.max(page));
+        buffer::with(len, |buffer| {
+            let (done, error) = file::read_at(file, buffer, offset);
+            let whole = done / page as usize * page as usize;
+            match error {
+                _ if whole > 0 => Ok(work(&buffer[..whole])),
+                Some(e) => Err(Error::from_io(&format!("the snapshot can't be read for gpa {gpa:#x}: pread"), &e)),
+                None => fail!(EIO, "the snapshot can't be read for gpa {gpa:#x}: it ends before {:#x}", offset + page),
+            }
+        })?
     }
 }
 
