@@ -286,6 +286,11 @@ pub unsafe extern "C" fn kvmfault_vm_enable(vm: *const kvmfault_vm, caps: u64) -
 /// On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that no other slot shows becomes ordinary
 /// memory again, in which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP).
 ///
+/// Private memory of a deleted slot can be set again when it has been dropped (MADV_DONTNEED) and no
+/// thread touches it until this has returned. A thread that waited for a page of the deleted slot
+/// goes on after the deleting call has returned: what it reads then is a page of zeros, which is
+/// content (-EEXIST). So wait for such threads before the memory is dropped.
+///
 /// Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another slot, or there is content already that
 /// can't be hidden: in private memory, in memory that is locked, and in any before Linux 5.14), -EFAULT and -EACCES (hva isn't mapped, or
 /// not readable and writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd), -ENOENT (deleting what
