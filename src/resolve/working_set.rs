@@ -75,10 +75,12 @@ impl Recorder {
     }
 
     /// What was recorded, in the order of time, by guest address; memory that is in no slot any more is left out.
-    pub fn records(&self, slots: &Slots) -> Vec<Record> {
-        let mut found: Vec<(u64, u64)> = Vec::new();
-        for log in &self.logs {
-            let words = log.words.atomics().chunks_exact(2).take(log.len.load(Relaxed).min(MOST) as usize);
+    pub fn records(&self, slots: &Slots) -> Result<Vec<Record>> {
+        // A log may grow meanwhile; what is beyond its room comes too late.
+        let lens: Vec<_> = self.logs.iter().map(|log| log.len.load(Relaxed).min(MOST) as usize).collect();
+        let mut found: Vec<(u64, u64)> = room_for(lens.iter().sum(), "faults")?;
+        for (log, len) in self.logs.iter().zip(lens) {
+            let words = log.words.atomics().chunks_exact(2).take(len);
             found.extend(words.map(|w| (w[1].load(Acquire), w[0].load(Relaxed))).filter(|(time, _)| *time > 0));
         }
         found.sort_unstable();
@@ -89,7 +91,10 @@ impl Recorder {
             Some(Record { gpa: slot.gpa_of(page), pages: count, us: (time - 1) / 1000 })
         };
         // Pages that were dropped and needed again come to more than there are: the first are what counts.
-        found.into_iter().filter_map(record).take(most_records(Shape::of(slots)) as usize).collect()
+        let most = found.len().min(most_records(Shape::of(slots)) as usize);
+        let mut records = room_for(most, "records")?;
+        records.extend(found.into_iter().filter_map(record).take(most));
+        Ok(records)
     }
 
     /// Faults that found their log full.
@@ -136,9 +141,18 @@ impl Shape {
     }
 }
 
+/// Memory for so many of them, or an error with ENOMEM: a failing allocation would end the process.
+fn room_for<T>(count: usize, what: &str) -> Result<Vec<T>> {
+    let mut list = Vec::new();
+    let room = list.try_reserve_exact(count);
+    room.map_err(|_| Error::new(libc::ENOMEM, format!("needs memory for {count} {what}, which isn't there")))?;
+    Ok(list)
+}
+
 /// The file's bytes.
-pub fn encode(shape: Shape, records: &[Record]) -> Vec<u8> {
-    let mut body = Vec::with_capacity(32 + 4 * records.len());
+pub fn encode(shape: Shape, records: &[Record]) -> Result<Vec<u8>> {
+    // Three numbers of at most ten bytes each; what isn't touched costs nothing.
+    let mut body = room_for(32 + 30 * records.len(), "bytes")?;
     for word in [shape.bytes, shape.end, records.len() as u64] {
         body.extend(word.to_le_bytes());
     }
@@ -151,11 +165,12 @@ pub fn encode(shape: Shape, records: &[Record]) -> Vec<u8> {
         put(&mut body, record.us.saturating_sub(time));
         (expected, time) = (page.wrapping_add(record.pages), record.us.max(time));
     }
-    let mut file = MAGIC.to_vec();
+    let mut file: Vec<u8> = room_for(16 + body.len(), "bytes")?;
+    file.extend(MAGIC);
     file.extend(VERSION.to_le_bytes());
     file.extend(crc32fast::hash(&body).to_le_bytes());
     file.extend(body);
-    file
+    Ok(file)
 }
 
 /// The records of a file, for a VM of this shape; an error with EINVAL says what is wrong with it.
@@ -191,9 +206,7 @@ pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
     if count > rest.len() as u64 / 3 {
         fail!(EINVAL, "has {} bytes for {count} records", rest.len());
     }
-    let mut records = Vec::new();
-    let room = records.try_reserve_exact(count as usize);
-    room.map_err(|_| Error::new(libc::ENOMEM, format!("needs memory for {count} records, which isn't there")))?;
+    let mut records = room_for(count as usize, "records")?;
     let (mut expected, mut us) = (0u64, 0u64);
     for n in 0..count {
         let numbers = [get(&mut rest), get(&mut rest), get(&mut rest)];
@@ -212,8 +225,8 @@ pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
 }
 
 /// Guest addresses in the order in which to bring them: that of time, but neighbours together.
-pub fn plan(records: &[Record]) -> Vec<Range<u64>> {
-    let mut plan: Vec<Range<u64>> = Vec::new();
+pub fn plan(records: &[Record]) -> Result<Vec<Range<u64>>> {
+    let mut plan: Vec<Range<u64>> = room_for(records.len(), "records")?;
     for group in records.chunks(TOGETHER) {
         let mut group: Vec<_> = group.iter().map(|r| r.gpa..r.gpa + r.pages * PAGE).collect();
         group.sort_unstable_by_key(|range| range.start);
@@ -225,7 +238,7 @@ pub fn plan(records: &[Record]) -> Vec<Range<u64>> {
             }
         }
     }
-    plan
+    Ok(plan)
 }
 
 /// Unsigned LEB128.
@@ -270,17 +283,17 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read() {
-        let file = encode(SHAPE, &some());
+        let file = encode(SHAPE, &some()).unwrap();
         assert_eq!(decode(&file, SHAPE).unwrap(), some());
-        assert_eq!(decode(&encode(SHAPE, &[]), SHAPE).unwrap(), []);
+        assert_eq!(decode(&encode(SHAPE, &[]).unwrap(), SHAPE).unwrap(), []);
         // A sequential run costs four bytes a fault at most.
         let run: Vec<_> = (0..1000).map(|n| Record { gpa: n * 64 * PAGE, pages: 64, us: n * 100 }).collect();
-        assert!(encode(SHAPE, &run).len() <= HEADER + 4 * run.len());
+        assert!(encode(SHAPE, &run).unwrap().len() <= HEADER + 4 * run.len());
     }
 
     #[test]
     fn whatever_is_wrong_with_a_file_is_said() {
-        let file = encode(SHAPE, &some());
+        let file = encode(SHAPE, &some()).unwrap();
         let refused = |file: &[u8], words: &str| {
             let error = decode(file, SHAPE).unwrap_err();
             assert_eq!(error.errno, libc::EINVAL);
@@ -300,7 +313,7 @@ mod tests {
         refused(&[file.clone(), vec![0]].concat(), "damaged");
         refused(&[&file[..8], &[2, 0, 0, 0], &file[12..]].concat(), "version 2");
         let other = Shape { bytes: 2 << 30, ..SHAPE };
-        refused(&encode(other, &some()), "another VM");
+        refused(&encode(other, &some()).unwrap(), "another VM");
         assert!(decode(&file, Shape { end: 6 << 30, ..SHAPE }).unwrap_err().message.contains("another VM"));
     }
 
@@ -337,11 +350,58 @@ mod tests {
     fn neighbours_are_brought_together() {
         let page = |n: u64| Record { gpa: n * PAGE, pages: 1, us: 0 };
         let early: Vec<_> = [9, 3, 4, 8, 3].map(page).to_vec();
-        assert_eq!(plan(&early), [3 * PAGE..5 * PAGE, 8 * PAGE..10 * PAGE]);
+        assert_eq!(plan(&early).unwrap(), [3 * PAGE..5 * PAGE, 8 * PAGE..10 * PAGE]);
         let mut long: Vec<_> = (0..TOGETHER as u64).rev().map(page).collect();
         long.push(page(5000));
         long.push(page(TOGETHER as u64));
         let pages = TOGETHER as u64 * PAGE;
-        assert_eq!(plan(&long), [0..pages, pages..pages + PAGE, 5000 * PAGE..5001 * PAGE]);
+        assert_eq!(plan(&long).unwrap(), [0..pages, pages..pages + PAGE, 5000 * PAGE..5001 * PAGE]);
+    }
+
+    /// Files with the right checksum that are random, or cut, mutated and lengthened: no panic, and nothing is taken that the VM's memory doesn't warrant.
+    #[test]
+    fn any_file_is_read_or_refused() {
+        let shape = Shape { bytes: 1 << 20, end: 5 << 20 };
+        let mut state = 1u64;
+        let mut random = move || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            state >> 33
+        };
+        let records: Vec<_> =
+            (0..most_records(shape)).map(|n| Record { gpa: n * 5 % 1280 * PAGE, pages: 1, us: n * n }).collect();
+        let good = encode(shape, &records).unwrap();
+        let (mut read, mut refused) = (0, 0);
+        for round in 0..20_000 {
+            let mut file = good.clone();
+            if round % 4 == 0 {
+                file.truncate(HEADER);
+                file.extend((0..random() % 4000).map(|_| random() as u8));
+            }
+            for _ in 0..random() % 4 {
+                let at = 32 + random() as usize % (file.len() - 32);
+                file[at] = [random() as u8, 0, 0x7f, 0x80, 0xff][random() as usize % 5];
+            }
+            match random() % 4 {
+                0 => file.truncate(HEADER + random() as usize % (file.len() - HEADER + 1)),
+                1 => file.extend((0..random() % 64).map(|_| random() as u8)),
+                _ => {}
+            }
+            let crc = crc32fast::hash(&file[16..]);
+            file[12..16].copy_from_slice(&crc.to_le_bytes());
+            match decode(&file, shape) {
+                Ok(records) => {
+                    assert!(records.capacity() as u64 <= most_records(shape));
+                    assert!(records.iter().all(|r| r.pages > 0 && r.gpa + r.pages * PAGE <= shape.end));
+                    let plan = plan(&records).unwrap();
+                    assert!(plan.len() <= records.len() && plan.capacity() as u64 <= most_records(shape));
+                    read += 1;
+                }
+                Err(e) => {
+                    assert_eq!(e.errno, libc::EINVAL, "{e}");
+                    refused += 1;
+                }
+            }
+        }
+        assert!(read > 100 && refused > 100, "{read} read, {refused} refused");
     }
 }

@@ -50,7 +50,8 @@ impl Vm {
     pub fn save_working_set(&self, fd: RawFd) -> Result<()> {
         let Some(recorder) = self.engine.recorder() else { fail!(ENODATA, "vm: no working set is being recorded") };
         let slots = self.engine.memory.slots();
-        let bytes = working_set::encode(Shape::of(&slots), &recorder.records(&slots));
+        let bytes = recorder.records(&slots).and_then(|records| working_set::encode(Shape::of(&slots), &records));
+        let bytes = bytes.map_err(|e| e.context("vm: the working set"))?;
         let (file, _) = file::regular(fd, "fd", Use::Write)?;
         let written = file.set_len(0).and_then(|()| file.write_all_at(&bytes, 0));
         written.map_err(|e| Error::from_io("fd: writing", &e))
@@ -112,7 +113,7 @@ fn read_working_set(fd: RawFd, slots: &Slots) -> Result<Vec<Range<u64>>> {
     }
     let bytes = file::read_start(&file, len).map_err(|e| Error::from_io("working_set_fd: reading", &e))?;
     let records = working_set::decode(&bytes, Shape::of(slots)).map_err(working_set::about_the_file)?;
-    Ok(working_set::plan(&records))
+    working_set::plan(&records).map_err(working_set::about_the_file)
 }
 
 /// Nothing is absent any more: memory becomes what it would be without the library.
