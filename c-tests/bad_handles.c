@@ -63,6 +63,8 @@ static void refuse_fill(struct kvmfault_fill *fill, int error)
 	REFUSED(kvmfault_fill_wait_working_set(fill, -1), error, "fill");
 	REFUSED(kvmfault_fill_status(fill, &progress), error, "fill");
 	REFUSED(kvmfault_fill_stop(fill), error, "fill");
+	REFUSED(kvmfault_fill_pause(fill), error, "fill");
+	REFUSED(kvmfault_fill_resume(fill), error, "fill");
 }
 
 /* Every function that takes a vCPU. The two that signal handlers may call have no message. */

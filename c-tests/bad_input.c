@@ -155,11 +155,11 @@ static const struct structure {
 	  { F(kvmfault_fill_options, threads), F(kvmfault_fill_options, batch), F(kvmfault_fill_options, bytes_per_second),
 	    F(kvmfault_fill_options, progress), F(kvmfault_fill_options, opaque), F(kvmfault_fill_options, finalizer),
 	    F(kvmfault_fill_options, interval_ms), F(kvmfault_fill_options, flags), F(kvmfault_fill_options, working_set_fd),
-	    F(kvmfault_fill_options, reserved) } },
+	    F(kvmfault_fill_options, reserved), F(kvmfault_fill_options, gpa), F(kvmfault_fill_options, len) } },
 	{ "kvmfault_fill_progress", fill_status, sizeof(struct kvmfault_fill_progress),
 	  { F(kvmfault_fill_progress, pages_total), F(kvmfault_fill_progress, pages_left), F(kvmfault_fill_progress, failures),
 	    F(kvmfault_fill_progress, bytes_per_second), F(kvmfault_fill_progress, eta_ms), F(kvmfault_fill_progress, working_set_done),
-	    F(kvmfault_fill_progress, ended) } },
+	    F(kvmfault_fill_progress, ended), F(kvmfault_fill_progress, paused), F(kvmfault_fill_progress, threads_calling) } },
 };
 
 /*

@@ -196,6 +196,8 @@ static void call_each(void)
 	REFUSED_HERE(kvmfault_fill_wait_working_set(fill, 0));
 	REFUSED_HERE(kvmfault_fill_status(fill, &progress));
 	REFUSED_HERE(kvmfault_fill_stop(fill));
+	REFUSED_HERE(kvmfault_fill_pause(fill));
+	REFUSED_HERE(kvmfault_fill_resume(fill));
 	REFUSED_HERE(kvmfault_working_set_record(vm, 1));
 	REFUSED_HERE(kvmfault_working_set_save(vm, 1));
 #undef REFUSED_HERE

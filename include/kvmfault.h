@@ -934,11 +934,11 @@ struct kvmfault_fill_progress {
    */
   size_t size;
   /*
-   * Pages that were absent when it began.
+   * Pages that were absent when it began; of the fill's range, if it has one (`options.len`).
    */
   uint64_t pages_total;
   /*
-   * Pages that are absent now.
+   * Pages that are absent now; of the fill's range, if it has one.
    */
   uint64_t pages_left;
   /*
@@ -961,6 +961,17 @@ struct kvmfault_fill_progress {
    * 1 when the fill is over, one way or another: `kvmfault_fill_wait` tells which.
    */
   uint32_t ended;
+  /*
+   * 1 between `kvmfault_fill_pause` and `kvmfault_fill_resume`; 0 when the fill is over.
+   */
+  uint32_t paused;
+  /*
+   * Threads of the fill that are in a call of the resolver, or on their way to one. When this is 0
+   * and `paused` 1, no call is under way for the fill, and none begins before
+   * `kvmfault_fill_resume`. Pages that the resolver has announced (KVMFAULT_PENDING) may still be
+   * on their way.
+   */
+  uint32_t threads_calling;
 };
 
 /*
@@ -1020,6 +1031,23 @@ struct kvmfault_fill_options {
    * Must be 0.
    */
   uint32_t reserved;
+  /*
+   * With `len`: the memory to fill, [gpa, gpa + len), guest physical, in bytes. The range may span
+   * several slots, and holes between them; what is in no slot is skipped. Both are multiples of
+   * 4096; a range that begins or ends in hugetlb memory does so between two pages of it. An address
+   * that several address spaces have memory at is that of the first of them, as for
+   * `kvmfault_pages_state`. It is the memory that is there when the fill starts: what slots show
+   * later isn't added, and a slot that is deleted is left out. 0 if `len` is 0.
+   */
+  uint64_t gpa;
+  /*
+   * Length of the range; 0: all memory. Nothing outside of the range is brought, also not by the
+   * working set (its pages outside are left out) or by what follows the vCPUs' faults. Memory that
+   * is shown at a second address, too, may be asked for there. At the end of a fill with a range
+   * memory stays as it is, as with KVMFAULT_FILL_KEEP_ARMED, whatever the range holds: when the
+   * last of them is over, a fill without a range makes the memory ordinary.
+   */
+  uint64_t len;
 };
 
 #ifdef __cplusplus
@@ -1652,23 +1680,25 @@ void kvmfault_file_source_finalize(void *opaque);
 void kvmfault_file_source_free(struct kvmfault_file_source *source);
 
 /*
- * Starts to bring all absent pages in the background, while the guest runs: threads of the library
- * call the VM's resolver, with KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages.
- * What follows the vCPUs' latest faults comes first; a fault of the guest's own goes before the
- * fill. A resolver may install the window or a part of it; it is asked again for the rest. A page
- * that it announces (KVMFAULT_PENDING) is waited for, with up to 64 windows a thread under way.
+ * Starts to bring all absent pages (or those of a range: `options.gpa`, `options.len`) in the
+ * background, while the guest runs: threads of the library call the VM's resolver, with
+ * KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. What follows the vCPUs' latest
+ * faults comes first; a fault of the guest's own goes before the fill. A resolver may install the
+ * window or a part of it; it is asked again for the rest. A page that it announces
+ * (KVMFAULT_PENDING) is waited for, with up to 64 windows a thread under way.
  *
- * When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED is
- * given): fast-only flags and traps are taken away, userfaultfd is unregistered, and huge pages are
- * recovered (MADV_COLLAPSE), so that the guest runs as if its memory had never been absent.
- * `kvmfault_pages_discard` then fails with -EBUSY, and a slot that is set anew on that memory is an
- * ordinary one, until `kvmfault_memslot_set_fast_only(.., 1)`. Memory with lost pages stays as it
- * is.
+ * When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED or a
+ * range is given): fast-only flags and traps are taken away, userfaultfd is unregistered, and huge
+ * pages are recovered (MADV_COLLAPSE), so that the guest runs as if its memory had never been
+ * absent. `kvmfault_pages_discard` then fails with -EBUSY, and a slot that is set anew on that
+ * memory is an ordinary one, until `kvmfault_memslot_set_fast_only(.., 1)`. Memory with lost pages
+ * stays as it is.
  *
  * On success *fill is the new handle, to be freed with `kvmfault_fill_free`; on an error it is
- * NULL, and `finalizer` is not called. Errors: -EINVAL (an argument; the message names it), -EBUSY
- * (a fill of this VM is under way), -EOPNOTSUPP (KVMFAULT_VM_EXTERNAL_UFFD), -EAGAIN (no thread can
- * be started), -EBADF. Any thread; not from callbacks.
+ * NULL, and `finalizer` is not called. Errors: -EINVAL (an argument; the message names it), -ENOENT
+ * (no slot holds any of the range), -EBUSY (a fill of this VM is under way), -EOPNOTSUPP
+ * (KVMFAULT_VM_EXTERNAL_UFFD), -EAGAIN (no thread can be started), -EBADF. Any thread; not from
+ * callbacks.
  */
 int kvmfault_fill_start(const struct kvmfault_vm *vm,
                         const struct kvmfault_fill_options *options,
@@ -1680,10 +1710,11 @@ int kvmfault_fill_start(const struct kvmfault_vm *vm,
  *
  * Returns 0: nothing is absent any more, the memory is ordinary, and no resolver call is under way
  * for it (a thread may have been on its way while the last pages came): what the resolver reads
- * from can be put away. With KVMFAULT_FILL_KEEP_ARMED or _WORKING_SET_ONLY only that it was
- * brought. -ETIMEDOUT: not yet. -ECANCELED: it was stopped. -ESHUTDOWN: the VM was freed. Else the
- * error of the resolver that kept the rest from being brought; those pages are absent as before,
- * and another fill may be started. Any thread, several at once too; not from callbacks.
+ * from can be put away. With a range, KVMFAULT_FILL_KEEP_ARMED or _WORKING_SET_ONLY only that it
+ * was brought. -ETIMEDOUT: not yet, and not while the fill is paused (`kvmfault_fill_pause`).
+ * -ECANCELED: it was stopped. -ESHUTDOWN: the VM was freed. Else the error of the resolver that
+ * kept the rest from being brought; those pages are absent as before, and another fill may be
+ * started. Any thread, several at once too; not from callbacks.
  */
 int kvmfault_fill_wait(const struct kvmfault_fill *fill,
                        int64_t timeout_ms);
@@ -1696,9 +1727,38 @@ int kvmfault_fill_wait_working_set(const struct kvmfault_fill *fill,
                                    int64_t timeout_ms);
 
 /*
- * How a fill goes; the rate is the average since it began. Any thread, also in callbacks.
+ * How a fill goes; the rate is the average since it began, pauses included. Any thread, also in
+ * callbacks.
  */
 int kvmfault_fill_status(const struct kvmfault_fill *fill, struct kvmfault_fill_progress *progress);
+
+/*
+ * Pauses a fill, and waits for nothing: a resolver call that is under way ends when it ends, and
+ * what it brings is there; no further one begins for the fill until `kvmfault_fill_resume`.
+ * `kvmfault_fill_status` tells when the last one has ended (`threads_calling` is 0). The guest's
+ * own faults are served as ever.
+ *
+ * A fill that is paused doesn't end by itself, also if other threads bring what is absent:
+ * `kvmfault_fill_wait` goes on waiting, to its timeout. (If nothing was absent any more before this
+ * call, the end, and memory that becomes ordinary, may be on their way.) Reports go on to come,
+ * with `paused` set. Stopping and freeing it, and freeing or closing the VM, end it as ever. Its
+ * threads sleep.
+ *
+ * Returns 0, also if the fill is paused already or over; -EINVAL (NULL), -EBADF. Any thread, also
+ * in callbacks.
+ */
+int kvmfault_fill_pause(const struct kvmfault_fill *fill);
+
+/*
+ * Has a fill that is paused go on where it was. One call is enough, however often
+ * `kvmfault_fill_pause` was called. `options.bytes_per_second` counts from now on: time in which
+ * nothing came allows no more later. Pages for which the resolver failed before are tried again
+ * before the fill gives up for them.
+ *
+ * Returns 0, also if the fill isn't paused or is over; -EINVAL (NULL), -EBADF. Any thread, also in
+ * callbacks.
+ */
+int kvmfault_fill_resume(const struct kvmfault_fill *fill);
 
 /*
  * Asks a fill to stop, and waits for nothing: a resolver call that is under way ends when it ends.

@@ -420,6 +420,7 @@ impl Vm {
         for seat in self.engine.seats.all().iter() {
             let _ = seat.kick();
         }
+        self.wake_fill();
         // Nobody reads the userfaultfd any more: nobody must wait for it.
         let memory = &self.engine.memory;
         memory.slots().blocks().for_each(|block| memory.unregister(block));

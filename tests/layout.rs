@@ -53,10 +53,12 @@ fn as_rust_sees_it() -> Layout {
         }
         kvmfault_file_range { size, gpa, len, offset }
         kvmfault_fill_progress {
-            size, pages_total, pages_left, failures, bytes_per_second, eta_ms, working_set_done, ended
+            size, pages_total, pages_left, failures, bytes_per_second, eta_ms, working_set_done, ended, paused,
+            threads_calling
         }
         kvmfault_fill_options {
-            size, threads, batch, bytes_per_second, progress, opaque, finalizer, interval_ms, flags, working_set_fd, reserved
+            size, threads, batch, bytes_per_second, progress, opaque, finalizer, interval_ms, flags, working_set_fd, reserved,
+            gpa, len
         }
     }
 }

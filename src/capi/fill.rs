@@ -46,21 +46,26 @@ fn progress_of(progress: &Progress) -> kvmfault_fill_progress {
         eta_ms: progress.eta.map_or(-1, |eta| i64::try_from(eta.as_millis()).unwrap_or(-1)),
         working_set_done: progress.first_done.into(),
         ended: progress.ended.into(),
+        paused: progress.paused.into(),
+        threads_calling: progress.calling,
     }
 }
 
-/// Starts to bring all absent pages in the background, while the guest runs: threads of the library call the VM's resolver, with
+/// Starts to bring all absent pages (or those of a range: `options.gpa`, `options.len`) in the
+/// background, while the guest runs: threads of the library call the VM's resolver, with
 /// KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. What follows the vCPUs' latest faults comes first; a fault of the guest's own
 /// goes before the fill. A resolver may install the window or a part of it; it is asked again for the rest. A page that it announces
 /// (KVMFAULT_PENDING) is waited for, with up to 64 windows a thread under way.
 ///
-/// When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED is given): fast-only flags and traps are
+/// When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED or
+/// a range is given): fast-only flags and traps are
 /// taken away, userfaultfd is unregistered, and huge pages are recovered (MADV_COLLAPSE), so that the guest runs as if its memory had never been
 /// absent. `kvmfault_pages_discard` then fails with -EBUSY, and a slot that is set anew on that memory is an ordinary one, until
 /// `kvmfault_memslot_set_fast_only(.., 1)`. Memory with lost pages stays as it is.
 ///
 /// On success *fill is the new handle, to be freed with `kvmfault_fill_free`; on an error it is NULL, and `finalizer` is not called. Errors: -EINVAL
-/// (an argument; the message names it), -EBUSY (a fill of this VM is under way), -EOPNOTSUPP (KVMFAULT_VM_EXTERNAL_UFFD), -EAGAIN (no thread can be
+/// (an argument; the message names it), -ENOENT (no slot holds any of the range), -EBUSY (a fill of
+/// this VM is under way), -EOPNOTSUPP (KVMFAULT_VM_EXTERNAL_UFFD), -EAGAIN (no thread can be
 /// started), -EBADF. Any thread; not from callbacks.
 ///
 /// # Safety
@@ -92,6 +97,8 @@ pub unsafe extern "C" fn kvmfault_fill_start(
             threads: options.threads,
             batch: options.batch,
             bytes_per_second: options.bytes_per_second,
+            gpa: options.gpa,
+            len: options.len,
             working_set: (options.working_set_fd != -1).then_some(options.working_set_fd),
             only_first,
             keep_armed: options.flags & KVMFAULT_FILL_KEEP_ARMED != 0,
@@ -109,8 +116,10 @@ pub unsafe extern "C" fn kvmfault_fill_start(
 /// Waits for the end of a fill, `timeout_ms` milliseconds at most (negative: for as long as it takes).
 ///
 /// Returns 0: nothing is absent any more, the memory is ordinary, and no resolver call is under way for it (a thread may have been on its way while
-/// the last pages came): what the resolver reads from can be put away. With KVMFAULT_FILL_KEEP_ARMED or _WORKING_SET_ONLY only that it was brought.
-/// -ETIMEDOUT: not yet. -ECANCELED: it was stopped. -ESHUTDOWN: the VM was freed. Else
+/// the last pages came): what the resolver reads from can be put away. With a range,
+/// KVMFAULT_FILL_KEEP_ARMED or _WORKING_SET_ONLY only that it was brought. -ETIMEDOUT: not yet, and
+/// not while the fill is paused (`kvmfault_fill_pause`). -ECANCELED: it was stopped. -ESHUTDOWN:
+/// the VM was freed. Else
 /// the error of the resolver that kept the rest from being brought; those pages are absent as before, and another fill may be started. Any thread,
 /// several at once too; not from callbacks.
 ///
@@ -139,7 +148,8 @@ pub unsafe extern "C" fn kvmfault_fill_wait_working_set(fill: *const kvmfault_fi
     })
 }
 
-/// How a fill goes; the rate is the average since it began. Any thread, also in callbacks.
+/// How a fill goes; the rate is the average since it began, pauses included. Any thread, also in
+/// callbacks.
 ///
 /// # Safety
 /// The pointers are NULL or valid.
@@ -151,6 +161,48 @@ pub unsafe extern "C" fn kvmfault_fill_status(
     with("kvmfault_fill_status", fill, |fill| {
         let out = Out::new(progress, "progress")?;
         out.write(&progress_of(&fill.status()));
+        Ok(0)
+    })
+}
+
+/// Pauses a fill, and waits for nothing: a resolver call that is under way ends when it ends, and
+/// what it brings is there; no further one begins for the fill until `kvmfault_fill_resume`.
+/// `kvmfault_fill_status` tells when the last one has ended (`threads_calling` is 0). The guest's
+/// own faults are served as ever.
+///
+/// A fill that is paused doesn't end by itself, also if other threads bring what is absent:
+/// `kvmfault_fill_wait` goes on waiting, to its timeout. (If nothing was absent any more before
+/// this call, the end, and memory that becomes ordinary, may be on their way.) Reports go on to
+/// come, with `paused` set. Stopping and freeing it, and freeing or closing the VM, end it as ever.
+/// Its threads sleep.
+///
+/// Returns 0, also if the fill is paused already or over; -EINVAL (NULL), -EBADF. Any thread, also
+/// in callbacks.
+///
+/// # Safety
+/// `fill` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_fill_pause(fill: *const kvmfault_fill) -> c_int {
+    with("kvmfault_fill_pause", fill, |fill| {
+        fill.pause();
+        Ok(0)
+    })
+}
+
+/// Has a fill that is paused go on where it was. One call is enough, however often
+/// `kvmfault_fill_pause` was called. `options.bytes_per_second` counts from now on: time in which
+/// nothing came allows no more later. Pages for which the resolver failed before are tried again
+/// before the fill gives up for them.
+///
+/// Returns 0, also if the fill isn't paused or is over; -EINVAL (NULL), -EBADF. Any thread, also in
+/// callbacks.
+///
+/// # Safety
+/// `fill` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_fill_resume(fill: *const kvmfault_fill) -> c_int {
+    with("kvmfault_fill_resume", fill, |fill| {
+        fill.resume();
         Ok(0)
     })
 }

@@ -190,7 +190,8 @@ versioned!(kvmfault_stats {
 });
 versioned!(kvmfault_file_range { gpa, len, offset });
 versioned!(kvmfault_fill_options {
-    threads, batch, bytes_per_second, progress, opaque, finalizer, interval_ms, flags, working_set_fd, reserved
+    threads, batch, bytes_per_second, progress, opaque, finalizer, interval_ms, flags, working_set_fd, reserved, gpa,
+    len
 } working_set_fd: -1);
 versioned!(kvmfault_fill_progress {
     pages_total,
@@ -199,7 +200,9 @@ versioned!(kvmfault_fill_progress {
     bytes_per_second,
     eta_ms,
     working_set_done,
-    ended
+    ended,
+    paused,
+    threads_calling
 });
 
 #[cfg(test)]

@@ -495,9 +495,9 @@ pub struct kvmfault_file_range {
 pub struct kvmfault_fill_progress {
     /// Set by KVMFAULT_FILL_PROGRESS_INIT; in the callback, sizeof(struct kvmfault_fill_progress) as the library knows it.
     pub size: usize,
-    /// Pages that were absent when it began.
+    /// Pages that were absent when it began; of the fill's range, if it has one (`options.len`).
     pub pages_total: u64,
-    /// Pages that are absent now.
+    /// Pages that are absent now; of the fill's range, if it has one.
     pub pages_left: u64,
     /// Calls of the resolver that failed. The pages are tried again.
     pub failures: u64,
@@ -509,6 +509,13 @@ pub struct kvmfault_fill_progress {
     pub working_set_done: u32,
     /// 1 when the fill is over, one way or another: `kvmfault_fill_wait` tells which.
     pub ended: u32,
+    /// 1 between `kvmfault_fill_pause` and `kvmfault_fill_resume`; 0 when the fill is over.
+    pub paused: u32,
+    /// Threads of the fill that are in a call of the resolver, or on their way to one. When this is
+    /// 0 and `paused` 1, no call is under way for the fill, and none begins before
+    /// `kvmfault_fill_resume`. Pages that the resolver has announced (KVMFAULT_PENDING) may still
+    /// be on their way.
+    pub threads_calling: u32,
 }
 
 /// Told how a fill goes, every `interval_ms` and at the end, on a thread of the library. It may call what a resolver may, and the functions on
@@ -543,4 +550,17 @@ pub struct kvmfault_fill_options {
     pub working_set_fd: c_int,
     /// Must be 0.
     pub reserved: u32,
+    /// With `len`: the memory to fill, [gpa, gpa + len), guest physical, in bytes. The range may
+    /// span several slots, and holes between them; what is in no slot is skipped. Both are
+    /// multiples of 4096; a range that begins or ends in hugetlb memory does so between two pages
+    /// of it. An address that several address spaces have memory at is that of the first of them,
+    /// as for `kvmfault_pages_state`. It is the memory that is there when the fill starts: what
+    /// slots show later isn't added, and a slot that is deleted is left out. 0 if `len` is 0.
+    pub gpa: u64,
+    /// Length of the range; 0: all memory. Nothing outside of the range is brought, also not by the
+    /// working set (its pages outside are left out) or by what follows the vCPUs' faults. Memory
+    /// that is shown at a second address, too, may be asked for there. At the end of a fill with a
+    /// range memory stays as it is, as with KVMFAULT_FILL_KEEP_ARMED, whatever the range holds:
+    /// when the last of them is over, a fill without a range makes the memory ordinary.
+    pub len: u64,
 }

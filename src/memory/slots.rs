@@ -3,6 +3,7 @@
 use super::block::Block;
 use super::pages::State;
 use crate::kernel::kvm::Region;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A window of a block that the guest sees.
@@ -86,6 +87,23 @@ impl Slots {
     /// The slot of an address, in the first address space that has one there.
     pub fn at_any(&self, gpa: u64) -> Option<&Arc<Slot>> {
         self.at(0, gpa).or_else(|| self.slots.iter().find(|s| s.holds(gpa)))
+    }
+
+    /// What of a range of guest physical addresses is in a slot, from the lowest up: each address
+    /// in the slot that `at_any` finds for it.
+    pub fn parts_of(&self, gpas: Range<u64>) -> Vec<(&Arc<Slot>, Range<u64>)> {
+        let clip = |s: &Arc<Slot>| s.region.gpa.max(gpas.start)..(s.region.gpa + s.region.len).min(gpas.end);
+        let parts: Vec<_> = self.slots.iter().map(clip).filter(|part| !part.is_empty()).collect();
+        // Where slots begin and end: how many more hold the addresses behind it.
+        let mut edges: Vec<_> = parts.iter().flat_map(|part| [(part.start, 1i64), (part.end, -1)]).collect();
+        edges.sort_by_key(|&(gpa, _)| gpa);
+        let mut held = 0;
+        let between = edges.windows(2).filter_map(|edge| {
+            held += edge[0].1;
+            let part = edge[0].0..edge[1].0;
+            (held > 0 && !part.is_empty()).then(|| Some((self.at_any(part.start)?, part))).flatten()
+        });
+        between.collect()
     }
 
     /// The slot that KVM maps from this address of this process.
@@ -235,6 +253,35 @@ mod tests {
         assert_eq!(slots.absent(), 16, "the other slot holds the block");
         assert_eq!(slots.without(1 << 16, true).absent(), 16, "kept");
         assert_eq!(slots.without(1 << 16, false).absent(), 0);
+    }
+
+    #[test]
+    fn a_range_is_cut_where_slots_begin_and_end() {
+        let ram = block(0x10_0000, 16);
+        let slots = Slots::default()
+            .with(slot(0, 0x1_0000, &ram, 0, 4 * PAGE), false)
+            .with(slot(1, 0x1_4000, &ram, 4 * PAGE, 4 * PAGE), false)
+            .with(slot(2, 0x2_0000, &ram, 8 * PAGE, 4 * PAGE), false)
+            .with(slot(1 << 16, 0x1_2000, &ram, 0, 16 * PAGE), false);
+        let parts = |start, end| -> Vec<_> {
+            let parts = slots.parts_of(start..end).into_iter();
+            parts.map(|(slot, part)| (slot.region.slot, part.start, part.end)).collect()
+        };
+        let all = [
+            (0, 0x1_0000, 0x1_2000),
+            (0, 0x1_2000, 0x1_4000),
+            (1, 0x1_4000, 0x1_8000),
+            (1 << 16, 0x1_8000, 0x2_0000),
+            (2, 0x2_0000, 0x2_2000),
+            (2, 0x2_2000, 0x2_4000),
+        ];
+        assert_eq!(parts(0, u64::MAX), all);
+        assert_eq!(
+            parts(0x1_1000, 0x1_5000),
+            [(0, 0x1_1000, 0x1_2000), (0, 0x1_2000, 0x1_4000), (1, 0x1_4000, 0x1_5000)]
+        );
+        assert_eq!(parts(0x2_4000, u64::MAX), []);
+        assert_eq!(parts(0, 0x1_0000), []);
     }
 
     #[test]

@@ -6,13 +6,13 @@ use crate::kernel::file::{self, Use};
 use crate::kernel::mem::{self, Kind};
 use crate::memory::block::Block;
 use crate::memory::calls;
-use crate::memory::slots::Slots;
-use crate::resolve::fill::{self, Fill, Report};
+use crate::memory::slots::{Slot, Slots};
+use crate::resolve::fill::{self, Fill, Report, Scope};
 use crate::resolve::working_set::{self, Recorder, Shape};
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
 /// A fill as the VMM asks for it.
@@ -23,6 +23,10 @@ pub struct FillRequest {
     pub batch: u32,
     /// 0: no limit.
     pub bytes_per_second: u64,
+    /// Where it begins: a guest physical address.
+    pub gpa: u64,
+    /// How far it goes from there; 0 for all memory.
+    pub len: u64,
     /// What comes first: a working set, as a file.
     pub working_set: Option<RawFd>,
     /// And nothing else.
@@ -67,12 +71,13 @@ impl Vm {
         if request.batch > 4096 {
             fail!(EINVAL, "batch: {} is more than 4096", request.batch);
         }
+        let slots = self.engine.memory.slots();
+        let scope = scope_of(&slots, request.gpa, request.len)?;
         let poisoned = |_| Error::new(libc::ENOTRECOVERABLE, "an earlier call panicked while it started a fill");
         let mut under_way = self.filling.lock().map_err(poisoned)?;
         if under_way.upgrade().is_some_and(|fill| !fill.has_ended()) {
             fail!(EBUSY, "vm: a fill is under way");
         }
-        let slots = self.engine.memory.slots();
         let first = request.working_set.map_or(Ok(Vec::new()), |fd| read_working_set(fd, &slots))?;
         let in_vmm = |gpa: &Range<u64>| {
             let slot = slots.at_any(gpa.start)?;
@@ -80,7 +85,9 @@ impl Vm {
             Some(slot.vmm_hva(gpa.start)..slot.vmm_hva(gpa.start) + (end - gpa.start))
         };
         let (vm, collapse) = (Arc::downgrade(self), !request.no_collapse);
-        let finish = move |is_stopped: &dyn Fn() -> bool| match request.keep_armed {
+        // Where a part of the memory is there, nothing can be said of its blocks.
+        let keep_armed = request.keep_armed || request.len != 0;
+        let finish = move |is_stopped: &dyn Fn() -> bool| match keep_armed {
             true => Ok(()),
             false => make_ordinary(&vm, collapse, is_stopped),
         };
@@ -90,6 +97,7 @@ impl Vm {
                 threads: request.threads.max(1),
                 batch: if request.batch == 0 { 64 } else { request.batch.into() },
                 bytes_per_second: request.bytes_per_second,
+                scope,
                 first: first.iter().filter_map(in_vmm).collect(),
                 only_first: request.only_first,
                 interval: request.interval,
@@ -100,6 +108,47 @@ impl Vm {
         *under_way = Arc::downgrade(&fill);
         Ok(fill)
     }
+
+    /// The engine was shut down: a fill that is paused ends.
+    pub(super) fn wake_fill(&self) {
+        let under_way = self.filling.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        if let Some(fill) = under_way {
+            fill.note_shutdown();
+        }
+    }
+}
+
+/// The memory at a range of guest physical addresses; with `len` 0 all memory.
+fn scope_of(slots: &Slots, gpa: u64, len: u64) -> Result<Scope> {
+    if len == 0 && gpa == 0 {
+        return Ok(Scope::default());
+    }
+    if gpa % mem::PAGE != 0 {
+        fail!(EINVAL, "gpa: {gpa:#x} is no multiple of {}", mem::PAGE);
+    }
+    if len == 0 || len % mem::PAGE != 0 {
+        fail!(EINVAL, "len: {len:#x}, for gpa {gpa:#x}, is 0 or no multiple of {}", mem::PAGE);
+    }
+    let Some(end) = gpa.checked_add(len) else { fail!(EINVAL, "len: gpa {gpa:#x} plus {len:#x} wraps around") };
+    let parts = slots.parts_of(gpa..end);
+    if parts.is_empty() {
+        fail!(ENOENT, "gpa: no slot holds any of [{gpa:#x}, +{len:#x})");
+    }
+    // A huge page comes as a whole or not at all.
+    for (slot, part) in &parts {
+        let page = slot.block.page;
+        if part.start == gpa && gpa % page != 0 {
+            fail!(EINVAL, "gpa: {gpa:#x} is inside a page of {page:#x} bytes (slot {:#x})", slot.region.slot);
+        }
+        if part.end == end && end % page != 0 {
+            fail!(EINVAL, "len: {end:#x}, the end, is inside a page of {page:#x} bytes (slot {:#x})", slot.region.slot);
+        }
+    }
+    let in_vmm = |(slot, part): (&Arc<Slot>, Range<u64>)| {
+        let hva = slot.vmm_hva(part.start);
+        hva..hva + (part.end - part.start)
+    };
+    Ok(Scope::of(parts.into_iter().map(in_vmm).collect()))
 }
 
 fn read_working_set(fd: RawFd, slots: &Slots) -> Result<Vec<Range<u64>>> {

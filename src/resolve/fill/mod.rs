@@ -2,14 +2,19 @@
 
 mod order;
 mod pace;
+mod pause;
+mod scope;
 
 use super::{Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{fail, Error, Result};
 use crate::kernel::thread::{block_all_signals, set_nice, spawn};
 use crate::memory::block::Block;
 use crate::memory::pages::State;
+use crate::memory::slots::Slots;
 use order::{Order, Piece};
 use pace::{give_way, Limit};
+use pause::Pause;
+pub use scope::Scope;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
@@ -35,6 +40,8 @@ pub struct Options {
     pub batch: u64,
     /// 0: no limit.
     pub bytes_per_second: u64,
+    /// Nothing outside of it is brought or counted.
+    pub scope: Scope,
     /// What comes first: addresses in the VMM's mapping.
     pub first: Vec<Range<u64>>,
     /// And nothing else.
@@ -68,6 +75,11 @@ pub struct Progress {
     pub first_done: bool,
     /// It is over.
     pub ended: bool,
+    /// It is paused.
+    pub paused: bool,
+    /// Threads that are in a resolver call, or on their way to one. None while it is paused: none
+    /// will be.
+    pub calling: u32,
 }
 
 /// A fill, under way or over.
@@ -77,6 +89,7 @@ pub struct Fill {
     begin: Instant,
     order: Mutex<Order>,
     limit: Limit,
+    pause: Pause,
     stop: AtomicBool,
     /// Pages that were absent when it began, and their bytes.
     total: u64,
@@ -89,6 +102,8 @@ pub struct Fill {
     /// Threads that are in the middle of a piece; of one that comes first.
     busy: AtomicU32,
     busy_first: AtomicU32,
+    /// Threads that are in a resolver call, or on their way to one.
+    calling: AtomicU32,
     last_error: Mutex<Option<Error>>,
     /// The end, and that what comes first is there.
     state: Mutex<Ends>,
@@ -106,20 +121,24 @@ impl Fill {
     pub fn start(engine: &Arc<Engine>, mut options: Options, report: Box<Report>) -> Result<Arc<Fill>> {
         let mut report = Some(report);
         let first = std::mem::take(&mut options.first);
-        let absent = |b: &Arc<Block>| b.pages.count(0..b.pages.len(), State::Absent) * b.page;
+        let first: Vec<_> = first.into_iter().flat_map(|range| options.scope.within(range)).collect();
+        let slots = engine.memory.slots();
+        let absent = |(b, pages): (&Arc<Block>, _)| b.pages.count(pages, State::Absent) * b.page;
         let fill = Arc::new(Fill {
             engine: engine.clone(),
             begin: Instant::now(),
-            order: Mutex::new(Order::new(first.clone(), options.only_first)),
+            order: Mutex::new(Order::new(first.clone(), options.only_first, options.scope.clone())),
             limit: Limit::new(options.bytes_per_second),
+            pause: Pause::default(),
             stop: AtomicBool::new(false),
-            total: engine.memory.slots().absent(),
-            total_bytes: engine.memory.slots().blocks().map(absent).sum(),
+            total: left_of(&options.scope, &slots),
+            total_bytes: options.scope.pages(&slots).map(absent).sum(),
             first,
             failed: AtomicU64::new(0),
             in_vain: AtomicU32::new(0),
             busy: AtomicU32::new(0),
             busy_first: AtomicU32::new(0),
+            calling: AtomicU32::new(0),
             last_error: Mutex::default(),
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -161,6 +180,26 @@ impl Fill {
     /// Asks it to stop; waits for nothing. A resolver call that is under way ends when it ends.
     pub fn stop(&self) {
         self.stop.store(true, SeqCst);
+        self.pause.wake();
+    }
+
+    /// Begins no more resolver calls until `resume`; waits for nothing.
+    pub fn pause(&self) {
+        self.pause.ask();
+    }
+
+    /// Goes on where it was.
+    pub fn resume(&self) {
+        // What failed before may work now: that is what pauses are for.
+        if self.pause.is_asked() {
+            self.in_vain.store(0, SeqCst);
+        }
+        self.pause.end();
+    }
+
+    /// The engine was shut down: threads that wait for the end of a pause go, too.
+    pub fn note_shutdown(&self) {
+        self.pause.wake();
     }
 
     /// Waits for the end, or only for what comes first. ETIMEDOUT if it isn't there in time.
@@ -175,7 +214,7 @@ impl Fill {
         match (&ends.all, ends.first && first) {
             (_, true) => Ok(()),
             (Some(result), _) => result.clone(),
-            _ => fail!(ETIMEDOUT, "{} of {} pages are still absent", self.engine.memory.slots().absent(), self.total),
+            _ => fail!(ETIMEDOUT, "{} of {} pages are still absent", self.left(), self.total),
         }
     }
 
@@ -189,12 +228,18 @@ impl Fill {
         self.progress(self.begin, self.total)
     }
 
+    /// Pages that are absent now, or being brought.
+    fn left(&self) -> u64 {
+        left_of(&self.options.scope, &self.engine.memory.slots())
+    }
+
     /// How it goes; the rate is that since `since`, when so many pages were absent.
     fn progress(&self, since: Instant, left_then: u64) -> Progress {
-        let left = self.engine.memory.slots().absent();
+        let left = self.left();
         let page = self.total_bytes as f64 / self.total.max(1) as f64;
         let rate = left_then.saturating_sub(left) as f64 * page / since.elapsed().as_secs_f64().max(1e-3);
         let ends = self.state.lock().map(|s| s.clone()).unwrap_or_default();
+        let asked = self.pause.is_asked(); // before `calling`: see `call`
         Progress {
             total: self.total,
             left,
@@ -202,7 +247,9 @@ impl Fill {
             bytes_per_second: rate as u64,
             eta: Duration::try_from_secs_f64(left as f64 * page / rate).ok(),
             first_done: ends.first,
+            paused: asked && ends.all.is_none(),
             ended: ends.all.is_some(),
+            calling: self.calling.load(SeqCst),
         }
     }
 
@@ -230,9 +277,14 @@ impl Fill {
                 (reported, left_then) = (Instant::now(), progress.left);
                 report(&progress);
             }
+            if self.pause.is_asked() {
+                self.pause.wait(reported.checked_add(self.options.interval), || self.is_stopped());
+                (idle, left_before) = (0, u64::MAX);
+                continue;
+            }
             self.note_first();
             if self.in_vain.load(SeqCst) >= MOST_FAILURES {
-                self.end(Err(self.why(self.engine.memory.slots().absent())));
+                self.end(Err(self.why(self.left())));
                 break;
             }
             if self.work(&mut hand) {
@@ -249,7 +301,7 @@ impl Fill {
                 std::thread::sleep(LOOK);
                 continue;
             }
-            let left = self.engine.memory.slots().absent();
+            let left = self.left();
             idle = if left < left_before { 0 } else { idle + 1 };
             left_before = left;
             if let Some(result) = self.judge(left, idle) {
@@ -283,7 +335,7 @@ impl Fill {
             };
         }
         let slots = self.engine.memory.slots();
-        let is_coming = slots.blocks().any(|b| b.pages.count(0..b.pages.len(), State::Resolving) > 0);
+        let is_coming = self.options.scope.count(&slots, State::Resolving) > 0;
         let has_failed = self.last_error.lock().is_ok_and(|error| error.is_some());
         let is_over = idle > if has_failed { 1 } else { MOST_RETRIES };
         (is_over && !is_coming).then(|| Err(self.why(left)))
@@ -299,20 +351,24 @@ impl Fill {
     fn follow(&self) {
         let mut hand = Hand::default();
         while !self.is_stopped() {
-            if !self.work(&mut hand) {
+            if self.pause.is_asked() {
+                self.pause.wait(None, || self.is_stopped());
+            } else if !self.work(&mut hand) {
                 std::thread::sleep(LOOK);
             }
         }
     }
 
-    fn sleep(&self, time: Duration) {
+    /// False if a pause or the end came before the time was over.
+    fn sleep(&self, time: Duration) -> bool {
         let until = Instant::now() + time;
-        while !self.is_stopped() {
+        while !self.is_stopped() && !self.pause.is_asked() {
             match until.saturating_duration_since(Instant::now()) {
-                Duration::ZERO => return,
+                Duration::ZERO => return true,
                 left => std::thread::sleep(left.min(10 * LOOK)),
             }
         }
+        false
     }
 
     /// Brings one piece; false if there is none now.
@@ -321,15 +377,30 @@ impl Fill {
             return false;
         }
         give_way(&self.engine.seats);
-        self.busy.fetch_add(1, SeqCst);
-        let piece = self.take();
-        if let Some(piece) = &piece {
-            self.sleep(self.limit.delay((piece.pages.end - piece.pages.start) * piece.block.page));
-            self.bring(piece, hand);
-            self.busy_first.fetch_sub(piece.is_first.into(), SeqCst);
+        let mut piece = match hand.rest.take() {
+            Some(rest) => rest,
+            None => {
+                self.busy.fetch_add(1, SeqCst);
+                let Some(piece) = self.take() else {
+                    self.busy.fetch_sub(1, SeqCst);
+                    return false;
+                };
+                piece
+            }
+        };
+        let is_time = self.sleep(self.limit.delay(piece.bytes()));
+        let rest = if is_time { self.bring(&piece, hand) } else { Some(piece.pages.start) };
+        if let Some(rest) = rest {
+            // The thread is still busy with it: no other thread takes its pages, and
+            // without them what comes first isn't there.
+            piece.pages.start = rest;
+            self.limit.give_back(piece.bytes());
+            hand.rest = Some(piece);
+            return true;
         }
+        self.busy_first.fetch_sub(piece.is_first.into(), SeqCst);
         self.busy.fetch_sub(1, SeqCst);
-        piece.is_some()
+        true
     }
 
     fn take(&self) -> Option<Piece> {
@@ -361,7 +432,18 @@ impl Fill {
         }
     }
 
-    fn bring(&self, piece: &Piece, hand: &mut Hand) {
+    /// One page, and what comes with it; None while the fill is paused. A thread counts itself as
+    /// calling before it looks whether it may call. So a caller of `pause` that sees none calling
+    /// afterwards has seen the last call.
+    fn call(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Option<Result<Outcome>> {
+        self.calling.fetch_add(1, SeqCst);
+        let answer = (!self.pause.is_asked()).then(|| self.engine.fill(block, page, need));
+        self.calling.fetch_sub(1, SeqCst);
+        answer
+    }
+
+    /// Brings the pages of a piece; if a pause comes in between: the page that is next.
+    fn bring(&self, piece: &Piece, hand: &mut Hand) -> Option<u64> {
         let stats = self.engine.memory.stats.here();
         let (block, end) = (&piece.block, piece.pages.end);
         let more = More::UpTo { end, most: self.options.batch };
@@ -369,14 +451,18 @@ impl Fill {
         let mut page = piece.pages.start;
         while let Some(next) = block.pages.first_absent(page..end) {
             if self.is_stopped() {
-                return;
+                return None;
             }
+            let Some(answer) = self.call(block, next, &need) else { return Some(next) };
             page = next + 1;
-            match self.engine.fill(block, next, &need) {
+            match answer {
                 // The resolver has been told the whole piece; what it doesn't bring is for the next pass.
-                Ok(Outcome::Pending) => return hand.remember(block, next),
-                Ok(Outcome::Gone) => return,
-                Ok(Outcome::Retry) => self.sleep(LOOK),
+                Ok(Outcome::Pending) => {
+                    hand.remember(block, next);
+                    return None;
+                }
+                Ok(Outcome::Gone) => return None,
+                Ok(Outcome::Retry) => drop(self.sleep(LOOK)),
                 Ok(_) => self.in_vain.store(0, SeqCst),
                 Err(e) => {
                     self.failed.fetch_add(1, Relaxed);
@@ -384,15 +470,21 @@ impl Fill {
                     // A single bad page must not cost time; where nothing works there is no hurry.
                     match self.in_vain.fetch_add(1, SeqCst) {
                         0..8 => {}
-                        n => self.sleep((Duration::from_micros(10) * n).min(LONGEST_PAUSE)),
+                        n => drop(self.sleep((Duration::from_micros(10) * n).min(LONGEST_PAUSE))),
                     }
                     if self.in_vain.load(SeqCst) >= MOST_FAILURES {
-                        return;
+                        return None;
                     }
                 }
             }
         }
+        None
     }
+}
+
+/// Pages that are absent, or being brought.
+fn left_of(scope: &Scope, slots: &Slots) -> u64 {
+    scope.count(slots, State::Absent) + scope.count(slots, State::Resolving)
 }
 
 /// Where threads wait until it is known whether all of them could be started.
@@ -431,6 +523,8 @@ impl Drop for EndOnPanic<'_> {
 struct Hand {
     /// Pages that were announced.
     pending: VecDeque<(Arc<Block>, u64)>,
+    /// What of its piece was not brought when a pause came.
+    rest: Option<Piece>,
 }
 
 impl Hand {

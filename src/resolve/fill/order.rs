@@ -1,5 +1,6 @@
 //! What a fill brings next: first what it was given, then what follows the vCPUs' latest faults, then everything from the lowest address up.
 
+use super::scope::Scope;
 use crate::memory::block::Block;
 use crate::memory::Memory;
 use crate::resolve::seat::Seats;
@@ -21,6 +22,13 @@ pub struct Piece {
     pub is_first: bool,
 }
 
+impl Piece {
+    /// Its length.
+    pub fn bytes(&self) -> u64 {
+        (self.pages.end - self.pages.start) * self.block.page
+    }
+}
+
 /// The order of one fill. Its threads take turns with it.
 #[derive(Debug, Default)]
 pub struct Order {
@@ -34,24 +42,27 @@ pub struct Order {
     at: u64,
     /// Nothing but what comes first.
     only_first: bool,
+    /// Nothing outside of it.
+    scope: Scope,
 }
 
 impl Order {
-    /// `first` are addresses in the VMM's mapping; with `only` there is nothing else.
-    pub fn new(first: Vec<Range<u64>>, only: bool) -> Order {
-        Order { first: first.into(), only_first: only, ..Order::default() }
+    /// `first` are addresses in the VMM's mapping; with `only` there is nothing else. What is
+    /// outside of `scope` is left out.
+    pub fn new(first: Vec<Range<u64>>, only: bool, scope: Scope) -> Order {
+        Order { first: first.into(), only_first: only, scope, ..Order::default() }
     }
 
     /// The next absent pages, up to `most` of them; None at the end of the pass.
     pub fn next(&mut self, memory: &Memory, seats: &Seats, most: u64) -> Option<Piece> {
-        if let Some(piece) = take(&mut self.first, memory, most) {
+        if let Some(piece) = take(&mut self.first, &self.scope, memory, most) {
             return Some(Piece { is_first: true, ..piece });
         }
         if self.only_first {
             return None;
         }
         self.look_at_faults(seats);
-        take(&mut self.near, memory, most).or_else(|| self.sweep(memory, most))
+        take(&mut self.near, &self.scope, memory, most).or_else(|| self.sweep(memory, most))
     }
 
     /// Has everything that comes first been taken?
@@ -80,18 +91,23 @@ impl Order {
     fn sweep(&mut self, memory: &Memory, most: u64) -> Option<Piece> {
         let slots = memory.slots();
         // Blocks are sorted by address.
-        let piece = slots.blocks().find_map(|block| absent_in(block, self.at..u64::MAX, most))?;
+        let piece = slots.blocks().find_map(|block| {
+            let mut ranges = self.scope.within(self.at.max(block.hva)..block.hva + block.len);
+            ranges.find_map(|range| absent_in(block, range, most))
+        })?;
         self.at = piece.block.hva_of(piece.pages.end);
         Some(piece)
     }
 }
 
 /// The first absent pages of the ranges, which lose what was looked at.
-fn take(ranges: &mut VecDeque<Range<u64>>, memory: &Memory, most: u64) -> Option<Piece> {
+fn take(ranges: &mut VecDeque<Range<u64>>, scope: &Scope, memory: &Memory, most: u64) -> Option<Piece> {
     let slots = memory.slots();
     while let Some(range) = ranges.front_mut() {
-        let found =
-            slots.blocks_in(range.start, range.end - range.start).find_map(|b| absent_in(b, range.clone(), most));
+        let found = scope.within(range.clone()).find_map(|part| {
+            let mut blocks = slots.blocks_in(part.start, part.end - part.start);
+            blocks.find_map(|b| absent_in(b, part.clone(), most))
+        });
         if let Some(piece) = found {
             range.start = piece.block.hva_of(piece.pages.end).min(range.end);
             return Some(piece);
@@ -172,7 +188,7 @@ mod tests {
         seats.add(seat);
         drop(seat.faults_at(B + 1000 * PAGE));
         let first = vec![B + 8 * PAGE..B + 12 * PAGE, 0x5000..0x9000, A + 2040 * PAGE..A + 3000 * PAGE];
-        let mut order = Order::new(first, false);
+        let mut order = Order::new(first, false, Scope::default());
         let mut next = || next(&mut order, &memory, &seats, 256).unwrap();
         assert_eq!(next(), B + 8 * PAGE..B + 12 * PAGE);
         assert_eq!(next(), A + 2040 * PAGE..A + 2048 * PAGE);
@@ -183,10 +199,32 @@ mod tests {
         assert_eq!(next(), A..A + 256 * PAGE, "one fault of each vCPU, the latest");
     }
 
+    /// Neither the sweep, nor a fault, nor what is given comes out of it.
+    #[test]
+    fn nothing_outside_of_the_scope() {
+        let (memory, seats) = (needs!(memory()), Seats::default());
+        let seat: &'static Seat = Box::leak(Box::new(Seat::new(0, ImmediateExit::none(), libc::SIGURG, false)));
+        seats.add(seat);
+        drop(seat.faults_at(B + 100 * PAGE));
+        let scope =
+            Scope::of(vec![A + 10 * PAGE..A + 20 * PAGE, A + 30 * PAGE..A + 33 * PAGE, B + 90 * PAGE..B + 110 * PAGE]);
+        let mut order = Order::new(vec![A + 18 * PAGE..A + 31 * PAGE, A..A + PAGE], false, scope);
+        let pieces: Vec<_> = std::iter::from_fn(|| next(&mut order, &memory, &seats, 512)).collect();
+        let expected = [
+            A + 18 * PAGE..A + 20 * PAGE,
+            A + 30 * PAGE..A + 31 * PAGE,
+            B + 100 * PAGE..B + 110 * PAGE,
+            A + 10 * PAGE..A + 18 * PAGE,
+            A + 31 * PAGE..A + 33 * PAGE,
+            B + 90 * PAGE..B + 100 * PAGE,
+        ];
+        assert_eq!(pieces, expected);
+    }
+
     #[test]
     fn only_what_is_given() {
         let (memory, seats) = (needs!(memory()), Seats::default());
-        let mut order = Order::new(Vec::from([A..A + PAGE, A + PAGE..A + 3 * PAGE]), true);
+        let mut order = Order::new(Vec::from([A..A + PAGE, A + PAGE..A + 3 * PAGE]), true, Scope::default());
         assert_eq!(next(&mut order, &memory, &seats, 2), Some(A..A + PAGE));
         assert!(!order.is_past_first());
         assert_eq!(next(&mut order, &memory, &seats, 2), Some(A + PAGE..A + 3 * PAGE));

@@ -34,6 +34,18 @@ impl Limit {
         *until = begin + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
         begin - now
     }
+
+    /// So many bytes of what `delay` was asked for were not brought. They are asked for anew when
+    /// they are: a wait that was cut short, or a pause, allows nothing more afterwards.
+    pub fn give_back(&self, bytes: u64) {
+        if self.bytes_per_second == 0 {
+            return;
+        }
+        if let Ok(mut until) = self.until.lock() {
+            let time = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
+            *until = until.checked_sub(time).unwrap_or(*until);
+        }
+    }
 }
 
 /// Waits until no vCPU waits for a page, for a short time at most.
@@ -61,6 +73,20 @@ mod tests {
             assert!(delay <= most && delay + begin.elapsed() >= most, "{n}: {delay:?}");
         }
         assert_eq!(Limit::new(0).delay(u64::MAX), Duration::ZERO);
+    }
+
+    #[test]
+    fn what_is_given_back_is_asked_for_anew() {
+        let limit = Limit::new(1 << 20);
+        let begin = Instant::now();
+        assert_eq!(limit.delay(100 << 20), Duration::ZERO);
+        limit.give_back(99 << 20);
+        assert!(limit.delay(1 << 20) <= Duration::from_secs(1), "one second is used up");
+        // Two are used up, and given back three times over: there is no credit from that.
+        (0..3).for_each(|_| limit.give_back(2 << 20));
+        assert_eq!(limit.delay(1 << 20), Duration::ZERO);
+        assert!(limit.delay(1) + begin.elapsed() >= Duration::from_secs(1));
+        Limit::new(0).give_back(u64::MAX);
     }
 
     #[test]

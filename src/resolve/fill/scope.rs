@@ -1,0 +1,70 @@
+//! What a fill covers: all memory, or a part of it.
+
+use crate::memory::block::Block;
+use crate::memory::pages::State;
+use crate::memory::slots::Slots;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Addresses in the VMM's mapping: sorted, and each of them once.
+#[derive(Debug, Clone)]
+pub struct Scope {
+    ranges: Vec<Range<u64>>,
+}
+
+impl Default for Scope {
+    /// All memory.
+    fn default() -> Scope {
+        Scope { ranges: Vec::from([0..u64::MAX]) }
+    }
+}
+
+impl Scope {
+    /// These addresses, in any order; those that are given twice (two slots may show the same
+    /// memory) count once.
+    pub fn of(mut ranges: Vec<Range<u64>>) -> Scope {
+        ranges.sort_by_key(|range| range.start);
+        ranges.dedup_by(|next, last| {
+            let touches = next.start <= last.end;
+            if touches {
+                last.end = last.end.max(next.end);
+            }
+            touches
+        });
+        Scope { ranges }
+    }
+
+    /// What of a range of addresses is in it, from the lowest up.
+    pub fn within(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let first = self.ranges.partition_point(|r| r.end <= range.start);
+        let touched = self.ranges[first..].iter().take_while(move |r| r.start < range.end);
+        touched.map(move |r| r.start.max(range.start)..r.end.min(range.end))
+    }
+
+    /// Its pages, block by block.
+    pub fn pages<'a>(&'a self, slots: &'a Slots) -> impl Iterator<Item = (&'a Arc<Block>, Range<u64>)> {
+        let of_block = |b: &'a Arc<Block>| self.within(b.hva..b.hva + b.len).map(move |range| (b, b.pages_in(&range)));
+        slots.blocks().flat_map(of_block)
+    }
+
+    /// How many of its pages are in a state.
+    pub fn count(&self, slots: &Slots, state: State) -> u64 {
+        self.pages(slots).map(|(block, pages)| block.pages.count(pages, state)).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_twice_counts_once() {
+        let scope = Scope::of(vec![30..40, 0..10, 5..12, 12..13, 32..34, 50..60]);
+        assert_eq!(scope.within(0..u64::MAX).collect::<Vec<_>>(), [0..13, 30..40, 50..60]);
+        assert_eq!(scope.within(8..31).collect::<Vec<_>>(), [8..13, 30..31]);
+        assert_eq!(scope.within(13..30).count(), 0);
+        assert_eq!(scope.within(55..100).collect::<Vec<_>>(), [55..60]);
+        assert_eq!(Scope::default().within(8..31).collect::<Vec<_>>(), [8..31]);
+        assert_eq!(Scope::of(Vec::new()).within(0..u64::MAX).count(), 0);
+    }
+}
