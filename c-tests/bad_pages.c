@@ -41,8 +41,20 @@ static int resolve(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
 	return kvmfault_pages_resolve(vm, gpa, len);
 }
 
+static int withdraw(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
+{
+	return (int)kvmfault_pages_withdraw(vm, gpa, len);
+}
+
+/* With room for as many pages as there are, whatever the range. */
+static int bitmap(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
+{
+	static uint64_t words[SUBJECT_LEN / PAGE / 64 + 1];
+	return (int)kvmfault_pages_bitmap(vm, gpa, len, KVMFAULT_STATE_ABSENT, words, sizeof(words));
+}
+
 /* All that take a range. */
-static int (*const functions[])(struct kvmfault_vm *, uint64_t, uint64_t) = { install, zero, map, lost, discard, resolve };
+static int (*const functions[])(struct kvmfault_vm *, uint64_t, uint64_t) = { install, zero, map, lost, discard, resolve, withdraw, bitmap };
 enum { FUNCTIONS = sizeof(functions) / sizeof(*functions) };
 
 #define END (SUBJECT_GPA + SUBJECT_LEN)

@@ -84,6 +84,8 @@ static long long pages_zero(void) { return kvmfault_pages_zero(VM, 0, PAGE); }
 static long long pages_map(void) { return kvmfault_pages_map(VM, 0, PAGE); }
 static long long pages_lost(void) { return kvmfault_pages_lost(VM, 0, PAGE); }
 static long long pages_discard(void) { return kvmfault_pages_discard(VM, 0, PAGE); }
+static long long pages_withdraw(void) { return kvmfault_pages_withdraw(VM, 0, PAGE); }
+static long long pages_bitmap(void) { return kvmfault_pages_bitmap(VM, 0, PAGE, KVMFAULT_STATE_ABSENT, bytes, 8); }
 static long long pages_resolve(void) { return kvmfault_pages_resolve(VM, 0, PAGE); }
 static long long pages_arrived(void) { return kvmfault_pages_arrived(VM, bytes, PAGE); }
 static long long pages_missing(void) { return kvmfault_pages_missing(VM, bytes, PAGE); }
@@ -112,6 +114,8 @@ static const struct function of_a_vm[] = {
 	{ "kvmfault_pages_map", pages_map },
 	{ "kvmfault_pages_lost", pages_lost },
 	{ "kvmfault_pages_discard", pages_discard },
+	{ "kvmfault_pages_withdraw", pages_withdraw },
+	{ "kvmfault_pages_bitmap", pages_bitmap },
 	{ "kvmfault_pages_resolve", pages_resolve },
 	{ "kvmfault_pages_arrived", pages_arrived },
 	{ "kvmfault_pages_missing", pages_missing },

@@ -1366,7 +1366,8 @@ int kvmfault_pages_missing(const struct kvmfault_vm *vm,
  *
  * Returns 0; -EEXIST if all of them are present or lost already; -ENOENT and -EINVAL as above.
  * Another error (the memory is no longer mapped) means that host threads may not be told: pages of
- * the range may be lost, and vCPUs and waiters are told so. Any thread, also in callbacks.
+ * the range may be lost, and vCPUs and waiters are told so. -EBUSY after ten seconds: an install in
+ * the same 512 pages reads from a source that doesn't answer. Any thread, also in callbacks.
  */
 int kvmfault_pages_lost(const struct kvmfault_vm *vm,
                         uint64_t gpa,
@@ -1384,8 +1385,9 @@ int kvmfault_pages_lost(const struct kvmfault_vm *vm,
  * Returns 0; -ENOENT and -EINVAL as above, and -EINVAL for memory that is locked (mlock(2)); -EPERM
  * for memory whose file is sealed (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE: the kernel drops nothing from
  * it, whichever call is used; F_SEAL_SHRINK and F_SEAL_GROW don't matter); -EBUSY if vCPUs use the
- * pages faster than they can be taken away. After an error present pages that could not be dropped
- * are still present, with their bytes, and other pages of the range may be absent:
+ * pages faster than they can be taken away, or after ten seconds if an install in the same 512
+ * pages reads from a source that doesn't answer. After an error present pages that could not be
+ * dropped are still present, with their bytes, and other pages of the range may be absent:
  * `kvmfault_pages_bitmap` tells which. Any thread; not from callbacks.
  */
 int kvmfault_pages_discard(const struct kvmfault_vm *vm,
@@ -1594,10 +1596,12 @@ int kvmfault_vcpu_on_sigbus(const struct kvmfault_vcpu *vcpu,
  * May race with `kvmfault_vcpu_free`, which waits for kicks that are under way. With
  * KVMFAULT_SIGBUS_BY_MASK no kick signal is left when it returns, so the signal needs no handler.
  *
- * Three limits: a resolver that runs on the vCPU's thread is not interrupted; with `userfaultfd` a
- * vCPU whose access KVM emulates (CPL 0 on a KVM without hardware virtualisation) sleeps inside
- * KVM's copy until its page comes; and before Linux 6.2 a vCPU that sleeps in classic userfaultfd
- * is not either, nor told of its resolver's failure, until its page comes.
+ * Three limits: a resolver that runs on the vCPU's thread is not interrupted, also not where it
+ * hangs in the kernel because the source that it reads doesn't answer (the signal is blocked there
+ * by mask; a resolver that must be left reads with a timeout, or answers KVMFAULT_PENDING); with
+ * `userfaultfd` a vCPU whose access KVM emulates (CPL 0 on a KVM without hardware virtualisation)
+ * sleeps inside KVM's copy until its page comes; and before Linux 6.2 a vCPU that sleeps in classic
+ * userfaultfd is not either, nor told of its resolver's failure, until its page comes.
  */
 int kvmfault_vcpu_kick(const struct kvmfault_vcpu *vcpu);
 

@@ -100,7 +100,8 @@ pub unsafe extern "C" fn kvmfault_pages_missing(vm: *const kvmfault_vm, hva: *co
 /// and system calls EFAULT, as for broken hardware (before Linux 6.6: SIGSEGV). `kvmfault_pages_discard` makes them absent again.
 ///
 /// Returns 0; -EEXIST if all of them are present or lost already; -ENOENT and -EINVAL as above. Another error (the memory is no longer
-/// mapped) means that host threads may not be told: pages of the range may be lost, and vCPUs and waiters are told so. Any thread, also in callbacks.
+/// mapped) means that host threads may not be told: pages of the range may be lost, and vCPUs and waiters are told so. -EBUSY after ten seconds: an
+/// install in the same 512 pages reads from a source that doesn't answer. Any thread, also in callbacks.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
@@ -117,7 +118,8 @@ pub unsafe extern "C" fn kvmfault_pages_lost(vm: *const kvmfault_vm, gpa: u64, l
 ///
 /// Returns 0; -ENOENT and -EINVAL as above, and -EINVAL for memory that is locked (mlock(2)); -EPERM for memory whose file is sealed
 /// (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE: the kernel drops nothing from it, whichever call is used; F_SEAL_SHRINK and F_SEAL_GROW don't matter);
-/// -EBUSY if vCPUs use the pages faster than they can be taken away. After an error present pages that could not be dropped are still present,
+/// -EBUSY if vCPUs use the pages faster than they can be taken away, or after ten seconds if an install in the same 512 pages reads from a source that
+/// doesn't answer. After an error present pages that could not be dropped are still present,
 /// with their bytes, and other pages of the range may be absent: `kvmfault_pages_bitmap` tells which. Any thread; not from callbacks.
 ///
 /// # Safety

@@ -202,7 +202,8 @@ pub unsafe extern "C" fn kvmfault_vcpu_on_sigbus(
 /// May race with `kvmfault_vcpu_free`, which waits for kicks that are under way. With KVMFAULT_SIGBUS_BY_MASK no kick signal is left when it
 /// returns, so the signal needs no handler.
 ///
-/// Three limits: a resolver that runs on the vCPU's thread is not interrupted; with `userfaultfd` a vCPU whose access KVM emulates (CPL 0
+/// Three limits: a resolver that runs on the vCPU's thread is not interrupted, also not where it hangs in the kernel because the source that it reads
+/// doesn't answer (the signal is blocked there by mask; a resolver that must be left reads with a timeout, or answers KVMFAULT_PENDING); with `userfaultfd` a vCPU whose access KVM emulates (CPL 0
 /// on a KVM without hardware virtualisation) sleeps inside KVM's copy until its page comes; and before Linux 6.2 a vCPU that sleeps in
 /// classic userfaultfd is not either, nor told of its resolver's failure, until its page comes.
 ///
