@@ -42,6 +42,7 @@ static void refuse_vm(struct kvmfault_vm *vm, int error)
 	REFUSED(kvmfault_pages_map(vm, SUBJECT_GPA, PAGE), error, "vm");
 	REFUSED(kvmfault_pages_lost(vm, SUBJECT_GPA, PAGE), error, "vm");
 	REFUSED(kvmfault_pages_discard(vm, SUBJECT_GPA, PAGE), error, "vm");
+	REFUSED(kvmfault_pages_give_back(vm, SUBJECT_GPA, PAGE), error, "vm");
 	REFUSED(kvmfault_pages_resolve(vm, SUBJECT_GPA, PAGE), error, "vm");
 	REFUSED(kvmfault_pages_arrived(vm, bytes, PAGE), error, "vm");
 	REFUSED(kvmfault_pages_missing(vm, bytes, PAGE), error, "vm");

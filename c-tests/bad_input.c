@@ -143,7 +143,8 @@ static const struct structure {
 	  F(kvmfault_stats, pages_zeroed), F(kvmfault_stats, pages_mapped), F(kvmfault_stats, pages_discarded),                       \
 	  F(kvmfault_stats, retries_again), F(kvmfault_stats, retries_exist), F(kvmfault_stats, mmio_reads),                          \
 	  F(kvmfault_stats, mmio_writes), F(kvmfault_stats, kicks), F(kvmfault_stats, latency_us_log2),                               \
-	  F(kvmfault_stats, ahead_asked), F(kvmfault_stats, ahead_failed), F(kvmfault_stats, pages_empty) }
+	  F(kvmfault_stats, ahead_asked), F(kvmfault_stats, ahead_failed),                             \
+	  F(kvmfault_stats, pages_empty), F(kvmfault_stats, pages_given_back) }
 	{ "kvmfault_stats", vm_stats, sizeof(struct kvmfault_stats), STATS },
 	{ "kvmfault_stats", vcpu_stats, sizeof(struct kvmfault_stats), STATS },
 	{ "kvmfault_file_range", source_new, sizeof(struct kvmfault_file_range),

@@ -36,6 +36,11 @@ static int discard(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
 	return kvmfault_pages_discard(vm, gpa, len);
 }
 
+static int give_back(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
+{
+	return kvmfault_pages_give_back(vm, gpa, len);
+}
+
 static int resolve(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
 {
 	return kvmfault_pages_resolve(vm, gpa, len);
@@ -54,7 +59,7 @@ static int bitmap(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
 }
 
 /* All that take a range. */
-static int (*const functions[])(struct kvmfault_vm *, uint64_t, uint64_t) = { install, zero, map, lost, discard, resolve, withdraw, bitmap };
+static int (*const functions[])(struct kvmfault_vm *, uint64_t, uint64_t) = { install, zero, map, lost, discard, give_back, resolve, withdraw, bitmap };
 enum { FUNCTIONS = sizeof(functions) / sizeof(*functions) };
 
 #define END (SUBJECT_GPA + SUBJECT_LEN)

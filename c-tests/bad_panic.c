@@ -86,6 +86,7 @@ static long long pages_lost(void) { return kvmfault_pages_lost(VM, 0, PAGE); }
 static long long pages_discard(void) { return kvmfault_pages_discard(VM, 0, PAGE); }
 static long long pages_withdraw(void) { return kvmfault_pages_withdraw(VM, 0, PAGE); }
 static long long pages_bitmap(void) { return kvmfault_pages_bitmap(VM, 0, PAGE, KVMFAULT_STATE_ABSENT, bytes, 8); }
+static long long pages_give_back(void) { return kvmfault_pages_give_back(VM, 0, PAGE); }
 static long long pages_resolve(void) { return kvmfault_pages_resolve(VM, 0, PAGE); }
 static long long pages_arrived(void) { return kvmfault_pages_arrived(VM, bytes, PAGE); }
 static long long pages_missing(void) { return kvmfault_pages_missing(VM, bytes, PAGE); }
@@ -116,6 +117,7 @@ static const struct function of_a_vm[] = {
 	{ "kvmfault_pages_discard", pages_discard },
 	{ "kvmfault_pages_withdraw", pages_withdraw },
 	{ "kvmfault_pages_bitmap", pages_bitmap },
+	{ "kvmfault_pages_give_back", pages_give_back },
 	{ "kvmfault_pages_resolve", pages_resolve },
 	{ "kvmfault_pages_arrived", pages_arrived },
 	{ "kvmfault_pages_missing", pages_missing },

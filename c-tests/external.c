@@ -387,6 +387,7 @@ static void refusals(void)
 	REFUSED(kvmfault_pages_zero(vm, RAM_GPA, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
 	REFUSED(kvmfault_pages_map(vm, RAM_GPA, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
 	REFUSED(kvmfault_pages_discard(vm, RAM_GPA, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
+	REFUSED(kvmfault_pages_give_back(vm, RAM_GPA, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
 	struct kvmfault_fill_options fill_options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_fill *fill;
 	REFUSED(kvmfault_fill_start(vm, &fill_options, &fill), EOPNOTSUPP, "kvmfault_pages_arrived");

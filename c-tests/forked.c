@@ -176,6 +176,7 @@ static void call_each(void)
 	REFUSED_HERE(kvmfault_pages_missing(vm, lab.ram.hva, PAGE));
 	REFUSED_HERE(kvmfault_pages_lost(vm, absent, PAGE));
 	REFUSED_HERE(kvmfault_pages_discard(vm, RAM_GPA, PAGE));
+	REFUSED_HERE(kvmfault_pages_give_back(vm, RAM_GPA, PAGE));
 	REFUSED_HERE(kvmfault_pages_resolve(vm, absent, PAGE));
 	REFUSED_HERE(kvmfault_pages_state(vm, absent));
 	REFUSED_HERE(kvmfault_pages_withdraw(vm, RAM_GPA, lab.ram.len));

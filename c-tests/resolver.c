@@ -176,6 +176,7 @@ static int call_everything(void *opaque, struct kvmfault_vm *vm, const struct kv
 	vcpu_options.fd = v->fd;
 	slot.len = 0;
 	REFUSED(kvmfault_pages_discard(vm, other, PAGE), EDEADLK, "kvmfault_pages_discard");
+	REFUSED(kvmfault_pages_give_back(vm, other, PAGE), EDEADLK, "kvmfault_pages_give_back");
 	REFUSED(kvmfault_pages_resolve(vm, third + 2 * PAGE, PAGE), EDEADLK, "kvmfault_pages_resolve");
 	REFUSED(kvmfault_memslot_set(vm, &slot), EDEADLK, "kvmfault_memslot_set");
 	REFUSED(kvmfault_memslot_prepare(vm, &slot, &region), EDEADLK, "kvmfault_memslot_prepare");

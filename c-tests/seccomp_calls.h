@@ -28,7 +28,7 @@
 	CALL(brk, ANYTIME, SOMETIMES)                    \
 	CALL(mremap, ANYTIME, SOMETIMES)                 \
 	CALL(munlock, ANYTIME, SOMETIMES)                \
-	CALL(mincore, SET_UP, SOMETIMES)                 \
+	CALL(mincore, SET_UP | RUNNING, SOMETIMES)       \
 	CALL(msync, SET_UP, SOMETIMES)                   \
 	CALL(openat, SET_UP | RUNNING, ALWAYS)           \
 	CALL(readlink, SET_UP | RUNNING, ALWAYS)         \

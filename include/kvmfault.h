@@ -282,8 +282,8 @@
 /*
  * `kvmfault_memslot.flags`: all pages are present at the start (a post-copy destination after its
  * pre-copy phase); `kvmfault_pages_discard` makes absent those that are to be fetched. A page that
- * is present and has nothing in it (a hole of the file, private memory that was never touched)
- * reads as zeros, for the guest, this process and KVM.
+ * is present and has nothing in it (a hole of the file, private memory that was never touched, a
+ * page that was given back) reads as zeros, for the guest, this process and KVM.
  */
 #define KVMFAULT_MEMSLOT_PRESENT (1 << 1)
 
@@ -503,6 +503,7 @@ struct kvmfault_fault {
  * until the call returns. Its answer, an error too, counts for nothing: the page is absent (or
  * present, if it was installed since), and the resolver is called again for threads that still need
  * it. A call that never returns therefore keeps its page from ever being asked for again.
+ * `kvmfault_pages_give_back` overtakes a call, too, but its page is present at once.
  */
 typedef int (*kvmfault_resolver)(void *opaque,
                                  struct kvmfault_vm *vm,
@@ -789,7 +790,7 @@ struct kvmfault_stats {
    */
   uint64_t pages_mapped;
   /*
-   * Pages made absent again.
+   * Pages made absent again (`kvmfault_pages_discard`).
    */
   uint64_t pages_discarded;
   /*
@@ -827,12 +828,16 @@ struct kvmfault_stats {
   uint64_t ahead_failed;
   /*
    * Pages that were present and had nothing in them when they were touched: holes of memory that
-   * was set with KVMFAULT_MEMSLOT_PRESENT, and pages that the VMM took away without telling the
-   * library. They read as zeros. Without that flag any number but 0 means that the VMM has lost
-   * pages by a madvise(2) or fallocate(2) of its own. (With `memslot-flag` KVM's own fault may fill
-   * such a page uncounted.)
+   * was set with KVMFAULT_MEMSLOT_PRESENT, pages that were given back (`kvmfault_pages_give_back`),
+   * and pages that the VMM took away without telling the library. They read as zeros. Without that
+   * flag any number above `pages_given_back` means that the VMM has lost pages by a madvise(2) or
+   * fallocate(2) of its own. (With `memslot-flag` KVM's own fault may fill such a page uncounted.)
    */
   uint64_t pages_empty;
+  /*
+   * Pages given back by `kvmfault_pages_give_back`; each time they are.
+   */
+  uint64_t pages_given_back;
 };
 
 /*
@@ -1374,9 +1379,11 @@ int kvmfault_pages_lost(const struct kvmfault_vm *vm,
                         uint64_t len);
 
 /*
- * Makes present or lost pages absent again and gives their memory back to the system: for a
- * balloon, or for a post-copy that will fetch them anew. Pages that are being resolved stay so. Use
- * this and not madvise(2): the library must know.
+ * Makes present or lost pages missing again: their memory goes, and the resolver is asked for them
+ * at the next touch, or by a fill. For a post-copy that fetches anew what changed at the source,
+ * and for a lost page that turned up. What the guest itself gave up (a balloon) must not be fetched
+ * again: that is for `kvmfault_pages_give_back`. Pages that are being resolved stay so. Use this
+ * and not madvise(2): the library must know.
  *
  * A page that was installed or given up while a resolver call for it is under way stays
  * KVMFAULT_PAGE_RESOLVING until that call returns, and is absent then; there is no second call for
@@ -1386,13 +1393,47 @@ int kvmfault_pages_lost(const struct kvmfault_vm *vm,
  * for memory whose file is sealed (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE: the kernel drops nothing from
  * it, whichever call is used; F_SEAL_SHRINK and F_SEAL_GROW don't matter); -EBUSY if vCPUs use the
  * pages faster than they can be taken away, or after ten seconds if an install in the same 512
- * pages reads from a source that doesn't answer. After an error present pages that could not be
- * dropped are still present, with their bytes, and other pages of the range may be absent:
- * `kvmfault_pages_bitmap` tells which. Any thread; not from callbacks.
+ * pages reads from a source that doesn't answer, or at once if nothing may be missing in the memory
+ * (a fill has ended there, see `kvmfault_fill_start`); -EOPNOTSUPP: a VM with
+ * KVMFAULT_VM_EXTERNAL_UFFD. After an error present pages that could not be dropped are still
+ * present, with their bytes, and other pages of the range may be absent: `kvmfault_pages_bitmap`
+ * tells which. Any thread; not from callbacks.
  */
 int kvmfault_pages_discard(const struct kvmfault_vm *vm,
                            uint64_t gpa,
                            uint64_t len);
+
+/*
+ * The guest has given these pages up (a balloon, free page reporting, virtio-mem): their memory
+ * goes to the system at once, and they read as zeros when the guest or the VMM touches them again.
+ * The resolver is never asked for them, a fill doesn't bring them, and they are not missing to a
+ * post-copy: they are KVMFAULT_PAGE_PRESENT, and an install skips them. Use this and not
+ * madvise(2): the library must know. Pages that are to be fetched again are
+ * `kvmfault_pages_discard`'s.
+ *
+ * Pages in any state are given back: present, absent and lost ones (which are lost no more), and
+ * those that are being resolved. An announced page (KVMFAULT_PENDING) need not come any more. A
+ * resolver call that is under way is overtaken: what it installs for these pages, and what it
+ * answers, counts for nothing. Works the same with the fast path off, and on memory of which
+ * nothing is missing any more because a fill has ended.
+ *
+ * What the guest writes to a page while the call is under way may be lost; so the VMM acknowledges
+ * a balloon's request after the call, and not before. KVM's dirty log doesn't tell of pages that
+ * were given back: a migration learns of them from the balloon. Memory of huge pages (hugetlb) is
+ * given back in whole huge pages, and the next touch needs a free one in the pool.
+ *
+ * Returns 0; -ENOENT: `gpa` is in no slot; -EINVAL: `gpa` or `len` is no multiple of the memory's
+ * page size, `len` is 0, the range goes beyond the slot's end, or memory is locked (mlock(2)).
+ * -EACCES, -EPERM: the memory may not be written (read-only, a sealed memfd). -EBUSY: an install in
+ * the same 512 pages has taken ten seconds. -EOPNOTSUPP: a VM with KVMFAULT_VM_EXTERNAL_UFFD, which
+ * drops the memory itself and then calls `kvmfault_pages_arrived`. On an error the message names a
+ * page. Pages that could not be dropped are what they were before, with their bytes; the others,
+ * before the failing one in the range, are given back, and those behind it may be. Any thread; not
+ * from callbacks.
+ */
+int kvmfault_pages_give_back(const struct kvmfault_vm *vm,
+                             uint64_t gpa,
+                             uint64_t len);
 
 /*
  * Withdraws announcements: pages for which the resolver returned KVMFAULT_PENDING, and that have
@@ -1694,9 +1735,9 @@ void kvmfault_file_source_free(struct kvmfault_file_source *source);
  * When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED or a
  * range is given): fast-only flags and traps are taken away, userfaultfd is unregistered, and huge
  * pages are recovered (MADV_COLLAPSE), so that the guest runs as if its memory had never been
- * absent. `kvmfault_pages_discard` then fails with -EBUSY, and a slot that is set anew on that
- * memory is an ordinary one, until `kvmfault_memslot_set_fast_only(.., 1)`. Memory with lost pages
- * stays as it is.
+ * absent. `kvmfault_pages_discard` then fails with -EBUSY (`kvmfault_pages_give_back` works on),
+ * and a slot that is set anew on that memory is an ordinary one, until
+ * `kvmfault_memslot_set_fast_only(.., 1)`. Memory with lost pages stays as it is.
  *
  * On success *fill is the new handle, to be freed with `kvmfault_fill_free`; on an error it is
  * NULL, and `finalizer` is not called. Errors: -EINVAL (an argument; the message names it), -ENOENT

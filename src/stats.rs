@@ -69,6 +69,7 @@ counters! {
     ahead_asked,
     ahead_failed,
     pages_empty,
+    pages_given_back,
 }
 
 /// Counters for whoever isn't a vCPU, or is one inside a callback: a set for each of so many threads, so that threads which install pages at

@@ -17,7 +17,7 @@ use crate::memory::install::{self, install, Source};
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{Patience, Sleeper};
-use crate::memory::{calls, discard, Memory};
+use crate::memory::{calls, discard, give_back, Memory};
 use crate::resolve::fill::Fill;
 use crate::resolve::{pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
 use crate::stats::Stats;
@@ -308,6 +308,14 @@ impl Vm {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
         discard::discard(&self.engine.memory, &slot.block, pages, self.engine.memory.stats.here())
+    }
+
+    /// Gives back what the guest doesn't use: zeros at the next touch.
+    pub fn give_back(&self, gpa: u64, len: u64) -> Result<()> {
+        self.check_ours()?;
+        let slots = self.engine.memory.slots();
+        let (slot, pages) = self.pages(&slots, gpa, len)?;
+        give_back::give_back(&self.engine.memory, &slot.block, pages, self.engine.memory.stats.here())
     }
 
     /// Makes announced pages absent again; how many there were.

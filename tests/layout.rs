@@ -49,7 +49,7 @@ fn as_rust_sees_it() -> Layout {
             size, faults_vcpu, faults_host, faults_prefetch, resolver_calls, outcome_resolved, outcome_waited, outcome_mapped,
             outcome_lost, outcome_failed, outcome_interrupted, outcome_retried, pages_copied, pages_zeroed, pages_mapped,
             pages_discarded, retries_again, retries_exist, mmio_reads, mmio_writes, kicks, latency_us_log2, ahead_asked,
-            ahead_failed, pages_empty
+            ahead_failed, pages_empty, pages_given_back
         }
         kvmfault_file_range { size, gpa, len, offset }
         kvmfault_fill_progress {

@@ -60,7 +60,7 @@ fn progress_of(progress: &Progress) -> kvmfault_fill_progress {
 /// When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED or
 /// a range is given): fast-only flags and traps are
 /// taken away, userfaultfd is unregistered, and huge pages are recovered (MADV_COLLAPSE), so that the guest runs as if its memory had never been
-/// absent. `kvmfault_pages_discard` then fails with -EBUSY, and a slot that is set anew on that memory is an ordinary one, until
+/// absent. `kvmfault_pages_discard` then fails with -EBUSY (`kvmfault_pages_give_back` works on), and a slot that is set anew on that memory is an ordinary one, until
 /// `kvmfault_memslot_set_fast_only(.., 1)`. Memory with lost pages stays as it is.
 ///
 /// On success *fill is the new handle, to be freed with `kvmfault_fill_free`; on an error it is NULL, and `finalizer` is not called. Errors: -EINVAL

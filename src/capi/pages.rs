@@ -110,8 +110,9 @@ pub unsafe extern "C" fn kvmfault_pages_lost(vm: *const kvmfault_vm, gpa: u64, l
     with("kvmfault_pages_lost", vm, |vm| vm.lose(gpa, len).map(|()| 0))
 }
 
-/// Makes present or lost pages absent again and gives their memory back to the system: for a balloon, or for a post-copy that will fetch
-/// them anew. Pages that are being resolved stay so. Use this and not madvise(2): the library must know.
+/// Makes present or lost pages missing again: their memory goes, and the resolver is asked for them at the next touch, or by a fill. For a post-copy
+/// that fetches anew what changed at the source, and for a lost page that turned up. What the guest itself gave up (a balloon) must not be fetched
+/// again: that is for `kvmfault_pages_give_back`. Pages that are being resolved stay so. Use this and not madvise(2): the library must know.
 ///
 /// A page that was installed or given up while a resolver call for it is under way stays KVMFAULT_PAGE_RESOLVING until that call returns, and is
 /// absent then; there is no second call for it meanwhile (see `kvmfault_resolver`).
@@ -119,7 +120,8 @@ pub unsafe extern "C" fn kvmfault_pages_lost(vm: *const kvmfault_vm, gpa: u64, l
 /// Returns 0; -ENOENT and -EINVAL as above, and -EINVAL for memory that is locked (mlock(2)); -EPERM for memory whose file is sealed
 /// (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE: the kernel drops nothing from it, whichever call is used; F_SEAL_SHRINK and F_SEAL_GROW don't matter);
 /// -EBUSY if vCPUs use the pages faster than they can be taken away, or after ten seconds if an install in the same 512 pages reads from a source that
-/// doesn't answer. After an error present pages that could not be dropped are still present,
+/// doesn't answer, or at once if nothing may be missing in the memory (a fill has ended there, see `kvmfault_fill_start`); -EOPNOTSUPP: a VM with
+/// KVMFAULT_VM_EXTERNAL_UFFD. After an error present pages that could not be dropped are still present,
 /// with their bytes, and other pages of the range may be absent: `kvmfault_pages_bitmap` tells which. Any thread; not from callbacks.
 ///
 /// # Safety
@@ -129,6 +131,35 @@ pub unsafe extern "C" fn kvmfault_pages_discard(vm: *const kvmfault_vm, gpa: u64
     with("kvmfault_pages_discard", vm, |vm| {
         not_in_callback("kvmfault_pages_discard")?;
         vm.discard(gpa, len).map(|()| 0)
+    })
+}
+
+/// The guest has given these pages up (a balloon, free page reporting, virtio-mem): their memory goes to the system at once, and they read as zeros
+/// when the guest or the VMM touches them again. The resolver is never asked for them, a fill doesn't bring them, and they are not missing to a
+/// post-copy: they are KVMFAULT_PAGE_PRESENT, and an install skips them. Use this and not madvise(2): the library must know. Pages that are to be fetched
+/// again are `kvmfault_pages_discard`'s.
+///
+/// Pages in any state are given back: present, absent and lost ones (which are lost no more), and those that are being resolved. An announced page
+/// (KVMFAULT_PENDING) need not come any more. A resolver call that is under way is overtaken: what it installs for these pages, and what it answers,
+/// counts for nothing. Works the same with the fast path off, and on memory of which nothing is missing any more because a fill has ended.
+///
+/// What the guest writes to a page while the call is under way may be lost; so the VMM acknowledges a balloon's request after the call, and not
+/// before. KVM's dirty log doesn't tell of pages that were given back: a migration learns of them from the balloon. Memory of huge pages (hugetlb)
+/// is given back in whole huge pages, and the next touch needs a free one in the pool.
+///
+/// Returns 0; -ENOENT: `gpa` is in no slot; -EINVAL: `gpa` or `len` is no multiple of the memory's page size, `len` is 0, the range goes beyond the
+/// slot's end, or memory is locked (mlock(2)). -EACCES, -EPERM: the memory may not be written (read-only, a sealed memfd). -EBUSY: an install in the same
+/// 512 pages has taken ten seconds. -EOPNOTSUPP: a VM with KVMFAULT_VM_EXTERNAL_UFFD, which drops the memory itself and then calls
+/// `kvmfault_pages_arrived`. On an error the message names a page. Pages that could not be dropped are what they were before, with their bytes; the others,
+/// before the failing one in the range, are given back, and those behind it may be. Any thread; not from callbacks.
+///
+/// # Safety
+/// `vm` is NULL or a handle of this library.
+#[no_mangle]
+pub unsafe extern "C" fn kvmfault_pages_give_back(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
+    with("kvmfault_pages_give_back", vm, |vm| {
+        not_in_callback("kvmfault_pages_give_back")?;
+        vm.give_back(gpa, len).map(|()| 0)
     })
 }
 

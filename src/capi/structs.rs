@@ -186,7 +186,8 @@ versioned!(kvmfault_stats {
     latency_us_log2,
     ahead_asked,
     ahead_failed,
-    pages_empty
+    pages_empty,
+    pages_given_back
 });
 versioned!(kvmfault_file_range { gpa, len, offset });
 versioned!(kvmfault_fill_options {

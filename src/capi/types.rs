@@ -110,7 +110,7 @@ pub const KVMFAULT_VM_FILTER_MSRS: u64 = 1 << 2;
 pub const KVMFAULT_MEMSLOT_VCPU_ONLY: u32 = 1 << 0;
 /// `kvmfault_memslot.flags`: all pages are present at the start (a post-copy destination after its pre-copy phase);
 /// `kvmfault_pages_discard` makes absent those that are to be fetched. A page that is present and has nothing in it (a hole of the file, private memory
-/// that was never touched) reads as zeros, for the guest, this process and KVM.
+/// that was never touched, a page that was given back) reads as zeros, for the guest, this process and KVM.
 pub const KVMFAULT_MEMSLOT_PRESENT: u32 = 1 << 1;
 /// `kvmfault_memslot.flags`, when deleting (`len` 0): keep the page states of the memory and stay registered with
 /// userfaultfd, for a VMM that deletes a slot to create it anew in another shape. Ends with `kvmfault_vm_free`, or with
@@ -224,6 +224,7 @@ pub struct kvmfault_fault {
 /// installed or given up, or by `kvmfault_pages_withdraw`. The page then stays KVMFAULT_PAGE_RESOLVING, without a second call, until the
 /// call returns. Its answer, an error too, counts for nothing: the page is absent (or present, if it was installed since), and the resolver is
 /// called again for threads that still need it. A call that never returns therefore keeps its page from ever being asked for again.
+/// `kvmfault_pages_give_back` overtakes a call, too, but its page is present at once.
 pub type kvmfault_resolver =
     Option<unsafe extern "C" fn(opaque: *mut c_void, vm: *mut kvmfault_vm, fault: *const kvmfault_fault) -> c_int>;
 
@@ -451,7 +452,7 @@ pub struct kvmfault_stats {
     pub pages_zeroed: u64,
     /// Pages installed from the page cache.
     pub pages_mapped: u64,
-    /// Pages made absent again.
+    /// Pages made absent again (`kvmfault_pages_discard`).
     pub pages_discarded: u64,
     /// Installs tried again because the address space was changing (EAGAIN).
     pub retries_again: u64,
@@ -469,10 +470,13 @@ pub struct kvmfault_stats {
     pub ahead_asked: u64,
     /// Of them, those for which the resolver failed; each is still absent, or came by a fault of its own.
     pub ahead_failed: u64,
-    /// Pages that were present and had nothing in them when they were touched: holes of memory that was set with KVMFAULT_MEMSLOT_PRESENT, and
-    /// pages that the VMM took away without telling the library. They read as zeros. Without that flag any number but 0 means that the VMM has lost
-    /// pages by a madvise(2) or fallocate(2) of its own. (With `memslot-flag` KVM's own fault may fill such a page uncounted.)
+    /// Pages that were present and had nothing in them when they were touched: holes of memory that was set with KVMFAULT_MEMSLOT_PRESENT, pages
+    /// that were given back (`kvmfault_pages_give_back`), and pages that the VMM took away without telling the library. They read as zeros. Without
+    /// that flag any number above `pages_given_back` means that the VMM has lost pages by a madvise(2) or fallocate(2) of its own. (With
+    /// `memslot-flag` KVM's own fault may fill such a page uncounted.)
     pub pages_empty: u64,
+    /// Pages given back by `kvmfault_pages_give_back`; each time they are.
+    pub pages_given_back: u64,
 }
 
 /// Where a range of guest memory lies in the snapshot file. Start from KVMFAULT_FILE_RANGE_INIT.

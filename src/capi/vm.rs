@@ -454,5 +454,6 @@ pub fn stats_of(stats: &Stats) -> kvmfault_stats {
         ahead_asked: stats.ahead_asked.get(),
         ahead_failed: stats.ahead_failed.get(),
         pages_empty: stats.pages_empty.get(),
+        pages_given_back: stats.pages_given_back.get(),
     }
 }

@@ -5,7 +5,7 @@
 //! state is settled. Another thread that makes the page missing meanwhile (a discard, a withdrawal) finds the place, marks it as
 //! overtaken, and leaves the page in RESOLVING. Then the page belongs to that call until it returns; when it does, the page is
 //! ABSENT, whatever the resolver answers, and is asked for anew. Marks are set in a discard's pass of the page's gate. A page is
-//! given back in an installer's pass, one at a time, so that of several threads with a mark the last one does it.
+//! put back in an installer's pass, one at a time, so that of several threads with a mark the last one does it.
 //!
 //! The VMM may put away what its resolver looks at when a page has come by another way: `wait` waits for calls that are under way.
 
@@ -31,7 +31,7 @@ struct Place {
     next: OnceRef<'static, Place>,
 }
 
-/// The page was made missing since the thread named it. Keys are even.
+/// The page was made missing, or was given back, since the thread named it. Keys are even.
 const OVERTAKEN: u64 = 1;
 
 /// The places of all threads. They are never freed, but used again (see `Mine`). No lock: a child that is forked while another thread holds one
@@ -109,7 +109,7 @@ pub struct Claim<'a> {
 /// What is to become of a claim when it ends.
 #[derive(PartialEq)]
 enum End {
-    GiveBack,
+    PutBack,
     Settled,
     Over,
 }
@@ -142,7 +142,7 @@ impl<'a> Claim<'a> {
         place.page.store(block.pages.key_of(page), Relaxed);
         // Then `wait` either sees this call, or has seen the page come before, and so does the change below.
         fence(SeqCst);
-        let mut claim = Claim { memory, block, page, place, _extra: extra, end: End::GiveBack, wakes };
+        let mut claim = Claim { memory, block, page, place, _extra: extra, end: End::PutBack, wakes };
         if block.pages.change(page, State::Absent, State::Resolving).is_ok() {
             return Some(claim);
         }
@@ -150,7 +150,7 @@ impl<'a> Claim<'a> {
         None
     }
 
-    /// Was the page made missing by another thread since it was taken? Then whatever the resolver answers is of the past.
+    /// Was the page made missing, or given back, by another thread since it was taken? Then whatever the resolver answers is of the past.
     pub fn is_overtaken(&self) -> bool {
         self.place.page.load(Acquire) & OVERTAKEN != 0
     }
@@ -164,7 +164,7 @@ impl<'a> Claim<'a> {
     }
 
     /// The page's state is as it is to stay: PRESENT, LOST, or RESOLVING if the resolver has announced it. False if the call was overtaken: then
-    /// the page is ABSENT again, unless it has come by another way.
+    /// the page is ABSENT again, unless it has come by another way or was given back.
     #[inline]
     pub fn settle(&mut self) -> bool {
         self.end = End::Settled;
@@ -179,24 +179,24 @@ impl<'a> Claim<'a> {
             return true;
         }
         if end != End::Over {
-            self.give_back(key);
+            self.put_back(key);
         }
         false
     }
 
     #[cold]
-    fn give_back(&self, key: u64) {
+    fn put_back(&self, key: u64) {
         let overtaken = self.is_overtaken();
-        let given = {
+        let is_back = {
             // No discard of the page is under way.
             let _pass = self.memory.gates.install(self.block.gate_of(self.page));
-            let _turn = self.memory.giving_back.lock().unwrap_or_else(PoisonError::into_inner);
+            let _turn = self.memory.putting_back.lock().unwrap_or_else(PoisonError::into_inner);
             let others = places().any(|p| !std::ptr::eq(p, self.place) && p.page.load(Acquire) == key | OVERTAKEN);
-            let given = !others && self.block.pages.change(self.page, State::Resolving, State::Absent).is_ok();
+            let is_back = !others && self.block.pages.change(self.page, State::Resolving, State::Absent).is_ok();
             self.place.page.store(0, Release);
-            given
+            is_back
         };
-        if given {
+        if is_back {
             if overtaken {
                 self.memory.withdrawn.fetch_add(1, Relaxed);
             }
@@ -216,8 +216,8 @@ impl Drop for Claim<'_> {
     }
 }
 
-/// Pages of a range, all RESOLVING, are made missing in a pass for discards: which of them must stay RESOLVING, as a call is under way. They become
-/// ABSENT when it returns.
+/// Pages of a range, all RESOLVING, are taken away in a pass for discards: for which of them a call is under way, whose answer now counts for nothing.
+/// Those that are made missing must stay RESOLVING until it returns; then they become ABSENT. Those that were given back are PRESENT at once.
 pub fn overtake(block: &Block, pages: Range<u64>) -> Vec<u64> {
     let mut overtaken = Vec::new();
     fence(SeqCst);

@@ -1,4 +1,4 @@
-//! How pages become absent again (a balloon, or post-copy giving up what pre-copy brought), and how absent pages get and lose
+//! How pages become absent again (post-copy giving up what pre-copy brought, or a lost page that turned up), and how absent pages get and lose
 //! the markers that make a vCPU's access trap. All of it excludes installs of the same pages.
 
 use super::block::Block;
@@ -134,7 +134,7 @@ pub fn clear(memory: &Memory, block: &Block, page: u64) -> Result<()> {
 }
 
 /// Drops pages from their file, and so from all mappings.
-fn remove(block: &Block, run: &Range<u64>) -> Result<()> {
+pub(super) fn remove(block: &Block, run: &Range<u64>) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)")
 }
@@ -163,7 +163,7 @@ fn rearm(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
 }
 
 /// Unmaps a range of the mapping that KVM uses. The alias is nobody else's: if mlockall(2) has locked it, that doesn't count.
-fn empty(block: &Block, at: u64, len: u64) -> Result<()> {
+pub(super) fn empty(block: &Block, at: u64, len: u64) -> Result<()> {
     match block.alias {
         Some(_) => advise(at, len, MADV_DONTNEED_LOCKED, "madvise(MADV_DONTNEED_LOCKED)"),
         None => advise(at, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)"),
@@ -244,7 +244,7 @@ pub fn show_lost_again(memory: &Memory, block: &Block, page: u64) -> Result<()> 
     }
 }
 
-fn show_lost(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
+pub(super) fn show_lost(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     let markers = memory.uffd.features() & FEATURE_POISON != 0;
     let in_vmm = match (memory.external, markers) {
@@ -376,14 +376,14 @@ pub fn wake(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     block.alias_of(run.start).map_or(Ok(()), |alias| memory.uffd.wake(alias, len))
 }
 
-fn gate_groups(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+pub(super) fn gate_groups(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let first = pages.start / GATE_PAGES;
     let last = pages.end.div_ceil(GATE_PAGES);
     (first..last).map(move |g| (g * GATE_PAGES).max(pages.start)..((g + 1) * GATE_PAGES).min(pages.end))
 }
 
 /// Runs of pages for which `take` says yes; asked once a page, in order.
-fn runs(pages: Range<u64>, take: impl Fn(u64) -> bool) -> impl Iterator<Item = Range<u64>> {
+pub(super) fn runs(pages: Range<u64>, take: impl Fn(u64) -> bool) -> impl Iterator<Item = Range<u64>> {
     let mut next = pages.start;
     std::iter::from_fn(move || {
         while next < pages.end && !take(next) {

@@ -6,6 +6,7 @@
 pub mod block;
 pub mod calls;
 pub mod discard;
+pub mod give_back;
 pub mod install;
 pub mod pages;
 pub mod slots;
@@ -30,8 +31,8 @@ pub struct Memory {
     pub external: bool,
     /// Keeps discards and installs of a page apart.
     pub gates: Gates,
-    /// For pages that are given back (see `calls`): one at a time.
-    pub giving_back: Mutex<()>,
+    /// For pages that a call puts back (see `calls`): one at a time.
+    pub putting_back: Mutex<()>,
     /// How often pages were made missing that had been asked for: for a fill, which then asks again.
     pub withdrawn: AtomicU32,
     /// What nobody else's counters cover: reader threads and calls from outside.
@@ -47,7 +48,7 @@ impl Memory {
             uffd,
             external,
             gates: Gates::new(),
-            giving_back: Mutex::new(()),
+            putting_back: Mutex::new(()),
             withdrawn: AtomicU32::new(0),
             stats: Shards::default(),
             slots,

@@ -5,6 +5,7 @@
 //!             RESOLVING -> ABSENT         it failed: somebody else may try
 //!             RESOLVING -> LOST           it can't be had
 //!   PRESENT -> RESOLVING -> ABSENT        discard
+//!   any -> RESOLVING -> PRESENT           given back by the guest: with nothing in it
 //! ```
 
 use crate::error::Result;

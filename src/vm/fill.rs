@@ -179,7 +179,8 @@ fn make_ordinary(vm: &Weak<Vm>, collapse: bool, is_stopped: &dyn Fn() -> bool) -
 }
 
 /// Installing page by page leaves small pages, and KVM maps what it finds. A help and no more: there may be no huge pages to be had, or none
-/// wanted (/sys/kernel/mm/transparent_hugepage).
+/// wanted (/sys/kernel/mm/transparent_hugepage). What has holes stays as it is: a huge page would bring back what the guest has given
+/// back.
 fn recover_huge_pages(block: &Block, is_stopped: &dyn Fn() -> bool) {
     if !matches!(block.kind, Kind::Anon | Kind::Shared) {
         return;
@@ -188,6 +189,10 @@ fn recover_huge_pages(block: &Block, is_stopped: &dyn Fn() -> bool) {
     for at in (start..end).step_by(mem::HUGE_PAGE as usize).take_while(|at| at + mem::HUGE_PAGE <= end) {
         if is_stopped() || block.gone.load(std::sync::atomic::Ordering::SeqCst) {
             return;
+        }
+        let is_whole = |resident: Vec<bool>| resident.iter().all(|&there| there);
+        if !mem::resident(at, mem::HUGE_PAGE).is_ok_and(is_whole) {
+            continue;
         }
         match mem::advise(at, mem::HUGE_PAGE, mem::MADV_COLLAPSE, "madvise(MADV_COLLAPSE)") {
             // Not in this kernel (before Linux 6.1), not for this memory, or not wanted.

@@ -1,0 +1,97 @@
+//! Pages that the guest gave back (a balloon, free page reporting, memory that is unplugged). Their memory goes to the system, and they are PRESENT
+//! with nothing in them: nothing of them is missing, no resolver is asked for them, and the next touch finds zeros (see `install`).
+
+use super::block::Block;
+use super::calls;
+use super::discard::{empty, gate_groups, remove, runs, show_lost, wake};
+use super::pages::State;
+use super::wait::{GATE_PAGES, WAITS};
+use super::Memory;
+use crate::error::Result;
+use crate::kernel::mem::{advise, protect, Kind};
+use crate::kernel::uffd::FEATURE_POISON;
+use crate::stats::Stats;
+use std::ops::Range;
+
+/// Gives pages back, whatever their state is. On an error the pages that could not be dropped keep their state and their bytes.
+///
+/// A gate's pages are RESOLVING while they are dropped, so that no resolver is called for them; the pass keeps installs and mappings out. Pages whose
+/// resolver call is under way become PRESENT like the others, and the call is overtaken: what it answers is of the past, and what it
+/// installs is skipped.
+pub fn give_back(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
+    for group in gate_groups(pages) {
+        let _pass = memory.gates.discard(block.gate_of(group.start))?;
+        let mut before = [State::Resolving; GATE_PAGES as usize];
+        group.clone().zip(&mut before).for_each(|(page, before)| *before = take(block, page));
+        let was_lost = |page: u64| before[(page - group.start) as usize] == State::Lost;
+        let given = match drop_bytes(memory, block, &group, was_lost) {
+            Ok(()) => finish(block, &group, stats),
+            // How far the kernel has come is not known. What it has dropped can be dropped again.
+            Err(_) => group.clone().zip(before).fold(Ok(()), |so_far, (page, before)| {
+                let run = page..page + 1;
+                let given = match drop_bytes(memory, block, &run, |_| before == State::Lost) {
+                    Ok(()) => finish(block, &run, stats),
+                    Err(e) => {
+                        keep(memory, block, page, before);
+                        Err(e.context(format!("the page at hva {:#x}", block.hva_of(page))))
+                    }
+                };
+                so_far.and(given)
+            }),
+        };
+        wake(memory, block, &group)?;
+        given?;
+    }
+    Ok(())
+}
+
+/// Takes a page out of others' hands; what its state was.
+fn take(block: &Block, page: u64) -> State {
+    loop {
+        let state = block.pages.get(page);
+        if state == State::Resolving || block.pages.change(page, state, State::Resolving).is_ok() {
+            return state;
+        }
+    }
+}
+
+/// Drops what the VMM's mapping and the page cache have. The alias has nothing then but markers.
+fn drop_bytes(memory: &Memory, block: &Block, run: &Range<u64>, was_lost: impl Fn(u64) -> bool) -> Result<()> {
+    if memory.uffd.features() & FEATURE_POISON == 0 {
+        for lost in runs(run.clone(), was_lost) {
+            protect(block.hva_of(lost.start), (lost.end - lost.start) * block.page, true)?;
+        }
+    }
+    let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
+    advise(hva, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
+    match block.kind {
+        Kind::Shared | Kind::HugetlbShared => remove(block, run),
+        Kind::Anon | Kind::HugetlbPrivate => Ok(()),
+    }
+}
+
+/// The bytes are gone: the pages are PRESENT. An error is about markers that could not be taken away; a vCPU that meets one of them has the page
+/// mapped.
+fn finish(block: &Block, run: &Range<u64>, stats: &Stats) -> Result<()> {
+    let len = (run.end - run.start) * block.page;
+    let cleared = block.alias_of(run.start).map_or(Ok(()), |alias| empty(block, alias, len));
+    block.take_deferred_runs(run.clone()).for_each(drop);
+    block.set_exits(run.clone(), false);
+    calls::overtake(block, run.clone());
+    for page in run.clone() {
+        block.pages.make_present(page);
+        WAITS.wake(block.hva_of(page));
+    }
+    stats.pages_given_back.add(run.end - run.start);
+    cleared
+}
+
+/// A page that could not be dropped is what it was.
+fn keep(memory: &Memory, block: &Block, page: u64, before: State) {
+    if before == State::Lost {
+        // Its marker may have gone.
+        let _ = show_lost(memory, block, &(page..page + 1));
+    }
+    let _ = block.pages.change(page, State::Resolving, before);
+    WAITS.wake(block.hva_of(page));
+}
