@@ -54,10 +54,13 @@ fn drop_and_book(memory: &Memory, block: &Block, run: &Range<u64>, from: State, 
     let dropped = accessible.and_then(|()| drop_run(memory, block, run, &mut gone));
     if dropped.is_err() && !gone && len > block.page {
         let pages = run.clone().map(|page| page..page + 1);
-        return pages.fold(Ok(()), |before, page| {
+        let mut result = Ok(());
+        for page in pages {
             let done = drop_and_book(memory, block, &page, from, stats);
-            before.and(done.map_err(|e| e.context(format!("the page at hva {:#x}", block.hva_of(page.start)))))
-        });
+            result =
+                result.and(done.map_err(|e| e.context(format!("the page at hva {:#x}", block.hva_of(page.start)))));
+        }
+        return result;
     }
     if dropped.is_ok() || gone {
         make_absent(block, run);

@@ -15,7 +15,7 @@ pub struct Scope {
 impl Default for Scope {
     /// All memory.
     fn default() -> Scope {
-        Scope { ranges: Vec::from([0..u64::MAX]) }
+        Scope { ranges: std::iter::once(0..u64::MAX).collect() }
     }
 }
 
@@ -63,8 +63,8 @@ mod tests {
         assert_eq!(scope.within(0..u64::MAX).collect::<Vec<_>>(), [0..13, 30..40, 50..60]);
         assert_eq!(scope.within(8..31).collect::<Vec<_>>(), [8..13, 30..31]);
         assert_eq!(scope.within(13..30).count(), 0);
-        assert_eq!(scope.within(55..100).collect::<Vec<_>>(), [55..60]);
-        assert_eq!(Scope::default().within(8..31).collect::<Vec<_>>(), [8..31]);
+        assert_eq!(scope.within(55..100).collect::<Vec<_>>(), vec![55..60]);
+        assert_eq!(Scope::default().within(8..31).collect::<Vec<_>>(), vec![8..31]);
         assert_eq!(Scope::of(Vec::new()).within(0..u64::MAX).count(), 0);
     }
 }
