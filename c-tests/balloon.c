@@ -127,6 +127,7 @@ static void reread(enum kind kind, uint32_t flags)
 		OK(kvmfault_pages_discard(s.m.library, gpa_of(&s.ram, base), s.ram.page));
 		EQUAL("discarded", scene_read(&s, v, gpa_of(&s.ram, base)), pattern_word(&s.source.pattern, base * words, 0));
 		EQUAL("resolver calls", s.source.total, calls + 1);
+		UNTIL(kvmfault_pages_state(s.m.library, gpa_of(&s.ram, base)) == KVMFAULT_PAGE_PRESENT); /* a reader may be a moment behind */
 		vcpu_detach(v);
 	}
 	scene_destroy(&s);
