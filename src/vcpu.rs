@@ -202,10 +202,8 @@ impl Vcpu {
         }
         loop {
             self.check_open()?;
-            if self.seat.by_handler {
-                // A kick's signal may be over. KVM_RUN then still completes what the last exit left, and returns at once.
-                self.seat.refresh();
-            }
+            // A kick's signal may be over. KVM_RUN then still completes what the last exit left, and returns at once.
+            self.seat.refresh();
             self.run.clear_exit_reason();
             let ret = self.fd.run();
             match (self.exit(&mut own, ret, true)?, ret) {

@@ -144,9 +144,10 @@ impl Seat {
     /// returns. On the vCPU's thread.
     pub fn see_nudges(&self) -> bool {
         let nudges = self.nudges.load(SeqCst);
-        if !self.by_handler || nudges == self.seen_nudges.swap(nudges, SeqCst) {
+        if !self.by_handler || nudges == self.seen_nudges.load(SeqCst) {
             return false;
         }
+        self.seen_nudges.store(nudges, SeqCst);
         self.wait_for_signals();
         true
     }

@@ -68,7 +68,6 @@ impl Vcpu {
         if let Some(news) = self.seat.take_news() {
             return self.receive(news);
         }
-        self.seat.refresh();
         // A nudge; or it came late, after what it announces was seen, and is nobody's any more.
         let ours = bus.is_some() || late && !self.seat.immediate_exit.is_the_vmms();
         Ok(if ours { Exit::Handled } else { Exit::Interrupted })
