@@ -27,22 +27,30 @@ pub fn give_back(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stat
         let given = match drop_bytes(memory, block, &group, was_lost) {
             Ok(()) => finish(block, &group, stats),
             // How far the kernel has come is not known. What it has dropped can be dropped again.
-            Err(_) => group.clone().zip(before).fold(Ok(()), |so_far, (page, before)| {
-                let run = page..page + 1;
-                let given = match drop_bytes(memory, block, &run, |_| before == State::Lost) {
-                    Ok(()) => finish(block, &run, stats),
-                    Err(e) => {
-                        keep(memory, block, page, before);
-                        Err(e.context(format!("the page at hva {:#x}", block.hva_of(page))))
-                    }
-                };
-                so_far.and(given)
-            }),
+            Err(_) => {
+                let mut all = Ok(());
+                for (page, before) in group.clone().zip(before) {
+                    all = all.and(give_back_page(memory, block, page, before, stats));
+                }
+                all
+            }
         };
         wake(memory, block, &group)?;
         given?;
     }
     Ok(())
+}
+
+/// Gives back a page that was taken; one that can't be dropped stays what it was.
+fn give_back_page(memory: &Memory, block: &Block, page: u64, before: State, stats: &Stats) -> Result<()> {
+    let run = page..page + 1;
+    match drop_bytes(memory, block, &run, |_| before == State::Lost) {
+        Ok(()) => finish(block, &run, stats),
+        Err(e) => {
+            keep(memory, block, page, before);
+            Err(e.context(format!("the page at hva {:#x}", block.hva_of(page))))
+        }
+    }
 }
 
 /// Takes a page out of others' hands; what its state was.
