@@ -14,6 +14,11 @@ thread_local! {
     static BUFFER: Cell<Option<Mapping>> = const { Cell::new(None) };
 }
 
+/// Has the calling thread's end give its buffer back, which allocates: so that its first fault needn't.
+pub fn register() {
+    let _ = BUFFER.try_with(|_| {});
+}
+
 /// Calls `work` with a buffer of `len` bytes, which holds anything. A thread maps it once; a larger one
 /// takes its place. Inside `work` another call gets a buffer of its own.
 pub fn with<R>(len: u64, work: impl FnOnce(&mut [u8]) -> R) -> Result<R> {

@@ -14,6 +14,7 @@ use super::pages::State;
 use super::wait::{Pause, WAITS};
 use super::{discard, Memory};
 use crate::error::{Error, Result};
+use crate::kernel::buffer;
 use once_cell::race::OnceRef;
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
@@ -81,9 +82,10 @@ pub fn forget_others() {
     });
 }
 
-/// Gives the calling thread its place, which allocates: so that its first fault needn't.
+/// Gives the calling thread its place, and what else a thread has to itself, which allocates: so that its first fault needn't.
 pub fn register() {
     let _ = MINE.try_with(|_| {});
+    buffer::register();
 }
 
 /// Is the calling thread's own call the one for this page?
