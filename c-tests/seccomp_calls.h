@@ -16,7 +16,7 @@
 	CALL(rt_sigprocmask, ANYTIME, ALWAYS)            \
 	CALL(rt_sigaction, ANYTIME, SOMETIMES)           \
 	CALL(rt_sigreturn, ANYTIME, SOMETIMES)           \
-	CALL(gettid, RUNNING, ALWAYS)                    \
+	CALL(gettid, ANYTIME, ALWAYS)                    \
 	CALL(getpid, ANYTIME, SOMETIMES)                 \
 	CALL(tgkill, RUNNING | ENDING, ALWAYS)           \
 	CALL(process_vm_readv, RUNNING, SOMETIMES)       \
