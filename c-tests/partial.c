@@ -201,6 +201,10 @@ static void *wait_for_page(void *hva)
 static void lost(void)
 {
 	pthread_t thread;
+	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
+	OK(kvmfault_probe(-1, &probe));
+	if (!(probe.mechanisms_anon & 1u << KVMFAULT_MECHANISM_POISON_TRAP))
+		skip("before Linux 6.6 a thread that touches a lost page gets SIGSEGV");
 	lab_set_up(MEMFD, lab_answer_pending, 0, 3);
 	CHECK(!pthread_create(&thread, NULL, wait_for_page, lab.ram.hva), "pthread_create");
 	UNTIL(lab.calls == 1);

@@ -464,6 +464,7 @@ static void refused(void)
 {
 	char text[2000];
 	unsigned harmless = 0, named = 0;
+	require_interruptible_sleep(); /* without read a vCPU that sleeps must be told */
 	for (size_t n = 0; n < sizeof(refusals) / sizeof(*refusals); n++)
 		for (int when = SET_UP; when <= RUNNING; when *= 2) {
 			const char *name = refusals[n].name, *words = refusals[n].words ? refusals[n].words : name;
