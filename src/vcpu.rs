@@ -12,7 +12,7 @@ use self::emulated::Deaf;
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::Access;
 use crate::kernel::kvm::{Descriptor, Role, Run};
-use crate::kernel::thread::{self, SignalSet};
+use crate::kernel::signal::{self, SignalSet};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::install;
@@ -130,10 +130,10 @@ impl Vcpu {
         let fd = Descriptor::duplicate(options.fd, Role::Vcpu, "fd")?;
         let number = fd.vcpu_number().unwrap_or(-1);
         let signal = match (options.signal, options.sigbus) {
-            (Some(signal), _) if !thread::is_usable_signal(signal) || signal == libc::SIGBUS => {
+            (Some(signal), _) if !signal::is_usable(signal) || signal == libc::SIGBUS => {
                 fail!(EINVAL, "kick_signal: {signal} is not a signal that can be used for kicks")
             }
-            (Some(signal), Sigbus::ByHandler) if !thread::has_handler(signal) => {
+            (Some(signal), Sigbus::ByHandler) if !signal::has_handler(signal) => {
                 fail!(EINVAL, "kick_signal: signal {signal} has no handler, which KVMFAULT_SIGBUS_BY_HANDLER requires")
             }
             (None, Sigbus::ByHandler) => fail!(EINVAL, "kick_signal: must be given with KVMFAULT_SIGBUS_BY_HANDLER"),

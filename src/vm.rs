@@ -5,10 +5,10 @@ pub mod memslots;
 mod nudge;
 
 use crate::error::{fail, Error, Result};
+use crate::kernel::event::Flag;
 use crate::kernel::kvm::{Descriptor, Role};
 use crate::kernel::mem::{self, Kind};
 use crate::kernel::process::Process;
-use crate::kernel::thread::Flag;
 use crate::kernel::uffd::{Uffd, FEATURE_POISON};
 use crate::kernel::{abi::Abi, probe};
 use crate::mechanism::{self, Host, Mechanism, Wish, MECHANISMS};

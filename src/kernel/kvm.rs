@@ -228,7 +228,7 @@ impl Descriptor {
     }
 
     /// The signals that are blocked inside KVM_RUN (KVM_SET_SIGNAL_MASK).
-    pub fn set_signal_mask(&self, mask: super::thread::SignalSet) -> Result<()> {
+    pub fn set_signal_mask(&self, mask: super::signal::SignalSet) -> Result<()> {
         // struct kvm_signal_mask { u32 len; u8 sigset[8]; }
         let mut arg = [8u32, mask.0 as u32, (mask.0 >> 32) as u32];
         self.set(KVM_SET_SIGNAL_MASK, &mut arg, "KVM_SET_SIGNAL_MASK")

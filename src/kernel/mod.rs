@@ -6,11 +6,15 @@
 pub mod abi;
 pub mod alias;
 pub mod buffer;
+pub mod clock;
+pub mod event;
 pub mod file;
+pub mod futex;
 pub mod kvm;
 pub mod mem;
 pub mod probe;
 pub mod process;
+pub mod signal;
 pub mod surroundings;
 pub mod thread;
 pub mod uffd;

@@ -408,7 +408,7 @@ mod tests {
         assert_eq!(Uffd::adopt(-1).unwrap_err().errno, libc::EBADF);
         let file = std::fs::File::open("/dev/null").unwrap();
         assert_eq!(Uffd::adopt(file.as_raw_fd()).unwrap_err().errno, libc::EINVAL);
-        let flag = super::super::thread::Flag::new().unwrap(); // an anonymous inode, too
+        let flag = super::super::event::Flag::new().unwrap(); // an anonymous inode, too
         assert_eq!(Uffd::adopt(flag.as_raw_fd()).unwrap_err().errno, libc::EINVAL);
         let first = needs!(Uffd::open());
         let second = Uffd::adopt(first.as_raw_fd()).unwrap();

@@ -1,7 +1,7 @@
 //! Waiting for a page, and keeping discards and installs apart. Hash tables of futex words: no allocation, no registration.
 
 use crate::error::{fail, Result};
-use crate::kernel::thread::{futex_wait, futex_wake_all, Wake};
+use crate::kernel::futex::{self, Wake};
 use once_cell::sync::Lazy;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
@@ -68,7 +68,7 @@ impl WaitTable {
         bucket.sleepers.fetch_add(1, SeqCst);
         let sequence = bucket.sequence.load(SeqCst);
         sleeper.bucket.store(number as u32 + 1, SeqCst);
-        let wake = if still() { futex_wait(&bucket.sequence, sequence, at_most) } else { Wake::Woken };
+        let wake = if still() { futex::wait(&bucket.sequence, sequence, at_most) } else { Wake::Woken };
         sleeper.bucket.store(0, SeqCst);
         bucket.sleepers.fetch_sub(1, SeqCst);
         wake
@@ -94,7 +94,7 @@ impl WaitTable {
     fn wake_bucket(&self, bucket: &Bucket) {
         if bucket.sleepers.load(SeqCst) > 0 {
             bucket.sequence.fetch_add(1, SeqCst);
-            futex_wake_all(&bucket.sequence);
+            futex::wake_all(&bucket.sequence);
         }
     }
 }

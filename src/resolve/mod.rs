@@ -11,7 +11,8 @@ pub mod working_set;
 
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::Access;
-use crate::kernel::thread::{self, Wake};
+use crate::kernel::clock;
+use crate::kernel::futex::Wake;
 use crate::memory::block::Block;
 use crate::memory::calls::Claim;
 use crate::memory::pages::State;
@@ -282,7 +283,7 @@ impl Engine {
 
     /// Serves one fault, and counts it. `slots` are those in which the caller found the page, not long ago.
     pub fn resolve(&self, slots: &Slots, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
-        let start = thread::nanoseconds();
+        let start = clock::nanoseconds();
         let stats = need.stats;
         match need.origin {
             Origin::Vcpu(_) => stats.faults_vcpu.add(1),
@@ -300,7 +301,7 @@ impl Engine {
             Ok(Outcome::Retry) => stats.outcome_retried.add(1),
             Err(_) => stats.outcome_failed.add(1),
         }
-        stats.served_in(thread::nanoseconds().saturating_sub(start));
+        stats.served_in(clock::nanoseconds().saturating_sub(start));
         outcome
     }
 

@@ -6,7 +6,9 @@ use super::seat::News;
 use super::strays::Strays;
 use super::{pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{fail, Error, Result};
-use crate::kernel::thread::{block_all_signals, pause, poll, Flag};
+use crate::kernel::event::{poll, Flag};
+use crate::kernel::signal;
+use crate::kernel::thread::pause;
 use crate::kernel::uffd::{Message, FEATURE_POISON};
 use crate::memory::block::Block;
 use crate::memory::pages::State;
@@ -100,7 +102,7 @@ pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
 }
 
 fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
-    block_all_signals();
+    signal::block_all();
     // Where two want a page at once one may be put here: faults allocate nothing.
     let mut later: Vec<Again> = Vec::with_capacity(256);
     let mut strays = Strays::new(Instant::now());

@@ -4,7 +4,8 @@ use super::readahead::Runs;
 use super::Waiter;
 use crate::error::Error;
 use crate::kernel::kvm::ImmediateExit;
-use crate::kernel::thread::{self, send_signal, SignalSet};
+use crate::kernel::signal::{self, SignalSet};
+use crate::kernel::thread;
 use crate::memory::wait::{Pause, Sleeper, WAITS};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
@@ -122,7 +123,7 @@ impl Seat {
         // itself, the signal would come for ever.
         let is_here = self.by_handler && thread == thread::id();
         match thread != 0 && !is_here {
-            true => send_signal(thread, self.signal),
+            true => signal::send(thread, self.signal),
             false => 0,
         }
     }
@@ -136,7 +137,7 @@ impl Seat {
         let thread = self.thread();
         if thread != 0 && !self.sleeper.is_asleep() {
             self.nudges.fetch_add(1, SeqCst);
-            send_signal(thread, self.signal);
+            signal::send(thread, self.signal);
         }
     }
 
@@ -178,7 +179,7 @@ impl Seat {
                 self.immediate_exit.raise();
             }
         } else if self.has_business() {
-            send_signal(self.thread.load(SeqCst), self.signal);
+            signal::send(self.thread.load(SeqCst), self.signal);
         }
     }
 
@@ -191,7 +192,7 @@ impl Seat {
     /// On the vCPU's thread.
     fn settle(&self) {
         if self.wait_for_signals() && !self.by_handler {
-            while matches!(thread::take_signal(SignalSet::of(&[self.signal])), Ok(Some(_))) {}
+            while matches!(signal::take(SignalSet::of(&[self.signal])), Ok(Some(_))) {}
         }
         self.refresh();
     }

@@ -2,7 +2,7 @@
 
 use super::{Exit, MemoryError, Own, Sigbus, Vcpu};
 use crate::error::Result;
-use crate::kernel::{mem, thread};
+use crate::kernel::{mem, signal, thread};
 use crate::memory::calls;
 use crate::resolve::seat::News;
 use std::sync::atomic::Ordering::SeqCst;
@@ -21,11 +21,11 @@ impl Vcpu {
 
     #[cold]
     fn attach_to(&self, own: &mut Own, token: u64) -> Result<()> {
-        thread::check_signals(self.sigbus == Sigbus::ByMask)?;
+        signal::check(self.sigbus == Sigbus::ByMask)?;
         if self.sigbus == Sigbus::ByMask {
             let before = match own.holds.contains(&token) {
-                true => thread::mask()?,
-                false => thread::hold(self.signals)?,
+                true => signal::blocked()?,
+                false => signal::hold(self.signals)?,
             };
             if !own.holds.contains(&token) {
                 own.holds.push(token);
@@ -50,7 +50,7 @@ impl Vcpu {
             }
             // SIGBUS comes before the kick signal, as a synchronous one (dequeue_signal in kernel/signal.c): one call is enough.
             // A kick signal that stays pending ends the next KVM_RUN.
-            Sigbus::ByMask => match thread::take_signal(self.signals)? {
+            Sigbus::ByMask => match signal::take(self.signals)? {
                 Some(pending) if pending.signal == libc::SIGBUS => bus = Some((pending.code, pending.address)),
                 Some(_) => late = true,
                 None => {}
@@ -107,7 +107,7 @@ impl Drop for Vcpu {
         }
         // Only a thread itself can restore its mask.
         if own.holds.contains(&thread::token()) {
-            thread::release(self.signals);
+            signal::release(self.signals);
         }
         // At the end: a new handle of the vCPU has its signals to itself.
         self.vm.engine.seats.remove(self.seat);

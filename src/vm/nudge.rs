@@ -8,7 +8,7 @@
 use super::Vm;
 use crate::error::Result;
 use crate::kernel::kvm::Region;
-use crate::kernel::thread;
+use crate::kernel::{signal, thread};
 use crate::resolve::seat::{Seat, Seats};
 use std::sync::mpsc::{channel, RecvTimeoutError};
 use std::time::Duration;
@@ -40,7 +40,7 @@ fn nudging<T>(seats: &Seats, call: impl FnOnce() -> T) -> T {
         let helper = std::thread::Builder::new().name("kvmfault-nudge".into());
         // Where no thread can be had the call may take longer.
         let _ = helper.spawn_scoped(scope, move || {
-            thread::block_all_signals();
+            signal::block_all();
             let (mut pause, mut next) = (ENOUGH, Duration::from_millis(2));
             while is_done.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
                 seats.all().iter().filter(|seat| is_another(seat)).for_each(|seat| seat.nudge());

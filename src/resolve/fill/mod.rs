@@ -7,7 +7,8 @@ mod scope;
 
 use super::{Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{fail, Error, Result};
-use crate::kernel::thread::{block_all_signals, set_nice, spawn};
+use crate::kernel::signal;
+use crate::kernel::thread::{set_nice, spawn};
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::Slots;
@@ -154,7 +155,7 @@ impl Fill {
                 // Dropped last of the two: a VM isn't over while this thread may be at its memory.
                 let _callbacks = callbacks;
                 let _guard = EndOnPanic(&mine);
-                block_all_signals();
+                signal::block_all();
                 if !waits_at.wait() {
                     return;
                 }
