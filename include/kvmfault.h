@@ -85,44 +85,9 @@
 #define KVMFAULT_MECHANISM_USERFAULTFD 3
 
 /*
- * The page was never installed (or was discarded): the next access calls the resolver.
+ * `kvmfault_probe.mechanisms_*`: bit (1 << KVMFAULT_MECHANISM_x) is set where x works.
  */
-#define KVMFAULT_PAGE_ABSENT 0
-
-/*
- * One caller is bringing the page; others wait for it.
- */
-#define KVMFAULT_PAGE_RESOLVING 1
-
-/*
- * The page's bytes are in place and visible.
- */
-#define KVMFAULT_PAGE_PRESENT 2
-
-/*
- * The page can't be had; whoever touches it gets a memory error.
- */
-#define KVMFAULT_PAGE_LOST 3
-
-/*
- * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_ABSENT.
- */
-#define KVMFAULT_STATE_ABSENT (1 << 0)
-
-/*
- * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_RESOLVING.
- */
-#define KVMFAULT_STATE_RESOLVING (1 << 1)
-
-/*
- * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_PRESENT.
- */
-#define KVMFAULT_STATE_PRESENT (1 << 2)
-
-/*
- * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_LOST.
- */
-#define KVMFAULT_STATE_LOST (1 << 3)
+#define KVMFAULT_PROBE_ABI_LEN 32
 
 /*
  * What a resolver returns: the page is installed now (before returning).
@@ -148,27 +113,6 @@
  * After many such tries in a row by one vCPU, its loop ends with -ELOOP.
  */
 #define KVMFAULT_RETRY 3
-
-/*
- * What `kvmfault_vcpu_handle_exit` returns: the exit was the library's; call KVM_RUN again.
- */
-#define KVMFAULT_HANDLED 0
-
-/*
- * The exit is the VMM's: look at kvm_run (or at KVM_RUN's errno) as if the library were not there.
- */
-#define KVMFAULT_PASS 1
-
-/*
- * A kick or a signal ended the run; kvm_run holds no exit.
- */
-#define KVMFAULT_INTERRUPTED 2
-
-/*
- * The guest touched memory that is lost (KVMFAULT_LOST) or broken (hardware):
- * `kvmfault_vcpu_memory_error` tells which.
- */
-#define KVMFAULT_MEMORY_ERROR 3
 
 /*
  * Why `kvmfault_fault.access` has its value: no bit set means that the kernel didn't say.
@@ -204,27 +148,6 @@
  * Nobody waits for the page: background fill (`kvmfault_fill_start`) asks for it.
  */
 #define KVMFAULT_ORIGIN_FILL 3
-
-/*
- * What a memslot's memory is; the library checks it against /proc/self/maps. AUTO accepts whatever
- * it finds.
- */
-#define KVMFAULT_MEMORY_AUTO 0
-
-/*
- * Private anonymous memory (MAP_PRIVATE | MAP_ANONYMOUS), 4 KiB pages or transparent huge pages.
- */
-#define KVMFAULT_MEMORY_ANON 1
-
-/*
- * Shared memory: memfd, a file in tmpfs, or MAP_SHARED | MAP_ANONYMOUS.
- */
-#define KVMFAULT_MEMORY_SHARED 2
-
-/*
- * hugetlb memory, private or shared.
- */
-#define KVMFAULT_MEMORY_HUGETLB 3
 
 /*
  * `kvmfault_vm_options.flags`: after serving a vCPU's fault, call KVM_PRE_FAULT_MEMORY (Linux 6.11,
@@ -272,6 +195,32 @@
 #define KVMFAULT_VM_FILTER_MSRS (1 << 2)
 
 /*
+ * `kvmfault_vm_enable`: KVM's memory-fault exits, by whatever way the kernel's ABI enables them.
+ */
+#define KVMFAULT_CAP_FAULT_EXITS (1 << 0)
+
+/*
+ * What a memslot's memory is; the library checks it against /proc/self/maps. AUTO accepts whatever
+ * it finds.
+ */
+#define KVMFAULT_MEMORY_AUTO 0
+
+/*
+ * Private anonymous memory (MAP_PRIVATE | MAP_ANONYMOUS), 4 KiB pages or transparent huge pages.
+ */
+#define KVMFAULT_MEMORY_ANON 1
+
+/*
+ * Shared memory: memfd, a file in tmpfs, or MAP_SHARED | MAP_ANONYMOUS.
+ */
+#define KVMFAULT_MEMORY_SHARED 2
+
+/*
+ * hugetlb memory, private or shared.
+ */
+#define KVMFAULT_MEMORY_HUGETLB 3
+
+/*
  * `kvmfault_memslot.flags`: nothing but vCPUs touches absent pages of this memory: no thread of the
  * VMM, no system call, no device, no vhost. Lets `poison-trap` work on private anonymous memory. A
  * host access to an absent page then ends in SIGBUS (threads) or EFAULT (system calls) instead of
@@ -303,9 +252,44 @@
 #define KVMFAULT_MEMSLOT_SLOW (1 << 3)
 
 /*
- * `kvmfault_vm_enable`: KVM's memory-fault exits, by whatever way the kernel's ABI enables them.
+ * The page was never installed (or was discarded): the next access calls the resolver.
  */
-#define KVMFAULT_CAP_FAULT_EXITS (1 << 0)
+#define KVMFAULT_PAGE_ABSENT 0
+
+/*
+ * One caller is bringing the page; others wait for it.
+ */
+#define KVMFAULT_PAGE_RESOLVING 1
+
+/*
+ * The page's bytes are in place and visible.
+ */
+#define KVMFAULT_PAGE_PRESENT 2
+
+/*
+ * The page can't be had; whoever touches it gets a memory error.
+ */
+#define KVMFAULT_PAGE_LOST 3
+
+/*
+ * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_ABSENT.
+ */
+#define KVMFAULT_STATE_ABSENT (1 << 0)
+
+/*
+ * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_RESOLVING.
+ */
+#define KVMFAULT_STATE_RESOLVING (1 << 1)
+
+/*
+ * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_PRESENT.
+ */
+#define KVMFAULT_STATE_PRESENT (1 << 2)
+
+/*
+ * For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_LOST.
+ */
+#define KVMFAULT_STATE_LOST (1 << 3)
 
 /*
  * `kvmfault_vcpu_options.sigbus`: SIGBUS and the kick signal are blocked in the vCPU's thread and
@@ -333,9 +317,25 @@
 #define KVMFAULT_VCPU_RESUMES (1 << 0)
 
 /*
- * `kvmfault_probe.mechanisms_*`: bit (1 << KVMFAULT_MECHANISM_x) is set where x works.
+ * What `kvmfault_vcpu_handle_exit` returns: the exit was the library's; call KVM_RUN again.
  */
-#define KVMFAULT_PROBE_ABI_LEN 32
+#define KVMFAULT_HANDLED 0
+
+/*
+ * The exit is the VMM's: look at kvm_run (or at KVM_RUN's errno) as if the library were not there.
+ */
+#define KVMFAULT_PASS 1
+
+/*
+ * A kick or a signal ended the run; kvm_run holds no exit.
+ */
+#define KVMFAULT_INTERRUPTED 2
+
+/*
+ * The guest touched memory that is lost (KVMFAULT_LOST) or broken (hardware):
+ * `kvmfault_vcpu_memory_error` tells which.
+ */
+#define KVMFAULT_MEMORY_ERROR 3
 
 /*
  * `kvmfault_fill_options.flags`: memory stays as it is when nothing is absent any more, for a VMM
@@ -726,121 +726,6 @@ struct kvmfault_region {
 };
 
 /*
- * Counters of a VM or a vCPU, since its creation. Start from KVMFAULT_STATS_INIT.
- */
-struct kvmfault_stats {
-  /*
-   * Set by KVMFAULT_STATS_INIT.
-   */
-  size_t size;
-  /*
-   * Faults of vCPUs, however they arrived.
-   */
-  uint64_t faults_vcpu;
-  /*
-   * Faults of host threads and system calls.
-   */
-  uint64_t faults_host;
-  /*
-   * Pages asked for by `kvmfault_pages_resolve` that were not present.
-   */
-  uint64_t faults_prefetch;
-  /*
-   * Calls of the resolver: for faults, and for pages of strided runs ahead of them.
-   */
-  uint64_t resolver_calls;
-  /*
-   * Faults that ended with the page installed by their own resolver call.
-   */
-  uint64_t outcome_resolved;
-  /*
-   * Faults that waited for somebody else's call (or a PENDING page).
-   */
-  uint64_t outcome_waited;
-  /*
-   * Faults on pages that were present already and only had to be mapped.
-   */
-  uint64_t outcome_mapped;
-  /*
-   * Faults that ended in a memory error.
-   */
-  uint64_t outcome_lost;
-  /*
-   * Faults that ended in an error.
-   */
-  uint64_t outcome_failed;
-  /*
-   * Faults left by a kick or a signal.
-   */
-  uint64_t outcome_interrupted;
-  /*
-   * Faults that a resolver's KVMFAULT_RETRY sent back.
-   */
-  uint64_t outcome_retried;
-  /*
-   * Pages installed by copying.
-   */
-  uint64_t pages_copied;
-  /*
-   * Pages installed as zeros.
-   */
-  uint64_t pages_zeroed;
-  /*
-   * Pages installed from the page cache.
-   */
-  uint64_t pages_mapped;
-  /*
-   * Pages made absent again (`kvmfault_pages_discard`).
-   */
-  uint64_t pages_discarded;
-  /*
-   * Installs tried again because the address space was changing (EAGAIN).
-   */
-  uint64_t retries_again;
-  /*
-   * Installs that found the page there already (EEXIST).
-   */
-  uint64_t retries_exist;
-  /*
-   * In-slot MMIO reads completed.
-   */
-  uint64_t mmio_reads;
-  /*
-   * In-slot MMIO writes completed.
-   */
-  uint64_t mmio_writes;
-  /*
-   * Kicks seen by `run` or `handle_exit`.
-   */
-  uint64_t kicks;
-  /*
-   * Faults by service time: bucket 0 below 1 us, bucket n from 2^(n-1) us up to 2^n us.
-   */
-  uint64_t latency_us_log2[KVMFAULT_LATENCY_BUCKETS];
-  /*
-   * Pages that resolvers were asked for by readahead, besides those that were needed.
-   */
-  uint64_t ahead_asked;
-  /*
-   * Of them, those for which the resolver failed; each is still absent, or came by a fault of its
-   * own.
-   */
-  uint64_t ahead_failed;
-  /*
-   * Pages that were present and had nothing in them when they were touched: holes of memory that
-   * was set with KVMFAULT_MEMSLOT_PRESENT, pages that were given back (`kvmfault_pages_give_back`),
-   * and pages that the VMM took away without telling the library. They read as zeros. Without that
-   * flag any number above `pages_given_back` means that the VMM has lost pages by a madvise(2) or
-   * fallocate(2) of its own. (With `memslot-flag` KVM's own fault may fill such a page uncounted.)
-   */
-  uint64_t pages_empty;
-  /*
-   * Pages given back by `kvmfault_pages_give_back`; each time they are.
-   */
-  uint64_t pages_given_back;
-};
-
-/*
  * What `kvmfault_vcpu_new` needs. Start from KVMFAULT_VCPU_OPTIONS_INIT.
  */
 struct kvmfault_vcpu_options {
@@ -905,28 +790,6 @@ struct kvmfault_memory_error_info {
    * Always 0.
    */
   uint32_t reserved;
-};
-
-/*
- * Where a range of guest memory lies in the snapshot file. Start from KVMFAULT_FILE_RANGE_INIT.
- */
-struct kvmfault_file_range {
-  /*
-   * Set by KVMFAULT_FILE_RANGE_INIT.
-   */
-  size_t size;
-  /*
-   * Guest physical address, 4096-aligned.
-   */
-  uint64_t gpa;
-  /*
-   * Length in bytes, 4096-aligned.
-   */
-  uint64_t len;
-  /*
-   * Where it begins in the file, 4096-aligned.
-   */
-  uint64_t offset;
 };
 
 /*
@@ -1055,19 +918,146 @@ struct kvmfault_fill_options {
   uint64_t len;
 };
 
+/*
+ * Where a range of guest memory lies in the snapshot file. Start from KVMFAULT_FILE_RANGE_INIT.
+ */
+struct kvmfault_file_range {
+  /*
+   * Set by KVMFAULT_FILE_RANGE_INIT.
+   */
+  size_t size;
+  /*
+   * Guest physical address, 4096-aligned.
+   */
+  uint64_t gpa;
+  /*
+   * Length in bytes, 4096-aligned.
+   */
+  uint64_t len;
+  /*
+   * Where it begins in the file, 4096-aligned.
+   */
+  uint64_t offset;
+};
+
+/*
+ * Counters of a VM or a vCPU, since its creation. Start from KVMFAULT_STATS_INIT.
+ */
+struct kvmfault_stats {
+  /*
+   * Set by KVMFAULT_STATS_INIT.
+   */
+  size_t size;
+  /*
+   * Faults of vCPUs, however they arrived.
+   */
+  uint64_t faults_vcpu;
+  /*
+   * Faults of host threads and system calls.
+   */
+  uint64_t faults_host;
+  /*
+   * Pages asked for by `kvmfault_pages_resolve` that were not present.
+   */
+  uint64_t faults_prefetch;
+  /*
+   * Calls of the resolver: for faults, and for pages of strided runs ahead of them.
+   */
+  uint64_t resolver_calls;
+  /*
+   * Faults that ended with the page installed by their own resolver call.
+   */
+  uint64_t outcome_resolved;
+  /*
+   * Faults that waited for somebody else's call (or a PENDING page).
+   */
+  uint64_t outcome_waited;
+  /*
+   * Faults on pages that were present already and only had to be mapped.
+   */
+  uint64_t outcome_mapped;
+  /*
+   * Faults that ended in a memory error.
+   */
+  uint64_t outcome_lost;
+  /*
+   * Faults that ended in an error.
+   */
+  uint64_t outcome_failed;
+  /*
+   * Faults left by a kick or a signal.
+   */
+  uint64_t outcome_interrupted;
+  /*
+   * Faults that a resolver's KVMFAULT_RETRY sent back.
+   */
+  uint64_t outcome_retried;
+  /*
+   * Pages installed by copying.
+   */
+  uint64_t pages_copied;
+  /*
+   * Pages installed as zeros.
+   */
+  uint64_t pages_zeroed;
+  /*
+   * Pages installed from the page cache.
+   */
+  uint64_t pages_mapped;
+  /*
+   * Pages made absent again (`kvmfault_pages_discard`).
+   */
+  uint64_t pages_discarded;
+  /*
+   * Installs tried again because the address space was changing (EAGAIN).
+   */
+  uint64_t retries_again;
+  /*
+   * Installs that found the page there already (EEXIST).
+   */
+  uint64_t retries_exist;
+  /*
+   * In-slot MMIO reads completed.
+   */
+  uint64_t mmio_reads;
+  /*
+   * In-slot MMIO writes completed.
+   */
+  uint64_t mmio_writes;
+  /*
+   * Kicks seen by `run` or `handle_exit`.
+   */
+  uint64_t kicks;
+  /*
+   * Faults by service time: bucket 0 below 1 us, bucket n from 2^(n-1) us up to 2^n us.
+   */
+  uint64_t latency_us_log2[KVMFAULT_LATENCY_BUCKETS];
+  /*
+   * Pages that resolvers were asked for by readahead, besides those that were needed.
+   */
+  uint64_t ahead_asked;
+  /*
+   * Of them, those for which the resolver failed; each is still absent, or came by a fault of its
+   * own.
+   */
+  uint64_t ahead_failed;
+  /*
+   * Pages that were present and had nothing in them when they were touched: holes of memory that
+   * was set with KVMFAULT_MEMSLOT_PRESENT, pages that were given back (`kvmfault_pages_give_back`),
+   * and pages that the VMM took away without telling the library. They read as zeros. Without that
+   * flag any number above `pages_given_back` means that the VMM has lost pages by a madvise(2) or
+   * fallocate(2) of its own. (With `memslot-flag` KVM's own fault may fill such a page uncounted.)
+   */
+  uint64_t pages_empty;
+  /*
+   * Pages given back by `kvmfault_pages_give_back`; each time they are.
+   */
+  uint64_t pages_given_back;
+};
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
-
-/*
- * The message of the last call that failed in this thread; "" if none has. It says in English which
- * argument or system call is to blame, and where possible what to do. Its text is for people:
- * programs look at the -errno.
- *
- * The string is valid until the next failing call in this thread, or the thread's end. Never NULL.
- * Any thread.
- */
-const char *kvmfault_last_error(void);
 
 /*
  * The version of the library in use as a string, "0.2.0". Any thread.
@@ -1079,6 +1069,16 @@ const char *kvmfault_version(void);
  * with KVMFAULT_VERSION_NUMBER, the version that the program was compiled with. Any thread.
  */
 uint32_t kvmfault_version_number(void);
+
+/*
+ * The message of the last call that failed in this thread; "" if none has. It says in English which
+ * argument or system call is to blame, and where possible what to do. Its text is for people:
+ * programs look at the -errno.
+ *
+ * The string is valid until the next failing call in this thread, or the thread's end. Never NULL.
+ * Any thread.
+ */
+const char *kvmfault_last_error(void);
 
 /*
  * Which mechanisms work here, for programs. `kvm_fd` is an open /dev/kvm, or -1 to open it. Asks
@@ -1288,13 +1288,6 @@ int kvmfault_memslot_set_fast_only(const struct kvmfault_vm *vm,
  * The mechanism of one slot: KVMFAULT_MECHANISM_*, or -ENOENT. Any thread.
  */
 int kvmfault_memslot_mechanism(const struct kvmfault_vm *vm, uint32_t slot);
-
-/*
- * The counters of a VM: the sum over its vCPUs, its reader threads, and calls from outside. Any
- * thread, also in callbacks; -EINVAL for a bad `stats`.
- */
-int kvmfault_vm_stats(const struct kvmfault_vm *vm,
-                      struct kvmfault_stats *stats);
 
 /*
  * Installs pages by copying `len` bytes from `src`: the guest, this process and whoever waits see
@@ -1668,63 +1661,6 @@ int kvmfault_vcpu_memory_error(const struct kvmfault_vcpu *vcpu,
                                struct kvmfault_memory_error_info *info);
 
 /*
- * The counters of a vCPU. Any thread, also in callbacks; -EINVAL for a bad `stats`.
- */
-int kvmfault_vcpu_stats(const struct kvmfault_vcpu *vcpu, struct kvmfault_stats *stats);
-
-/*
- * Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in `fd`, a regular
- * file or a block device. Holes of a file are zero pages, without any I/O; a block device has no
- * holes. The file must not change while the source lives; the descriptor may be closed at once. It
- * is used as it is given: no path is opened, and no permission but the descriptor's own is needed.
- * Where it can't be opened anew (no /proc, no permission) the search for holes moves its file
- * position, which is back where it was when this returns: no other thread or process may use the
- * position meanwhile.
- *
- * The file is mapped. Where mmap(2) fails, whatever the reason (a file system without it, or a
- * limit of the process such as RLIMIT_AS), the source keeps a duplicate of the descriptor and reads
- * pages with pread(2) into a buffer of each thread that serves faults: of 1 MiB, or of one page of
- * the guest's memory if that is larger. That is one more copy, and one more system call for each
- * MiB or piece of the file. What has no bytes at offsets is refused: a pipe, a socket, a directory,
- * a character device.
- *
- * A page whose bytes can't be read stays absent, and its fault ends with an error: -EIO for a file
- * that is shorter than it was, or pread's. Use the source as the resolver:
- *
- * struct kvmfault_file_source *source; kvmfault_file_source_new(fd, &range, 1, &source);
- * options.resolver = kvmfault_file_source_resolve; options.opaque = source; options.finalizer =
- * kvmfault_file_source_finalize;
- *
- * On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names
- * it; `fd` has no bytes at offsets), -EBADF (`fd` is closed), -EACCES (it is not open for reading),
- * -ENOMEM. Any thread.
- */
-int kvmfault_file_source_new(int fd,
-                             const struct kvmfault_file_range *ranges,
-                             size_t count,
-                             struct kvmfault_file_source **source);
-
-/*
- * The resolver of a snapshot file, for `kvmfault_vm_options.resolver`; `opaque` is the source.
- * Installs the readahead window as far as the file has it. Also callable from a resolver of the
- * VMM's own, for part of its memory.
- */
-int kvmfault_file_source_resolve(void *opaque,
-                                 struct kvmfault_vm *vm,
-                                 const struct kvmfault_fault *fault);
-
-/*
- * Frees a source; for `kvmfault_vm_options.finalizer`. The same as `kvmfault_file_source_free`,
- * with a finalizer's argument.
- */
-void kvmfault_file_source_finalize(void *opaque);
-
-/*
- * Frees a source that no VM owns. NULL is allowed.
- */
-void kvmfault_file_source_free(struct kvmfault_file_source *source);
-
-/*
  * Starts to bring all absent pages (or those of a range: `options.gpa`, `options.len`) in the
  * background, while the guest runs: threads of the library call the VM's resolver, with
  * KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. What follows the vCPUs' latest
@@ -1823,6 +1759,58 @@ int kvmfault_fill_stop(const struct kvmfault_fill *fill);
 void kvmfault_fill_free(struct kvmfault_fill *fill);
 
 /*
+ * Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in `fd`, a regular
+ * file or a block device. Holes of a file are zero pages, without any I/O; a block device has no
+ * holes. The file must not change while the source lives; the descriptor may be closed at once. It
+ * is used as it is given: no path is opened, and no permission but the descriptor's own is needed.
+ * Where it can't be opened anew (no /proc, no permission) the search for holes moves its file
+ * position, which is back where it was when this returns: no other thread or process may use the
+ * position meanwhile.
+ *
+ * The file is mapped. Where mmap(2) fails, whatever the reason (a file system without it, or a
+ * limit of the process such as RLIMIT_AS), the source keeps a duplicate of the descriptor and reads
+ * pages with pread(2) into a buffer of each thread that serves faults: of 1 MiB, or of one page of
+ * the guest's memory if that is larger. That is one more copy, and one more system call for each
+ * MiB or piece of the file. What has no bytes at offsets is refused: a pipe, a socket, a directory,
+ * a character device.
+ *
+ * A page whose bytes can't be read stays absent, and its fault ends with an error: -EIO for a file
+ * that is shorter than it was, or pread's. Use the source as the resolver:
+ *
+ * struct kvmfault_file_source *source; kvmfault_file_source_new(fd, &range, 1, &source);
+ * options.resolver = kvmfault_file_source_resolve; options.opaque = source; options.finalizer =
+ * kvmfault_file_source_finalize;
+ *
+ * On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names
+ * it; `fd` has no bytes at offsets), -EBADF (`fd` is closed), -EACCES (it is not open for reading),
+ * -ENOMEM. Any thread.
+ */
+int kvmfault_file_source_new(int fd,
+                             const struct kvmfault_file_range *ranges,
+                             size_t count,
+                             struct kvmfault_file_source **source);
+
+/*
+ * The resolver of a snapshot file, for `kvmfault_vm_options.resolver`; `opaque` is the source.
+ * Installs the readahead window as far as the file has it. Also callable from a resolver of the
+ * VMM's own, for part of its memory.
+ */
+int kvmfault_file_source_resolve(void *opaque,
+                                 struct kvmfault_vm *vm,
+                                 const struct kvmfault_fault *fault);
+
+/*
+ * Frees a source; for `kvmfault_vm_options.finalizer`. The same as `kvmfault_file_source_free`,
+ * with a finalizer's argument.
+ */
+void kvmfault_file_source_finalize(void *opaque);
+
+/*
+ * Frees a source that no VM owns. NULL is allowed.
+ */
+void kvmfault_file_source_free(struct kvmfault_file_source *source);
+
+/*
  * Records which pages are needed from now on, in which order: 1 begins anew, 0 ends it and forgets.
  * Pages that readahead brings along are taken down too, what a fill brings isn't. Each thread has
  * room for a million faults; what comes after is left out. A fault costs a few nanoseconds more.
@@ -1843,6 +1831,18 @@ int kvmfault_working_set_record(const struct kvmfault_vm *vm,
  */
 int kvmfault_working_set_save(const struct kvmfault_vm *vm,
                               int fd);
+
+/*
+ * The counters of a VM: the sum over its vCPUs, its reader threads, and calls from outside. Any
+ * thread, also in callbacks; -EINVAL for a bad `stats`.
+ */
+int kvmfault_vm_stats(const struct kvmfault_vm *vm,
+                      struct kvmfault_stats *stats);
+
+/*
+ * The counters of a vCPU. Any thread, also in callbacks; -EINVAL for a bad `stats`.
+ */
+int kvmfault_vcpu_stats(const struct kvmfault_vcpu *vcpu, struct kvmfault_stats *stats);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -7,7 +7,20 @@ fn generate() -> String {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml");
     let mut builder = cbindgen::Builder::new().with_config(config);
-    for file in ["boundary", "types", "probe", "vm", "pages", "vcpu", "source", "fill"] {
+    for file in [
+        "version",
+        "errors",
+        "probe",
+        "resolver",
+        "vm",
+        "memslots",
+        "pages",
+        "vcpu",
+        "fill",
+        "source",
+        "working_set",
+        "stats",
+    ] {
         builder = builder.with_src(root.join(format!("src/capi/{file}.rs")));
     }
     let mut text = Vec::new();

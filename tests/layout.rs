@@ -1,6 +1,6 @@
 //! The structures of the C API have one layout: a C compiler with the header, and Rust, agree on every offset and size.
 
-use kvmfault::capi::types::*;
+use kvmfault::capi::{fill::*, memslots::*, probe::*, resolver::*, source::*, stats::*, vcpu::*, vm::*};
 use std::collections::BTreeMap;
 use std::mem::{offset_of, size_of};
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
 //! What every entry does: no panic gets out, handles are checked, errors get a message.
 
-use super::types::*;
+use super::errors::set_message;
+use super::vcpu::kvmfault_vcpu;
 use crate::error::{fail, Error, Result};
 use crate::kernel::process::{close_copies, Process};
 use crate::resolve::seat::Seat;
@@ -8,42 +9,12 @@ use crate::vcpu::Vcpu;
 use crate::vm::here;
 use arc_swap::ArcSwapOption;
 use once_cell::sync::{Lazy, OnceCell};
-use std::cell::UnsafeCell;
-use std::ffi::{c_char, c_int};
+
+use std::ffi::c_int;
 use std::os::fd::RawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::Arc;
-
-const MESSAGE_LEN: usize = 1024;
-
-thread_local! {
-    static MESSAGE: UnsafeCell<[u8; MESSAGE_LEN]> = const { UnsafeCell::new([0; MESSAGE_LEN]) };
-}
-
-/// The message of the last call that failed in this thread; "" if none has. It says in English which argument or system call is to blame,
-/// and where possible what to do. Its text is for people: programs look at the -errno.
-///
-/// The string is valid until the next failing call in this thread, or the thread's end. Never NULL. Any thread.
-#[no_mangle]
-pub extern "C" fn kvmfault_last_error() -> *const c_char {
-    MESSAGE.try_with(|message| message.get().cast_const().cast()).unwrap_or(c"".as_ptr())
-}
-
-fn set_message(text: &str) {
-    let _ = MESSAGE.try_with(|message| {
-        let mut len = text.len().min(MESSAGE_LEN - 1);
-        while !text.is_char_boundary(len) {
-            len -= 1;
-        }
-        // SAFETY: the buffer is this thread's, and no reference to it lasts longer than this block; `len` + 1 bytes fit.
-        unsafe {
-            let buffer = message.get().cast::<u8>();
-            std::ptr::copy_nonoverlapping(text.as_ptr(), buffer, len);
-            *buffer.add(len) = 0;
-        }
-    });
-}
 
 /// For tests: the entry of this name panics.
 static PANIC_IN: Lazy<Option<String>> = Lazy::new(|| std::env::var("KVMFAULT_TEST_PANIC").ok());
@@ -313,36 +284,4 @@ pub fn clear_out<T>(out: *mut *mut T, name: &str) -> Result<()> {
 pub fn put<T>(out: *mut *mut T, handle: *mut T) {
     // SAFETY: `clear_out` has checked it.
     unsafe { out.write_unaligned(handle) };
-}
-
-/// The major version: grows when programs must be changed.
-pub const KVMFAULT_VERSION_MAJOR: c_int = 0;
-/// The minor version: grows when something is added.
-pub const KVMFAULT_VERSION_MINOR: c_int = 2;
-/// The patch version.
-pub const KVMFAULT_VERSION_PATCH: c_int = 0;
-
-/// The version of the library in use as a string, "0.2.0". Any thread.
-#[no_mangle]
-pub extern "C" fn kvmfault_version() -> *const c_char {
-    const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
-    VERSION.as_ptr().cast()
-}
-
-/// The version of the library in use as a number: major * 1000000 + minor * 1000 + patch. Compare with KVMFAULT_VERSION_NUMBER, the
-/// version that the program was compiled with. Any thread.
-#[no_mangle]
-pub extern "C" fn kvmfault_version_number() -> u32 {
-    (KVMFAULT_VERSION_MAJOR * 1_000_000 + KVMFAULT_VERSION_MINOR * 1000 + KVMFAULT_VERSION_PATCH) as u32
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_version_is_cargos() {
-        let version = format!("{KVMFAULT_VERSION_MAJOR}.{KVMFAULT_VERSION_MINOR}.{KVMFAULT_VERSION_PATCH}");
-        assert_eq!(version, env!("CARGO_PKG_VERSION"));
-    }
 }

@@ -2,14 +2,106 @@
 
 use super::boundary::{clear_out, not_in_callback, put, with, Handle, Opaque};
 use super::finalizer::Finalizer;
+use super::resolver::kvmfault_finalizer;
 use super::structs::{self, Out};
-use super::types::*;
+use super::vm::kvmfault_vm;
 use crate::error::fail;
 use crate::resolve::fill::{Fill, Progress};
 use crate::vm::fill::FillRequest;
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// `kvmfault_fill_options.flags`: memory stays as it is when nothing is absent any more, for a VMM that goes on to discard pages and have them
+/// brought again.
+pub const KVMFAULT_FILL_KEEP_ARMED: u32 = 1 << 0;
+
+/// `kvmfault_fill_options.flags`: huge pages are not recovered at the end.
+pub const KVMFAULT_FILL_NO_COLLAPSE: u32 = 1 << 1;
+
+/// `kvmfault_fill_options.flags`: bring the working set, and leave the rest absent.
+pub const KVMFAULT_FILL_WORKING_SET_ONLY: u32 = 1 << 2;
+
+/// A background fill. Opaque. What takes it `const` may be called from any thread.
+pub struct kvmfault_fill {
+    _private: [u8; 0],
+}
+
+/// How a fill goes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmfault_fill_progress {
+    /// Set by KVMFAULT_FILL_PROGRESS_INIT; in the callback, sizeof(struct kvmfault_fill_progress) as the library knows it.
+    pub size: usize,
+    /// Pages that were absent when it began; of the fill's range, if it has one (`options.len`).
+    pub pages_total: u64,
+    /// Pages that are absent now; of the fill's range, if it has one.
+    pub pages_left: u64,
+    /// Calls of the resolver that failed. The pages are tried again.
+    pub failures: u64,
+    /// At which rate memory came since the last report, whoever brought it.
+    pub bytes_per_second: u64,
+    /// Milliseconds until nothing is absent, at this rate; -1 if that can't be told.
+    pub eta_ms: i64,
+    /// 1 when the working set is there (or none was given).
+    pub working_set_done: u32,
+    /// 1 when the fill is over, one way or another: `kvmfault_fill_wait` tells which.
+    pub ended: u32,
+    /// 1 between `kvmfault_fill_pause` and `kvmfault_fill_resume`; 0 when the fill is over.
+    pub paused: u32,
+    /// Threads of the fill that are in a call of the resolver, or on their way to one. When this is
+    /// 0 and `paused` 1, no call is under way for the fill, and none begins before
+    /// `kvmfault_fill_resume`. Pages that the resolver has announced (KVMFAULT_PENDING) may still
+    /// be on their way.
+    pub threads_calling: u32,
+}
+
+/// Told how a fill goes, every `interval_ms` and at the end, on a thread of the library. It may call what a resolver may, and the functions on
+/// fills except `_start` and `_wait`. `progress` lives during the call.
+pub type kvmfault_fill_callback =
+    Option<unsafe extern "C" fn(opaque: *mut c_void, progress: *const kvmfault_fill_progress)>;
+
+/// What `kvmfault_fill_start` needs. Start from KVMFAULT_FILL_OPTIONS_INIT; all of it is optional.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmfault_fill_options {
+    /// Set by KVMFAULT_FILL_OPTIONS_INIT.
+    pub size: usize,
+    /// Threads that call the resolver, 1 to 64; 0 means 1. They run with a nice value of 10.
+    pub threads: u32,
+    /// Most pages in the window of one resolver call, 1 to 4096; 0 means 64.
+    pub batch: u32,
+    /// A limit for all threads together; 0: none. Pages that the guest's own faults bring don't count.
+    pub bytes_per_second: u64,
+    /// NULL, or told how it goes.
+    pub progress: kvmfault_fill_callback,
+    /// First argument of the callback.
+    pub opaque: *mut c_void,
+    /// NULL, or frees `opaque`.
+    pub finalizer: kvmfault_finalizer,
+    /// Milliseconds between reports; 0 means 1000.
+    pub interval_ms: u32,
+    /// KVMFAULT_FILL_* bits.
+    pub flags: u32,
+    /// -1, or a file that `kvmfault_working_set_save` wrote: those pages come first, in the order in which they were needed. A file that is
+    /// damaged, of another version, or of a VM with other memory is refused with -EINVAL and the reason; start without it then.
+    pub working_set_fd: c_int,
+    /// Must be 0.
+    pub reserved: u32,
+    /// With `len`: the memory to fill, [gpa, gpa + len), guest physical, in bytes. The range may
+    /// span several slots, and holes between them; what is in no slot is skipped. Both are
+    /// multiples of 4096; a range that begins or ends in hugetlb memory does so between two pages
+    /// of it. An address that several address spaces have memory at is that of the first of them,
+    /// as for `kvmfault_pages_state`. It is the memory that is there when the fill starts: what
+    /// slots show later isn't added, and a slot that is deleted is left out. 0 if `len` is 0.
+    pub gpa: u64,
+    /// Length of the range; 0: all memory. Nothing outside of the range is brought, also not by the
+    /// working set (its pages outside are left out) or by what follows the vCPUs' faults. Memory
+    /// that is shown at a second address, too, may be asked for there. At the end of a fill with a
+    /// range memory stays as it is, as with KVMFAULT_FILL_KEEP_ARMED, whatever the range holds:
+    /// when the last of them is over, a fill without a range makes the memory ordinary.
+    pub len: u64,
+}
 
 impl Opaque for kvmfault_fill {
     type Inner = Arc<Fill>;
@@ -26,6 +118,7 @@ struct Reporter {
 
 // SAFETY: the header says that `progress` is called from a thread of the library, with this opaque pointer.
 unsafe impl Send for Reporter {}
+
 impl Reporter {
     fn report(&self, progress: &Progress) {
         if let Some(callback) = self.progress {
@@ -230,38 +323,4 @@ pub unsafe extern "C" fn kvmfault_fill_stop(fill: *const kvmfault_fill) -> c_int
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_fill_free(fill: *mut kvmfault_fill) {
     Handle::free("kvmfault_fill_free", fill, |fill| fill.stop());
-}
-
-/// Records which pages are needed from now on, in which order: 1 begins anew, 0 ends it and forgets. Pages that readahead brings along are taken
-/// down too, what a fill brings isn't. Each thread has room for a million faults; what comes after is left out. A fault costs a few nanoseconds more.
-///
-/// Returns 0; -EINVAL (`on`), -ENOMEM. Any thread; not from callbacks.
-///
-/// # Safety
-/// `vm` is NULL or a handle of this library.
-#[no_mangle]
-pub unsafe extern "C" fn kvmfault_working_set_record(vm: *const kvmfault_vm, on: c_int) -> c_int {
-    with("kvmfault_working_set_record", vm, |vm| {
-        not_in_callback("kvmfault_working_set_record")?;
-        if !(0..=1).contains(&on) {
-            fail!(EINVAL, "on: {on} is neither 0 nor 1");
-        }
-        vm.record_working_set(on == 1).map(|()| 0)
-    })
-}
-
-/// Writes what was recorded until now to the regular file `fd`, over what is in it, for `kvmfault_fill_options.working_set_fd` of the next restore
-/// of the same snapshot; a few bytes a fault. Recording goes on.
-///
-/// Returns 0; -ENODATA if nothing is being recorded; -EBADF, -EINVAL (`fd`), -EACCES (`fd` is not open for writing), or the errno of writing, with an incomplete file that will be refused.
-/// Any thread; not from callbacks.
-///
-/// # Safety
-/// `vm` is NULL or a handle of this library.
-#[no_mangle]
-pub unsafe extern "C" fn kvmfault_working_set_save(vm: *const kvmfault_vm, fd: c_int) -> c_int {
-    with("kvmfault_working_set_save", vm, |vm| {
-        not_in_callback("kvmfault_working_set_save")?;
-        vm.save_working_set(fd).map(|()| 0)
-    })
 }

@@ -1,7 +1,7 @@
 //! The VMM's finalizers: called once, when nothing of the library uses `opaque` any more, and not at all where the call that would have made the object
 //! failed.
 
-use super::types::kvmfault_finalizer;
+use super::resolver::kvmfault_finalizer;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
 use std::sync::Arc;

@@ -1,11 +1,35 @@
-//! What the VMM does with pages.
+//! Pages.
 
 use super::boundary::{not_in_callback, with, with_wide};
-use super::types::*;
+use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::ADDRESSES;
 use crate::memory::install::Source;
 use std::ffi::{c_int, c_void};
+
+/// The page was never installed (or was discarded): the next access calls the resolver.
+pub const KVMFAULT_PAGE_ABSENT: c_int = 0;
+
+/// One caller is bringing the page; others wait for it.
+pub const KVMFAULT_PAGE_RESOLVING: c_int = 1;
+
+/// The page's bytes are in place and visible.
+pub const KVMFAULT_PAGE_PRESENT: c_int = 2;
+
+/// The page can't be had; whoever touches it gets a memory error.
+pub const KVMFAULT_PAGE_LOST: c_int = 3;
+
+/// For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_ABSENT.
+pub const KVMFAULT_STATE_ABSENT: u32 = 1 << 0;
+
+/// For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_RESOLVING.
+pub const KVMFAULT_STATE_RESOLVING: u32 = 1 << 1;
+
+/// For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_PRESENT.
+pub const KVMFAULT_STATE_PRESENT: u32 = 1 << 2;
+
+/// For `kvmfault_pages_bitmap`: pages in KVMFAULT_PAGE_LOST.
+pub const KVMFAULT_STATE_LOST: u32 = 1 << 3;
 
 /// Installs pages by copying `len` bytes from `src`: the guest, this process and whoever waits see them at once. Pages that are present
 /// already are skipped and keep their bytes (so a range may overlap with what others install). What is in the place of an absent page is

@@ -1,14 +1,55 @@
-//! What works here.
+//! Probe: what works here.
 
 use super::boundary::{enter, not_in_callback};
 use super::structs::Out;
-use super::types::*;
 use crate::error::{fail, Result};
 use crate::kernel::kvm::{Descriptor, Role};
 use crate::kernel::mem::Kind;
 use crate::mechanism::{kvm_itself::two_dimensional_paging, report::Report, MECHANISMS};
 use std::ffi::{c_char, c_int};
 use std::os::fd::RawFd;
+
+/// What the mechanism is chosen by (`kvmfault_vm_options.mechanism`) and what `kvmfault_vm_mechanism` returns.
+/// AUTO takes, for each memslot, the first of the others that works for it, in this order.
+pub const KVMFAULT_MECHANISM_AUTO: c_int = 0;
+
+/// A KVM memslot flag makes KVM_RUN exit with the faulting address. Needs a kernel that carries one of the revisions of the flag.
+pub const KVMFAULT_MECHANISM_MEMSLOT_FLAG: c_int = 1;
+
+/// UFFDIO_POISON markers make KVM send SIGBUS to the vCPU thread. Any Linux from 6.6.
+pub const KVMFAULT_MECHANISM_POISON_TRAP: c_int = 2;
+
+/// Classic userfaultfd: reader threads of the library serve the faults. Any Linux from 4.11.
+pub const KVMFAULT_MECHANISM_USERFAULTFD: c_int = 3;
+
+/// `kvmfault_probe.mechanisms_*`: bit (1 << KVMFAULT_MECHANISM_x) is set where x works.
+pub const KVMFAULT_PROBE_ABI_LEN: usize = 32;
+
+/// Which mechanisms work here. Start from KVMFAULT_PROBE_INIT.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmfault_probe {
+    /// Set by KVMFAULT_PROBE_INIT.
+    pub size: usize,
+    /// Bit (1 << KVMFAULT_MECHANISM_x) is set where x works for private anonymous memory (for `poison-trap`:
+    /// with KVMFAULT_MEMSLOT_VCPU_ONLY).
+    pub mechanisms_anon: u32,
+    /// The same for shared memory.
+    pub mechanisms_shared: u32,
+    /// The same for shared hugetlb memory.
+    pub mechanisms_hugetlb: u32,
+    /// Always 0.
+    pub reserved: u32,
+    /// UFFD_FEATURE_* bits that this process can have; 0 if it can't open a userfaultfd.
+    pub uffd_features: u64,
+    /// The ABI of the memslot flag that was proven in a scratch VM, or an empty string.
+    pub abi: [c_char; KVMFAULT_PROBE_ABI_LEN],
+    /// 1 if KVM_PRE_FAULT_MEMORY is there.
+    pub pre_fault_memory: u32,
+    /// 1 if KVM maps guest memory by two-dimensional paging (EPT, NPT) as far as can be told, 0 if it shadows page tables: then
+    /// KVM reads the guest's page tables itself, and with `poison-trap` they must be present before the guest uses them.
+    pub two_dimensional_paging: u32,
+}
 
 fn report(kvm_fd: RawFd) -> Result<Report> {
     not_in_callback("probing")?;

@@ -1,12 +1,32 @@
-//! The built-in resolver: guest memory in a snapshot file.
+//! File source: the built-in resolver, for guest memory in a snapshot file.
 
 use super::boundary::{clear_out, enter, put, with, Handle, Opaque};
+use super::resolver::{kvmfault_fault, KVMFAULT_RESOLVED};
 use super::structs;
-use super::types::*;
+use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::PAGE;
 use crate::resolve::file_source::{Bytes, FileRange, FileSource};
 use std::ffi::{c_int, c_void};
+
+/// The built-in resolver's state: a snapshot file. Opaque.
+pub struct kvmfault_file_source {
+    _private: [u8; 0],
+}
+
+/// Where a range of guest memory lies in the snapshot file. Start from KVMFAULT_FILE_RANGE_INIT.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmfault_file_range {
+    /// Set by KVMFAULT_FILE_RANGE_INIT.
+    pub size: usize,
+    /// Guest physical address, 4096-aligned.
+    pub gpa: u64,
+    /// Length in bytes, 4096-aligned.
+    pub len: u64,
+    /// Where it begins in the file, 4096-aligned.
+    pub offset: u64,
+}
 
 impl Opaque for kvmfault_file_source {
     type Inner = FileSource;

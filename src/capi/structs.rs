@@ -1,6 +1,13 @@
 //! Structures from C, by the size that they state: read once, and no further than that; a shorter one ends where a field ends.
 
-use super::types::*;
+use super::fill::{kvmfault_fill_options, kvmfault_fill_progress};
+use super::memslots::{kvmfault_memslot, kvmfault_region};
+use super::probe::kvmfault_probe;
+use super::resolver::kvmfault_fault;
+use super::source::kvmfault_file_range;
+use super::stats::kvmfault_stats;
+use super::vcpu::{kvmfault_memory_error_info, kvmfault_vcpu_options};
+use super::vm::kvmfault_vm_options;
 use crate::error::{fail, Error, Result};
 
 /// A structure that begins with `size_t size`.

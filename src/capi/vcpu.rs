@@ -2,14 +2,85 @@
 
 use super::boundary::{clear_out, enter, not_in_callback, put, with, Handle, Opaque};
 use super::structs::{self, Out};
-use super::types::*;
-use super::vm::stats_of;
+use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::kvm::Run;
 use crate::vcpu::{Exit, Options, Sigbus, Vcpu};
 use std::ffi::{c_int, c_void};
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
+
+/// `kvmfault_vcpu_options.sigbus`: SIGBUS and the kick signal are blocked in the vCPU's thread and let through only inside
+/// KVM_RUN (KVM_SET_SIGNAL_MASK), where they end the run and are fetched with sigtimedwait(2). No signal handler is needed.
+pub const KVMFAULT_SIGBUS_BY_MASK: c_int = 0;
+
+/// `kvmfault_vcpu_options.sigbus`: the VMM has a SIGBUS handler that calls `kvmfault_vcpu_on_sigbus`, and a handler
+/// (doing nothing is enough) for the kick signal. Neither may be blocked in the vCPU's thread.
+///
+/// kvm_run->immediate_exit is then shared: the library has bit 1 (the value 2) for its own kicks, and a VMM that kicks by itself writes 1. It may write
+/// 0 at any time before `kvmfault_vcpu_run` or `kvmfault_vcpu_resume`, which set the library's bit again where it is due; between one of these and
+/// KVM_RUN, or with a loop of its own without KVMFAULT_VCPU_RESUMES, it clears bit 0 only.
+pub const KVMFAULT_SIGBUS_BY_HANDLER: c_int = 1;
+
+/// `kvmfault_vcpu_options.flags`: the VMM has its own loop and calls `kvmfault_vcpu_resume` before each KVM_RUN.
+pub const KVMFAULT_VCPU_RESUMES: u32 = 1 << 0;
+
+/// A vCPU of such a VM. Opaque. `run` and `handle_exit` belong to the vCPU's thread; what takes it `const` may be called
+/// from any thread.
+pub struct kvmfault_vcpu {
+    _private: [u8; 0],
+}
+
+/// What `kvmfault_vcpu_new` needs. Start from KVMFAULT_VCPU_OPTIONS_INIT.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmfault_vcpu_options {
+    /// Set by KVMFAULT_VCPU_OPTIONS_INIT.
+    pub size: usize,
+    /// The vCPU (KVM_CREATE_VCPU). Duplicated.
+    pub fd: c_int,
+    /// KVMFAULT_SIGBUS_BY_MASK or KVMFAULT_SIGBUS_BY_HANDLER.
+    pub sigbus: c_int,
+    /// The vCPU's struct kvm_run, mapped by the VMM for as long as the handle lives; NULL: the library maps it.
+    pub run: *mut c_void,
+    /// The signal that `kvmfault_vcpu_kick` sends to the vCPU's thread; the library's alone in that thread.
+    /// 0 means SIGURG (by mask); by handler it must be given, and the handler runs for the library's own purposes too, so that system calls
+    /// of the thread may end with EINTR without a kick (SA_RESTART avoids that). It shouldn't set `immediate_exit`.
+    pub kick_signal: c_int,
+    /// KVMFAULT_VCPU_* bits.
+    pub flags: u32,
+}
+
+/// What `kvmfault_vcpu_handle_exit` returns: the exit was the library's; call KVM_RUN again.
+pub const KVMFAULT_HANDLED: c_int = 0;
+
+/// The exit is the VMM's: look at kvm_run (or at KVM_RUN's errno) as if the library were not there.
+pub const KVMFAULT_PASS: c_int = 1;
+
+/// A kick or a signal ended the run; kvm_run holds no exit.
+pub const KVMFAULT_INTERRUPTED: c_int = 2;
+
+/// The guest touched memory that is lost (KVMFAULT_LOST) or broken (hardware): `kvmfault_vcpu_memory_error` tells which.
+pub const KVMFAULT_MEMORY_ERROR: c_int = 3;
+
+/// The memory error that ended a run with KVMFAULT_MEMORY_ERROR. Start from KVMFAULT_MEMORY_ERROR_INFO_INIT.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmfault_memory_error_info {
+    /// Set by KVMFAULT_MEMORY_ERROR_INFO_INIT.
+    pub size: usize,
+    /// Guest physical address, or UINT64_MAX if the address lies in no memslot of the library, or (lost pages before Linux 6.6, more than
+    /// one) is not known.
+    pub gpa: u64,
+    /// The address in this process.
+    pub hva: *mut c_void,
+    /// Bytes concerned: the page.
+    pub len: u64,
+    /// 1: the page is LOST, as the VMM said. 0: the kernel reported a broken page (hwpoison) that was PRESENT.
+    pub lost: c_int,
+    /// Always 0.
+    pub reserved: u32,
+}
 
 impl Opaque for kvmfault_vcpu {
     type Inner = Vcpu;
@@ -260,19 +331,6 @@ pub unsafe extern "C" fn kvmfault_vcpu_memory_error(
             reserved: 0,
         };
         out.write(&c);
-        Ok(0)
-    })
-}
-
-/// The counters of a vCPU. Any thread, also in callbacks; -EINVAL for a bad `stats`.
-///
-/// # Safety
-/// The pointers are NULL or valid.
-#[no_mangle]
-pub unsafe extern "C" fn kvmfault_vcpu_stats(vcpu: *const kvmfault_vcpu, stats: *mut kvmfault_stats) -> c_int {
-    with("kvmfault_vcpu_stats", vcpu, |vcpu| {
-        let out = Out::new(stats, "stats")?;
-        out.write(&stats_of(&vcpu.seat().stats));
         Ok(0)
     })
 }

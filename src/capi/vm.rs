@@ -1,20 +1,99 @@
-//! VMs, slots and the VM's counters.
+//! VM.
 
 use super::boundary::{clear_out, enter, not_in_callback, put, with, with_wide, Handle, Opaque};
 use super::finalizer::Finalizer;
-use super::structs::{self, Out};
-use super::types::*;
+use super::resolver::*;
+use super::structs;
 use crate::error::{fail, Result};
 use crate::mechanism;
 use crate::resolve::{Answer, Fault, Origin, Resolver};
-use crate::stats::Stats;
-use crate::vm::memslots::{MemoryKind, SlotRequest};
 use crate::vm::{Options, Vm};
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicPtr, Ordering::SeqCst};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// `kvmfault_vm_options.flags`: after serving a vCPU's fault, call KVM_PRE_FAULT_MEMORY (Linux 6.11, x86 with EPT or NPT) for the page and for
+/// what the resolver installed behind it in the readahead window: one system call instead of a guest exit a page.
+///
+/// Only for a VMM that changes no memslot of the VM (through the library or by itself) while a vCPU with absent pages runs: all kernels
+/// to 7.3 may then retry inside that call without end, and with it the change of memslots waits.
+pub const KVMFAULT_VM_PRE_FAULT: u64 = 1 << 0;
+
+/// `kvmfault_vm_options.flags`: the VMM has a userfaultfd of its own on its memory and serves all faults there with it, as QEMU's post-copy
+/// does; the library serves vCPUs only, and spares them that way. It registers, installs and drops nothing in the VMM's mappings, has no reader
+/// threads, and learns from the VMM what is there: `kvmfault_pages_missing`, `kvmfault_pages_arrived`. Memory that no mechanism can take
+/// away from userfaultfd (private memory with `poison-trap`) is refused with -EOPNOTSUPP: leave its slots as they are, and the VMM's
+/// userfaultfd serves vCPUs there too. `kvmfault_vm_new` fails with -EOPNOTSUPP where this is so of all memory.
+///
+/// The resolver asks for the page and returns KVMFAULT_PENDING (or calls `kvmfault_pages_arrived` and returns KVMFAULT_RESOLVED).
+/// `kvmfault_memslot_set_fast_only(vm, slot, 0)`, for each slot, is the end of it: with `poison-trap` it needs all pages there.
+pub const KVMFAULT_VM_EXTERNAL_UFFD: u64 = 1 << 1;
+
+/// `kvmfault_vm_options.flags`: areas that a guest names while it runs come too. A guest tells KVM by MSRs (0x4b564d00 to 0x4b564d04) where to write
+/// the wall clock, kvmclock, steal time, async page faults and PV EOI; with `poison-trap` KVM's write fails quietly on an absent page, and the
+/// guest reads old time. That can be when a guest that was restored brings a CPU online or wakes from suspend, and has not touched the page since.
+///
+/// With this flag, and where `poison-trap` is in use, the library sets the VM's MSR filter (KVM_X86_SET_MSR_FILTER, with
+/// KVM_CAP_X86_USER_SPACE_MSR) for writes to those, and `kvmfault_vcpu_run` and `kvmfault_vcpu_handle_exit` serve the exits (KVM_EXIT_X86_WRMSR):
+/// they bring the page and set the MSR. `kvmfault_vm_free` takes the filter away. For a VMM with no MSR filter of its own, which KVM would forget; one
+/// that has one adds those MSRs, and at such an exit calls `kvmfault_vcpu_resolve` for the area, and KVM_SET_MSRS. Linux 5.10.
+///
+/// Setting it, and taking it away, waits as a change of memslots does for a vCPU that sleeps in KVM for a page which only a userfaultfd of the
+/// VMM's own brings.
+pub const KVMFAULT_VM_FILTER_MSRS: u64 = 1 << 2;
+
+/// `kvmfault_vm_enable`: KVM's memory-fault exits, by whatever way the kernel's ABI enables them.
+pub const KVMFAULT_CAP_FAULT_EXITS: u64 = 1 << 0;
+
+/// A VM whose memory the library looks after. Opaque. Functions that take it `const` may be called from any thread at any
+/// time, also concurrently.
+pub struct kvmfault_vm {
+    _private: [u8; 0],
+}
+
+/// What `kvmfault_vm_new` needs. Start from KVMFAULT_VM_OPTIONS_INIT.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct kvmfault_vm_options {
+    /// Set by KVMFAULT_VM_OPTIONS_INIT.
+    pub size: usize,
+    /// An open /dev/kvm. Duplicated, like the other descriptors: the VMM may close its own at any time.
+    pub kvm_fd: c_int,
+    /// The VM (KVM_CREATE_VM). The duplicate keeps the VM alive until `kvmfault_vm_free`.
+    pub vm_fd: c_int,
+    /// KVMFAULT_MECHANISM_*. Anything but AUTO is forced: `kvmfault_vm_new` or `kvmfault_memslot_set` fails with
+    /// -EOPNOTSUPP, and the reason in `kvmfault_last_error`, where it can't work.
+    pub mechanism: c_int,
+    /// -1: the library opens a userfaultfd. Or an open /dev/userfaultfd (Linux 6.1), which another process may have passed: one is made from it. Or a
+    /// userfaultfd that this process opened, before it gave up the privileges for it: one of another process, or of before a fork, can't work, as it
+    /// serves the memory of its creator. Its UFFDIO_API may have been done (without events, and without UFFD_FEATURE_SIGBUS) or not. O_NONBLOCK is set on it.
+    pub uffd: c_int,
+    /// NULL, or the name of an ABI of the memslot flag ("v2", "v3", "v4", "v7", "userfault-v3") to use without asking
+    /// KVM_CHECK_EXTENSION, for a kernel with numbers of its own. It is still proven in a scratch VM:
+    /// -EOPNOTSUPP where the kernel doesn't behave so.
+    pub abi: *const c_char,
+    /// Called for every page that is needed and absent. Required.
+    pub resolver: kvmfault_resolver,
+    /// First argument of the callbacks.
+    pub opaque: *mut c_void,
+    /// NULL, or frees `opaque`. If `kvmfault_vm_new` fails it is not called: `opaque` is still the caller's.
+    pub finalizer: kvmfault_finalizer,
+    /// NULL, or see `kvmfault_written`.
+    pub written: kvmfault_written,
+    /// Threads that read the userfaultfd, 1 to 64; 0 means 1 (2 for a forced `userfaultfd` mechanism). 0 with KVMFAULT_VM_EXTERNAL_UFFD, which has
+    /// no such threads (else -EINVAL).
+    pub reader_threads: u32,
+    /// Readahead: so many pages, 1 to 4096, may be in the window of one resolver call; 0 means 1, no readahead. The window adapts itself, for each vCPU:
+    /// faults in a row, up or down, get 4 pages, then 8, and so on up to this; faults without a pattern get their page and nothing more. Where
+    /// faults are a constant step apart the resolver is called, on the same thread, for the pages that will follow as well (with
+    /// KVMFAULT_ORIGIN_PREFETCH, and for 200 us at most unless it answers KVMFAULT_PENDING). 64 is a good value for memory and files, more where a
+    /// call is slow.
+    pub readahead: u32,
+    /// KVMFAULT_VM_* bits.
+    pub flags: u64,
+}
 
 impl Opaque for kvmfault_vm {
     type Inner = Vm;
@@ -42,6 +121,7 @@ struct Callbacks {
 
 // SAFETY: the header says that the callbacks are called from several threads, with this opaque pointer.
 unsafe impl Send for Callbacks {}
+
 // SAFETY: as above.
 unsafe impl Sync for Callbacks {}
 
@@ -262,198 +342,4 @@ pub unsafe extern "C" fn kvmfault_vm_enable(vm: *const kvmfault_vm, caps: u64) -
         }
         vm.enable_fault_exits().map(|()| 0)
     })
-}
-
-/// Creates, moves or deletes (`len` 0) a memslot, and tells KVM (KVM_SET_USER_MEMORY_REGION or _REGION2). All its pages are absent at
-/// the start, unless KVMFAULT_MEMSLOT_PRESENT is given or the memory is known from another slot. What shared memory holds all the same
-/// (preallocated, used before) nobody sees until `kvmfault_pages_map` shows it; `kvmfault_pages_install` replaces it.
-///
-/// Threads may touch the memory while this is under way: they wait for their pages as ever, and the resolver may be called for these before this
-/// has returned.
-///
-/// KVM's ioctl waits for each vCPU that is in the middle of a fault inside KVM_RUN, also of one
-/// that sleeps there for a page (`userfaultfd`; a slot whose fast path is off). So that this call,
-/// deleting and `kvmfault_memslot_set_fast_only` don't wait for the source of the page, the vCPUs
-/// are made to leave KVM_RUN for a moment when the ioctl has taken 10 ms: by their kick signal,
-/// which is no kick and which the VMM doesn't see (see `kvmfault_vcpu_options.kick_signal`). Two
-/// limits. Before Linux 6.2, and wherever the vCPU sleeps in a copy that KVM makes (an instruction
-/// that it emulates: all of CPL 0 on a KVM without hardware virtualisation), the call waits until
-/// the page is brought or lost; in such a copy the vCPU's thread uses a CPU meanwhile. And a VMM
-/// that does the ioctl itself (`kvmfault_memslot_prepare`) waits likewise: it kicks its vCPUs and
-/// keeps them out of KVM_RUN until the ioctl has returned, or does the ioctl on a thread that may
-/// wait.
-///
-/// On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that no other slot shows becomes ordinary
-/// memory again, in which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP).
-///
-/// Private memory of a deleted slot can be set again when it has been dropped (MADV_DONTNEED) and no
-/// thread touches it until this has returned. A thread that waited for a page of the deleted slot
-/// goes on after the deleting call has returned: what it reads then is a page of zeros, which is
-/// content (-EEXIST). So wait for such threads before the memory is dropped.
-///
-/// Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another slot, or there is content already that
-/// can't be hidden: in private memory, in memory that is locked, and in any before Linux 5.14), -EFAULT and -EACCES (hva isn't mapped, or
-/// not readable and writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd), -ENOENT (deleting what
-/// is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory), -ESHUTDOWN (the VM was freed meanwhile), the errno of reader
-/// threads that can't read (see `kvmfault_vm_new`), or KVM's errno. Any thread; calls take turns; not from callbacks.
-///
-/// # Safety
-/// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.
-#[no_mangle]
-pub unsafe extern "C" fn kvmfault_memslot_set(vm: *const kvmfault_vm, slot: *const kvmfault_memslot) -> c_int {
-    with("kvmfault_memslot_set", vm, |vm| {
-        not_in_callback("kvmfault_memslot_set")?;
-        let request = request(&structs::read(slot, "slot")?)?;
-        vm.memslot_set(&request).map(|()| 0)
-    })
-}
-
-/// The same for a VMM that does its own ioctl: registers the slot and fills in *region with what KVM is to be told. From then on the
-/// library takes the slot for set. To delete (also before a slot is set anew on other memory): first KVM, then this with `len` 0. If the VMM's ioctl fails, undo with `len` 0.
-///
-/// Errors as `kvmfault_memslot_set`. Any thread; calls take turns; not from callbacks.
-///
-/// # Safety
-/// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.
-#[no_mangle]
-pub unsafe extern "C" fn kvmfault_memslot_prepare(
-    vm: *const kvmfault_vm,
-    slot: *const kvmfault_memslot,
-    region: *mut kvmfault_region,
-) -> c_int {
-    with("kvmfault_memslot_prepare", vm, |vm| {
-        not_in_callback("kvmfault_memslot_prepare")?;
-        let out = Out::new(region, "region")?;
-        let request = request(&structs::read(slot, "slot")?)?;
-        let told = vm.memslot_prepare(&request)?;
-        let c = kvmfault_region {
-            size: 0,
-            ioctl_version: told.version,
-            slot: told.slot,
-            flags: told.flags,
-            reserved: 0,
-            guest_phys_addr: told.gpa,
-            memory_size: told.len,
-            userspace_addr: told.hva,
-            userfault_bitmap: told.bitmap,
-        };
-        out.write(&c);
-        Ok(0)
-    })
-}
-
-fn request(slot: &kvmfault_memslot) -> Result<SlotRequest> {
-    let known = KVMFAULT_MEMSLOT_VCPU_ONLY | KVMFAULT_MEMSLOT_PRESENT | KVMFAULT_MEMSLOT_KEEP | KVMFAULT_MEMSLOT_SLOW;
-    if slot.flags & !known != 0 {
-        fail!(EINVAL, "slot.flags: {:#x} has unknown bits", slot.flags);
-    }
-    if slot.reserved != 0 {
-        fail!(EINVAL, "slot.reserved: is not 0");
-    }
-    let memory = match slot.memory {
-        KVMFAULT_MEMORY_AUTO => MemoryKind::Auto,
-        KVMFAULT_MEMORY_ANON => MemoryKind::Anon,
-        KVMFAULT_MEMORY_SHARED => MemoryKind::Shared,
-        KVMFAULT_MEMORY_HUGETLB => MemoryKind::Hugetlb,
-        other => fail!(EINVAL, "slot.memory: {other} is not a KVMFAULT_MEMORY_*"),
-    };
-    if slot.block_hva.is_null() != (slot.block_len == 0) {
-        fail!(EINVAL, "slot.block_len: block_hva and block_len must be given together");
-    }
-    Ok(SlotRequest {
-        slot: slot.slot,
-        kvm_flags: slot.kvm_flags,
-        gpa: slot.gpa,
-        len: slot.len,
-        hva: slot.hva as u64,
-        block: (!slot.block_hva.is_null()).then_some((slot.block_hva as u64, slot.block_len)),
-        memory,
-        file: (slot.fd != -1).then_some((slot.fd, slot.fd_offset)),
-        vcpu_only: slot.flags & KVMFAULT_MEMSLOT_VCPU_ONLY != 0,
-        present: slot.flags & KVMFAULT_MEMSLOT_PRESENT != 0,
-        keep: slot.flags & KVMFAULT_MEMSLOT_KEEP != 0,
-        slow: slot.flags & KVMFAULT_MEMSLOT_SLOW != 0,
-    })
-}
-
-/// Turns the fast path of a slot on (1) or off (0) while vCPUs run, as post-copy does when it begins and ends. Off, absent pages are still
-/// brought, by classic userfaultfd. `slot` is KVM's number (address space in bits 16-31). With the mechanism `userfaultfd` there is no
-/// fast path, and this does nothing.
-///
-/// With KVMFAULT_VM_EXTERNAL_UFFD, off is the end of a post-copy: when this has returned 0, no thread is in a resolver call any more for a page of
-/// the slot's memory that is there (one may have been on its way while the last pages came); if all are, what the resolver looks at can be put
-/// away. So don't hold a lock that the resolver takes. -EBUSY: a page is missing (`poison-trap` only), or such a call has not returned for ten
-/// seconds (the fast path is off then; call again).
-///
-/// A vCPU that sleeps for a page doesn't hold it up, with the limits that `kvmfault_memslot_set`
-/// names.
-///
-/// Errors: -ENOENT (no such slot), -EINVAL (`on`), or KVM's errno. Any thread; calls take turns; not from callbacks.
-///
-/// # Safety
-/// `vm` is NULL or a handle of this library.
-#[no_mangle]
-pub unsafe extern "C" fn kvmfault_memslot_set_fast_only(vm: *const kvmfault_vm, slot: u32, on: c_int) -> c_int {
-    with("kvmfault_memslot_set_fast_only", vm, |vm| {
-        not_in_callback("kvmfault_memslot_set_fast_only")?;
-        if !(0..=1).contains(&on) {
-            fail!(EINVAL, "on: {on} is neither 0 nor 1");
-        }
-        vm.memslot_set_fast_only(slot, on == 1).map(|()| 0)
-    })
-}
-
-/// The mechanism of one slot: KVMFAULT_MECHANISM_*, or -ENOENT. Any thread.
-///
-/// # Safety
-/// `vm` is NULL or a handle of this library.
-#[no_mangle]
-pub unsafe extern "C" fn kvmfault_memslot_mechanism(vm: *const kvmfault_vm, slot: u32) -> c_int {
-    with("kvmfault_memslot_mechanism", vm, |vm| Ok(vm.slot_mechanism(slot)?.number()))
-}
-
-/// The counters of a VM: the sum over its vCPUs, its reader threads, and calls from outside. Any thread, also in callbacks; -EINVAL for a
-/// bad `stats`.
-///
-/// # Safety
-/// The pointers are NULL or valid.
-#[no_mangle]
-pub unsafe extern "C" fn kvmfault_vm_stats(vm: *const kvmfault_vm, stats: *mut kvmfault_stats) -> c_int {
-    with("kvmfault_vm_stats", vm, |vm| {
-        let out = Out::new(stats, "stats")?;
-        out.write(&stats_of(&vm.stats()));
-        Ok(0)
-    })
-}
-
-/// Counters as C sees them.
-pub fn stats_of(stats: &Stats) -> kvmfault_stats {
-    kvmfault_stats {
-        size: 0,
-        faults_vcpu: stats.faults_vcpu.get(),
-        faults_host: stats.faults_host.get(),
-        faults_prefetch: stats.faults_prefetch.get(),
-        resolver_calls: stats.resolver_calls.get(),
-        outcome_resolved: stats.outcome_resolved.get(),
-        outcome_waited: stats.outcome_waited.get(),
-        outcome_mapped: stats.outcome_mapped.get(),
-        outcome_lost: stats.outcome_lost.get(),
-        outcome_failed: stats.outcome_failed.get(),
-        outcome_interrupted: stats.outcome_interrupted.get(),
-        outcome_retried: stats.outcome_retried.get(),
-        pages_copied: stats.pages_copied.get(),
-        pages_zeroed: stats.pages_zeroed.get(),
-        pages_mapped: stats.pages_mapped.get(),
-        pages_discarded: stats.pages_discarded.get(),
-        retries_again: stats.retries_again.get(),
-        retries_exist: stats.retries_exist.get(),
-        mmio_reads: stats.mmio_reads.get(),
-        mmio_writes: stats.mmio_writes.get(),
-        kicks: stats.kicks.get(),
-        latency_us_log2: std::array::from_fn(|n| stats.latency[n].get()),
-        ahead_asked: stats.ahead_asked.get(),
-        ahead_failed: stats.ahead_failed.get(),
-        pages_empty: stats.pages_empty.get(),
-        pages_given_back: stats.pages_given_back.get(),
-    }
 }
