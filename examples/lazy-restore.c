@@ -3,11 +3,12 @@
  * Lazy restore, the example to start from: a VM runs at once, and its memory comes from a snapshot file page by page, as the
  * guest touches it. The guest checks every page and measures how long each first touch takes.
  *
- *   cc lazy-restore.c restore-options.c options.c tiny-vm.c guest.c guest.S $(pkg-config --cflags --libs kvmfault) -pthread -o lazy-restore
+ *   cc lazy-restore.c restore-options.c options.c clock.c tiny-vm.c guest.c guest.S $(pkg-config --cflags --libs kvmfault) -pthread -o lazy-restore
  *
  * What a VMM needs of libkvmfault is in restore() and run_vcpu().
  */
 #define _GNU_SOURCE
+#include "clock.h"
 #include "guest.h"
 #include "restore-options.h"
 #include "tiny-vm.h"
@@ -23,7 +24,6 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #define RAM_SLOT 1
@@ -97,13 +97,6 @@ static void *run_vcpu(void *arg)
 }
 
 /* ---- one restore ---- */
-
-static double now(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec + t.tv_nsec * 1e-9;
-}
 
 struct progress {
 	const struct kvmfault_vm *memory;
@@ -210,13 +203,13 @@ static void restore(const struct options *o, const struct mechanism *mechanism, 
 	struct progress progress = { .memory = memory, .pages = pages };
 	bool terminal = isatty(2) && !pthread_create(&progress_thread, NULL, show_progress, &progress);
 	pthread_barrier_wait(&start);
-	double began = now();
+	double began = seconds_now();
 	result->verified = true;
 	for (unsigned i = 0; i < o->vcpus; i++) {
 		pthread_join(vcpus[i].thread, NULL);
 		result->verified &= vcpus[i].right;
 	}
-	result->seconds = now() - began;
+	result->seconds = seconds_now() - began;
 	progress.done = true;
 	if (terminal)
 		pthread_join(progress_thread, NULL);
@@ -228,7 +221,7 @@ static void restore(const struct options *o, const struct mechanism *mechanism, 
 	if (kvmfault_vm_stats(memory, &stats))
 		die(0, "%s", kvmfault_last_error());
 	qsort(ticks, pages, sizeof(*ticks), compare);
-	double microsecond = tiny_vcpu_tsc_khz(&vcpus[0].tiny) / 1000.0;
+	double microsecond = ticks_per_microsecond();
 	result->mechanism = mechanism->name;
 	result->cpl = cpl;
 	result->vcpus = o->vcpus;

@@ -4,11 +4,12 @@
  * killed; another one takes its place, and the guest goes on. The guest checks every page; a thread of the VMM reads guest memory meanwhile, as
  * a device would.
  *
- *   cc page-server.c page-source.c page-stream.c options.c tiny-vm.c guest.c guest.S $(pkg-config --cflags --libs kvmfault) -pthread -o page-server
+ *   cc page-server.c page-source.c page-stream.c options.c clock.c tiny-vm.c guest.c guest.S $(pkg-config --cflags --libs kvmfault) -pthread -o page-server
  *
  * Begin with page-source.c, the VMM's end of the socket: that is where the library is used in another way than in lazy-restore.c.
  */
 #define _GNU_SOURCE
+#include "clock.h"
 #include "guest.h"
 #include "options.h"
 #include "page-source.h"

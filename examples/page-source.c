@@ -11,6 +11,7 @@
  * nothing but a pause.
  */
 #define _GNU_SOURCE
+#include "clock.h"
 #include "page-source.h"
 #include "page-stream.h"
 #include "tiny-vm.h"
@@ -18,18 +19,10 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 /* How long to look for a server before the guest's pages are given up. */
 #define GIVE_UP_AFTER 30.0
-
-double seconds_now(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec + t.tv_nsec * 1e-9;
-}
 
 int page_source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {

@@ -40,6 +40,4 @@ void page_source_start(struct page_source *source, struct kvmfault_vm *vm);
 /* Before kvmfault_vm_free: no page is installed any more when this returns. */
 void page_source_stop(struct page_source *source);
 
-double seconds_now(void);
-
 #endif

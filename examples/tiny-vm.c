@@ -10,9 +10,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
-#include <x86intrin.h>
 
 #define PAGE_TABLES 0x1000ul
 #define SHARED 0x20000ul
@@ -142,21 +140,4 @@ void tiny_vcpu_destroy(struct tiny_vcpu *vcpu)
 {
 	munmap(vcpu->run, vcpu->run_size);
 	close(vcpu->fd);
-}
-
-uint64_t tiny_vcpu_tsc_khz(const struct tiny_vcpu *vcpu)
-{
-	int khz = ioctl(vcpu->fd, KVM_GET_TSC_KHZ, 0);
-	if (khz > 0)
-		return khz;
-
-	/* Not all KVMs tell. The guest's counter runs as fast as ours. */
-	struct timespec start, now;
-	uint64_t nanoseconds, ticks = __rdtsc();
-	clock_gettime(CLOCK_MONOTONIC, &start);
-	do {
-		clock_gettime(CLOCK_MONOTONIC, &now);
-		nanoseconds = (now.tv_sec - start.tv_sec) * 1000000000ull + now.tv_nsec - start.tv_nsec;
-	} while (nanoseconds < 50000000);
-	return (__rdtsc() - ticks) * 1000000 / nanoseconds;
 }

@@ -49,7 +49,4 @@ void *tiny_vm_share(struct tiny_vm *vm, uint64_t size, uint64_t *guest_address);
 void tiny_vcpu_create(const struct tiny_vm *vm, int number, int cpl, struct kvm_regs *regs, struct tiny_vcpu *vcpu);
 void tiny_vcpu_destroy(struct tiny_vcpu *vcpu);
 
-/* Ticks of the guest's time stamp counter in a millisecond. */
-uint64_t tiny_vcpu_tsc_khz(const struct tiny_vcpu *vcpu);
-
 #endif
