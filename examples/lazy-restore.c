@@ -3,15 +3,16 @@
  * Lazy restore, the example to start from: a VM runs at once, and its memory comes from a snapshot file page by page, as the
  * guest touches it. The guest checks every page and measures how long each first touch takes.
  *
- *   cc lazy-restore.c restore-options.c options.c clock.c tiny-vm.c guest.c guest.S $(pkg-config --cflags --libs kvmfault) -pthread -o lazy-restore
+ *   cc lazy-restore.c restore-options.c options.c vcpu-threads.c clock.c tiny-vm.c guest.c guest.S \
+ *      $(pkg-config --cflags --libs kvmfault) -pthread -o lazy-restore
  *
- * What a VMM needs of libkvmfault is in restore() and run_vcpu().
+ * What a VMM needs of libkvmfault is in restore() here, and in run_vcpu() of vcpu-threads.c.
  */
 #define _GNU_SOURCE
 #include "clock.h"
 #include "guest.h"
 #include "restore-options.h"
-#include "tiny-vm.h"
+#include "vcpu-threads.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -24,6 +25,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #define RAM_SLOT 1
@@ -49,51 +51,6 @@ static int write_snapshot(uint64_t size)
 			die(errno, "writing the snapshot (TMPDIR names a directory with more room)");
 	}
 	return fd;
-}
-
-/* ---- a vCPU ---- */
-
-struct vcpu {
-	struct tiny_vcpu tiny;
-	struct kvmfault_vm *memory;
-	pthread_barrier_t *start;
-	pthread_t thread;
-	int number;
-	bool right; /* the guest found every page as it should be */
-};
-
-static void *run_vcpu(void *arg)
-{
-	struct vcpu *v = arg;
-	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
-	struct kvmfault_vcpu *handle;
-
-	/* On the thread that will run it: by default the library blocks SIGBUS in this thread, and lets it end KVM_RUN only. */
-	options.fd = v->tiny.fd;
-	options.run = v->tiny.run;
-	if (kvmfault_vcpu_new(v->memory, &options, &handle))
-		die(0, "vCPU %d: %s", v->number, kvmfault_last_error());
-	pthread_barrier_wait(v->start);
-
-	for (;;) {
-		/* Instead of ioctl(fd, KVM_RUN): returns when there is something that isn't the library's. */
-		int ret = kvmfault_vcpu_run(handle);
-		if (ret < 0)
-			die(0, "vCPU %d: %s", v->number, kvmfault_last_error());
-		if (ret == KVMFAULT_INTERRUPTED)
-			continue; /* a kick, or a signal; nobody here sends any */
-		if (ret == KVMFAULT_MEMORY_ERROR)
-			die(0, "vCPU %d: a page of its memory is broken", v->number);
-		if (v->tiny.run->exit_reason == KVM_EXIT_IO && v->tiny.run->io.port == GUEST_DONE_PORT)
-			break;
-		die(0, "vCPU %d: unexpected exit %u", v->number, v->tiny.run->exit_reason);
-	}
-	struct kvm_regs regs;
-	v->right = *(uint32_t *)((uint8_t *)v->tiny.run + v->tiny.run->io.data_offset) == 0;
-	if (!v->right && !ioctl(v->tiny.fd, KVM_GET_REGS, &regs))
-		fprintf(stderr, "vCPU %d: the word at guest address %#llx is not %#llx\n", v->number, regs.rdi, regs.rdx);
-	kvmfault_vcpu_free(handle);
-	return NULL;
 }
 
 /* ---- one restore ---- */
@@ -136,12 +93,9 @@ static bool equals_snapshot(const uint8_t *ram, int snapshot, uint64_t size)
 
 static void restore(const struct options *o, const struct mechanism *mechanism, int cpl, int snapshot, struct result *result)
 {
-	uint64_t pages = o->size / PAGE_SIZE, order_address, ticks_address;
-	struct tiny_vm vm;
-	tiny_vm_create(&vm, pages * (4 + 8), guest_start, guest_end - guest_start);
-	uint32_t *order = tiny_vm_share(&vm, pages * 4, &order_address);
-	uint64_t *ticks = tiny_vm_share(&vm, pages * 8, &ticks_address);
-	guest_write_order(order, pages, o->shuffled);
+	uint64_t pages = o->size / PAGE_SIZE;
+	struct vcpu_threads vcpus;
+	vcpu_threads_create(&vcpus, o->vcpus, pages, o->shuffled);
 
 	/* The resolver: the library's own, on a snapshot file. A VMM that gets pages from elsewhere has a function of its own here. */
 	struct kvmfault_file_range range = KVMFAULT_FILE_RANGE_INIT;
@@ -153,8 +107,8 @@ static void restore(const struct options *o, const struct mechanism *mechanism, 
 
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct kvmfault_vm *memory;
-	options.kvm_fd = vm.kvm;
-	options.vm_fd = vm.vm;
+	options.kvm_fd = vcpus.vm.kvm;
+	options.vm_fd = vcpus.vm.vm;
 	options.mechanism = mechanism->number; /* usually KVMFAULT_MECHANISM_AUTO */
 	options.readahead = o->readahead;
 	options.resolver = kvmfault_file_source_resolve;
@@ -178,37 +132,13 @@ static void restore(const struct options *o, const struct mechanism *mechanism, 
 	if (kvmfault_memslot_set(memory, &slot))
 		die(0, "%s: %s", mechanism->name, kvmfault_last_error());
 
-	pthread_barrier_t start;
-	pthread_barrier_init(&start, NULL, o->vcpus + 1);
-	struct vcpu *vcpus = calloc(o->vcpus, sizeof(*vcpus));
-	if (!vcpus)
-		die(errno, "memory for %u vCPUs", o->vcpus);
-	for (unsigned i = 0; i < o->vcpus; i++) {
-		uint64_t first = pages * i / o->vcpus, end = pages * (i + 1) / o->vcpus;
-		struct kvm_regs regs = {
-			.rdi = TINY_VM_RAM,
-			.rsi = order_address + first * 4,
-			.rcx = end - first,
-			.r8 = ticks_address + first * 8,
-			.r9 = GUEST_FACTOR,
-			.r10 = cpl == 3 ? 1 : 73, /* some KVMs emulate CPL 0 instruction by instruction; see guest.S */
-		};
-		vcpus[i] = (struct vcpu){ .memory = memory, .start = &start, .number = i };
-		tiny_vcpu_create(&vm, i, cpl, &regs, &vcpus[i].tiny);
-		int error = pthread_create(&vcpus[i].thread, NULL, run_vcpu, &vcpus[i]);
-		if (error)
-			die(error, "a thread for vCPU %u", i);
-	}
+	vcpu_threads_prepare(&vcpus, cpl, memory);
 	pthread_t progress_thread;
 	struct progress progress = { .memory = memory, .pages = pages };
 	bool terminal = isatty(2) && !pthread_create(&progress_thread, NULL, show_progress, &progress);
-	pthread_barrier_wait(&start);
+	vcpu_threads_start(&vcpus);
 	double began = seconds_now();
-	result->verified = true;
-	for (unsigned i = 0; i < o->vcpus; i++) {
-		pthread_join(vcpus[i].thread, NULL);
-		result->verified &= vcpus[i].right;
-	}
+	result->verified = vcpu_threads_join(&vcpus);
 	result->seconds = seconds_now() - began;
 	progress.done = true;
 	if (terminal)
@@ -220,7 +150,7 @@ static void restore(const struct options *o, const struct mechanism *mechanism, 
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
 	if (kvmfault_vm_stats(memory, &stats))
 		die(0, "%s", kvmfault_last_error());
-	qsort(ticks, pages, sizeof(*ticks), compare);
+	qsort(vcpus.ticks, pages, sizeof(*vcpus.ticks), compare);
 	double microsecond = ticks_per_microsecond();
 	result->mechanism = mechanism->name;
 	result->cpl = cpl;
@@ -228,16 +158,12 @@ static void restore(const struct options *o, const struct mechanism *mechanism, 
 	result->pages = pages;
 	result->faults = stats.faults_vcpu;
 	result->resolver_calls = stats.resolver_calls;
-	result->p50_us = ticks[(pages - 1) / 2] / microsecond;
-	result->p99_us = ticks[(pages - 1) * 99 / 100] / microsecond;
+	result->p50_us = vcpus.ticks[(pages - 1) / 2] / microsecond;
+	result->p99_us = vcpus.ticks[(pages - 1) * 99 / 100] / microsecond;
 	result->verified &= kvmfault_pages_absent(memory) == 0 && equals_snapshot(ram, snapshot, o->size);
 
 	kvmfault_vm_free(memory); /* the guest has stopped */
-	for (unsigned i = 0; i < o->vcpus; i++)
-		tiny_vcpu_destroy(&vcpus[i].tiny);
-	free(vcpus);
-	pthread_barrier_destroy(&start);
-	tiny_vm_destroy(&vm);
+	vcpu_threads_destroy(&vcpus);
 	munmap(ram, o->size);
 	close(fd);
 }

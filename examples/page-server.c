@@ -4,7 +4,8 @@
  * killed; another one takes its place, and the guest goes on. The guest checks every page; a thread of the VMM reads guest memory meanwhile, as
  * a device would.
  *
- *   cc page-server.c page-source.c page-stream.c options.c clock.c tiny-vm.c guest.c guest.S $(pkg-config --cflags --libs kvmfault) -pthread -o page-server
+ *   cc page-server.c page-source.c page-stream.c options.c vcpu-threads.c clock.c tiny-vm.c guest.c guest.S \
+ *      $(pkg-config --cflags --libs kvmfault) -pthread -o page-server
  *
  * Begin with page-source.c, the VMM's end of the socket: that is where the library is used in another way than in lazy-restore.c.
  */
@@ -15,6 +16,7 @@
 #include "page-source.h"
 #include "page-stream.h"
 #include "tiny-vm.h"
+#include "vcpu-threads.h"
 
 #include <errno.h>
 #include <getopt.h>
@@ -78,44 +80,6 @@ static void remove_socket(void)
 	rmdir(server_path);
 }
 
-/* ---- a vCPU ---- */
-
-struct vcpu {
-	struct tiny_vcpu tiny;
-	struct kvmfault_vm *memory;
-	atomic_uint *running;
-	pthread_t thread;
-	int number;
-	bool right; /* the guest found every page as it should be */
-};
-
-/* The same as in lazy-restore.c: a vCPU doesn't know where its pages come from. */
-static void *run_vcpu(void *arg)
-{
-	struct vcpu *v = arg;
-	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
-	struct kvmfault_vcpu *handle;
-
-	options.fd = v->tiny.fd;
-	options.run = v->tiny.run;
-	if (kvmfault_vcpu_new(v->memory, &options, &handle))
-		die(0, "vCPU %d: %s", v->number, kvmfault_last_error());
-	int ret;
-	do {
-		ret = kvmfault_vcpu_run(handle);
-	} while (ret == KVMFAULT_INTERRUPTED); /* by a signal; a VMM would look what it was kicked for */
-	if (ret < 0)
-		die(0, "vCPU %d: %s", v->number, kvmfault_last_error());
-	if (ret == KVMFAULT_MEMORY_ERROR)
-		die(0, "vCPU %d: no page server came back, and its page is lost", v->number);
-	if (v->tiny.run->exit_reason != KVM_EXIT_IO || v->tiny.run->io.port != GUEST_DONE_PORT)
-		die(0, "vCPU %d: unexpected exit %u", v->number, v->tiny.run->exit_reason);
-	v->right = *(uint32_t *)((uint8_t *)v->tiny.run + v->tiny.run->io.data_offset) == 0;
-	kvmfault_vcpu_free(handle);
-	--*v->running;
-	return NULL;
-}
-
 /* ---- a device, as far as memory is concerned ---- */
 
 struct device {
@@ -176,19 +140,16 @@ static bool is_complete(const uint8_t *ram, uint64_t pages)
 
 static void migrate(const struct options *o, const struct mechanism *mechanism, int cpl, struct result *result)
 {
-	uint64_t pages = o->size / PAGE_SIZE, order_address, ticks_address;
-	struct tiny_vm vm;
-	tiny_vm_create(&vm, pages * (4 + 8), guest_start, guest_end - guest_start);
-	uint32_t *order = tiny_vm_share(&vm, pages * 4, &order_address);
-	tiny_vm_share(&vm, pages * 8, &ticks_address); /* the guest measures; here nobody looks */
-	guest_write_order(order, pages, true);
+	uint64_t pages = o->size / PAGE_SIZE;
+	struct vcpu_threads vcpus;
+	vcpu_threads_create(&vcpus, o->vcpus, pages, true);
 
 	struct page_source source = { .path = server_path, .gpa = TINY_VM_RAM, .pages = pages, .push = o->push };
 	page_source_init(&source);
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct kvmfault_vm *memory;
-	options.kvm_fd = vm.kvm;
-	options.vm_fd = vm.vm;
+	options.kvm_fd = vcpus.vm.kvm;
+	options.vm_fd = vcpus.vm.vm;
 	options.mechanism = mechanism->number; /* usually KVMFAULT_MECHANISM_AUTO */
 	options.resolver = page_source_resolve;
 	options.opaque = &source;
@@ -209,35 +170,15 @@ static void migrate(const struct options *o, const struct mechanism *mechanism, 
 	double began = seconds_now();
 	page_source_start(&source, memory);
 
-	atomic_uint running = o->vcpus;
-	struct vcpu vcpus[MOST_VCPUS];
-	for (unsigned i = 0; i < o->vcpus; i++) {
-		uint64_t first = pages * i / o->vcpus, end = pages * (i + 1) / o->vcpus;
-		struct kvm_regs regs = {
-			.rdi = TINY_VM_RAM,
-			.rsi = order_address + first * 4,
-			.rcx = end - first,
-			.r8 = ticks_address + first * 8,
-			.r9 = GUEST_FACTOR,
-			.r10 = cpl == 3 ? 1 : 73, /* some KVMs emulate CPL 0 instruction by instruction; see guest.S */
-		};
-		vcpus[i] = (struct vcpu){ .memory = memory, .running = &running, .number = i };
-		tiny_vcpu_create(&vm, i, cpl, &regs, &vcpus[i].tiny);
-		int error = pthread_create(&vcpus[i].thread, NULL, run_vcpu, &vcpus[i]);
-		if (error)
-			die(error, "a thread for vCPU %u", i);
-	}
-	struct device device = { .ram = ram, .pages = pages, .running = &running };
+	vcpu_threads_prepare(&vcpus, cpl, memory);
+	vcpu_threads_start(&vcpus);
+	struct device device = { .ram = ram, .pages = pages, .running = &vcpus.running };
 	int error = pthread_create(&device.thread, NULL, read_memory, &device);
 	if (error)
 		die(error, "a thread for the device");
 
-	watch(memory, pages, &running, &server);
-	result->verified = true;
-	for (unsigned i = 0; i < o->vcpus; i++) {
-		pthread_join(vcpus[i].thread, NULL);
-		result->verified &= vcpus[i].right;
-	}
+	watch(memory, pages, &vcpus.running, &server);
+	result->verified = vcpu_threads_join(&vcpus);
 	pthread_join(device.thread, NULL);
 	result->seconds = seconds_now() - began;
 	result->verified &= device.right && is_complete(ram, pages); /* (this touches each page: none is absent after it) */
@@ -258,9 +199,7 @@ static void migrate(const struct options *o, const struct mechanism *mechanism, 
 		die(0, "deleting the slot: %s", kvmfault_last_error());
 	if (kvmfault_vm_close(memory, -1)) /* waits for resolver calls that are under way: `source` goes with this function */
 		die(0, "closing the VM: %s", kvmfault_last_error());
-	for (unsigned i = 0; i < o->vcpus; i++)
-		tiny_vcpu_destroy(&vcpus[i].tiny);
-	tiny_vm_destroy(&vm);
+	vcpu_threads_destroy(&vcpus);
 	munmap(ram, o->size);
 }
 
