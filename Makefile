@@ -71,7 +71,7 @@ bench: $(BENCH) | setup-bench ## pages a second and latencies, each mechanism be
 	$T/bench/background --json $T/bench/background.json
 	$T/bench/pending --json $T/bench/pending.json
 	bench/callgrind $T/bench/instructions --json $T/bench/instructions.json
-	cargo bench --locked --quiet --bench scaling -- --json $(CURDIR)/$T/bench/scaling.json
+	cargo bench --locked --quiet --features internals --bench scaling -- --json $(CURDIR)/$T/bench/scaling.json
 	bench/model $T/bench/scaling.json --json $T/bench/model.json
 
 .PHONY: check

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What page states and waiting cost with 1 to 64 threads, without KVM and without userfaultfd: where threads would meet, if they met.
 //!
-//!     cargo bench --bench scaling [-- --json FILE]
+//!     cargo bench --features internals --bench scaling [-- --json FILE]
 //!
 //! `distinct`: each thread brings pages of its own, as vCPUs do that touch different memory. `shared`: all threads want the same pages in the same order;
 //! one brings each, and the others wait for it. What is told is what one thread spends on one page: CPU time, so that more threads than CPUs don't
 //! count as slow. It should not grow with the number of threads.
 
-use kvmfault::memory::pages::{Pages, State};
-use kvmfault::memory::wait::{Sleeper, WAITS};
+use kvmfault::internals::{Pages, Sleeper, State, WAITS};
 use std::fmt::Write;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
@@ -85,7 +84,7 @@ fn main() {
         [] => None,
         [option, file] if option == "--json" => Some(file),
         _ => {
-            eprintln!("usage: cargo bench --bench scaling [-- --json FILE]");
+            eprintln!("usage: cargo bench --features internals --bench scaling [-- --json FILE]");
             std::process::exit(2);
         }
     };

@@ -29,19 +29,27 @@ macro_rules! needs {
     };
 }
 
-pub mod capi;
-pub mod error;
+pub(crate) mod capi;
+pub(crate) mod error;
 #[deny(clippy::undocumented_unsafe_blocks)]
-pub mod kernel;
+pub(crate) mod kernel;
 #[forbid(unsafe_code)]
-pub mod mechanism;
+pub(crate) mod mechanism;
 #[forbid(unsafe_code)]
-pub mod memory;
+pub(crate) mod memory;
 #[forbid(unsafe_code)]
-pub mod resolve;
+pub(crate) mod resolve;
 #[forbid(unsafe_code)]
-pub mod stats;
+pub(crate) mod stats;
 #[forbid(unsafe_code)]
-pub mod vcpu;
+pub(crate) mod vcpu;
 #[forbid(unsafe_code)]
-pub mod vm;
+pub(crate) mod vm;
+
+/// What `bench/scaling.rs` measures: page states and waiting, which reach no guest memory.
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::memory::pages::{Pages, State};
+    pub use crate::memory::wait::{Sleeper, WAITS};
+}

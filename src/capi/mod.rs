@@ -2,11 +2,14 @@
 //! functions from each file: the comments of exported items are its documentation.
 
 #![allow(non_camel_case_types)]
+#![allow(dead_code, reason = "some constants are for C programs only")]
 
 mod boundary;
 pub mod errors;
 pub mod fill;
 mod finalizer;
+#[cfg(test)]
+mod layout;
 pub mod memslots;
 pub mod pages;
 pub mod probe;

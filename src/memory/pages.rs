@@ -46,6 +46,7 @@ pub struct Pages {
     len: u64,
 }
 
+#[allow(clippy::len_without_is_empty, reason = "a block is never empty")]
 impl Pages {
     /// `len` absent pages.
     pub fn new(len: u64) -> Result<Pages> {
@@ -56,11 +57,6 @@ impl Pages {
     /// How many there are.
     pub fn len(&self) -> u64 {
         self.len
-    }
-
-    /// None at all? (Never so for a block.)
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 
     /// What names a page among all pages of the process, for as long as these states exist: even, and not 0.

@@ -96,11 +96,6 @@ impl Recorder {
         records.extend(found.into_iter().filter_map(record).take(most));
         Ok(records)
     }
-
-    /// Faults that found their log full.
-    pub fn dropped(&self) -> u64 {
-        self.logs.iter().map(|log| log.len.load(Relaxed).saturating_sub(MOST)).sum()
-    }
 }
 
 /// Records that a working set of such memory has at most: one for each page that it could need.

@@ -184,11 +184,6 @@ impl Vcpu {
         self.seat
     }
 
-    /// Makes its loop return; async-signal-safe.
-    pub fn kick(&self) {
-        let _ = self.seat.kick();
-    }
-
     /// Runs the guest until an exit that is the VMM's.
     pub fn run(&self) -> Result<Exit> {
         let mut own = self.own()?;

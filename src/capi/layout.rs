@@ -1,9 +1,9 @@
 //! The structures of the C API have one layout: a C compiler with the header, and Rust, agree on every offset and size.
 
-use kvmfault::capi::{fill::*, memslots::*, probe::*, resolver::*, source::*, stats::*, vcpu::*, vm::*};
+use super::{fill::*, memslots::*, probe::*, resolver::*, source::*, stats::*, vcpu::*, vm::*};
 use std::collections::BTreeMap;
 use std::mem::{offset_of, size_of};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 /// (offset, size) by "structure.field"; a structure itself is "structure." with its alignment and size.
@@ -83,7 +83,7 @@ fn fields_of_the_header(header: &str) -> Vec<String> {
 }
 
 /// Compiles and runs a C program that prints what the header makes of them.
-fn as_c_sees_it(names: &[String]) -> Layout {
+fn as_c_sees_it(names: &[String]) -> std::io::Result<Layout> {
     let mut program = String::from("#include <kvmfault.h>\n#include <stdio.h>\nint main(void)\n{\n");
     for name in names {
         let (structure, field) = name.split_once('.').expect("structure.field");
@@ -98,7 +98,7 @@ fn as_c_sees_it(names: &[String]) -> Layout {
     }
     program += "\treturn 0;\n}\n";
 
-    let source = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("layout.c");
+    let source = std::env::temp_dir().join(format!("kvmfault-layout-{}.c", std::process::id()));
     let binary = source.with_extension("");
     std::fs::write(&source, program).expect("writing the C program");
     let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("include");
@@ -106,26 +106,29 @@ fn as_c_sees_it(names: &[String]) -> Layout {
     let compiled = Command::new(compiler)
         .args(["-std=c99", "-Wall", "-Wextra", "-Werror", "-I"])
         .args([&include, &source, Path::new("-o"), &binary])
-        .status();
-    assert!(compiled.expect("the C compiler").success());
+        .status()?;
+    assert!(compiled.success());
     let output = Command::new(&binary).output().expect("the C program").stdout;
+    [source, binary].iter().for_each(|path| std::fs::remove_file(path).expect("removing the C program"));
     let text = String::from_utf8(output).expect("ASCII");
     let number = |word: Option<&str>| word.and_then(|w| w.parse().ok()).expect("a number");
-    text.lines()
+    let layout = text
+        .lines()
         .map(|line| {
             let mut words = line.split(' ');
             let name = words.next().unwrap_or_default().to_owned();
             (name, (number(words.next()), number(words.next())))
         })
-        .collect()
+        .collect();
+    Ok(layout)
 }
 
 #[test]
 fn c_and_rust_agree_on_the_layout() {
     let header = Path::new(env!("CARGO_MANIFEST_DIR")).join("include/kvmfault.h");
-    let names = fields_of_the_header(&std::fs::read_to_string(header).expect("the header"));
+    let names = fields_of_the_header(&needs!(std::fs::read_to_string(header)));
     assert!(names.len() > 80, "the header's structures were not found: {names:?}");
-    let (rust, c) = (as_rust_sees_it(), as_c_sees_it(&names));
+    let (rust, c) = (as_rust_sees_it(), needs!(as_c_sees_it(&names)));
     let described: Vec<_> = rust.keys().collect();
     let defined: Vec<_> = c.keys().collect();
     assert_eq!(described, defined, "the list in this test and the header");
