@@ -3,7 +3,6 @@
 #include "options.h"
 
 #include <errno.h>
-#include <kvmfault.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,4 +39,17 @@ int option_choice(const char *option, const char *text, const char *choices)
 	}
 	fprintf(stderr, "%s: --%s takes %s, not \"%s\"\n", program_invocation_short_name, option, choices, text);
 	exit(2);
+}
+
+int option_cpl(const char *text)
+{
+	return (const int[]){ 0, 3, -1 }[option_choice("cpl", text, "0|3|both")];
+}
+
+bool mechanism_is_wanted(const struct mechanism *mechanism, const char *asked_for, const struct kvmfault_probe *probe)
+{
+	/* One that is asked for by name is tried in any case: the error says why it does not work. */
+	if (!strcmp(asked_for, mechanism->name))
+		return true;
+	return !strcmp(asked_for, "all") && probe->mechanisms_shared & 1u << mechanism->number;
 }

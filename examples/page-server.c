@@ -4,7 +4,7 @@
  * killed; another one takes its place, and the guest goes on. The guest checks every page; a thread of the VMM reads guest memory meanwhile, as
  * a device would.
  *
- *   cc page-server.c page-source.c page-stream.c options.c vcpu-threads.c clock.c tiny-vm.c guest.c guest.S \
+ *   cc page-server.c page-source.c page-stream.c options.c output.c clock.c vcpu-threads.c tiny-vm.c guest.c guest.S \
  *      $(pkg-config --cflags --libs kvmfault) -pthread -o page-server
  *
  * Begin with page-source.c, the VMM's end of the socket: that is where the library is used in another way than in lazy-restore.c.
@@ -13,6 +13,7 @@
 #include "clock.h"
 #include "guest.h"
 #include "options.h"
+#include "output.h"
 #include "page-source.h"
 #include "page-stream.h"
 #include "tiny-vm.h"
@@ -109,21 +110,20 @@ static void *read_memory(void *arg)
 /* Shows how far it is, and replaces a server that has died, until all vCPUs are through. */
 static void watch(const struct kvmfault_vm *memory, uint64_t pages, const atomic_uint *running, pid_t *server)
 {
-	bool terminal = isatty(2);
+	const char *news = "";
 	for (unsigned i = 0; *running > 0; usleep(1000)) {
-		if (terminal && i++ % 50 == 0) {
+		if (i % 50 == 0) {
 			uint64_t present = pages - kvmfault_pages_absent(memory);
-			fprintf(stderr, "\r%3d %% of %llu pages", (int)(present * 100 / pages), (unsigned long long)pages);
+			progress_show("%3d %% of %llu pages%s", (int)(present * 100 / pages), (unsigned long long)pages, news);
 		}
+		i++;
 		if (waitpid(*server, NULL, WNOHANG) == *server) {
-			if (terminal)
-				fprintf(stderr, ", the server died");
 			usleep(100000); /* the time that an operator needs, say */
 			*server = start_server(0);
+			news = ", after the first server died";
 		}
 	}
-	if (terminal)
-		fprintf(stderr, "\r%*s\r", 60, "");
+	progress_clear();
 }
 
 /* The host's own look: is all of the memory what it should be? */
@@ -258,7 +258,7 @@ static void parse_options(int argc, char **argv, struct options *o)
 			o->push = option_choice("push", optarg, "yes|no") == 0;
 			break;
 		case 'c':
-			o->cpl = (const int[]){ 0, 3, -1 }[option_choice("cpl", optarg, "0|3|both")];
+			o->cpl = option_cpl(optarg);
 			break;
 		case 'j':
 			o->json = optarg;
@@ -290,21 +290,15 @@ static void print_result(const struct result *r)
 	fflush(stdout);
 }
 
-static void write_json(const char *path, const struct result *results, size_t count)
+static void write_result(FILE *file, const void *results, size_t n)
 {
-	FILE *file = fopen(path, "w");
-	if (!file)
-		die(errno, "%s", path);
-	for (const struct result *r = results; r < results + count; r++)
-		fprintf(file,
-			"%s\n  {\"mechanism\": \"%s\", \"cpl\": %d, \"pages\": %llu, \"seconds\": %.6f, \"pages_per_second\": %.0f, \"asked\": %llu, "
-			"\"connections\": %llu, \"withdrawn\": %llu, \"gap_ms\": %.2f, \"host_reads\": %llu, \"verified\": %s}",
-			r == results ? "[" : ",", r->mechanism, r->cpl, (unsigned long long)r->pages, r->seconds, r->pages / r->seconds,
-			(unsigned long long)r->asked, (unsigned long long)r->connections, (unsigned long long)r->withdrawn, r->gap_ms,
-			(unsigned long long)r->host_reads, r->verified ? "true" : "false");
-	fprintf(file, "\n]\n");
-	if (fclose(file))
-		die(errno, "%s", path);
+	const struct result *r = (const struct result *)results + n;
+	fprintf(file,
+		"{\"mechanism\": \"%s\", \"cpl\": %d, \"pages\": %llu, \"seconds\": %.6f, \"pages_per_second\": %.0f, \"asked\": %llu, "
+		"\"connections\": %llu, \"withdrawn\": %llu, \"gap_ms\": %.2f, \"host_reads\": %llu, \"verified\": %s}",
+		r->mechanism, r->cpl, (unsigned long long)r->pages, r->seconds, r->pages / r->seconds,
+		(unsigned long long)r->asked, (unsigned long long)r->connections, (unsigned long long)r->withdrawn, r->gap_ms,
+		(unsigned long long)r->host_reads, r->verified ? "true" : "false");
 }
 
 int main(int argc, char **argv)
@@ -330,10 +324,7 @@ int main(int argc, char **argv)
 	       "gap ms", "host reads", "verified");
 	fflush(stdout);
 	for (int m = 0; m < MECHANISMS; m++) {
-		bool chosen = !strcmp(o.mechanism, mechanisms[m].name);
-		bool works = probe.mechanisms_shared & 1u << mechanisms[m].number;
-		/* One that was asked for is tried in any case: the error says why it doesn't work. */
-		if (!chosen && !(works && !strcmp(o.mechanism, "all")))
+		if (!mechanism_is_wanted(&mechanisms[m], o.mechanism, &probe))
 			continue;
 		for (int cpl = 3; cpl >= 0; cpl -= 3) {
 			if (o.cpl != -1 && o.cpl != cpl)
@@ -347,6 +338,6 @@ int main(int argc, char **argv)
 	if (!count)
 		die(0, "page-server: no mechanism works here; `explain` says why");
 	if (o.json)
-		write_json(o.json, results, count);
+		write_json_list(o.json, results, count, write_result);
 	return all_right ? 0 : 1;
 }
