@@ -44,8 +44,8 @@ help: ## this list
 build: $(SHARED) ## the library (default)
 
 .PHONY: demo
-demo: examples ## a VM restored lazily from a file, by each mechanism that works here; table, and target/demo.json
-	$T/examples/lazy-restore --json $T/demo.json
+demo: examples ## what lazy restore saves and costs on this machine; table, and target/demo.json [DEMO_OPTIONS=--help]
+	$T/examples/lazy-restore --json $T/demo.json $(DEMO_OPTIONS)
 
 .PHONY: demo-server
 demo-server: examples ## the same from a page server in another process, which is killed and replaced on the way

@@ -1,19 +1,24 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The guest of the examples: 64-bit code that runs at any address, in CPL 3 as well as in CPL 0. It visits pages in the order of
- * a list, measures how long the first touch of each takes, and checks what it finds there.
+ * The guest of the examples: 64-bit code that runs at any address, at CPL 3 and at CPL 0. It visits
+ * the pages of a list, measures how long the first touch of each takes, and checks its content.
  *
  *   %rdi  guest address of page 0
  *   %rsi  the list: page numbers, 32 bits each
- *   %rcx  how many there are in the list
- *   %r8   where the first touches' times go: 64 bits a page, in ticks of the time stamp counter
- *   %r9   the pattern's factor
- *   %r10  check each word whose number is a multiple of this; 1 is all of them, 73 is 8 of them including the first and the last
+ *   %rcx  length of the list
+ *   %r8   where the times of the first touches go: for each page 64 bits, in ticks of the time stamp
+ *         counter
+ *   %r9   factor of the pattern; 0: all pages are zero
+ *   %r10  check each word whose number is a multiple of this: 1 checks all words, 73 checks 8 words,
+ *         among them the first and the last
+ *   %r14  report when this number of pages has been checked
  *
- * A page consists of 512 words of 64 bits. Word w of page p is (p + 1) * factor + w; but pages with (p & 0x70) == 0x70, one group
- * of sixteen in eight, are all zero. guest.c writes the same.
+ * A page consists of 512 words of 64 bits. Word w of page p is (p + 1) * factor + w. Pages with
+ * (p & 0x70) == 0x70, one group of sixteen in eight, are all zero. guest.c has the same rule for the
+ * host.
  *
- * At the end: `out` to port 0x10 with %eax = 0 if all was right, else 1 and then %rdi = the address, %rdx = what should be there.
+ * The report is an `out` to port 0x11. At the end comes an `out` to port 0x10, with %eax = 0 if all
+ * pages were right; else with %eax = 1, %rdi = the address of a wrong word, %rdx = the right word.
  */
 	.section .rodata
 	.globl	guest_start, guest_end
@@ -22,9 +27,13 @@ guest_start:
 	mov	%rdi, %r15
 	xor	%ebp, %ebp			# n: the place in the list
 next_page:
+	cmp	%r14, %rbp
+	jne	visit
+	out	%eax, $0x11
+visit:
 	cmp	%rcx, %rbp
 	je	all_right
-	mov	(%rsi,%rbp,4), %r11d		# p: the page's number
+	mov	(%rsi,%rbp,4), %r11d		# p: the number of the page
 	mov	%r11, %rdi
 	shl	$12, %rdi
 	add	%r15, %rdi
@@ -39,12 +48,15 @@ next_page:
 	sub	%r12, %rax
 	mov	%rax, (%r8,%rbp,8)
 
-	lea	1(%r11), %rax			# what word 0 should be, and how much more each checked word is
+	lea	1(%r11), %rax			# %rax: what word 0 should be
 	imul	%r9, %rax
-	mov	%r10, %r13
+	mov	%r10, %r13			# %r13: by how much the next checked word is larger
+	test	%r9, %r9
+	jz	zero_page
 	and	$0x70, %r11d
 	cmp	$0x70, %r11d
 	jne	check
+zero_page:
 	xor	%eax, %eax
 	xor	%r13d, %r13d
 check:

@@ -126,23 +126,11 @@ static void watch(const struct kvmfault_vm *memory, uint64_t pages, const atomic
 	progress_clear();
 }
 
-/* The host's own look: is all of the memory what it should be? */
-static bool is_complete(const uint8_t *ram, uint64_t pages)
-{
-	uint64_t expected[GUEST_PAGE_WORDS];
-	for (uint64_t page = 0; page < pages; page++) {
-		guest_fill_page(expected, page);
-		if (memcmp(ram + page * PAGE_SIZE, expected, PAGE_SIZE))
-			return false;
-	}
-	return true;
-}
-
 static void migrate(const struct options *o, const struct mechanism *mechanism, int cpl, struct result *result)
 {
 	uint64_t pages = o->size / PAGE_SIZE;
 	struct vcpu_threads vcpus;
-	vcpu_threads_create(&vcpus, o->vcpus, pages, true);
+	vcpu_threads_create(&vcpus, o->vcpus, pages, 1);
 
 	struct page_source source = { .path = server_path, .gpa = TINY_VM_RAM, .pages = pages, .push = o->push };
 	page_source_init(&source);
@@ -170,7 +158,7 @@ static void migrate(const struct options *o, const struct mechanism *mechanism, 
 	double began = seconds_now();
 	page_source_start(&source, memory);
 
-	vcpu_threads_prepare(&vcpus, cpl, memory);
+	vcpu_threads_prepare(&vcpus, cpl, memory, false);
 	vcpu_threads_start(&vcpus);
 	struct device device = { .ram = ram, .pages = pages, .running = &vcpus.running };
 	int error = pthread_create(&device.thread, NULL, read_memory, &device);
@@ -181,7 +169,7 @@ static void migrate(const struct options *o, const struct mechanism *mechanism, 
 	result->verified = vcpu_threads_join(&vcpus);
 	pthread_join(device.thread, NULL);
 	result->seconds = seconds_now() - began;
-	result->verified &= device.right && is_complete(ram, pages); /* (this touches each page: none is absent after it) */
+	result->verified &= device.right && guest_memory_is_right(ram, pages, false); /* (this touches each page: none is absent after it) */
 	result->mechanism = mechanism->name;
 	result->cpl = cpl;
 	result->pages = pages;

@@ -1,41 +1,66 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
+#define _GNU_SOURCE
 #include "restore-options.h"
+#include "options.h"
 #include "tiny-vm.h"
 
-#include <errno.h>
 #include <getopt.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
-enum { MOST_VCPUS = 1024 };
+enum { MOST_VCPUS = 1024, RUN_PAGES = 64 };
 
 static void usage(FILE *to)
 {
 	fprintf(to,
 		"usage: lazy-restore [OPTION]...\n"
-		"Restores a VM lazily from a snapshot file; the guest checks each page and times its first touch.\n"
-		"  --mechanism NAME|all         memslot-flag, poison-trap, userfaultfd, or all that work here (default)\n"
-		"  --vcpus N                    1 to %d (default 4)\n"
-		"  --size MIB                   guest memory, 1 to %lu (default 256)\n"
-		"  --order sequential|shuffled  in which the guest touches its pages (default shuffled)\n"
-		"  --cpl 0|3|both               the guest's privilege level (default both)\n"
-		"  --readahead N                pages a fault at most, 1 to 4096 (default 1)\n"
-		"  --json FILE                  write the results there too\n"
+		"Restores a VM lazily from a snapshot file, and compares that with reading the whole file first.\n"
+		"The guest checks every page, and measures how long it waits for the first touch of each.\n"
+		"  --mechanism NAME|all   memslot-flag, poison-trap or userfaultfd: this one alone;\n"
+		"                         all (default): a comparison of all that work here\n"
+		"  --vcpus N              1 to %d (default: one for each CPU that this process may use)\n"
+		"  --size MIB             guest memory, 1 to %lu (default 128)\n"
+		"  --order ORDER          in which the guest touches its pages: sequential, shuffled, or runs\n"
+		"                         (default): %d neighbours in a row, then a jump to elsewhere\n"
+		"  --cpl 0|3|both         privilege level of the guest: 3 as a user program, 0 as a kernel\n"
+		"                         (default both: all rows at 3, and each mechanism at 0 as well)\n"
+		"  --readahead N          pages fetched for one fault at most, 1 to 4096, in all rows (default:\n"
+		"                         a row with 1 and a row with 64; 1 if a mechanism is named)\n"
+		"  --wrong-byte OFFSET    change this byte of the snapshot, to see that the checks notice it\n"
+		"  --json FILE            write the results there too\n"
 		"Exit status: 0 if every page was right, 1 if not or if something failed, 2 for a wrong option.\n",
-		MOST_VCPUS, TINY_VM_RAM_MAX >> 20);
+		MOST_VCPUS, TINY_VM_RAM_MAX >> 20, RUN_PAGES);
+}
+
+/* The CPUs that this process may use, which may be fewer than the machine has. */
+static unsigned count_cpus(void)
+{
+	cpu_set_t cpus;
+	if (sched_getaffinity(0, sizeof(cpus), &cpus))
+		return 1;
+	return CPU_COUNT(&cpus) < MOST_VCPUS ? CPU_COUNT(&cpus) : MOST_VCPUS;
 }
 
 void parse_options(int argc, char **argv, struct options *o)
 {
 	static const struct option known[] = {
-		{ "mechanism", required_argument, NULL, 'm' }, { "vcpus", required_argument, NULL, 'v' },
-		{ "size", required_argument, NULL, 's' },      { "order", required_argument, NULL, 'o' },
-		{ "cpl", required_argument, NULL, 'c' },       { "readahead", required_argument, NULL, 'r' },
-		{ "json", required_argument, NULL, 'j' },      { "help", no_argument, NULL, 'h' },
+		{ "mechanism", required_argument, NULL, 'm' },
+		{ "vcpus", required_argument, NULL, 'v' },
+		{ "size", required_argument, NULL, 's' },
+		{ "order", required_argument, NULL, 'o' },
+		{ "cpl", required_argument, NULL, 'c' },
+		{ "readahead", required_argument, NULL, 'r' },
+		{ "wrong-byte", required_argument, NULL, 'w' },
+		{ "json", required_argument, NULL, 'j' },
+		{ "help", no_argument, NULL, 'h' },
 		{ 0 },
 	};
-	*o = (struct options){ .mechanism = "all", .vcpus = 4, .size = 256ul << 20, .shuffled = true, .cpl = -1, .readahead = 1 };
+	enum { SEQUENTIAL, SHUFFLED, RUNS } order = RUNS;
+	const char *wrong_byte = NULL;
+	*o = (struct options){
+		.mechanism = "all", .vcpus = count_cpus(), .size = 128ul << 20, .cpl = -1, .wrong_byte = -1
+	};
 	for (int c; (c = getopt_long(argc, argv, "", known, NULL)) != -1;) {
 		switch (c) {
 		case 'm':
@@ -49,62 +74,31 @@ void parse_options(int argc, char **argv, struct options *o)
 			o->size = option_number("size", optarg, 1, TINY_VM_RAM_MAX >> 20) << 20;
 			break;
 		case 'o':
-			o->shuffled = option_choice("order", optarg, "sequential|shuffled");
+			order = option_choice("order", optarg, "sequential|shuffled|runs");
 			break;
 		case 'c':
-			o->cpl = (const int[]){ 0, 3, -1 }[option_choice("cpl", optarg, "0|3|both")];
+			o->cpl = option_cpl(optarg);
 			break;
 		case 'r':
 			o->readahead = option_number("readahead", optarg, 1, 4096);
 			break;
+		case 'w':
+			wrong_byte = optarg;
+			break;
 		case 'j':
 			o->json = optarg;
 			break;
-		case 'h':
-			usage(stdout);
-			exit(0);
 		default:
-			usage(stderr);
-			exit(2);
+			usage(c == 'h' ? stdout : stderr);
+			exit(c == 'h' ? 0 : 2);
 		}
 	}
 	if (optind < argc) {
 		usage(stderr);
 		exit(2);
 	}
-}
-
-void print_heading(const struct options *o)
-{
-	printf("%u vCPUs, %llu MiB, %s, %u page%s a fault\n\n", o->vcpus, (unsigned long long)(o->size >> 20),
-	       o->shuffled ? "shuffled" : "sequential", o->readahead, o->readahead == 1 ? "" : "s");
-	printf("%-13s %3s %5s %7s %7s %8s %8s %8s %8s %8s %s\n", "mechanism", "cpl", "vcpus", "pages", "faults", "seconds",
-	       "pages/s", "p50 us", "p99 us", "calls", "verified");
-	fflush(stdout);
-}
-
-void print_result(const struct result *r)
-{
-	printf("%-13s %3d %5u %7llu %7llu %8.3f %8.0f %8.1f %8.1f %8llu %s\n", r->mechanism, r->cpl, r->vcpus,
-	       (unsigned long long)r->pages, (unsigned long long)r->faults, r->seconds, r->pages / r->seconds, r->p50_us,
-	       r->p99_us, (unsigned long long)r->resolver_calls, r->verified ? "yes" : "NO");
-	fflush(stdout);
-}
-
-void write_json(const char *path, const struct result *results, size_t count)
-{
-	FILE *file = fopen(path, "w");
-	if (!file)
-		die(errno, "%s", path);
-	fprintf(file, "[");
-	for (const struct result *r = results; r < results + count; r++)
-		fprintf(file,
-			"%s\n  {\"mechanism\": \"%s\", \"cpl\": %d, \"vcpus\": %u, \"pages\": %llu, \"faults\": %llu, \"seconds\": %.6f, "
-			"\"pages_per_second\": %.0f, \"p50_us\": %.2f, \"p99_us\": %.2f, \"resolver_calls\": %llu, \"verified\": %s}",
-			r == results ? "" : ",", r->mechanism, r->cpl, r->vcpus, (unsigned long long)r->pages,
-			(unsigned long long)r->faults, r->seconds, r->pages / r->seconds, r->p50_us, r->p99_us,
-			(unsigned long long)r->resolver_calls, r->verified ? "true" : "false");
-	fprintf(file, "\n]\n");
-	if (fclose(file))
-		die(errno, "%s", path);
+	/* These depend on the size, which may come later on the command line. */
+	if (wrong_byte)
+		o->wrong_byte = option_number("wrong-byte", wrong_byte, 0, o->size - 1);
+	o->run = order == SEQUENTIAL ? o->size / PAGE_SIZE : order == SHUFFLED ? 1 : RUN_PAGES;
 }

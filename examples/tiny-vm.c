@@ -46,6 +46,18 @@ static void write_page_tables(struct tiny_vm *vm)
 		directory[i] = i * LARGE_PAGE | ALL | LARGE;
 }
 
+void tiny_vm_set_memory(const struct tiny_vm *vm, unsigned slot, uint64_t gpa, void *memory, uint64_t size)
+{
+	struct kvm_userspace_memory_region region = {
+		.slot = slot,
+		.guest_phys_addr = gpa,
+		.memory_size = size,
+		.userspace_addr = (uintptr_t)memory,
+	};
+	if (ioctl(vm->vm, KVM_SET_USER_MEMORY_REGION, &region))
+		die(errno, "KVM_SET_USER_MEMORY_REGION");
+}
+
 void tiny_vm_create(struct tiny_vm *vm, uint64_t shared, const void *code, size_t code_size)
 {
 	vm->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
@@ -62,13 +74,7 @@ void tiny_vm_create(struct tiny_vm *vm, uint64_t shared, const void *code, size_
 	vm->low = mmap(NULL, vm->low_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	if (vm->low == MAP_FAILED)
 		die(errno, "%lu MiB of memory for the guest's tables", (unsigned long)(vm->low_size >> 20));
-	struct kvm_userspace_memory_region low = {
-		.slot = 0,
-		.memory_size = vm->low_size,
-		.userspace_addr = (uintptr_t)vm->low,
-	};
-	if (ioctl(vm->vm, KVM_SET_USER_MEMORY_REGION, &low))
-		die(errno, "KVM_SET_USER_MEMORY_REGION");
+	tiny_vm_set_memory(vm, 0, 0, vm->low, vm->low_size);
 	write_page_tables(vm);
 	memcpy(vm->low + TINY_VM_CODE, code, code_size);
 }

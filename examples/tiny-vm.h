@@ -42,6 +42,9 @@ void tiny_vm_create(struct tiny_vm *vm, uint64_t shared, const void *code, size_
 /* Also closes what its vCPUs are made of; call it when no vCPU runs. */
 void tiny_vm_destroy(struct tiny_vm *vm);
 
+/* Gives the guest ordinary memory, as a memslot that the library knows nothing of. */
+void tiny_vm_set_memory(const struct tiny_vm *vm, unsigned slot, uint64_t gpa, void *memory, uint64_t size);
+
 /* Memory for host and guest: stores its guest address, returns the host's. */
 void *tiny_vm_share(struct tiny_vm *vm, uint64_t size, uint64_t *guest_address);
 
