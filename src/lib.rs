@@ -13,11 +13,6 @@
 //!
 //! `unsafe` lives in `kernel` and `capi` only.
 
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-compile_error!(
-    "libkvmfault is for x86-64 Linux: the memory-fault exits, the MMIO completion and the probe's guest are x86's"
-);
-
 /// What a test needs of the machine. Without it the test ends, and `make test` counts it as skipped, for this reason.
 #[cfg(test)]
 macro_rules! needs {

@@ -3,9 +3,10 @@
 use super::boundary::{enter, not_in_callback};
 use super::structs::Out;
 use crate::error::{fail, Result};
-use crate::kernel::kvm::{Descriptor, Role};
+use crate::kernel::arch::two_dimensional_paging;
+use crate::kernel::kvm::SystemFd;
 use crate::kernel::mem::Kind;
-use crate::mechanism::{kvm_itself::two_dimensional_paging, report::Report, MECHANISMS};
+use crate::mechanism::{report::Report, MECHANISMS};
 use std::ffi::{c_char, c_int};
 use std::os::fd::RawFd;
 
@@ -54,8 +55,8 @@ pub struct kvmfault_probe {
 fn report(kvm_fd: RawFd) -> Result<Report> {
     not_in_callback("probing")?;
     let system = match kvm_fd {
-        -1 => Descriptor::open()?,
-        fd => Descriptor::duplicate(fd, Role::System, "kvm_fd")?,
+        -1 => SystemFd::open()?,
+        fd => SystemFd::duplicate(fd, "kvm_fd")?,
     };
     Ok(Report::new(&system))
 }

@@ -4,6 +4,7 @@
 //! capability numbers collide with unrelated ones of mainline (236 is KVM_CAP_PRE_FAULT_MEMORY there), so a row is used only
 //! after a scratch VM behaved as it says (see [`super::probe`]). Only rows that were proven on a kernel are listed.
 
+use super::arch;
 use super::kvm::{Region, Run};
 
 /// Access bits as in the C API: read 1, write 2, execute 4; 0 if the kernel doesn't say.
@@ -40,26 +41,13 @@ pub struct Abi {
 }
 
 /// KVM_EXIT_MEMORY_FAULT before mainline took 38 for something else.
-const EXIT_38: u32 = 38;
+pub const EXIT_38: u32 = 38;
 /// KVM_EXIT_MEMORY_FAULT of mainline.
 const EXIT_39: u32 = kvm_bindings::KVM_EXIT_MEMORY_FAULT;
 
 /// The table.
 pub static ABIS: &[Abi] = &[
-    Abi {
-        name: "v2",
-        title: "KVM_CAP_MEMORY_FAULT_NOWAIT, RFC v2, March 2023",
-        caps: &[227, 228],
-        enable: Some((227, 1 << 0 | 1 << 1)), // reasons UNKNOWN and ABSENT_MAPPING
-        slot_flag: 1 << 2,
-        region: 1,
-        bitmap: false,
-        no_readonly: true,
-        exit: EXIT_38,
-        errno: libc::EPERM, // KVM_RUN returns -1
-        flags_set: 1 << 1,  // the reason
-        access_bits: [0; 3],
-    },
+    arch::ABI_V2,
     Abi {
         name: "v3",
         title: "KVM_CAP_ABSENT_MAPPING_FAULT, v3, April 2023",

@@ -2,6 +2,41 @@
 //!
 //! All `unsafe` of the library lives here and in `capi/`, one reason each. The functions are safe to call: what they are
 //! given is checked by the kernel (an address that isn't mapped is EFAULT, not undefined behaviour).
+//!
+//! # What an architecture provides
+//! `arch` is the room of the architecture that the library is built for (`x86_64/`), and the only place in
+//! this room where it is named. It provides:
+//!
+//! | name | what it is |
+//! |---|---|
+//! | `ADDRESSES` | where a process's addresses end |
+//! | `KERNEL_SPACE` | where the kernel's addresses begin |
+//! | `ABI_V2` | the row of the ABI table that differs between architectures |
+//! | `KVM_RUN_READS_EXIT_REASON` | whether `kvm_run.exit_reason` is an input of KVM_RUN, too |
+//! | `space(flags)` | the address space of an exit, by `kvm_run.flags` |
+//! | `PROBE_CODE`, `PROBE_END`, `start_probe_guest(vm, vcpu, code, data)` | a guest that loads one byte, the exit that ends it, and how a vCPU is set up for it |
+//! | `two_dimensional_paging()` | whether the hardware walks guest page tables |
+//! | `check_guest(vcpu)` | whether a vCPU's guest can run with markers in its memory |
+//! | `areas(vcpu)` | the guest memory that KVM itself accesses for a vCPU |
+//! | `exit_on_area_msrs(vm, on)` | makes a guest's registration of such an area exit; an error where there is no such exit |
+//!
+//! and in `impl VcpuFd` and `impl Run` what its own `vcpu` room uses besides (registers and exits that only it has).
+
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("libkvmfault needs a 64-bit target: page states and guest addresses are 64-bit words");
+
+#[cfg(target_endian = "big")]
+compile_error!(
+    "libkvmfault needs a little-endian target: guests' registers, page tables and instructions are read as such"
+);
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!(
+    "libkvmfault is not made for this target. It needs Linux with KVM, and for an architecture the rooms src/kernel/ARCH and \
+     src/vcpu/ARCH, with what the documentation of src/kernel/mod.rs and src/vcpu/mod.rs lists: page size, addresses, the \
+     probe's guest, what KVM itself accesses, and how emulated accesses are completed. See \"To add an architecture\" in \
+     docs/architecture.md."
+);
 
 pub mod abi;
 pub mod alias;
@@ -19,3 +54,8 @@ pub mod surroundings;
 pub mod thread;
 pub mod uffd;
 pub mod unseen;
+
+#[cfg(target_arch = "x86_64")]
+pub mod x86_64;
+#[cfg(target_arch = "x86_64")]
+pub use self::x86_64 as arch;

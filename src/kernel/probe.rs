@@ -1,24 +1,22 @@
 //! Which row of the ABI table is this kernel's? Asked of a scratch VM, by behaviour.
 //!
-//! The guest is two instructions in real mode: load a byte from a page that is absent, halt. It runs natively on hardware and in
-//! KVM's emulator alike. A row is proven when the flag is accepted, KVM_RUN exits as the row says with the page's address,
-//! and, once the page is present, the same guest halts without another exit. With a bitmap, a clear bit must not exit.
+//! The guest loads a byte from a page that is absent, and ends. A row is proven when the flag is accepted, KVM_RUN exits
+//! as the row says with the page's address, and, once the page is present, the same guest ends without another such
+//! exit. With a bitmap, a clear bit must not exit.
 
 use super::abi::{Abi, ABIS};
-use super::kvm::{Descriptor, Region, Run};
+use super::arch;
+use super::kvm::{Region, Run, SystemFd, VcpuFd};
 use super::mem::{self, Mapping, PAGE};
 use crate::error::{fail, Error, Result};
-use kvm_bindings as kb;
 
-/// mov al, [0]; hlt
-const CODE: [u8; 4] = [0xa0, 0x00, 0x00, 0xf4];
 const CODE_GPA: u64 = 0x1000;
 const DATA_GPA: u64 = 0x20000;
 /// Host memory behind the data slot: large enough that the slot is no corner case, small enough to cost nothing.
 const DATA_LEN: u64 = 16 * PAGE;
 
 /// Tries one row; the error says what was not as the row has it.
-pub fn prove(system: &Descriptor, abi: &Abi) -> Result<()> {
+pub fn prove(system: &SystemFd, abi: &Abi) -> Result<()> {
     let vm = system.create_vm()?;
     if let Some((cap, arg)) = abi.enable {
         vm.enable_cap(cap, arg).map_err(|e| e.context(format!("enabling capability {cap} as {} does", abi.name)))?;
@@ -26,7 +24,7 @@ pub fn prove(system: &Descriptor, abi: &Abi) -> Result<()> {
     let code = Mapping::anonymous(PAGE)?;
     let data = Mapping::anonymous(DATA_LEN)?;
     let bitmap = Mapping::anonymous(PAGE)?;
-    mem::write(code.address(), &CODE)?;
+    mem::write(code.address(), arch::PROBE_CODE)?;
     vm.set_region(&Region {
         version: 1,
         slot: 0,
@@ -45,11 +43,7 @@ pub fn prove(system: &Descriptor, abi: &Abi) -> Result<()> {
 
     let vcpu = vm.create_vcpu(0)?;
     let run = Run::map(system, &vcpu)?;
-    let mut sregs = vcpu.sregs()?;
-    (sregs.cs.base, sregs.cs.selector) = (CODE_GPA, (CODE_GPA >> 4) as u16);
-    (sregs.ds.base, sregs.ds.selector) = (DATA_GPA, (DATA_GPA >> 4) as u16);
-    vcpu.set_sregs(sregs)?;
-    vcpu.set_regs(kb::kvm_regs { rflags: 2, ..Default::default() })?;
+    arch::start_probe_guest(&vm, &vcpu, CODE_GPA, DATA_GPA)?;
 
     match run_once(&vcpu, &run) {
         Ok(()) => fail!(EOPNOTSUPP, "the flag is accepted, but a guest that touches an absent page does not exit"),
@@ -70,7 +64,7 @@ pub fn prove(system: &Descriptor, abi: &Abi) -> Result<()> {
     mem::write(data.address(), &[1])?;
     bitmap.atomics()[0].store(!1, std::sync::atomic::Ordering::Release);
     match run_once(&vcpu, &run) {
-        Ok(()) if run.exit_reason() == kb::KVM_EXIT_HLT => Ok(()),
+        Ok(()) if run.exit_reason() == arch::PROBE_END => Ok(()),
         other => fail!(
             EOPNOTSUPP,
             "the guest did not go on once the page was there: {other:?}, exit reason {}",
@@ -80,7 +74,7 @@ pub fn prove(system: &Descriptor, abi: &Abi) -> Result<()> {
 }
 
 /// Until there is an exit: signals of the VMM's (its timer, say) prove nothing. But not for ever.
-fn run_once(vcpu: &Descriptor, run: &Run) -> std::result::Result<(), i32> {
+fn run_once(vcpu: &VcpuFd, run: &Run) -> std::result::Result<(), i32> {
     let mut tries = (0..1000).map(|_| {
         run.clear_exit_reason();
         vcpu.run()
@@ -98,7 +92,7 @@ pub struct Attempt {
 }
 
 /// Tries all rows in the table's order, newest last, and stops at the first that is proven.
-pub fn attempts(system: &Descriptor) -> Vec<Attempt> {
+pub fn attempts(system: &SystemFd) -> Vec<Attempt> {
     let mut attempts = Vec::new();
     for abi in ABIS {
         let result = if abi.is_reported(|cap| system.check_extension(cap)) {
@@ -116,7 +110,7 @@ pub fn attempts(system: &Descriptor) -> Vec<Attempt> {
 }
 
 /// The row that this kernel was proven to have. An error where none was, because a row couldn't be tried: that says nothing of the kernel.
-pub fn find(system: &Descriptor) -> Result<Option<&'static Abi>> {
+pub fn find(system: &SystemFd) -> Result<Option<&'static Abi>> {
     let attempts = attempts(system);
     if let Some(proven) = attempts.iter().find(|a| a.result.is_ok()) {
         return Ok(Some(proven.abi));
@@ -135,7 +129,7 @@ mod tests {
     /// On a kernel without the flag every row must fail, also those whose capability numbers mainline uses for other things.
     #[test]
     fn a_row_is_proven_by_behaviour_only() {
-        let system = needs!(Descriptor::open());
+        let system = needs!(SystemFd::open());
         let found = find(&system).unwrap().map(|abi| abi.name);
         for abi in ABIS {
             let result = prove(&system, abi);

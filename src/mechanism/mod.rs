@@ -1,7 +1,6 @@
 //! How a guest's access to an absent page comes to the library. One file a mechanism; [`MECHANISMS`] lists them in the order in
 //! which `auto` tries them.
 
-pub mod kvm_itself;
 mod memslot_flag;
 mod poison_trap;
 pub mod report;
@@ -9,7 +8,7 @@ mod userfaultfd;
 
 use crate::error::{Error, Result};
 use crate::kernel::abi::Abi;
-use crate::kernel::kvm::{Descriptor, Region};
+use crate::kernel::kvm::{Region, VcpuFd, VmFd};
 use crate::kernel::mem::Kind;
 use crate::kernel::uffd::Mode;
 use crate::memory::block::{Block, Shape};
@@ -54,11 +53,12 @@ pub trait Mechanism: Sync + fmt::Debug {
     /// Can it serve such memory here? The error says why not, and what would help.
     fn check(&self, host: &Host, kind: Kind, wish: &Wish) -> Result<()>;
     /// Can it serve the guest of this vCPU?
-    fn check_guest(&self, _vcpu: &Descriptor) -> Result<()> {
+    fn check_guest(&self, _vcpu: &VcpuFd) -> Result<()> {
         Ok(())
     }
-    /// Lets guests' writes to the MSRs that name areas for KVM (`kvm_itself`) come as exits, if it must bring the pages first. Does it?
-    fn filter_msrs(&self, _vm: &Descriptor) -> Result<bool> {
+    /// Makes guests' writes to the MSRs that register areas for KVM exit, if their pages must be present first. Returns
+    /// whether they exit.
+    fn filter_msrs(&self, _vm: &VmFd) -> Result<bool> {
         Ok(false)
     }
     /// Sets up a block: registers it with userfaultfd, makes what KVM needs besides.

@@ -5,10 +5,11 @@
 //! KVM's alone and carries the markers; the VMM's own mapping keeps classic userfaultfd. Private memory can't be mapped twice:
 //! there the VMM must declare that only vCPUs touch absent pages.
 
-use super::{has_minor, kvm_itself, unmarked, Host, Mechanism, Wish};
+use super::{has_minor, unmarked, Host, Mechanism, Wish};
 use crate::error::{fail, Result};
 use crate::kernel::alias;
-use crate::kernel::kvm::Descriptor;
+use crate::kernel::arch;
+use crate::kernel::kvm::{VcpuFd, VmFd};
 use crate::kernel::mem::{advise, Kind};
 use crate::kernel::uffd::{Mode, Registration, FEATURE_POISON};
 use crate::memory::block::{Block, Shape};
@@ -44,12 +45,12 @@ impl Mechanism for PoisonTrap {
         }
     }
 
-    fn check_guest(&self, vcpu: &Descriptor) -> Result<()> {
-        kvm_itself::check(vcpu)
+    fn check_guest(&self, vcpu: &VcpuFd) -> Result<()> {
+        arch::check_guest(vcpu)
     }
 
-    fn filter_msrs(&self, vm: &Descriptor) -> Result<bool> {
-        vm.exit_on_msr_writes(kvm_itself::NAMING)?;
+    fn filter_msrs(&self, vm: &VmFd) -> Result<bool> {
+        arch::exit_on_area_msrs(vm, true)?;
         Ok(true)
     }
 

@@ -1,9 +1,9 @@
 //! What works here, what doesn't, why, and what to do: for `kvmfault_probe` (programs) and `kvmfault_explain` (people).
 
-use super::kvm_itself::two_dimensional_paging;
 use super::{Host, Wish, MECHANISMS};
 use crate::error::{Error, Result};
-use crate::kernel::kvm::Descriptor;
+use crate::kernel::arch::two_dimensional_paging;
+use crate::kernel::kvm::SystemFd;
 use crate::kernel::mem::Kind;
 use crate::kernel::probe::{attempts, Attempt};
 use crate::kernel::surroundings::{self, Surroundings};
@@ -22,7 +22,7 @@ pub struct Report {
 
 impl Report {
     /// Asks the kernel. Takes some milliseconds: it runs scratch VMs.
-    pub fn new(system: &Descriptor) -> Report {
+    pub fn new(system: &SystemFd) -> Report {
         Report {
             uffd: Uffd::open(),
             attempts: attempts(system),
@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn every_path_is_named_with_its_reason() {
-        let system = needs!(Descriptor::open());
+        let system = needs!(SystemFd::open());
         let report = Report::new(&system);
         let text = report.explain();
         for mechanism in MECHANISMS {

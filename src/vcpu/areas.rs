@@ -2,13 +2,13 @@
 
 use super::{Exit, Own, Vcpu};
 use crate::error::Result;
-use crate::mechanism::kvm_itself;
+use crate::kernel::arch;
 use std::ops::Range;
 
 impl Vcpu {
     /// Those that the guest named before it came here.
     pub(super) fn bring_areas(&self, own: &mut Own) -> Result<Exit> {
-        for (space, area) in kvm_itself::areas(&self.fd) {
+        for (space, area) in arch::areas(&self.fd) {
             match self.bring_area(own, space, &area, true)? {
                 Exit::Handled => {}
                 other => return Ok(other),
@@ -21,14 +21,14 @@ impl Vcpu {
     /// come before KVM hears of it. Left at a kick only if the caller can come back to it.
     pub(super) fn name_area(&self, own: &mut Own, interruptible: bool) -> Result<Exit> {
         let write = self.run.msr_write();
-        if !write.filtered || !kvm_itself::NAMING.contains(&write.index) {
+        if !write.filtered || !arch::is_area_msr(write.index) {
             own.unfinished = false;
             return Ok(Exit::Pass);
         }
         own.unfinished = true;
         // Should the VMM go on after an error, the guest is told: it gets #GP.
         self.run.set_msr_failed(true);
-        if let Some(area) = kvm_itself::named(write.index, write.data) {
+        if let Some(area) = arch::area_of_msr(write.index, write.data) {
             match self.bring_area(own, 0, &area, interruptible)? {
                 Exit::Handled => {}
                 other => return Ok(other),

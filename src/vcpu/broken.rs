@@ -2,7 +2,7 @@
 
 use super::{Exit, MemoryError, Own, Vcpu, MOST_MAPS};
 use crate::error::Result;
-use crate::kernel::mem;
+use crate::kernel::{arch, mem};
 use crate::memory::block::Block;
 use crate::memory::install;
 use crate::memory::pages::State;
@@ -12,9 +12,6 @@ use crate::resolve::Outcome;
 /// So many SIGBUS in a row at an address of which nothing is known are a memory error: one signal may be stale, and one more may follow an unlucky
 /// race.
 const MOST_BROKEN: u32 = 3;
-
-/// Addresses from here on are the kernel's.
-const KERNEL_SPACE: u64 = 1 << 63;
 
 impl Vcpu {
     /// Without UFFDIO_POISON lost pages are inaccessible, and EFAULT is all that KVM can say. Which page it was is certain if only one is lost.
@@ -33,7 +30,7 @@ impl Vcpu {
         let slots = self.vm.engine.memory.slots();
         let required = code == libc::BUS_MCEERR_AR;
         let Some(slot) = slots.at_kvm_hva(address).filter(|_| required) else {
-            if required && address >= KERNEL_SPACE {
+            if required && address >= arch::KERNEL_SPACE {
                 return self.broken_somewhere(own, &slots, address);
             }
             // Its slot may have been deleted since; real trouble comes again.

@@ -4,9 +4,10 @@
 
 use super::{Exit, Own, Vcpu, MOST_MAPS};
 use crate::error::Result;
+use crate::kernel::arch;
 use crate::kernel::kvm::Mmio;
 use crate::kernel::mem;
-use crate::mechanism::{kvm_itself, MECHANISMS};
+use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
@@ -149,7 +150,7 @@ impl Vcpu {
             kb::KVM_EXIT_MMIO => self.pieces(&self.vm.engine.memory.slots(), &self.run.mmio()).is_some(),
             kb::KVM_EXIT_X86_WRMSR => {
                 let write = self.run.msr_write();
-                self.vm.filters_msrs && write.filtered && kvm_itself::NAMING.contains(&write.index)
+                self.vm.filters_msrs && write.filtered && arch::is_area_msr(write.index)
             }
             _ => false,
         }

@@ -11,7 +11,7 @@ mod tests;
 use self::emulated::Deaf;
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::Access;
-use crate::kernel::kvm::{Descriptor, Role, Run};
+use crate::kernel::kvm::{Run, VcpuFd};
 use crate::kernel::signal::{self, SignalSet};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
@@ -83,7 +83,7 @@ pub struct MemoryError {
 /// A vCPU.
 pub struct Vcpu {
     vm: Arc<Vm>,
-    fd: Descriptor,
+    fd: VcpuFd,
     run: Run,
     seat: &'static Seat,
     sigbus: Sigbus,
@@ -127,8 +127,8 @@ struct Own {
 impl Vcpu {
     /// Takes a vCPU into the VM's care, on the thread that runs it.
     pub fn new(vm: &Arc<Vm>, options: Options) -> Result<Vcpu> {
-        let fd = Descriptor::duplicate(options.fd, Role::Vcpu, "fd")?;
-        let number = fd.vcpu_number().unwrap_or(-1);
+        let fd = VcpuFd::duplicate(options.fd, "fd")?;
+        let number = fd.number().unwrap_or(-1);
         let signal = match (options.signal, options.sigbus) {
             (Some(signal), _) if !signal::is_usable(signal) || signal == libc::SIGBUS => {
                 fail!(EINVAL, "kick_signal: {signal} is not a signal that can be used for kicks")

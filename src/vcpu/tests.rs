@@ -1,7 +1,7 @@
 //! A real vCPU on a tiny real-mode guest: store a byte into each of some pages, halt.
 
 use super::*;
-use crate::kernel::kvm::Region;
+use crate::kernel::kvm::{Region, SystemFd, VmFd};
 use crate::kernel::mem;
 use crate::kernel::mem::{Mapping, PAGE};
 use crate::memory::install::Source;
@@ -35,7 +35,7 @@ impl Resolver for Sevens {
 
 struct Machine {
     vm: Arc<Vm>,
-    vcpus: Vec<Descriptor>,
+    vcpus: Vec<VcpuFd>,
     data: Mapping,
     _code: Mapping,
 }
@@ -43,7 +43,7 @@ struct Machine {
 impl Machine {
     /// A VM with so many vCPUs, each of which has PAGES pages of its own.
     fn new(mechanism: Option<usize>, vcpus: u64) -> Result<Machine> {
-        let system = Descriptor::open()?;
+        let system = SystemFd::open()?;
         let vm = system.create_vm().unwrap();
         let code = Mapping::anonymous(PAGE).unwrap();
         mem::write(code.address(), &CODE).unwrap();
@@ -108,7 +108,7 @@ fn shared(len: u64) -> Mapping {
     Mapping::shared(crate::kernel::file::tests::shared(len).as_raw_fd(), 0, len, true).unwrap()
 }
 
-fn vcpu(vm: &Descriptor, n: u64) -> Descriptor {
+fn vcpu(vm: &VmFd, n: u64) -> VcpuFd {
     let vcpu = vm.create_vcpu(n).unwrap();
     let base = DATA_GPA + n * PAGES * PAGE;
     let mut sregs = vcpu.sregs().unwrap();

@@ -5,8 +5,9 @@ pub mod memslots;
 mod nudge;
 
 use crate::error::{fail, Error, Result};
+use crate::kernel::arch;
 use crate::kernel::event::Flag;
-use crate::kernel::kvm::{Descriptor, Role};
+use crate::kernel::kvm::{SystemFd, VcpuFd, VmFd};
 use crate::kernel::mem::{self, Kind};
 use crate::kernel::process::Process;
 use crate::kernel::uffd::{Uffd, FEATURE_POISON};
@@ -52,9 +53,9 @@ pub struct Options<'a> {
 /// A VM whose memory the library looks after.
 pub struct Vm {
     /// /dev/kvm.
-    pub system: Descriptor,
+    pub system: SystemFd,
     /// The VM.
-    pub vm: Descriptor,
+    pub vm: VmFd,
     /// The memory and who fills it.
     pub engine: Arc<Engine>,
     /// What the kernel offers.
@@ -76,8 +77,8 @@ pub struct Vm {
 impl Vm {
     /// Finds out what works here, and starts the reader threads.
     pub fn new(options: &Options<'_>, resolver: impl FnOnce() -> Box<dyn Resolver>) -> Result<Vm> {
-        let system = Descriptor::duplicate(options.kvm_fd, Role::System, "kvm_fd")?;
-        let vm = Descriptor::duplicate(options.vm_fd, Role::Vm, "vm_fd")?;
+        let system = SystemFd::duplicate(options.kvm_fd, "kvm_fd")?;
+        let vm = VmFd::duplicate(options.vm_fd, "vm_fd")?;
         let wanted = options.abi.map(|name| Abi::by_name(name).ok_or_else(|| unknown_abi(name))).transpose()?;
         if options.readers > 64 {
             fail!(EINVAL, "reader_threads: {} is more than 64", options.readers);
@@ -154,7 +155,7 @@ impl Vm {
 
     /// Can that mechanism serve the guest of this vCPU?
     pub fn check_guest(&self, vcpu: RawFd) -> Result<()> {
-        let vcpu = Descriptor::duplicate(vcpu, Role::Vcpu, "vcpu_fd")?;
+        let vcpu = VcpuFd::duplicate(vcpu, "vcpu_fd")?;
         self.mechanism().check_guest(&vcpu)
     }
 
@@ -434,7 +435,7 @@ impl Vm {
         memory.slots().blocks().for_each(|block| memory.unregister(block));
         if self.filters_msrs {
             // Waits for vCPUs to come out of KVM's page faults; now they do.
-            let _ = self.vm.exit_on_msr_writes(0..0);
+            let _ = arch::exit_on_area_msrs(&self.vm, false);
         }
         // Last of all: the VMM's finalizer says that the memory may go.
         self.engine.callbacks.take_away();

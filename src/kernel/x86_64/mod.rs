@@ -1,0 +1,44 @@
+//! What only x86-64 has, of the kernel's side. See [`super`] for the list of what an architecture provides.
+
+mod areas;
+mod guest;
+mod probe;
+mod registers;
+mod run;
+
+pub use self::areas::{area_of_msr, areas, exit_on_area_msrs, is_area_msr};
+pub use self::guest::{check_guest, two_dimensional_paging};
+pub use self::probe::{start_probe_guest, PROBE_CODE, PROBE_END};
+pub use self::run::MsrWrite;
+use super::abi::{Abi, EXIT_38};
+
+/// Where a process's addresses end, unless it asks for more.
+pub const ADDRESSES: u64 = 1 << 47;
+
+/// Addresses from here on are the kernel's.
+pub const KERNEL_SPACE: u64 = 1 << 63;
+
+/// KVM_RUN looks at `exit_reason` to know what it has to complete. Here it has its own note of that
+/// (`vcpu->arch.complete_userspace_io`).
+pub const KVM_RUN_READS_EXIT_REASON: bool = false;
+
+/// The address space of an exit, by the flags in `struct kvm_run`: 1 in system management mode.
+pub fn space(flags: u16) -> u32 {
+    u32::from(flags) & kvm_bindings::KVM_RUN_X86_SMM
+}
+
+/// The revision of the memslot flag that differs between architectures.
+pub const ABI_V2: Abi = Abi {
+    name: "v2",
+    title: "KVM_CAP_MEMORY_FAULT_NOWAIT, RFC v2, March 2023",
+    caps: &[227, 228],
+    enable: Some((227, 1 << 0 | 1 << 1)), // reasons UNKNOWN and ABSENT_MAPPING
+    slot_flag: 1 << 2,
+    region: 1,
+    bitmap: false,
+    no_readonly: true,
+    exit: EXIT_38,
+    errno: libc::EPERM, // KVM_RUN returns -1
+    flags_set: 1 << 1,  // the reason
+    access_bits: [0; 3],
+};
