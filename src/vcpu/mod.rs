@@ -1,35 +1,43 @@
-//! The vCPU's exit loop: which exits are faults, and what becomes of them.
+//! The vCPU's exit loop: which exits are faults, and how they are served.
+//!
+//! # What an architecture provides
+//! `arch` is the room of the architecture that the library is built for (`x86_64/`), and the only place in this room
+//! where it is named. Its part of the loop is:
+//!
+//! | name | what it is |
+//! |---|---|
+//! | `State` | what the architecture remembers from one KVM_RUN to the next; `Default` |
+//! | `Vcpu::other_exit(state, interruptible)` | serves an exit that is no memory fault (accesses that KVM could not complete), or passes it to the VMM |
+//! | `Vcpu::is_left_unfinished()` | whether kvm_run has such an exit that an earlier handle left in the middle |
+//! | `Vcpu::finish_exit(state, interruptible)` | goes on with it |
+//! | `Vcpu::prepare(state)` | makes present, before the first KVM_RUN, what KVM reads of guest memory beside `kernel::arch::areas` |
+//! | `Vcpu::resolve_walks(state)` | makes present, after a device's exit, the page tables that KVM may walk |
+//! | `Vcpu::sigbus_outside(state, slots, address)` | serves a SIGBUS at an address in no slot, if the architecture knows what it means |
+//! | `test_guest` | a guest for the unit tests |
 
 mod areas;
 mod broken;
-mod emulated;
+mod exit;
+mod fault;
 mod signals;
-mod tables;
+mod state;
 #[cfg(test)]
 mod tests;
 
-use self::emulated::Deaf;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+#[cfg(target_arch = "x86_64")]
+use self::x86_64 as arch;
+
+use self::state::{Due, LoopState};
 use crate::error::{fail, Error, Result};
-use crate::kernel::abi::Access;
 use crate::kernel::kvm::{Run, VcpuFd};
 use crate::kernel::signal::{self, SignalSet};
-use crate::mechanism::MECHANISMS;
-use crate::memory::block::Block;
-use crate::memory::install;
-use crate::memory::pages::State;
-use crate::memory::slots::{Slot, Slots};
-use crate::memory::wait::{look_around, WAITS};
-use crate::resolve::readahead::{self, Plan};
 use crate::resolve::seat::Seat;
-use crate::resolve::{pause_before, More, Need, Origin, Outcome, Waiter, MOST_RETRIES};
 use crate::vm::Vm;
 use kvm_bindings as kb;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Instant;
-
-/// So many faults in a row of one vCPU at one page that is PRESENT, and the fault is an error.
-const MOST_MAPS: u32 = 64;
 
 /// How SIGBUS comes to the library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +50,7 @@ pub enum Sigbus {
 
 /// What a vCPU is made from.
 pub struct Options {
-    /// The vCPU.
+    /// The vCPU's descriptor.
     pub fd: RawFd,
     /// Its kvm_run, if the VMM has mapped it.
     pub run: Option<Run>,
@@ -54,16 +62,16 @@ pub struct Options {
     pub resumes: bool,
 }
 
-/// What became of an exit.
+/// What an exit means to the VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// KVM_RUN again.
+    /// It was a fault, and is served: KVM_RUN again.
     Handled,
     /// It is the VMM's.
     Pass,
-    /// A kick or signal.
+    /// A kick or a signal ended KVM_RUN, or a wait.
     Interrupted,
-    /// See `memory_error`.
+    /// The guest needs a page that can't be had: see `memory_error`.
     MemoryError,
 }
 
@@ -72,7 +80,7 @@ pub enum Exit {
 pub struct MemoryError {
     /// None if the address is in no slot.
     pub gpa: Option<u64>,
-    /// In this process.
+    /// The address in this process.
     pub hva: u64,
     /// Bytes.
     pub len: u64,
@@ -90,42 +98,13 @@ pub struct Vcpu {
     resumes: bool,
     /// SIGBUS and the kick signal.
     signals: SignalSet,
-    own: Mutex<Own>,
+    state: Mutex<LoopState>,
     /// The last one; readable while another thread is in the vCPU's functions.
     memory_error: Mutex<Option<MemoryError>>,
 }
 
-/// What only the vCPU's thread uses.
-#[derive(Default)]
-struct Own {
-    /// The thread that runs the vCPU: see `thread::token`.
-    attached: Option<u64>,
-    /// The threads where the library has blocked its signals.
-    holds: Vec<u64>,
-    /// The VMM has its own loop, and something else to do at the moment.
-    is_away: bool,
-    /// What KVM itself accesses is there.
-    prepared: bool,
-    /// KVM may be in the middle of a string instruction: see `tables`.
-    tables_due: bool,
-    walked: [tables::Walked; 2],
-    /// kvm_run has been looked at for what an earlier handle left.
-    has_looked: bool,
-    /// kvm_run has an in-slot MMIO exit, or a write to an MSR that names an area, whose page isn't there yet.
-    unfinished: bool,
-    /// The page (by hva) of the unfinished access that the VMM knows can't be had.
-    told: Option<u64>,
-    /// The page of the last fault that made no progress, and how often in a row.
-    stuck_at: u64,
-    stuck: u32,
-    /// What the page's gate said of discards when `stuck_present` came to it last.
-    discards: Option<u32>,
-    /// KVM_PRE_FAULT_MEMORY doesn't work for this vCPU.
-    no_pre_fault: bool,
-}
-
 impl Vcpu {
-    /// Takes a vCPU into the VM's care, on the thread that runs it.
+    /// Attaches to a vCPU, on the thread that runs it.
     pub fn new(vm: &Arc<Vm>, options: Options) -> Result<Vcpu> {
         let fd = VcpuFd::duplicate(options.fd, "fd")?;
         let number = fd.number().unwrap_or(-1);
@@ -158,17 +137,17 @@ impl Vcpu {
             sigbus: options.sigbus,
             resumes: options.resumes,
             signals,
-            own: Mutex::default(),
+            state: Mutex::default(),
             memory_error: Mutex::default(),
         };
-        vcpu.attach(&mut *vcpu.own()?)?;
+        vcpu.attach(&mut *vcpu.state()?)?;
         vm.engine.check_begun()?;
         Ok(vcpu)
     }
 
-    fn own(&self) -> Result<MutexGuard<'_, Own>> {
-        match self.own.try_lock() {
-            Ok(own) => Ok(own),
+    fn state(&self) -> Result<MutexGuard<'_, LoopState>> {
+        match self.state.try_lock() {
+            Ok(state) => Ok(state),
             Err(TryLockError::WouldBlock) => fail!(EBUSY, "this vCPU is in use by another thread"),
             Err(TryLockError::Poisoned(_)) => fail!(ENOTRECOVERABLE, "an earlier call on this vCPU panicked"),
         }
@@ -179,19 +158,19 @@ impl Vcpu {
         self.fd.as_raw_fd()
     }
 
-    /// Its place among the others; for what may be called from any thread.
+    /// The part of the vCPU that any thread may use.
     pub fn seat(&self) -> &'static Seat {
         self.seat
     }
 
     /// Runs the guest until an exit that is the VMM's.
     pub fn run(&self) -> Result<Exit> {
-        let mut own = self.own()?;
-        self.attach(&mut own)?;
+        let mut state = self.state()?;
+        self.attach(&mut state)?;
         self.seat.next_turn();
         self.seat.see_nudges(); // whose signals came in the VMM's own code
         self.seat.refresh();
-        match self.before_run(&mut own)? {
+        match self.before_run(&mut state)? {
             Exit::Handled => {}
             other => return Ok(other),
         }
@@ -201,7 +180,7 @@ impl Vcpu {
             self.seat.refresh();
             self.run.clear_exit_reason();
             let ret = self.fd.run();
-            match (self.exit(&mut own, ret, true)?, ret) {
+            match (self.exit(&mut state, ret, true)?, ret) {
                 (Exit::Handled, _) => {}
                 // No exit that a caller could look at: the errno is all there is.
                 (Exit::Pass, Err(errno)) if self.run.exit_reason() == kb::KVM_EXIT_UNKNOWN => {
@@ -214,23 +193,23 @@ impl Vcpu {
 
     /// For a VMM with its own loop: what KVM_RUN's return means. `errno` is None if it succeeded.
     pub fn handle_exit(&self, errno: Option<i32>) -> Result<Exit> {
-        let mut own = self.own()?;
-        self.attach(&mut own)?;
+        let mut state = self.state()?;
+        self.attach(&mut state)?;
         self.check_open()?;
-        let exit = self.exit(&mut own, errno.map_or(Ok(()), Err), self.resumes);
+        let exit = self.exit(&mut state, errno.map_or(Ok(()), Err), self.resumes);
         if let Ok(Exit::Handled) = exit {
             self.run.clear_exit_reason();
         }
-        self.back_to_vmm(&mut own, &exit);
+        self.back_to_vmm(&mut state, &exit);
         exit
     }
 
-    /// The end of a call of a VMM with its own loop. A turn lasts until the VMM has something to do, as with `run`: what is told later of a fault
-    /// that the vCPU had before is no news.
+    /// The end of a call of a VMM with its own loop. A turn lasts until the VMM has something to do, as with `run`:
+    /// what is reported later of a fault that the vCPU had before is outdated.
     #[inline]
-    fn back_to_vmm(&self, own: &mut Own, exit: &Result<Exit>) {
-        own.is_away = !matches!(exit, Ok(Exit::Handled));
-        if own.is_away {
+    fn back_to_vmm(&self, state: &mut LoopState, exit: &Result<Exit>) {
+        state.is_away = !matches!(exit, Ok(Exit::Handled));
+        if state.is_away {
             self.seat.next_turn();
         }
         self.seat.refresh();
@@ -238,90 +217,52 @@ impl Vcpu {
 
     /// For a VMM with its own loop: what is to be done before KVM_RUN.
     pub fn resume(&self) -> Result<Exit> {
-        let mut own = self.own()?;
-        self.attach(&mut own)?;
+        let mut state = self.state()?;
+        self.attach(&mut state)?;
         self.check_open()?;
-        if own.is_away {
-            // Its thread may have touched memory as the VMM's meanwhile.
+        if state.is_away {
+            // Meanwhile its thread may have touched memory in the VMM's own code.
             self.seat.next_turn();
             self.seat.see_nudges();
         }
-        let exit = self.before_run(&mut own);
-        self.back_to_vmm(&mut own, &exit);
+        let exit = self.before_run(&mut state);
+        self.back_to_vmm(&mut state, &exit);
         exit
     }
 
-    /// Finishes what an interruption left; brings what KVM itself accesses, before the first KVM_RUN and after a device's exit.
-    fn before_run(&self, own: &mut Own) -> Result<Exit> {
-        if !own.has_looked {
-            own.has_looked = true;
-            own.unfinished = self.is_left_unfinished();
-        }
-        if own.unfinished {
-            let exit = match self.run.exit_reason() {
-                kb::KVM_EXIT_MMIO => self.finish(own, true)?,
-                _ => self.name_area(own, true)?,
+    /// Does what is due. The VMM gets any exit that keeps the guest from running.
+    fn before_run(&self, state: &mut LoopState) -> Result<Exit> {
+        loop {
+            let (exit, done): (Exit, fn(&mut Due)) = match state.due {
+                Due::Nothing => return Ok(Exit::Handled),
+                Due::Look => {
+                    state.due.looked(self.is_left_unfinished());
+                    continue;
+                }
+                Due::Finish { .. } => (self.finish_exit(state, true)?, |_| {}), // it says itself that it has finished
+                Due::Prepare => match self.resolve_areas(state)? {
+                    Exit::Handled => (self.prepare(state)?, Due::prepared),
+                    other => return Ok(other),
+                },
+                Due::Walk => (self.resolve_walks(state)?, Due::walked),
             };
-            if exit != Exit::Handled {
-                return Ok(exit);
-            }
-        }
-        if !own.prepared {
-            match self.bring_areas(own)? {
-                Exit::Handled => {}
+            match exit {
+                Exit::Handled => done(&mut state.due),
                 other => return Ok(other),
             }
-            match self.load_first_table(own)? {
-                Exit::Handled => {}
-                other => return Ok(other),
-            }
-            own.prepared = true;
-            own.tables_due = true;
         }
-        if own.tables_due {
-            return self.bring_tables(own);
-        }
-        Ok(Exit::Handled)
     }
 
-    /// For a VMM with its own loop: brings the pages that hold a range, as if the guest had touched them.
+    /// For a VMM with its own loop: makes the pages that hold a range present, as if the guest had touched them.
     pub fn resolve(&self, gpa: u64, len: u64) -> Result<Exit> {
-        let mut own = self.own()?;
-        self.attach(&mut own)?;
+        let mut state = self.state()?;
+        self.attach(&mut state)?;
         self.check_open()?;
         let end = match gpa.checked_add(len) {
             Some(end) if len > 0 => end,
             _ => fail!(EINVAL, "len: is 0, or gpa {gpa:#x} plus {len:#x} wraps around"),
         };
-        self.bring_range(&mut own, 0, gpa, end, true)
-    }
-
-    fn bring_range(&self, own: &mut Own, space: u32, gpa: u64, end: u64, interruptible: bool) -> Result<Exit> {
-        let deaf = Deaf(&self.seat.sleeper);
-        let waiter: &dyn Waiter = if interruptible { self.seat } else { &deaf };
-        let slots = self.vm.engine.memory.slots();
-        let mut at = gpa;
-        while at < end {
-            let Some(slot) = slots.at(space, at) else { fail!(ENOENT, "gpa: {at:#x} is in no slot") };
-            let page = slot.page_of(at);
-            if slot.block.is_deferred(page) {
-                install::map_present(&self.vm.engine.memory, &slot.block, page, &self.seat.stats)?;
-            }
-            if slot.block.pages.get(page) != State::Present {
-                let exit = match self.bring(&slots, &slot.block, page, 0, waiter)? {
-                    Outcome::Retry => self.again(own, slot, page, interruptible)?,
-                    Outcome::Interrupted if !interruptible => continue,
-                    Outcome::Gone => fail!(ENOENT, "slot {:#x} was deleted meanwhile", slot.region.slot),
-                    outcome => self.settled(own, slot, page, outcome)?,
-                };
-                if exit != Exit::Handled {
-                    return Ok(exit);
-                }
-                continue;
-            }
-            at = slot.gpa_of(page) + slot.block.page;
-        }
-        Ok(Exit::Handled)
+        self.resolve_range(&mut state, 0, gpa, end, true)
     }
 
     /// The last memory error.
@@ -339,214 +280,6 @@ impl Vcpu {
             fail!(ESHUTDOWN, "the VM was freed");
         }
         Ok(())
-    }
-
-    fn exit(&self, own: &mut Own, ret: std::result::Result<(), i32>, interruptible: bool) -> Result<Exit> {
-        let run = &self.run;
-        // KVM has ended whatever was unfinished.
-        (own.has_looked, own.unfinished, own.told) = (true, false, None);
-        if ret != Err(libc::EINTR) {
-            self.seat.forget_bus();
-        }
-        match ret {
-            Err(libc::EINTR) => self.interrupted(own),
-            Err(errno) => {
-                if let Some(fault) = self.vm.host.abi.and_then(|abi| abi.decode(errno, run)) {
-                    return self.fault_at_gpa(own, fault.gpa, fault.access);
-                }
-                if let Some(news) = self.seat.take_news() {
-                    return self.receive(news);
-                }
-                if let Some(exit) = (errno == libc::EFAULT).then(|| self.lost_somewhere()).flatten() {
-                    return Ok(exit);
-                }
-                match errno {
-                    libc::EFAULT if run.exit_reason() != kb::KVM_EXIT_MEMORY_FAULT => fail!(
-                        EFAULT,
-                        "KVM_RUN failed with EFAULT and did not say where: a memslot's host memory can't be accessed (unmapped, or not writable?)"
-                    ),
-                    _ => Ok(Exit::Pass),
-                }
-            }
-            Ok(()) => match run.exit_reason() {
-                kb::KVM_EXIT_MMIO => {
-                    let exit = self.finish(own, interruptible)?;
-                    own.tables_due |= exit == Exit::Pass;
-                    Ok(exit)
-                }
-                kb::KVM_EXIT_IO => {
-                    (own.stuck, own.tables_due) = (0, true);
-                    Ok(Exit::Pass)
-                }
-                kb::KVM_EXIT_X86_WRMSR if self.vm.filters_msrs => self.name_area(own, interruptible),
-                kb::KVM_EXIT_INTERNAL_ERROR if run.words()[0] as u32 == kb::KVM_INTERNAL_ERROR_EMULATION => {
-                    self.emulation_failed(own)
-                }
-                _ => {
-                    own.stuck = 0;
-                    Ok(Exit::Pass)
-                }
-            },
-        }
-    }
-
-    fn fault_at_gpa(&self, own: &mut Own, gpa: u64, access: Access) -> Result<Exit> {
-        let slots = self.vm.engine.memory.slots();
-        match slots.at(self.run.space(), gpa) {
-            Some(slot) => self.fault(own, &slots, slot, gpa, access, false),
-            None => Ok(Exit::Pass), // the VMM's: private/shared conversion, or a slot that isn't ours
-        }
-    }
-
-    /// A page that the guest needs.
-    fn fault(&self, own: &mut Own, slots: &Slots, slot: &Slot, gpa: u64, access: Access, broken: bool) -> Result<Exit> {
-        let (block, page) = (&slot.block, slot.page_of(gpa));
-        let outcome = self.bring(slots, block, page, access, self.seat)?;
-        match outcome {
-            Outcome::WasPresent => self.map(own, slot, page, broken),
-            Outcome::Retry => self.again(own, slot, page, true),
-            other => {
-                if self.vm.pre_fault && matches!(other, Outcome::Installed | Outcome::Waited) {
-                    self.pre_fault(own, slot, page);
-                }
-                self.settled(own, slot, page, other)
-            }
-        }
-    }
-
-    /// Maps in stage 2 what has just become present: the page, and what the resolver installed beside it. A help and no more: if it fails,
-    /// the guest's retry does the same.
-    fn pre_fault(&self, own: &mut Own, slot: &Slot, page: u64) {
-        if own.no_pre_fault {
-            return;
-        }
-        let plan = self.seat.runs.try_lock().map_or(Plan::ALONE, |runs| runs.last());
-        let window = match plan.is_contiguous() {
-            true => readahead::window(slot, page, &plan),
-            false => page..page + 1,
-        };
-        let is_there = |&p: &u64| slot.block.pages.get(p) == State::Present;
-        let end = page + 1 + (page + 1..window.end).take_while(is_there).count() as u64;
-        let start = page - (window.start..page).rev().take_while(is_there).count() as u64;
-        match self.fd.pre_fault(slot.gpa_of(start), (end - start) * slot.block.page) {
-            Err(e) if ![libc::EAGAIN, libc::EINTR, libc::EFAULT, libc::ENOENT].contains(&e.errno) => {
-                own.no_pre_fault = true
-            }
-            _ => {}
-        }
-    }
-
-    fn bring(
-        &self,
-        slots: &Slots,
-        block: &Arc<Block>,
-        page: u64,
-        access: Access,
-        waiter: &dyn Waiter,
-    ) -> Result<Outcome> {
-        let need = Need {
-            origin: Origin::Vcpu(self.seat.number),
-            access,
-            waiter: Some(waiter),
-            stats: &self.seat.stats,
-            more: More::Ahead(&self.seat.runs),
-        };
-        let _serving = self.seat.faults_at(block.hva_of(page));
-        self.vm.engine.resolve(slots, block, page, &need)
-    }
-
-    /// Outcomes that need nothing more.
-    #[inline]
-    fn settled(&self, own: &mut Own, slot: &Slot, page: u64, outcome: Outcome) -> Result<Exit> {
-        match outcome {
-            Outcome::Lost | Outcome::Interrupted => self.settled_badly(slot, page, outcome),
-            _ => {
-                own.stuck = 0;
-                Ok(Exit::Handled)
-            }
-        }
-    }
-
-    #[cold]
-    fn settled_badly(&self, slot: &Slot, page: u64, outcome: Outcome) -> Result<Exit> {
-        match outcome {
-            Outcome::Lost => {
-                let (gpa, hva) = (Some(slot.gpa_of(page)), slot.block.hva_of(page));
-                Ok(self.report(MemoryError { gpa, hva, len: slot.block.page, lost: true }))
-            }
-            _ => self.look_up(),
-        }
-    }
-
-    /// PRESENT and still faulting: map it, unless it is broken. Again and again, and somebody works against us.
-    fn map(&self, own: &mut Own, slot: &Slot, page: u64, broken: bool) -> Result<Exit> {
-        let block = &slot.block;
-        let times = self.stuck_present(own, block, page);
-        if times >= MOST_MAPS {
-            own.stuck = 0;
-            fail!(
-                ELOOP,
-                "vCPU {} faults at gpa {:#x} again and again ({times} times), though the page is present",
-                self.seat.number,
-                slot.gpa_of(page)
-            );
-        }
-        let mechanism = MECHANISMS[block.mechanism];
-        match mechanism.map_present(&self.vm.engine.memory, block, page, &self.seat.stats) {
-            Ok(()) if !broken => Ok(Exit::Handled),
-            Err(e) if e.errno == libc::EFAULT => Err(e.context(format!(
-                "gpa {:#x} is present but its memory is gone (dropped without kvmfault_pages_discard?)",
-                slot.gpa_of(page)
-            ))),
-            Err(e) if e.errno != libc::EHWPOISON => Err(e),
-            // Broken, or what told so (SIGBUS; with the flag, which brings none, the attempt to map it) met the marker that it had a moment
-            // ago.
-            _ if self.is_broken(block, page, block.kvm_hva_of(page)) => Ok(self.report_broken(own, slot, page)),
-            _ => Ok(Exit::Handled),
-        }
-    }
-
-    /// The resolver wants to be asked again: after a pause that a kick ends, if the caller can come back.
-    fn again(&self, own: &mut Own, slot: &Slot, page: u64, interruptible: bool) -> Result<Exit> {
-        let hva = slot.block.hva_of(page);
-        let times = self.stuck_at(own, hva);
-        if times > MOST_RETRIES {
-            own.stuck = 0;
-            fail!(
-                ELOOP,
-                "the resolver asked vCPU {} for {times} retries at gpa {:#x}",
-                self.seat.number,
-                slot.gpa_of(page)
-            );
-        }
-        let until = Instant::now() + pause_before(times);
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            if interruptible && self.seat.must_leave() {
-                return self.look_up();
-            }
-            if left.is_zero() {
-                return Ok(Exit::Handled);
-            }
-            WAITS.wait(hva, &self.seat.sleeper, left.min(look_around()), || !(interruptible && self.seat.must_leave()));
-        }
-    }
-
-    /// How often in a row this vCPU has come to this page without progress.
-    fn stuck_at(&self, own: &mut Own, hva: u64) -> u32 {
-        own.stuck = if own.stuck_at == hva { own.stuck + 1 } else { 1 };
-        own.stuck_at = hva;
-        own.stuck
-    }
-
-    /// The same for a page that is PRESENT. That others take pages away is progress, too.
-    fn stuck_present(&self, own: &mut Own, block: &Block, page: u64) -> u32 {
-        let discards = self.vm.engine.memory.gates.discards(block.gate_of(page));
-        if discards.is_none() || discards != own.discards {
-            own.stuck = 0;
-        }
-        own.discards = discards;
-        self.stuck_at(own, block.hva_of(page))
     }
 
     fn report(&self, error: MemoryError) -> Exit {

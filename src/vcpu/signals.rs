@@ -1,6 +1,7 @@
-//! A vCPU's thread and its signals: SIGBUS, kicks, news from readers; and how all that ends with the handle.
+//! A vCPU's thread and its signals: SIGBUS, kicks, reports from reader threads; and how all that ends with the handle.
 
-use super::{Exit, MemoryError, Own, Sigbus, Vcpu};
+use super::state::LoopState;
+use super::{Exit, MemoryError, Sigbus, Vcpu};
 use crate::error::Result;
 use crate::kernel::{mem, signal, thread};
 use crate::memory::calls;
@@ -11,28 +12,28 @@ use std::sync::PoisonError;
 impl Vcpu {
     /// The calling thread is the vCPU's from now on.
     #[inline]
-    pub(super) fn attach(&self, own: &mut Own) -> Result<()> {
+    pub(super) fn attach(&self, state: &mut LoopState) -> Result<()> {
         let token = thread::token();
-        match own.attached == Some(token) {
+        match state.attached == Some(token) {
             true => Ok(()),
-            false => self.attach_to(own, token),
+            false => self.attach_to(state, token),
         }
     }
 
     #[cold]
-    fn attach_to(&self, own: &mut Own, token: u64) -> Result<()> {
+    fn attach_to(&self, state: &mut LoopState, token: u64) -> Result<()> {
         signal::check(self.sigbus == Sigbus::ByMask)?;
         if self.sigbus == Sigbus::ByMask {
-            let before = match own.holds.contains(&token) {
+            let before = match state.holds.contains(&token) {
                 true => signal::blocked()?,
                 false => signal::hold(self.signals)?,
             };
-            if !own.holds.contains(&token) {
-                own.holds.push(token);
+            if !state.holds.contains(&token) {
+                state.holds.push(token);
             }
             self.fd.set_signal_mask(before.without(self.signals))?;
         }
-        own.attached = Some(token);
+        state.attached = Some(token);
         calls::register();
         self.seat.thread.store(thread::id(), SeqCst);
         // A kick may have gone to the thread before this one, or to none.
@@ -40,16 +41,16 @@ impl Vcpu {
         Ok(())
     }
 
-    /// KVM_RUN ended with EINTR: for SIGBUS, a kick, news, or somebody else's signal.
-    pub(super) fn interrupted(&self, own: &mut Own) -> Result<Exit> {
+    /// KVM_RUN ended with EINTR: for SIGBUS, a kick, a reader's report, or a signal of the VMM's.
+    pub(super) fn interrupted(&self, state: &mut LoopState) -> Result<Exit> {
         let (mut bus, mut late) = (None, false);
         match self.sigbus {
             Sigbus::ByHandler => {
                 let was_nudged = self.seat.see_nudges();
                 (bus, late) = (self.seat.take_bus(), was_nudged || self.seat.immediate_exit.is_raised());
             }
-            // SIGBUS comes before the kick signal, as a synchronous one (dequeue_signal in kernel/signal.c): one call is enough.
-            // A kick signal that stays pending ends the next KVM_RUN.
+            // SIGBUS comes before the kick signal, as a synchronous one (dequeue_signal in kernel/signal.c): one call is
+            // enough. A kick signal that stays pending ends the next KVM_RUN.
             Sigbus::ByMask => match signal::take(self.signals)? {
                 Some(pending) if pending.signal == libc::SIGBUS => bus = Some((pending.code, pending.address)),
                 Some(_) => late = true,
@@ -57,7 +58,7 @@ impl Vcpu {
             },
         }
         if let Some((code, address)) = bus {
-            match self.broken_page(own, code, address)? {
+            match self.broken_page(state, code, address)? {
                 Exit::Handled => {}
                 other => return Ok(other),
             }
@@ -68,13 +69,13 @@ impl Vcpu {
         if let Some(news) = self.seat.take_news() {
             return self.receive(news);
         }
-        // A nudge; or it came late, after what it announces was seen, and is nobody's any more.
+        // A nudge; or a signal that came late, after the loop had seen what it announces.
         let ours = bus.is_some() || late && !self.seat.immediate_exit.is_the_vmms();
         Ok(if ours { Exit::Handled } else { Exit::Interrupted })
     }
 
-    /// A wait was left: for a kick, for news, or for a signal of the VMM's own.
-    pub(super) fn look_up(&self) -> Result<Exit> {
+    /// A wait was left: for a kick, for a reader's report, or for a signal of the VMM's own.
+    pub(super) fn wait_left(&self) -> Result<Exit> {
         if !self.seat.see_kicks() {
             if let Some(news) = self.seat.take_news() {
                 return self.receive(news);
@@ -101,12 +102,12 @@ impl Vcpu {
 impl Drop for Vcpu {
     fn drop(&mut self) {
         self.seat.detach();
-        let own = self.own.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if !own.holds.is_empty() {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if !state.holds.is_empty() {
             let _ = self.fd.reset_signal_mask();
         }
         // Only a thread itself can restore its mask.
-        if own.holds.contains(&thread::token()) {
+        if state.holds.contains(&thread::token()) {
             signal::release(self.signals);
         }
         // At the end: a new handle of the vCPU has its signals to itself.

@@ -1,19 +1,20 @@
-//! A real vCPU on a tiny real-mode guest: store a byte into each of some pages, halt.
+//! Real vCPUs on a tiny guest, which stores a byte into each of some pages.
 
+use super::arch::test_guest;
 use super::*;
 use crate::kernel::kvm::{Region, SystemFd, VmFd};
 use crate::kernel::mem;
 use crate::kernel::mem::{Mapping, PAGE};
+use crate::mechanism::MECHANISMS;
 use crate::memory::install::Source;
+use crate::memory::pages::State;
 use crate::resolve::{Answer, Fault, Resolver};
 use crate::vm::memslots::{MemoryKind, SlotRequest};
 use std::os::fd::AsRawFd;
 use std::sync::mpsc;
 use std::sync::{OnceLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// mov byte [bx], 0x5a; add bx, 4096; dec cx; jnz the first; hlt
-const CODE: [u8; 11] = [0xc6, 0x07, 0x5a, 0x81, 0xc3, 0x00, 0x10, 0x49, 0x75, 0xf6, 0xf4];
 const CODE_GPA: u64 = 0x1000;
 const DATA_GPA: u64 = 0x20000;
 const PAGES: u64 = 8;
@@ -46,7 +47,7 @@ impl Machine {
         let system = SystemFd::open()?;
         let vm = system.create_vm().unwrap();
         let code = Mapping::anonymous(PAGE).unwrap();
-        mem::write(code.address(), &CODE).unwrap();
+        mem::write(code.address(), &test_guest::CODE).unwrap();
         vm.set_region(&Region { version: 1, gpa: CODE_GPA, len: PAGE, hva: code.address(), ..Default::default() })
             .unwrap();
         let data = shared(vcpus * PAGES * PAGE);
@@ -93,7 +94,7 @@ impl Machine {
             Options { fd: self.vcpus[n].as_raw_fd(), run: None, sigbus: Sigbus::ByMask, signal: None, resumes: false };
         let vcpu = Vcpu::new(&self.vm, options)?;
         let exit = vcpu.run()?;
-        assert_eq!(vcpu.run.exit_reason(), kb::KVM_EXIT_HLT);
+        assert_eq!(vcpu.run.exit_reason(), test_guest::END);
         Ok(exit)
     }
 
@@ -110,12 +111,7 @@ fn shared(len: u64) -> Mapping {
 
 fn vcpu(vm: &VmFd, n: u64) -> VcpuFd {
     let vcpu = vm.create_vcpu(n).unwrap();
-    let base = DATA_GPA + n * PAGES * PAGE;
-    let mut sregs = vcpu.sregs().unwrap();
-    (sregs.cs.base, sregs.cs.selector) = (CODE_GPA, (CODE_GPA >> 4) as u16);
-    (sregs.ds.base, sregs.ds.selector) = (base, (base >> 4) as u16);
-    vcpu.set_sregs(sregs).unwrap();
-    vcpu.set_regs(kb::kvm_regs { rflags: 2, rcx: PAGES, ..Default::default() }).unwrap();
+    test_guest::start(&vcpu, CODE_GPA, DATA_GPA + n * PAGES * PAGE, PAGES);
     vcpu
 }
 
@@ -137,7 +133,7 @@ fn faults_take_no_lock_that_vcpus_share() {
             assert_eq!(exit.expect("a vCPU waits for a lock").unwrap(), Exit::Pass);
         }
     });
-    (0..2 * PAGES).for_each(|page| assert_eq!(machine.bytes(page), [0x5a, 7]));
+    (0..2 * PAGES).for_each(|page| assert_eq!(machine.bytes(page), [test_guest::BYTE, 7]));
     assert_eq!(machine.vm.stats().resolver_calls.get(), 2 * PAGES);
 }
 

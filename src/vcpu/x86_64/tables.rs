@@ -1,16 +1,20 @@
-//! Page tables that KVM walks itself though there is EPT or NPT: those of the memory that a string instruction reads or writes on its way to or
-//! from a device (INS, OUTS, MOVS). KVM emulates such instructions, and the processor hasn't been there. The walk doesn't wait for a table
-//! that carries a marker: the guest gets a page fault that it shouldn't (FNAME(walk_addr_generic) in arch/x86/kvm/mmu/paging_tmpl.h).
+//! Page tables that KVM walks itself though there is EPT or NPT: those of the memory that a string instruction reads or
+//! writes on its way to or from a device (INS, OUTS, MOVS). KVM emulates such instructions, and the processor has not
+//! walked those tables before. The walk doesn't wait for a table that carries a marker: the guest gets a page fault that
+//! it shouldn't (FNAME(walk_addr_generic) in arch/x86/kvm/mmu/paging_tmpl.h).
 //!
-//! KVM stops at the device first, but for the first word of an OUTS, and walks in the next KVM_RUN: so there is time.
+//! KVM stops at the device first, except for the first word of an OUTS, and walks in the next KVM_RUN: before that the
+//! tables can be made present.
 
-use super::{Exit, Own, Vcpu};
+use super::super::state::LoopState;
+use super::super::{Exit, Vcpu};
 use crate::error::Result;
 use crate::kernel::mem;
 use crate::memory::pages::State;
 use kvm_bindings::{kvm_segment, kvm_sregs};
 
-/// A way of translating linear addresses. See "Paging" in Intel's manual, volume 3, or "Page Translation and Protection" in AMD's, volume 2.
+/// A way of translating linear addresses. See "Paging" in Intel's manual, volume 3, or "Page Translation and Protection"
+/// in AMD's, volume 2.
 struct Paging {
     levels: u32,
     /// Bits of an address that choose one of a table's entries.
@@ -53,47 +57,48 @@ fn linear(sregs: &kvm_sregs, segment: &kvm_segment, register: u64) -> u64 {
 pub(super) struct Walked {
     top: u64,
     region: u64,
-    /// Where in guest memory; 0 behind the last.
+    /// Their guest physical addresses; 0 behind the last.
     entries: [u64; 5],
 }
 
 impl Vcpu {
-    /// How the guest translates addresses, if that matters: some memory is marked, the guest uses paging, and its registers can be read (those of
-    /// an encrypted guest can't, nor can KVM walk its tables).
+    /// How the guest translates addresses, if that matters: some memory is marked, the guest uses paging, and its
+    /// registers can be read (those of an encrypted guest can't, nor can KVM walk its tables).
     fn paging(&self) -> Option<(kvm_sregs, Paging)> {
         self.vm.engine.memory.slots().blocks().find(|b| b.is_marked())?;
         let sregs = self.fd.sregs().ok()?;
         paging_of(&sregs).map(|paging| (sregs, paging))
     }
 
-    /// Brings the tables of what RSI and RDI point to, which is where a string instruction goes on. (If the instruction was another, they are
-    /// tables of the guest's all the same, or what doesn't look like any.) Called before KVM_RUN, so that it can be left and come back to.
-    pub(super) fn bring_tables(&self, own: &mut Own) -> Result<Exit> {
+    /// Makes the tables present of what RSI and RDI point to, which is where a string instruction goes on. (If the
+    /// instruction was another, they are tables of the guest's all the same, or what doesn't look like any.) Called
+    /// before KVM_RUN, so that a kick can interrupt it and the next call goes on.
+    pub(in crate::vcpu) fn resolve_walks(&self, state: &mut LoopState) -> Result<Exit> {
         if let Some((sregs, paging)) = self.paging() {
             let regs = self.fd.regs()?;
             for (n, (segment, register)) in [(&sregs.ds, regs.rsi), (&sregs.es, regs.rdi)].into_iter().enumerate() {
                 let first = linear(&sregs, segment, register);
                 let last = first.wrapping_add(7);
                 for address in [first, last].into_iter().take(1 + (first >> REGION != last >> REGION) as usize) {
-                    match self.walk(own, n, &paging, address)? {
+                    match self.walk(state, n, &paging, address)? {
                         Exit::Handled => {}
                         other => return Ok(other),
                     }
                 }
             }
         }
-        own.tables_due = false;
         Ok(Exit::Handled)
     }
 
-    /// In PAE mode KVM keeps copies of the four entries of the first table, which it reads as the vCPU is set up (KVM_SET_SREGS; load_pdptrs in
-    /// arch/x86/kvm/x86.c). If the table was absent, and nobody said what is in it (KVM_SET_SREGS2), the copies are empty: now it can be read.
-    pub(super) fn load_first_table(&self, own: &mut Own) -> Result<Exit> {
+    /// In PAE mode KVM keeps copies of the four entries of the first table, which it reads as the vCPU is set up
+    /// (KVM_SET_SREGS; load_pdptrs in arch/x86/kvm/x86.c). If the table was absent, and the VMM did not say what is in it
+    /// (KVM_SET_SREGS2), the copies are empty: now the table can be read.
+    pub(in crate::vcpu) fn prepare(&self, state: &mut LoopState) -> Result<Exit> {
         let Some((sregs, Paging { levels: 3, top, .. })) = self.paging() else { return Ok(Exit::Handled) };
         let space = self.run.space();
         let is_ours = self.vm.engine.memory.slots().at(space, top).is_some_and(|s| s.block.is_marked());
         if is_ours && self.fd.pdptrs().is_none_or(|copies| copies.iter().all(|entry| entry & PRESENT == 0)) {
-            match self.bring_range(own, space, top, top + 1, true)? {
+            match self.resolve_range(state, space, top, top + 1, true)? {
                 Exit::Handled => self.fd.set_sregs(sregs)?,
                 other => return Ok(other),
             }
@@ -101,15 +106,16 @@ impl Vcpu {
         Ok(Exit::Handled)
     }
 
-    /// Goes down the tables as KVM will, and brings each; as far as they lie in memslots that the library knows, and can be had.
-    fn walk(&self, own: &mut Own, operand: usize, paging: &Paging, address: u64) -> Result<Exit> {
+    /// Goes down the tables as KVM will, and makes each present, as far as they lie in memslots that the library knows, and
+    /// can be had.
+    fn walk(&self, state: &mut LoopState, operand: usize, paging: &Paging, address: u64) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
         let space = self.run.space();
         let at = |gpa: u64| slots.at(space, gpa).map(|slot| (slot, slot.block.pages.get(slot.page_of(gpa))));
-        let known = &own.walked[operand];
+        let known = &state.arch.walked[operand];
         let mut entries = known.entries.iter().take_while(|&&gpa| gpa != 0);
         if (known.top, known.region) == (paging.top, address >> REGION)
-            && entries.all(|&gpa| at(gpa).is_some_and(|(_, state)| state == State::Present))
+            && entries.all(|&gpa| at(gpa).is_some_and(|(_, now)| now == State::Present))
         {
             return Ok(Exit::Handled);
         }
@@ -118,11 +124,11 @@ impl Vcpu {
         for level in (0..paging.levels).rev() {
             let index = address >> (12 + level * paging.bits) & ((1 << paging.bits) - 1);
             let gpa = table + index * paging.entry;
-            let Some((slot, state)) = at(gpa) else { break };
-            if state == State::Lost {
+            let Some((slot, page_state)) = at(gpa) else { break };
+            if page_state == State::Lost {
                 break;
             }
-            match self.bring_range(own, space, gpa, gpa + 1, true) {
+            match self.resolve_range(state, space, gpa, gpa + 1, true) {
                 Ok(Exit::Handled) => {}
                 Ok(Exit::MemoryError) => break,
                 Err(e) if e.errno == libc::ENOENT => break, // the slot has just been deleted
@@ -138,7 +144,7 @@ impl Vcpu {
             }
             walked.entries[(paging.levels - 1 - level) as usize] = gpa;
             if level == 0 || entry & LARGE != 0 {
-                own.walked[operand] = walked;
+                state.arch.walked[operand] = walked;
                 break;
             }
             table = entry & ADDRESS;
