@@ -1,8 +1,9 @@
 //! The revisions of KVM's fast-only memslot flag, as data.
 //!
-//! The feature was posted many times from 2023 on and never merged; vendors and forks carry one revision or another. The
-//! capability numbers collide with unrelated ones of mainline (236 is KVM_CAP_PRE_FAULT_MEMORY there), so a row is used only
-//! after a scratch VM behaved as it says (see [`super::probe`]). Only rows that were proven on a kernel are listed.
+//! The feature was posted many times from 2023 on and never merged; vendors and forks carry one
+//! revision or another. The capability numbers collide with unrelated ones of mainline (236 is
+//! KVM_CAP_PRE_FAULT_MEMORY there), so a row is used only after a scratch VM behaved as it says
+//! (see [`super::probe`]). Only rows that were proven on a kernel are listed.
 
 use super::arch;
 use super::kvm::{Region, Run};
@@ -10,7 +11,7 @@ use super::kvm::{Region, Run};
 /// Access bits as in the C API: read 1, write 2, execute 4; 0 if the kernel doesn't say.
 pub type Access = u32;
 
-/// One revision.
+/// One revision of the flag.
 #[derive(Debug)]
 pub struct Abi {
     /// The name, for options and reports.
@@ -27,16 +28,16 @@ pub struct Abi {
     pub region: u32,
     /// The slot carries a bitmap: bit set = exit.
     pub bitmap: bool,
-    /// The flag is no good for KVM_MEM_READONLY: v7 refuses it; v2 to v4 accept it, and then exit for ever, because the fast path
-    /// looks at writable mappings only.
+    /// The flag is no good for KVM_MEM_READONLY: v7 refuses it; v2 to v4 accept it, and then exit
+    /// for ever, because the fast path looks at writable mappings only.
     pub no_readonly: bool,
     /// `kvm_run.exit_reason`.
     pub exit: u32,
-    /// KVM_RUN's errno.
+    /// The errno of KVM_RUN; 0 if it succeeds.
     pub errno: i32,
     /// Bits of the exit's first word that must all be set.
     pub flags_set: u64,
-    /// Bits of that word for (read, write, execute); 0 where there is none.
+    /// Bits of the exit's first word for read, write and execute; 0 where the revision has none.
     pub access_bits: [u64; 3],
 }
 
@@ -45,7 +46,7 @@ pub const EXIT_38: u32 = 38;
 /// KVM_EXIT_MEMORY_FAULT of mainline.
 const EXIT_39: u32 = kvm_bindings::KVM_EXIT_MEMORY_FAULT;
 
-/// The table.
+/// All revisions, oldest first.
 pub static ABIS: &[Abi] = &[
     arch::ABI_V2,
     Abi {
@@ -126,8 +127,9 @@ impl Abi {
         self.caps.iter().all(|&cap| check(cap) > 0)
     }
 
-    /// Reads the exit of a KVM_RUN that failed with `errno`, if it is a memory fault as this row has it. The exit reason alone says
-    /// nothing: it may be left from an earlier exit.
+    /// Reads the exit of a KVM_RUN that ended with `errno` (0 if it succeeded), if it is a memory
+    /// fault as this row has it. The exit reason alone proves nothing: it may be left from an
+    /// earlier exit.
     pub fn decode(&self, errno: i32, run: &Run) -> Option<FaultExit> {
         if errno != self.errno || run.exit_reason() != self.exit {
             return None;

@@ -1,18 +1,22 @@
-//! A second mapping of shared memory, made of the same pieces as the first: to the VMM a block is one, to the kernel it may be several files side by
-//! side, or one mapping that was cut (madvise, mbind and mlock do that to parts).
+//! A second mapping of shared memory, made of the same pieces as the first. What is one block to
+//! the VMM may be several files side by side to the kernel, or one mapping that was split (madvise,
+//! mbind and mlock do that).
 
-use super::mem::{mappings, Kind, Mapping, MapsLine, HUGE_PAGE};
+use super::mem::{mappings, Kind, Mapping, MapsLine};
+
+use super::page::huge_page_size;
 use super::{file, unseen};
 use crate::error::{fail, Error, Result};
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 
-/// Maps the memory at `hva` a second time. `file` is the file that it is a mapping of, and where it begins there: used for hugetlb only, which can't be
-/// duplicated without; if it isn't given, /proc/self/map_files is tried, which needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
+/// Maps the memory at `hva` a second time. `file` is the file that it is a mapping of, and the
+/// offset at which it begins there. Only hugetlb needs it; without it /proc/self/map_files is
+/// tried, which needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
 pub fn duplicate(hva: u64, len: u64, page: u64, kind: Kind, file: Option<(RawFd, u64)>) -> Result<Mapping> {
-    // A mapping that begins elsewhere in a huge page than its file does can't have such, and nor can the guest.
-    let mut alias = Mapping::room(len, hva, HUGE_PAGE.max(page))?;
+    // Huge pages need addresses and file offsets that agree in a huge page's low bits.
+    let mut alias = Mapping::room(len, hva, huge_page_size().max(page))?;
     if let Some(reason) = unseen::reason() {
         unseen::duplicate(&mut alias, hva, len, kind, file, &reason)?;
         return Ok(alias);
@@ -33,7 +37,7 @@ pub fn duplicate(hva: u64, len: u64, page: u64, kind: Kind, file: Option<(RawFd,
     Ok(alias)
 }
 
-/// The file of a mapping.
+/// Opens the file of a mapping.
 fn open(map: &MapsLine) -> Result<File> {
     let path = format!("/proc/self/map_files/{:x}-{:x}", map.start, map.end);
     File::options().read(true).write(true).open(path).map_err(|e| {
@@ -41,7 +45,7 @@ fn open(map: &MapsLine) -> Result<File> {
     })
 }
 
-/// Is what begins at `hva` in this mapping the file `fd`, from `offset` on?
+/// Checks that this mapping shows, at `hva`, the file `fd` from `offset` on.
 fn check_file(map: &MapsLine, hva: u64, fd: RawFd, offset: u64) -> Result<()> {
     let file = file::duplicate(fd, "fd")?.metadata().map_err(|e| Error::from_io("fd: fstat", &e))?;
     if (map.inode, map.device) != (file.ino(), file.dev()) {
@@ -57,26 +61,28 @@ fn check_file(map: &MapsLine, hva: u64, fd: RawFd, offset: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::file::tests;
-    use super::super::mem::{inspect, read, write, PAGE};
+    use super::super::mem::{inspect, read, write};
+    use super::super::page::page_size;
     use super::*;
 
     #[test]
     fn a_duplicate_shows_the_same_memory() {
-        let [one, two] = [8, 8].map(|pages| tests::shared(pages * PAGE));
-        // The second file, the first from its fourth page on, and the first from its beginning: they don't merge.
-        let mut memory = Mapping::room(9 * PAGE, PAGE, HUGE_PAGE).unwrap();
-        for (n, (file, offset)) in [(&two, 0), (&one, 4 * PAGE), (&one, 0)].into_iter().enumerate() {
-            memory.fill_from_file(n as u64 * 3 * PAGE, 3 * PAGE, file.as_raw_fd(), offset).unwrap();
+        let [one, two] = [8, 8].map(|pages| tests::shared(pages * page_size()));
+        // The second file, the first from its fourth page on, and the first from its beginning:
+        // they don't merge.
+        let mut memory = Mapping::room(9 * page_size(), page_size(), huge_page_size()).unwrap();
+        for (n, (file, offset)) in [(&two, 0), (&one, 4 * page_size()), (&one, 0)].into_iter().enumerate() {
+            memory.fill_from_file(n as u64 * 3 * page_size(), 3 * page_size(), file.as_raw_fd(), offset).unwrap();
         }
-        // And begins and ends inside of mappings.
-        let (hva, len) = (memory.address() + PAGE, 7 * PAGE);
+        // The range begins and ends inside of mappings.
+        let (hva, len) = (memory.address() + page_size(), 7 * page_size());
         assert_eq!((mappings(hva, len).unwrap().len(), inspect(hva, len, None, None).unwrap().kind), (3, Kind::Shared));
-        let alias = duplicate(hva, len, PAGE, Kind::Shared, None).unwrap();
-        assert_eq!(alias.address() % HUGE_PAGE, hva % HUGE_PAGE);
+        let alias = duplicate(hva, len, page_size(), Kind::Shared, None).unwrap();
+        assert_eq!(alias.address() % huge_page_size(), hva % huge_page_size());
         for page in 0..7 {
-            write(hva + page * PAGE, &[page as u8 + 1]).unwrap();
+            write(hva + page * page_size(), &[page as u8 + 1]).unwrap();
             let mut byte = [0];
-            read(alias.address() + page * PAGE, &mut byte).unwrap();
+            read(alias.address() + page * page_size(), &mut byte).unwrap();
             assert_eq!(byte, [page as u8 + 1]);
         }
     }

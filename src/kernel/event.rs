@@ -4,12 +4,12 @@ use crate::error::{Error, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-/// An eventfd that stays readable once it was raised.
+/// An eventfd that is readable from the moment when it is raised.
 #[derive(Debug)]
 pub struct Flag(OwnedFd);
 
 impl Flag {
-    /// A flag that isn't raised.
+    /// A new flag, not raised.
     pub fn new() -> Result<Flag> {
         // SAFETY: eventfd returns a new descriptor, which is ours alone, or -1.
         unsafe {
@@ -20,7 +20,7 @@ impl Flag {
         }
     }
 
-    /// Raises it for all who poll it.
+    /// Makes it readable for every thread that polls it.
     pub fn raise(&self) {
         let one = 1u64;
         // SAFETY: writes 8 bytes from a live variable to our own descriptor.
@@ -34,7 +34,8 @@ impl AsRawFd for Flag {
     }
 }
 
-/// Waits until one of the descriptors is readable (or broken); tells which are. None of them after the timeout, or a signal.
+/// Waits until one of the descriptors is readable (or broken), and returns which are. After the
+/// timeout, or a signal, none is.
 pub fn poll<const N: usize>(fds: [i32; N], timeout: Option<Duration>) -> Result<[bool; N]> {
     let mut set = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     let millis = timeout.map_or(-1, |t| t.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32);

@@ -1,36 +1,38 @@
-//! Files that the VMM names by descriptor. They are used as given: opening one anew (/proc/self/fd/N) needs a /proc, and permissions that a VMM in a
-//! jail has given up on purpose.
+//! Files that the VMM names by descriptor. The library uses the descriptor as it is: opening the
+//! file anew (/proc/self/fd/N) needs a /proc, and permissions that a VMM in a jail has dropped.
 
-use super::mem::PAGE;
+use super::page::page_size;
 use crate::error::{fail, Error, Result};
 use std::fs::{File, Metadata};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 
-/// What a file is wanted for.
+/// What the library needs a file for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Use {
-    /// To be read.
+    /// To read it.
     Read,
-    /// To be written.
+    /// To write it.
     Write,
 }
 
-/// A duplicate of a descriptor, whatever it is of.
+/// A duplicate of a descriptor of any kind.
 pub fn duplicate(fd: RawFd, name: &str) -> Result<File> {
-    // SAFETY: F_DUPFD_CLOEXEC gives a new descriptor, which is ours alone, or -1 (EBADF for a bad number).
+    // SAFETY: F_DUPFD_CLOEXEC gives a new descriptor, which is ours alone, or -1 (EBADF for a bad
+    // number).
     match unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) } {
         -1 => match Error::last_os("fcntl(F_DUPFD_CLOEXEC)") {
             e if e.errno == libc::EBADF => fail!(EBADF, "{name}: descriptor {fd} is not open"),
             e => Err(e.context(format!("{name}: descriptor {fd}"))),
         },
-        // SAFETY: as above.
+        // SAFETY: `copy` is a new descriptor, which is ours alone.
         copy => Ok(unsafe { File::from_raw_fd(copy) }),
     }
 }
 
-/// Is it an anonymous inode, as KVM's VMs and vCPUs, userfaultfds and eventfds are? Those have no file type.
+/// Is the descriptor an anonymous inode? KVM's VMs and vCPUs, userfaultfds and eventfds are; their
+/// inodes have no file type.
 pub fn is_anonymous(fd: RawFd) -> std::io::Result<bool> {
     // SAFETY: an all-zero stat is a valid value, and live during the call.
     unsafe {
@@ -42,7 +44,8 @@ pub fn is_anonymous(fd: RawFd) -> std::io::Result<bool> {
     }
 }
 
-/// A duplicate of the descriptor of a regular file, and the file's size. The file position is shared with the VMM: read and write at offsets only.
+/// A duplicate of the descriptor of a regular file, and the file's size. The file position is
+/// shared with the VMM, so the library reads and writes at offsets only.
 pub fn regular(fd: RawFd, name: &str, wanted: Use) -> Result<(File, u64)> {
     let file = duplicate(fd, name)?;
     let meta = metadata(&file, name)?;
@@ -53,8 +56,8 @@ pub fn regular(fd: RawFd, name: &str, wanted: Use) -> Result<(File, u64)> {
     Ok((file, meta.size()))
 }
 
-/// A duplicate of the descriptor of a regular file or a block device, open for reading, and its size.
-/// Both can be read at any offset; nothing else can that has a size.
+/// A duplicate of the descriptor of a regular file or a block device, open for reading, and its
+/// size. No other kind of file has a size and can be read at any offset.
 pub fn with_offsets(fd: RawFd, name: &str) -> Result<(File, u64)> {
     let file = duplicate(fd, name)?;
     let meta = metadata(&file, name)?;
@@ -75,7 +78,7 @@ fn metadata(file: &File, name: &str) -> Result<Metadata> {
     file.metadata().map_err(|e| Error::from_io(&format!("{name}: fstat"), &e))
 }
 
-/// What a file is that isn't a regular one.
+/// The kind of a file that isn't a regular one, for messages.
 fn kind(meta: &Metadata) -> &'static str {
     match meta.mode() & libc::S_IFMT {
         libc::S_IFBLK => "a block device",
@@ -90,8 +93,9 @@ fn kind(meta: &Metadata) -> &'static str {
 /// BLKGETSIZE64, of linux/fs.h.
 const BLKGETSIZE64: u64 = 0x8008_1272;
 
-/// A block device's bytes. Asking for the end of the device would move the file position; this doesn't,
-/// unless the ioctl is refused (Landlock refuses it for devices that are opened under it).
+/// A block device's size in bytes. Seeking to the end would move the file position, which is shared
+/// with the VMM, so that is done only where the ioctl is refused (by Landlock, for devices that are
+/// opened under it).
 fn device_size(file: &File, name: &str) -> Result<u64> {
     let mut size = 0u64;
     // SAFETY: BLKGETSIZE64 writes one u64, which is live. The descriptor is a block device's.
@@ -104,7 +108,7 @@ fn device_size(file: &File, name: &str) -> Result<u64> {
         .ok_or_else(|| Error::new(libc::EINVAL, format!("{name}: a device without an end")))
 }
 
-/// Is the descriptor open for what it is wanted for?
+/// Checks that the descriptor is open for what the library needs it for.
 fn check_mode(file: &File, fd: RawFd, name: &str, wanted: Use) -> Result<()> {
     // SAFETY: F_GETFL takes no argument.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
@@ -118,7 +122,7 @@ fn check_mode(file: &File, fd: RawFd, name: &str, wanted: Use) -> Result<()> {
     Ok(())
 }
 
-/// The page size of the memory that a file is: tmpfs (memfd, too) or hugetlbfs.
+/// The page size of a file in memory: tmpfs (also memfd) or hugetlbfs.
 pub fn memory(fd: RawFd, name: &str) -> Result<u64> {
     let file = duplicate(fd, name)?;
     // SAFETY: an all-zero statfs is a valid value, and live during the call.
@@ -128,13 +132,13 @@ pub fn memory(fd: RawFd, name: &str) -> Result<u64> {
     };
     match fs.f_type {
         _ if done != 0 => Err(Error::last_os(&format!("{name}: fstatfs"))),
-        libc::TMPFS_MAGIC => Ok(PAGE),
+        libc::TMPFS_MAGIC => Ok(page_size()),
         libc::HUGETLBFS_MAGIC => Ok(fs.f_bsize as u64),
         _ => fail!(EINVAL, "{name}: is neither of tmpfs (memfd) nor of hugetlbfs; userfaultfd serves no other files"),
     }
 }
 
-/// Is it a file of huge pages?
+/// Is the file one of hugetlbfs?
 pub fn is_hugetlb(fd: RawFd) -> bool {
     // SAFETY: an all-zero statfs is a valid value, and lives during the call.
     unsafe {
@@ -158,9 +162,9 @@ pub fn read_start(file: &File, len: u64) -> std::io::Result<Vec<u8>> {
     }
 }
 
-/// Reads from an offset on until `to` is full, the file ends (no error), or reading fails. Returns how
-/// many bytes were read, also with an error. A single read may be short before the end: sysfs reads a
-/// page at a time.
+/// Reads from an offset on until `to` is full, the file ends (no error), or reading fails. Returns
+/// how many bytes were read, also with an error. A single read may be short before the end: sysfs
+/// reads a page at a time.
 pub fn read_at(file: &File, to: &mut [u8], offset: u64) -> (usize, Option<std::io::Error>) {
     let mut done = 0;
     while done < to.len() {
@@ -179,9 +183,10 @@ pub fn check_reads(file: &File) -> std::io::Result<()> {
     file.read_at(&mut [], 0).map(drop)
 }
 
-/// The data of a file of `size` bytes, in order; all else is holes. Looking for holes moves the file position, and Linux has no other call for it: so
-/// the file is opened anew for this where that is possible, and elsewhere the position is put back. Files that can't tell are all data: a block device
-/// (a search in it is EINVAL), and some of procfs.
+/// The ranges of a file of `size` bytes that hold data, in order; all else is holes. Searching for
+/// holes moves the file position, and Linux has no other call for it. So the file is opened anew
+/// where that is possible; elsewhere the position is restored. Files that don't know their holes
+/// count as data: block devices (a search fails with EINVAL), and some of procfs.
 pub fn data(file: &File, size: u64) -> Result<Vec<Range<u64>>> {
     if file.metadata().is_ok_and(|meta| meta.file_type().is_block_device()) {
         return Ok(std::iter::once(0..size).collect());
@@ -206,7 +211,7 @@ fn holes_left_out(file: &File, size: u64) -> Result<Vec<Range<u64>>> {
     Ok(data)
 }
 
-/// A file's position, which goes back where it was.
+/// A file's position, restored on drop.
 struct Position<'a> {
     file: &'a File,
     before: u64,
@@ -218,7 +223,7 @@ impl Position<'_> {
         Ok(Position { file, before })
     }
 
-    /// SEEK_DATA or SEEK_HOLE; None past the last.
+    /// SEEK_DATA or SEEK_HOLE; None where there is no more.
     fn seek(&self, from: u64, whence: i32) -> Result<Option<u64>> {
         match seek(self.file, from, whence) {
             Ok(at) => Ok(Some(at)),
@@ -243,13 +248,13 @@ fn seek(file: &File, from: u64, whence: i32) -> std::io::Result<u64> {
     }
 }
 
-/// For tests everywhere.
+/// Also helpers for the tests of other rooms.
 #[cfg(test)]
 pub mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-    /// A file in tmpfs that nobody else knows.
+    /// A new file in tmpfs, without a name.
     pub fn shared(len: u64) -> File {
         static LAST: AtomicU32 = AtomicU32::new(0);
         let path = format!("/dev/shm/kvmfault-test-{}-{}", std::process::id(), LAST.fetch_add(1, Relaxed));

@@ -6,11 +6,11 @@ use std::time::Duration;
 /// Why a wait on a futex ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wake {
-    /// Woken, or the word had changed already, or for no reason.
+    /// A wake-up, a word that had changed already, or a spurious return.
     Woken,
     /// A signal handler ran.
     Signal,
-    /// The time is over.
+    /// The timeout has passed.
     Timeout,
 }
 
@@ -26,7 +26,8 @@ pub fn wait(word: &AtomicU32, expected: u32, timeout: Duration) -> Wake {
         (_, Some(libc::EINTR)) => Wake::Signal,
         (_, Some(libc::ETIMEDOUT)) => Wake::Timeout,
         (_, Some(libc::EAGAIN)) => Wake::Woken,
-        // Refused (a seccomp filter): callers look again and come back, and must not spin.
+        // A seccomp filter refuses the call. Callers check their condition and wait again: this
+        // keeps them from spinning.
         _ => {
             std::thread::sleep(Duration::from_millis(1));
             Wake::Woken

@@ -1,26 +1,32 @@
-//! What Linux defines, and nothing else: system calls, layouts, the table of KVM ABIs, and the probe that tells them apart.
+//! What Linux defines, and nothing else: system calls, layouts, the table of KVM ABIs, and the
+//! probe that tells them apart.
 //!
-//! All `unsafe` of the library lives here and in `capi/`, one reason each. The functions are safe to call: what they are
-//! given is checked by the kernel (an address that isn't mapped is EFAULT, not undefined behaviour).
+//! All `unsafe` of the library lives here and in `capi/`, one reason each. The functions are safe
+//! to call: what they are given is checked by the kernel (an address that isn't mapped is EFAULT,
+//! not undefined behaviour).
 //!
 //! # What an architecture provides
-//! `arch` is the room of the architecture that the library is built for (`x86_64/`), and the only place in
-//! this room where it is named. It provides:
+//! `arch` is the room of the architecture that the library is built for (`x86_64/`), and the only
+//! place in this room where it is named. It provides:
 //!
-//! | name | what it is |
-//! |---|---|
-//! | `ADDRESSES` | where a process's addresses end |
-//! | `KERNEL_SPACE` | where the kernel's addresses begin |
-//! | `ABI_V2` | the row of the ABI table that differs between architectures |
-//! | `KVM_RUN_READS_EXIT_REASON` | whether `kvm_run.exit_reason` is an input of KVM_RUN, too |
-//! | `space(flags)` | the address space of an exit, by `kvm_run.flags` |
-//! | `PROBE_CODE`, `PROBE_END`, `start_probe_guest(vm, vcpu, code, data)` | a guest that loads one byte, the exit that ends it, and how a vCPU is set up for it |
-//! | `two_dimensional_paging()` | whether the hardware walks guest page tables |
-//! | `check_guest(vcpu)` | whether a vCPU's guest can run with markers in its memory |
-//! | `areas(vcpu)` | the guest memory that KVM itself accesses for a vCPU |
-//! | `exit_on_area_msrs(vm, on)` | makes a guest's registration of such an area exit; an error where there is no such exit |
+//! - `page_size()`: the size of a page, at no cost where the architecture has only one
+//! - `WholePage`, `ZERO_PAGE`: a type as large, and as aligned, as the largest page, and a value of
+//!   it with zeros
+//! - `ADDRESSES`: where a process's addresses end
+//! - `ABI_V2`: the row of the ABI table that differs between architectures
+//! - `KVM_RUN_READS_EXIT_REASON`: whether `kvm_run.exit_reason` is an input of KVM_RUN, too
+//! - `space(flags)`: the address space of an exit, by `kvm_run.flags`
+//! - `PROBE_CODE`, `PROBE_END`, `start_probe_guest(vm, vcpu, code, data)`: a guest that loads one
+//!   byte, the exit that ends it, and how a vCPU is set up for it
+//! - `two_dimensional_paging()`, `PAGING_NAME`, `PAGING_REMEDY`: whether the hardware walks guest
+//!   page tables, what that is called, and what turns it on
+//! - `check_guest(vcpu)`: whether a vCPU's guest can run with markers in its memory
+//! - `areas(vcpu)`: the guest memory that KVM itself accesses for a vCPU
+//! - `exit_on_area_msrs(vm, on)`: makes a guest's registration of such an area exit; an error where
+//!   there is no such exit
 //!
-//! and in `impl VcpuFd` and `impl Run` what its own `vcpu` room uses besides (registers and exits that only it has).
+//! and in `impl VcpuFd` and `impl Run` what its own `vcpu` room uses besides (registers and exits
+//! that only it has).
 
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("libkvmfault needs a 64-bit target: page states and guest addresses are 64-bit words");
@@ -47,6 +53,7 @@ pub mod file;
 pub mod futex;
 pub mod kvm;
 pub mod mem;
+pub mod page;
 pub mod probe;
 pub mod process;
 pub mod signal;

@@ -1,41 +1,43 @@
-//! Which row of the ABI table is this kernel's? Asked of a scratch VM, by behaviour.
+//! Finds out which row of the ABI table is this kernel's, by the behaviour of a scratch VM.
 //!
-//! The guest loads a byte from a page that is absent, and ends. A row is proven when the flag is accepted, KVM_RUN exits
-//! as the row says with the page's address, and, once the page is present, the same guest ends without another such
-//! exit. With a bitmap, a clear bit must not exit.
+//! The guest loads a byte from a page that is absent, and ends. A row is proven when the flag is
+//! accepted, KVM_RUN exits as the row says with the page's address, and, once the page is present,
+//! the same guest ends without another such exit. With a bitmap, a clear bit must not exit.
 
 use super::abi::{Abi, ABIS};
 use super::arch;
 use super::kvm::{Region, Run, SystemFd, VcpuFd};
-use super::mem::{self, Mapping, PAGE};
+use super::mem::{self, Mapping};
+use super::page::page_size;
 use crate::error::{fail, Error, Result};
 
-const CODE_GPA: u64 = 0x1000;
-const DATA_GPA: u64 = 0x20000;
-/// Host memory behind the data slot: large enough that the slot is no corner case, small enough to cost nothing.
-const DATA_LEN: u64 = 16 * PAGE;
+/// Both addresses are multiples of a page of any size.
+const CODE_GPA: u64 = 0x1_0000;
+const DATA_GPA: u64 = 0x2_0000;
+/// Pages of the data slot: enough that the slot is no corner case, and few enough to cost nothing.
+const DATA_PAGES: u64 = 16;
 
-/// Tries one row; the error says what was not as the row has it.
+/// Tries one row; the error says where the kernel differs from it.
 pub fn prove(system: &SystemFd, abi: &Abi) -> Result<()> {
     let vm = system.create_vm()?;
     if let Some((cap, arg)) = abi.enable {
         vm.enable_cap(cap, arg).map_err(|e| e.context(format!("enabling capability {cap} as {} does", abi.name)))?;
     }
-    let code = Mapping::anonymous(PAGE)?;
-    let data = Mapping::anonymous(DATA_LEN)?;
-    let bitmap = Mapping::anonymous(PAGE)?;
+    let code = Mapping::anonymous(page_size())?;
+    let data = Mapping::anonymous(DATA_PAGES * page_size())?;
+    let bitmap = Mapping::anonymous(page_size())?;
     mem::write(code.address(), arch::PROBE_CODE)?;
     vm.set_region(&Region {
         version: 1,
         slot: 0,
         gpa: CODE_GPA,
-        len: PAGE,
+        len: page_size(),
         hva: code.address(),
         ..Default::default()
     })?;
 
     let mut region =
-        Region { version: 1, slot: 1, gpa: DATA_GPA, len: DATA_LEN, hva: data.address(), ..Default::default() };
+        Region { version: 1, slot: 1, gpa: DATA_GPA, len: data.size(), hva: data.address(), ..Default::default() };
     bitmap.atomics()[0].store(!0, std::sync::atomic::Ordering::Release);
     abi.arm(&mut region, bitmap.address());
     vm.set_region(&region)
@@ -48,7 +50,7 @@ pub fn prove(system: &SystemFd, abi: &Abi) -> Result<()> {
     match run_once(&vcpu, &run) {
         Ok(()) => fail!(EOPNOTSUPP, "the flag is accepted, but a guest that touches an absent page does not exit"),
         Err(errno) => match abi.decode(errno, &run) {
-            Some(exit) if exit.gpa & !(PAGE - 1) == DATA_GPA => {}
+            Some(exit) if exit.gpa & !(page_size() - 1) == DATA_GPA => {}
             Some(exit) => fail!(EOPNOTSUPP, "the exit names address {:#x} instead of {DATA_GPA:#x}", exit.gpa),
             None => {
                 let error = std::io::Error::from_raw_os_error(errno);
@@ -73,7 +75,8 @@ pub fn prove(system: &SystemFd, abi: &Abi) -> Result<()> {
     }
 }
 
-/// Until there is an exit: signals of the VMM's (its timer, say) prove nothing. But not for ever.
+/// Runs the guest until an exit that no signal caused: those of the VMM (of its timer, say) prove
+/// nothing. Gives up after many.
 fn run_once(vcpu: &VcpuFd, run: &Run) -> std::result::Result<(), i32> {
     let mut tries = (0..1000).map(|_| {
         run.clear_exit_reason();
@@ -82,12 +85,12 @@ fn run_once(vcpu: &VcpuFd, run: &Run) -> std::result::Result<(), i32> {
     tries.find(|exit| *exit != Err(libc::EINTR)).unwrap_or(Err(libc::EINTR))
 }
 
-/// What became of one row.
+/// The result of trying one row.
 #[derive(Debug)]
 pub struct Attempt {
     /// The row.
     pub abi: &'static Abi,
-    /// Proven, or why not.
+    /// An error says why it was not proven.
     pub result: Result<()>,
 }
 
@@ -109,7 +112,8 @@ pub fn attempts(system: &SystemFd) -> Vec<Attempt> {
     attempts
 }
 
-/// The row that this kernel was proven to have. An error where none was, because a row couldn't be tried: that says nothing of the kernel.
+/// The row that this kernel was proven to have; None if it has none. An error if a row could not be
+/// tried, which says nothing of the kernel.
 pub fn find(system: &SystemFd) -> Result<Option<&'static Abi>> {
     let attempts = attempts(system);
     if let Some(proven) = attempts.iter().find(|a| a.result.is_ok()) {
@@ -126,7 +130,8 @@ pub fn find(system: &SystemFd) -> Result<Option<&'static Abi>> {
 mod tests {
     use super::*;
 
-    /// On a kernel without the flag every row must fail, also those whose capability numbers mainline uses for other things.
+    /// On a kernel without the flag every row must fail, also those whose capability numbers
+    /// mainline uses for other things.
     #[test]
     fn a_row_is_proven_by_behaviour_only() {
         let system = needs!(SystemFd::open());

@@ -1,31 +1,32 @@
-//! Which process this is. fork(2) copies handles, and with them userfaultfds and eventfds that act on the parent: so each handle knows the process that
-//! made it, and tells with one load whether this is it. A process here is an address space: a child of vfork(2), or of clone(2) with CLONE_VM, has its
-//! parent's, and is no other.
+//! Which process this is. fork(2) copies handles, and with them userfaultfds and eventfds that act
+//! on the parent. So each handle remembers the process that made it, and one load tells whether it
+//! is the calling one. A process here is an address space: a child of vfork(2), or of clone(2) with
+//! CLONE_VM, shares its parent's, and counts as the same process.
 
+use super::arch;
 use super::file::is_anonymous;
 use crate::error::{Error, Result};
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
-/// A page that the kernel makes zero in a forked child (MADV_WIPEONFORK, Linux 4.14). Its first word says which process this is.
-#[repr(C, align(4096))]
-struct Wiped([AtomicU64; 512]);
-static WIPED: Wiped = Wiped([const { AtomicU64::new(0) }; 512]);
+/// A page that the kernel zeroes in a forked child (MADV_WIPEONFORK, Linux 4.14). Its first word is
+/// the number of this process, its second the process id.
+static WIPED: arch::WholePage = arch::ZERO_PAGE;
 
 fn word() -> &'static AtomicU64 {
     &WIPED.0[0]
 }
 
-/// The word while a process begins with the library.
+/// The first word while a thread makes the process's first handle.
 const BEGINNING: u64 = u64::MAX;
 
-/// A process, as told from those that it descends from.
+/// A process, distinct from those that it descends from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Process(u64);
 
 impl Process {
-    /// This one. Where nothing of the library has been made in it yet, `first` runs before anything is: what the parent's other threads were at,
-    /// nobody finishes.
+    /// The calling process. Before its first handle is made, `first` runs once, to clean up what
+    /// threads of the parent had begun and no thread here will finish.
     pub fn here(first: impl Fn()) -> Process {
         static LAST: AtomicU64 = AtomicU64::new(0);
         loop {
@@ -44,25 +45,26 @@ impl Process {
         }
     }
 
-    /// Is it this one? Async-signal-safe.
+    /// Is it the calling process? Async-signal-safe.
     #[inline]
     pub fn is_here(self) -> bool {
         word().load(Relaxed) == self.0
     }
 }
 
-/// The process's number. Asked for once in a process that uses the library: less work for a seccomp filter. Async-signal-safe.
+/// The process id. The kernel is asked for it once in a process that uses the library, which spares
+/// seccomp filters work. Async-signal-safe.
 pub fn id() -> Result<i32> {
     let (known, wiped) = (&WIPED.0[1], !matches!(word().load(SeqCst), 0 | BEGINNING));
     match known.load(Relaxed) as i32 {
         0 => {}
         id => return Ok(id),
     }
-    // glibc's getpid knows no failure, and leaves errno alone.
+    // The system call itself, because glibc's getpid doesn't report a filter's refusal.
     // SAFETY: getpid has no arguments.
     match unsafe { libc::syscall(libc::SYS_getpid) } {
         id if id > 0 => {
-            // Not before a child would forget it.
+            // Only once the page is wiped in a child.
             if wiped {
                 known.store(id as u64, Relaxed);
             }
@@ -73,11 +75,12 @@ pub fn id() -> Result<i32> {
 }
 
 fn wipe_on_fork() {
-    // SAFETY: the page is a static of its own, anonymous memory in which nothing else lies; and the handler only stores to it.
+    // SAFETY: the page is a static of its own, in anonymous memory that holds nothing else; the
+    // handler only stores to it.
     unsafe {
         let page = (&raw const WIPED).cast_mut().cast();
-        if libc::madvise(page, size_of::<Wiped>(), libc::MADV_WIPEONFORK) != 0 {
-            // An older kernel, or a seccomp filter: the C library's fork, at least, is seen.
+        if libc::madvise(page, size_of_val(&WIPED), libc::MADV_WIPEONFORK) != 0 {
+            // An older kernel, or a seccomp filter. Then only the C library's fork is noticed.
             libc::pthread_atfork(None, None, Some(wipe));
         }
     }
@@ -87,14 +90,15 @@ unsafe extern "C" fn wipe() {
     WIPED.0[..2].iter().for_each(|word| word.store(0, SeqCst));
 }
 
-/// Closes descriptors in a forked child, of which the parent has others. A number that the child has closed already, and has used for a file, socket or
-/// pipe of its own, stays: what the library makes are anonymous inodes.
+/// Closes, in a forked child, its copies of the parent's descriptors. A number that the child has
+/// closed already, and reused for a file, socket or pipe, stays open: the library's descriptors are
+/// all anonymous inodes.
 ///
 /// # Safety
-/// In a forked child, and whatever owns the descriptors there is never used nor dropped.
+/// Called in a forked child, where the descriptors' owners are never used nor dropped.
 pub unsafe fn close_copies(fds: &[RawFd]) {
     for &fd in fds.iter().filter(|&&fd| is_anonymous(fd).unwrap_or(false)) {
-        // SAFETY: what the caller has promised.
+        // SAFETY: the caller promises that no owner uses the descriptor.
         unsafe { libc::close(fd) };
     }
 }

@@ -4,8 +4,8 @@ use super::process;
 use crate::error::{Error, Result};
 use std::cell::RefCell;
 
-/// Sends `signal` to one thread of this process; async-signal-safe. Returns 0 or an errno. A thread that
-/// is gone is not an error.
+/// Sends `signal` to one thread of this process; async-signal-safe. Returns 0 or an errno. A thread
+/// that is gone is not an error.
 pub fn send(tid: i32, signal: i32) -> i32 {
     let process = match process::id() {
         Ok(id) => id,
@@ -21,15 +21,15 @@ pub fn send(tid: i32, signal: i32) -> i32 {
     }
 }
 
-/// May the calling thread be sent signals and, if SIGBUS comes by mask, block and take them? A seccomp
-/// filter that refuses one of the calls would show as kicks that are lost, or as a vCPU that makes no
-/// progress.
+/// Checks that the calling thread can be sent signals and, if SIGBUS comes by mask, can block and
+/// take them. A seccomp filter that refuses one of the calls would otherwise show as kicks that are
+/// lost, or as a vCPU that makes no progress.
 pub fn check(by_mask: bool) -> Result<()> {
     let pid = process::id()?;
     let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     let (empty, mut mask, null) = (0u64, 0u64, std::ptr::null::<u64>());
-    // SAFETY: none of the calls changes anything: no signal is sent, the mask is only read, and of the empty set none is taken. Sets and time are
-    // live, and of the size that is stated.
+    // SAFETY: none of the calls changes anything: no signal is sent, the mask is only read, and of
+    // the empty set none is taken. Sets and time are live, and of the size that is stated.
     let results = unsafe {
         let tid = libc::syscall(libc::SYS_gettid);
         let failed = |result: i64| (result < 0).then(std::io::Error::last_os_error);
@@ -71,7 +71,7 @@ impl SignalSet {
         SignalSet(self.0 & !other.0)
     }
 
-    /// The numbers of its bits.
+    /// The bits that are set.
     fn iter(self) -> impl Iterator<Item = usize> {
         (0..64).filter(move |bit| self.0 & 1 << bit != 0)
     }
@@ -93,7 +93,8 @@ pub fn blocked() -> Result<SignalSet> {
     set_blocked(SignalSet::default(), true)
 }
 
-/// Which signals are blocked in this thread for vCPUs: how many of them want it, and which the thread had not blocked itself.
+/// The signals that the library has blocked in a thread for vCPUs: how many vCPUs want each
+/// blocked, and which of them the thread had not blocked itself.
 struct Held {
     wanted: [u32; 64],
     unblock: u64,
@@ -103,7 +104,8 @@ thread_local! {
     static HELD: RefCell<Held> = const { RefCell::new(Held { wanted: [0; 64], unblock: 0 }) };
 }
 
-/// Blocks signals in the calling thread until `release` has been called as often; returns the mask as it was. A thread may have several vCPUs.
+/// Blocks signals in the calling thread until `release` has been called as often as this; returns
+/// the mask as it was. (A thread may have several vCPUs.)
 pub fn hold(set: SignalSet) -> Result<SignalSet> {
     let before = set_blocked(set, true)?;
     HELD.with_borrow_mut(|held| {
@@ -117,8 +119,8 @@ pub fn hold(set: SignalSet) -> Result<SignalSet> {
     Ok(before)
 }
 
-/// Takes `hold` back. Those that no other vCPU of the thread wants are unblocked if the thread hadn't blocked them itself, and lost if they are
-/// pending.
+/// Undoes one `hold`. Signals that no other vCPU of the thread wants blocked are unblocked, unless
+/// the thread had blocked them itself; those that are pending are discarded.
 pub fn release(set: SignalSet) {
     let unblock = HELD.with_borrow_mut(|held| {
         let mut unblock = 0;
@@ -149,8 +151,9 @@ pub struct Pending {
 /// Takes one pending blocked signal of `set` from the calling thread, without waiting.
 pub fn take(set: SignalSet) -> Result<Option<Pending>> {
     let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: an all-zero siginfo_t is valid; set, info and timeout live during the call, and 8 is the size of the kernel's set.
-    // si_addr is a plain field read of a siginfo_t that the kernel filled in.
+    // SAFETY: an all-zero siginfo_t is valid; set, info and timeout live during the call, and 8 is
+    // the size of the kernel's set. si_addr is a plain field read of a siginfo_t that the kernel
+    // filled in.
     unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         let signal = libc::syscall(libc::SYS_rt_sigtimedwait, &set.0, &mut info, &none, 8usize) as i32;
@@ -164,7 +167,8 @@ pub fn take(set: SignalSet) -> Result<Option<Pending>> {
     }
 }
 
-/// Can a program send and block `signal`? Not the two that nothing blocks, nor those that the C library keeps for itself.
+/// Can a program send and block `signal`? Not SIGKILL and SIGSTOP, which can't be blocked, nor
+/// those that the C library reserves.
 pub fn is_usable(signal: i32) -> bool {
     const FIRST_REALTIME: i32 = 32;
     (1..=libc::SIGRTMAX()).contains(&signal)
@@ -172,7 +176,7 @@ pub fn is_usable(signal: i32) -> bool {
         && !(FIRST_REALTIME..libc::SIGRTMIN()).contains(&signal)
 }
 
-/// Has the VMM a handler for `signal`? (Neither the default action nor ignored.)
+/// Does the VMM have a handler for `signal`? (Neither the default action nor ignored.)
 pub fn has_handler(signal: i32) -> bool {
     // SAFETY: an all-zero sigaction is valid; a null new action only queries.
     unsafe {
@@ -183,9 +187,10 @@ pub fn has_handler(signal: i32) -> bool {
     }
 }
 
-/// Blocks every signal in the calling thread: the VMM's handlers are not for the library's own threads.
+/// Blocks every signal in the calling thread, which is one of the library's own: the VMM's handlers
+/// must not run there.
 pub fn block_all() {
-    // Where a filter refuses it the VMM's handlers run here, too.
+    // Where a seccomp filter refuses it, the VMM's handlers may run here.
     let _ = set_blocked(SignalSet(!0), true);
 }
 
@@ -215,7 +220,8 @@ mod tests {
         assert_eq!(two.without(now()), SignalSet::default());
         send(id(), libc::SIGUSR2);
         release(two);
-        // The pending one is gone (it would have ended the process), and what the thread had blocked itself still is.
+        // The pending one is gone (it would have ended the process), and what the thread had
+        // blocked itself still is.
         assert_eq!(two.without(now()), two.without(own));
         set_blocked(own, false).unwrap();
     }

@@ -7,18 +7,19 @@ use std::os::unix::fs::MetadataExt;
 /// PROC_USER_INIT_INO of include/linux/proc_ns.h.
 const INITIAL_USER_NAMESPACE: u64 = 0xEFFF_FFFD;
 
-/// What was found out.
+/// What `look` has found.
 #[derive(Debug, Default)]
 pub struct Surroundings {
     /// Why /proc/self/maps can't be read; None if it can.
     pub maps: Option<Error>,
-    /// Is this the initial user namespace? Capabilities in others don't count for userfaultfd. None if it can't be known.
+    /// Is this the initial user namespace? Capabilities in others don't count for userfaultfd. None
+    /// if it can't be known.
     pub initial_user_namespace: Option<bool>,
     /// Is a seccomp filter in force? None if it can't be known.
     pub seccomp: Option<bool>,
 }
 
-/// Looks around.
+/// Finds out what confines this process.
 pub fn look() -> Surroundings {
     let status = std::fs::read_to_string("/proc/self/status").ok();
     let seccomp = |text: &str| Some(text.lines().find_map(|line| line.strip_prefix("Seccomp:"))?.trim() != "0");

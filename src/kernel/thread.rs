@@ -14,7 +14,7 @@ pub fn id() -> i32 {
     unsafe { libc::gettid() }
 }
 
-/// Tells the calling thread from all others that there have ever been in this process; no system call, unlike `id`.
+/// A number that no other thread of this process has, or ever had. No system call, unlike `id`.
 pub fn token() -> u64 {
     static LAST: AtomicU64 = AtomicU64::new(0);
     thread_local! { static TOKEN: Cell<u64> = const { Cell::new(0) } }
@@ -24,7 +24,7 @@ pub fn token() -> u64 {
     TOKEN.get()
 }
 
-/// For tests: so many fill threads can be started, and then no more.
+/// For tests: the number of fill threads that can be started before starting one fails.
 static MOST_THREADS: Lazy<Option<u32>> = Lazy::new(|| std::env::var("KVMFAULT_TEST_MOST_THREADS").ok()?.parse().ok());
 
 /// Starts a thread.
@@ -36,18 +36,21 @@ pub fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> std::io::Res
     std::thread::Builder::new().name(name).spawn(work)
 }
 
-/// Sleeps. By a system call that all programs with threads need, so that no seccomp filter refuses it: nanosleep may be missing.
+/// Sleeps, by the system call that every program with threads needs: a seccomp filter may refuse
+/// nanosleep.
 pub fn pause(time: Duration) {
     futex::wait(&AtomicU32::new(0), 0, time);
 }
 
-/// The calling thread gives way to others of the process: `nice` from 0 (as it was) to 19.
+/// Lowers the calling thread's priority: `nice` is from 0 (no change) to 19.
 pub fn set_nice(nice: i32) {
-    // SAFETY: takes numbers only. On Linux it is the thread's own value; raising it is always allowed.
+    // SAFETY: setpriority takes numbers only. On Linux it sets the thread's own value, and raising
+    // it is always allowed.
     unsafe { libc::setpriority(libc::PRIO_PROCESS, id() as libc::id_t, nice) };
 }
 
-/// Has a range worked on in pieces, of `least` at least, by as many threads as there are CPUs for this process. The first error of a piece.
+/// Calls `work` on all pieces of a range, each at least `least` long, on as many threads as there
+/// are CPUs for this process. Returns the first piece's error.
 pub fn in_parallel(
     range: Range<u64>,
     least: u64,
@@ -71,9 +74,9 @@ pub fn in_parallel(
         let mut result = piece(0);
         for other in others {
             let done = match other {
-                // A panic there goes on here.
+                // A panic of that thread continues here.
                 Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-                Err(n) => piece(n), // no thread to be had
+                Err(n) => piece(n), // no thread could be started
             };
             result = result.and(done);
         }
@@ -86,7 +89,8 @@ mod tests {
     use super::*;
     use crate::error::Error;
 
-    /// The kernel gives the number of a thread that has ended to another one; then a vCPU would take that for its own, with SIGBUS blocked.
+    /// The kernel reuses the number of a thread that has ended. By that number a vCPU would take
+    /// another thread for its own, and for one with SIGBUS blocked.
     #[test]
     fn threads_are_told_apart_also_from_those_that_have_ended() {
         let mine = token();

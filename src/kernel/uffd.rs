@@ -1,9 +1,10 @@
-//! userfaultfd: opening, registering (both through the `userfaultfd` crate), and the ioctls that the crate lacks or gets
-//! wrong: it reads a COPY that ends with EAGAIN as a huge count, and has no POISON. See userfaultfd(2),
-//! Documentation/admin-guide/mm/userfaultfd.rst and fs/userfaultfd.c.
+//! userfaultfd: opening, registering (both through the `userfaultfd` crate), and the ioctls that
+//! the crate lacks or gets wrong: it reads a COPY that ends with EAGAIN as a huge count, and has no
+//! POISON. See userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst and fs/userfaultfd.c.
 
 use super::file;
-use super::mem::{Mapping, PAGE};
+use super::mem::Mapping;
+use super::page::page_size;
 use crate::error::{fail, Error, Result};
 use std::fmt::Write;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
@@ -18,13 +19,16 @@ pub const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
 pub const FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
 /// UFFD_FEATURE_THREAD_ID, Linux 4.14.
 pub const FEATURE_THREAD_ID: u64 = 1 << 8;
-/// Events: whoever changes the memory waits until one is read, which a reader may have to wait for; and SIGBUS, with which nothing is ever read.
+/// Features that the library can't use: events, for which a thread that changes the memory waits
+/// until one is read, perhaps while a reader waits for that thread; and SIGBUS, with which no fault
+/// is reported.
 const UNFIT: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 7;
 const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
 
-/// What is asked for, best first: a kernel refuses the whole request for one feature that it doesn't know.
-const WISHES: [u64; 4] = {
+/// Sets of features to ask for, best first: a kernel refuses a whole set for one feature that it
+/// doesn't know.
+const FEATURE_SETS: [u64; 4] = {
     let shared = FEATURE_MISSING_SHMEM | FEATURE_MISSING_HUGETLBFS;
     let minor = shared | FEATURE_THREAD_ID | FEATURE_MINOR_SHMEM | FEATURE_MINOR_HUGETLBFS;
     [minor | FEATURE_POISON, minor, shared | FEATURE_THREAD_ID, shared]
@@ -38,19 +42,20 @@ const fn iowr(nr: u64, size: usize) -> u64 {
 }
 const UFFDIO_API: u64 = iowr(0x3F, 24);
 const UFFDIO_WAKE: u64 = 2 << 30 | 16 << 16 | 0xAA << 8 | 0x02; // _IOR
-/// On /dev/userfaultfd.
+/// The request that makes a userfaultfd from /dev/userfaultfd.
 const USERFAULTFD_IOC_NEW: u64 = 0xAA << 8;
 const UFFDIO_COPY: u64 = iowr(0x03, 40);
 const UFFDIO_ZEROPAGE: u64 = iowr(0x04, 32);
 const UFFDIO_CONTINUE: u64 = iowr(0x07, 32);
 const UFFDIO_POISON: u64 = iowr(0x08, 32);
 
-/// How far an install ioctl came.
+/// What an install ioctl has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// This many bytes from the start are done (perhaps not all that was asked), and their waiters are awake.
+    /// This many bytes from the start are done (perhaps not all that was asked), and their waiters
+    /// are awake.
     Done(u64),
-    /// The first page is there already. Its waiters, if any, are still asleep.
+    /// The first page is present already. Its waiters, if any, are still asleep.
     Exists,
     /// The address space is changing (another thread in mmap, fork, madvise, ...): try again.
     Again,
@@ -59,18 +64,21 @@ pub enum Step {
 /// What a range is registered for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Mode {
-    /// Not only faults where there is no page, but also those where it is in the page cache and not mapped.
+    /// Faults at pages that are in the page cache and not mapped, too; otherwise only those where
+    /// there is no page.
     pub minor: bool,
-    /// The range carries markers, and the kernel is to leave its page tables alone. Of shared memory it drops them when it makes huge pages of the
-    /// page cache (retract_page_tables in mm/khugepaged.c), but for ranges that are registered for write protection, too; nor does it share
-    /// those of hugetlb there. Nothing is write-protected. A range stays so until it is unregistered: to register it without is EBUSY (Linux 7.3).
+    /// The range carries markers, so the kernel must keep its page tables. When the kernel makes
+    /// huge pages of the page cache it drops the page tables of shared memory
+    /// (retract_page_tables in mm/khugepaged.c), and it shares those of hugetlb; but neither in
+    /// ranges that are registered for write protection, too. No page is write-protected. A range
+    /// stays registered so until it is unregistered: registering it without is EBUSY (Linux 7.3).
     pub keeps_tables: bool,
 }
 
 /// A fault that the kernel reported through the userfaultfd.
 #[derive(Debug, Clone, Copy)]
 pub struct Message {
-    /// The address, in whichever mapping was touched.
+    /// The address that was touched; memory may have several mappings.
     pub hva: u64,
     /// Was it a write?
     pub write: bool,
@@ -87,7 +95,7 @@ pub struct Uffd {
     features: u64,
 }
 
-/// A range's registration that isn't final yet.
+/// A range's registration that is undone on drop, unless it is kept.
 #[must_use = "a registration that is dropped is undone"]
 #[derive(Debug)]
 pub struct Registration<'a> {
@@ -97,7 +105,7 @@ pub struct Registration<'a> {
 }
 
 impl Registration<'_> {
-    /// It is to last.
+    /// Makes the registration last.
     pub fn keep(self) {
         std::mem::forget(self);
     }
@@ -110,18 +118,19 @@ impl Drop for Registration<'_> {
 }
 
 impl Uffd {
-    /// Opens one with the best features that the kernel has, for kernel-mode faults too (KVM's are such).
+    /// Opens one with the best features that the kernel has, also for faults in kernel mode, as
+    /// KVM's are.
     pub fn open() -> Result<Uffd> {
         let mut tried = String::new();
-        for wish in WISHES {
+        for features in FEATURE_SETS {
             match UffdBuilder::new()
                 .close_on_exec(true)
                 .non_blocking(true)
                 .user_mode_only(false)
-                .require_features(FeatureFlags::from_bits_retain(wish))
+                .require_features(FeatureFlags::from_bits_retain(features))
                 .create()
             {
-                Ok(uffd) => return Ok(Uffd { uffd, features: wish }),
+                Ok(uffd) => return Ok(Uffd { uffd, features }),
                 Err(e) => {
                     tried.clear();
                     let _ = write!(tried, "/dev/userfaultfd or the system call: {e}");
@@ -129,7 +138,8 @@ impl Uffd {
             }
         }
         // The crate doesn't try the system call where the device exists but is not accessible.
-        // SAFETY: the system call takes flags only, and returns a new descriptor, which is ours alone.
+        // SAFETY: the system call takes flags only, and returns a new descriptor, which is ours
+        // alone.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) } as RawFd;
         if fd < 0 {
             let error = std::io::Error::last_os_error();
@@ -140,13 +150,13 @@ impl Uffd {
         Uffd::handshake(unsafe { userfaultfd::Uffd::from_raw_fd(fd) }, fd)
     }
 
-    /// Takes one that the VMM opened, or makes one from an open /dev/userfaultfd (Linux 6.1); `fd` is duplicated. The descriptor itself is asked what it
-    /// is: a jail may have no /proc.
+    /// Takes one that the VMM opened, or makes one from an open /dev/userfaultfd (Linux 6.1); `fd`
+    /// is duplicated. The descriptor itself is asked what it is: a jail may have no /proc.
     pub fn adopt(fd: RawFd) -> Result<Uffd> {
         let given = file::duplicate(fd, "uffd")?;
         let meta = given.metadata().map_err(|e| Error::from_io("uffd: fstat", &e))?;
         if meta.file_type().is_char_device() {
-            // SAFETY: the request takes flags only; for other devices it is none of theirs.
+            // SAFETY: the request takes flags only; other devices don't know it.
             let made =
                 unsafe { libc::ioctl(given.as_raw_fd(), USERFAULTFD_IOC_NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) };
             if made < 0 {
@@ -173,27 +183,29 @@ impl Uffd {
         Ok(adopted)
     }
 
-    /// A userfaultfd serves the address space of the process that made it, whichever process has the descriptor: tried with a page of our own.
+    /// Checks that the userfaultfd serves this process, by registering a page: it serves the
+    /// address space of the process that made it, even if another process has the descriptor.
     fn check_process(&self, fd: RawFd) -> Result<()> {
-        let page = Mapping::anonymous(PAGE)?;
-        match self.try_register(page.address(), PAGE, Mode::default()) {
+        let page = Mapping::anonymous(page_size())?;
+        match self.try_register(page.address(), page_size(), Mode::default()) {
             Ok(_undone) => Ok(()),
             Err(e) => Err(e.context(format!("uffd: descriptor {fd} serves no memory of this process: who made it?"))),
         }
     }
 
-    /// UFFDIO_API. Where all wishes are refused it was done before, or this is no userfaultfd. What was asked for then /proc tells, if there is one;
-    /// POISON and minor faults need no asking, and are tried or assumed.
+    /// UFFDIO_API. If every set is refused, it was done before, or this is no userfaultfd. /proc,
+    /// if there is one, shows which features were asked for then. POISON and minor faults don't
+    /// have to be asked for: the one is tried, the other assumed.
     fn handshake(uffd: userfaultfd::Uffd, fd: RawFd) -> Result<Uffd> {
-        for wish in WISHES {
-            let mut api = [UFFD_API, wish, 0];
+        for features in FEATURE_SETS {
+            let mut api = [UFFD_API, features, 0];
             if ioctl(&uffd, UFFDIO_API, &mut api).is_ok() {
-                return Ok(Uffd { uffd, features: wish });
+                return Ok(Uffd { uffd, features });
             }
         }
-        // Harmless: nothing waits in a page of our own.
-        let page = Mapping::anonymous(PAGE)?;
-        if let Err(e) = ioctl(&uffd, UFFDIO_WAKE, &mut [page.address(), PAGE]) {
+        // This has no effect: no thread waits for a page of our own.
+        let page = Mapping::anonymous(page_size())?;
+        if let Err(e) = ioctl(&uffd, UFFDIO_WAKE, &mut [page.address(), page_size()]) {
             fail!(EINVAL, "uffd: descriptor {fd} is not a userfaultfd: UFFDIO_API and UFFDIO_WAKE: {e}");
         }
         let asked = features_of(uffd.as_raw_fd()).unwrap_or(0);
@@ -203,17 +215,17 @@ impl Uffd {
                 format!("uffd: its UFFDIO_API was done with features {asked:#x}; those of {UNFIT:#x} (events, SIGBUS) don't go with the library"),
             ));
         }
-        let adopted = Uffd { uffd, features: WISHES[0] & (!FEATURE_THREAD_ID | asked) };
+        let adopted = Uffd { uffd, features: FEATURE_SETS[0] & (!FEATURE_THREAD_ID | asked) };
         let features = if adopted.can_poison() { adopted.features } else { adopted.features & !FEATURE_POISON };
         Ok(Uffd { features, ..adopted })
     }
 
     /// Tries UFFDIO_POISON on a page of our own.
     fn can_poison(&self) -> bool {
-        let Ok(page) = Mapping::anonymous(PAGE) else { return false };
-        let works = self.register(page.address(), PAGE, Mode::default()).is_ok()
-            && self.poison(page.address(), PAGE, PAGE).is_ok();
-        let _ = self.unregister(page.address(), PAGE);
+        let Ok(page) = Mapping::anonymous(page_size()) else { return false };
+        let works = self.register(page.address(), page_size(), Mode::default()).is_ok()
+            && self.poison(page.address(), page_size(), page_size()).is_ok();
+        let _ = self.unregister(page.address(), page_size());
         works
     }
 
@@ -228,7 +240,7 @@ impl Uffd {
         let faults = if mode.minor { RegisterMode::MISSING | RegisterMode::MINOR } else { RegisterMode::MISSING };
         let registered = match mode.keeps_tables {
             true => match register(faults | RegisterMode::WRITE_PROTECT) {
-                // The kernel has no write protection of shared memory (CONFIG_PTE_MARKER_UFFD_WP): then it must do without.
+                // The kernel can't write-protect shared memory (no CONFIG_PTE_MARKER_UFFD_WP).
                 Err(userfaultfd::Error::SystemError(e)) if e as i32 == libc::EINVAL => register(faults),
                 registered => registered,
             },
@@ -240,17 +252,21 @@ impl Uffd {
         })
     }
 
-    /// Registers a range that is unregistered again unless the registration is kept. A failure must not be followed by a plain
-    /// `unregister`: before Linux 6.17 the kernel lets any userfaultfd undo what another one has registered.
+    /// Registers a range that is unregistered again unless the registration is kept. After a
+    /// failure the caller must not call `unregister`: before Linux 6.17 the kernel lets any
+    /// userfaultfd undo what another one has registered.
     pub fn try_register(&self, hva: u64, len: u64, mode: Mode) -> Result<Registration<'_>> {
         self.register(hva, len, mode).map(|()| Registration { uffd: self, hva, len })
     }
 
-    /// Unregisters a range. All threads that wait there wake, and take the fault without userfaultfd.
+    /// Unregisters a range. All threads that wait there wake, and their faults are handled without
+    /// userfaultfd.
     ///
-    /// The kernel wakes before it takes the registration away, and so misses a fault that began between the two. It does wait for such a fault
-    /// to be in the queue, so a second wake-up finds it (docs/kernel.md, "The end of a registration"). UFFDIO_WAKE asks nothing of a range
-    /// but its alignment: it works on what is no longer registered, and reaches sleepers of this userfaultfd only.
+    /// The kernel wakes before it takes the registration away, and so misses a fault that began
+    /// between the two. It does wait for such a fault to be in the queue, so a second wake-up finds
+    /// it (docs/kernel.md, "The end of a registration"). UFFDIO_WAKE asks nothing of a range but
+    /// its alignment: it works on what is no longer registered, and reaches sleepers of this
+    /// userfaultfd only.
     pub fn unregister(&self, hva: u64, len: u64) -> Result<()> {
         let done = self.uffd.unregister(hva as *mut _, len as usize).map_err(|e| from_crate("UFFDIO_UNREGISTER", e));
         // Also after a failure: a part of the range may be unregistered.
@@ -263,7 +279,8 @@ impl Uffd {
         self.uffd.wake(hva as *mut _, len as usize).map_err(|e| from_crate("UFFDIO_WAKE", e))
     }
 
-    /// Copies bytes of this process into absent pages of `page` bytes. A `source` that can't be read is EFAULT.
+    /// Copies bytes of this process into absent pages of `page` bytes. A `source` that can't be
+    /// read is EFAULT.
     pub fn copy(&self, hva: u64, source: u64, len: u64, page: u64) -> Result<Step> {
         in_one_mapping(len, page, |len| {
             let mut arg = [hva, source, len, 0, 0];
@@ -277,7 +294,7 @@ impl Uffd {
         self.install("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE, hva, len, page)
     }
 
-    /// Maps pages that are in the page cache; EFAULT where there is none.
+    /// Maps pages that are in the page cache; EFAULT where a page isn't.
     pub fn map(&self, hva: u64, len: u64, page: u64) -> Result<Step> {
         self.install("UFFDIO_CONTINUE", UFFDIO_CONTINUE, hva, len, page)
     }
@@ -295,8 +312,9 @@ impl Uffd {
         })
     }
 
-    /// May the calling thread read the userfaultfd? A seccomp filter may refuse it. Takes no message: one byte is too little for any, and then
-    /// userfaultfd_read_iter (fs/userfaultfd.c) says EINVAL.
+    /// May the calling thread read the userfaultfd? A seccomp filter may refuse it. Takes no
+    /// message: one byte is too little for any, and then userfaultfd_read_iter (fs/userfaultfd.c)
+    /// says EINVAL.
     pub fn check_readable(&self) -> Result<()> {
         let mut byte = 0u8;
         // SAFETY: reads one byte at most, to a live variable, from our own descriptor.
@@ -318,7 +336,7 @@ impl Uffd {
                 minor: kind == FaultKind::Minor,
                 thread: (self.features & FEATURE_THREAD_ID != 0).then(|| thread_id.as_raw()),
             })),
-            // Events (fork, remap, remove, unmap) come only to those who asked.
+            // Events (fork, remap, remove, unmap) come only if they were asked for.
             Ok(_) => Ok(None),
             Err(e) => Err(from_crate("reading the userfaultfd", e)),
         }
@@ -331,7 +349,8 @@ impl AsRawFd for Uffd {
     }
 }
 
-/// The features that UFFDIO_API was done with, as /proc tells: "API:", the version, and these (userfaultfd_show_fdinfo in fs/userfaultfd.c).
+/// The features that UFFDIO_API was done with, as /proc tells: "API:", the version, and these
+/// (userfaultfd_show_fdinfo in fs/userfaultfd.c).
 fn features_of(fd: RawFd) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("API:"))?;
@@ -339,17 +358,19 @@ fn features_of(fd: RawFd) -> Option<u64> {
 }
 
 fn ioctl<const N: usize>(uffd: &userfaultfd::Uffd, request: u64, arg: &mut [u64; N]) -> std::io::Result<()> {
-    // SAFETY: every request here is defined on a structure of N 64-bit fields (the size is part of its number). The kernel checks
-    // the addresses in it, and changes nothing but absent pages of ranges registered with this userfaultfd, which are guest
-    // memory that Rust holds no reference to.
+    // SAFETY: every request here is defined on a structure of N 64-bit fields (the size is part of
+    // its number). The kernel checks the addresses in it, and changes nothing but absent pages of
+    // ranges registered with this userfaultfd, which are guest memory that Rust holds no reference
+    // to.
     match unsafe { libc::ioctl(uffd.as_raw_fd(), request, arg.as_mut_ptr()) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
     }
 }
 
-/// An install that begins in one mapping and ends in another is ENOENT, and does nothing (find_dst_vma in mm/userfaultfd.c). To the VMM both may
-/// be one piece of memory: it has treated a part differently (madvise, mbind), or it is of several files. So less is tried, down to a page.
+/// An install that begins in one mapping and ends in another fails with ENOENT, and does nothing
+/// (find_dst_vma in mm/userfaultfd.c). To the VMM both may be one piece of memory, of several files
+/// or split by madvise or mbind. So shorter lengths are tried, down to a page.
 fn in_one_mapping(len: u64, page: u64, mut attempt: impl FnMut(u64) -> Result<Step>) -> Result<Step> {
     let mut len = len;
     loop {
@@ -360,7 +381,7 @@ fn in_one_mapping(len: u64, page: u64, mut attempt: impl FnMut(u64) -> Result<St
     }
 }
 
-/// Reads an install ioctl's outcome: the last field holds the bytes done, or -errno if none.
+/// An install ioctl's outcome. The last field of its structure holds the bytes done, or -errno.
 fn step(what: &str, result: std::io::Result<()>, done: u64, len: u64) -> Result<Step> {
     match result {
         Ok(()) => Ok(Step::Done(len)),
@@ -378,28 +399,38 @@ fn from_crate(what: &str, error: userfaultfd::Error) -> Error {
         | userfaultfd::Error::ZeropageFailed(e) => *e as i32,
         _ => libc::EIO,
     };
-    // The crate's own words leave the errno out.
+    // The crate's own message doesn't name the errno.
     Error::new(errno, format!("{what}: {}", std::io::Error::from_raw_os_error(errno)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::mem::{self, Mapping, PAGE};
+    use crate::kernel::mem::{self, Mapping};
+    use crate::kernel::page::page_size;
 
     #[test]
     fn partial_progress_and_eexist_are_told_apart() {
         let uffd = needs!(Uffd::open());
-        let memory = Mapping::anonymous(4 * PAGE).unwrap();
-        let source = Mapping::anonymous(4 * PAGE).unwrap();
-        mem::write(source.address(), &[7; 4 * PAGE as usize]).unwrap();
-        uffd.register(memory.address(), 4 * PAGE, Mode::default()).unwrap();
-        assert_eq!(uffd.copy(memory.address() + 2 * PAGE, source.address(), PAGE, PAGE), Ok(Step::Done(PAGE)));
-        assert_eq!(uffd.copy(memory.address(), source.address(), 4 * PAGE, PAGE), Ok(Step::Done(2 * PAGE)));
-        assert_eq!(uffd.copy(memory.address(), source.address(), PAGE, PAGE), Ok(Step::Exists));
-        assert_eq!(uffd.copy(memory.address() + 3 * PAGE, PAGE, PAGE, PAGE).unwrap_err().errno, libc::EFAULT);
+        let memory = Mapping::anonymous(4 * page_size()).unwrap();
+        let source = Mapping::anonymous(4 * page_size()).unwrap();
+        mem::write(source.address(), &vec![7; 4 * page_size() as usize]).unwrap();
+        uffd.register(memory.address(), 4 * page_size(), Mode::default()).unwrap();
+        assert_eq!(
+            uffd.copy(memory.address() + 2 * page_size(), source.address(), page_size(), page_size()),
+            Ok(Step::Done(page_size()))
+        );
+        assert_eq!(
+            uffd.copy(memory.address(), source.address(), 4 * page_size(), page_size()),
+            Ok(Step::Done(2 * page_size()))
+        );
+        assert_eq!(uffd.copy(memory.address(), source.address(), page_size(), page_size()), Ok(Step::Exists));
+        assert_eq!(
+            uffd.copy(memory.address() + 3 * page_size(), page_size(), page_size(), page_size()).unwrap_err().errno,
+            libc::EFAULT
+        );
         let mut byte = [0];
-        mem::read(memory.address() + PAGE, &mut byte).unwrap();
+        mem::read(memory.address() + page_size(), &mut byte).unwrap();
         assert_eq!(byte, [7]);
     }
 
@@ -412,28 +443,29 @@ mod tests {
         assert_eq!(Uffd::adopt(flag.as_raw_fd()).unwrap_err().errno, libc::EINVAL);
         let first = needs!(Uffd::open());
         let second = Uffd::adopt(first.as_raw_fd()).unwrap();
-        let memory = Mapping::anonymous(PAGE).unwrap();
-        second.register(memory.address(), PAGE, Mode::default()).unwrap();
-        assert_eq!(first.zero(memory.address(), PAGE, PAGE), Ok(Step::Done(PAGE)));
+        let memory = Mapping::anonymous(page_size()).unwrap();
+        second.register(memory.address(), page_size(), Mode::default()).unwrap();
+        assert_eq!(first.zero(memory.address(), page_size(), page_size()), Ok(Step::Done(page_size())));
     }
 
     #[test]
     fn an_adopted_descriptor_may_be_the_device() {
         let device = needs!(std::fs::File::open("/dev/userfaultfd"));
         let uffd = Uffd::adopt(device.as_raw_fd()).unwrap();
-        let memory = Mapping::anonymous(PAGE).unwrap();
-        uffd.register(memory.address(), PAGE, Mode::default()).unwrap();
-        assert_eq!(uffd.zero(memory.address(), PAGE, PAGE), Ok(Step::Done(PAGE)));
+        let memory = Mapping::anonymous(page_size()).unwrap();
+        uffd.register(memory.address(), page_size(), Mode::default()).unwrap();
+        assert_eq!(uffd.zero(memory.address(), page_size(), page_size()), Ok(Step::Done(page_size())));
     }
 
-    /// A thread that touches the memory just before its registration ends. Without the second wake-up about one round in fifteen leaves it asleep.
+    /// A thread that touches the memory just before its registration ends. Without the second
+    /// wake-up about one round in fifteen leaves it asleep.
     #[test]
     fn the_end_of_a_registration_leaves_no_sleeper() {
         use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
         use std::time::{Duration, Instant};
         const ROUNDS: u32 = 300;
         let uffd = needs!(Uffd::open());
-        let memory = Mapping::anonymous(64 * PAGE).unwrap();
+        let memory = Mapping::anonymous(64 * page_size()).unwrap();
         let (begun, touched, lost) = (AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
         let spin = |times: u32| (0..times).for_each(|_| std::hint::spin_loop());
         std::thread::scope(|scope| {
@@ -443,22 +475,22 @@ mod tests {
                         std::hint::spin_loop();
                     }
                     spin(round * 13 % 400);
-                    memory.atomics()[(u64::from(round % 64) * PAGE / 8) as usize].load(SeqCst);
+                    memory.atomics()[(u64::from(round % 64) * page_size() / 8) as usize].load(SeqCst);
                     touched.store(round, SeqCst);
                 }
             });
             for round in 1..=ROUNDS {
-                mem::advise(memory.address(), 64 * PAGE, libc::MADV_DONTNEED, "madvise").unwrap();
-                uffd.register(memory.address(), 64 * PAGE, Mode::default()).unwrap();
+                mem::advise(memory.address(), 64 * page_size(), libc::MADV_DONTNEED, "madvise").unwrap();
+                uffd.register(memory.address(), 64 * page_size(), Mode::default()).unwrap();
                 begun.store(round, SeqCst);
                 spin(round * 7 % 600);
-                uffd.unregister(memory.address(), 64 * PAGE).unwrap();
+                uffd.unregister(memory.address(), 64 * page_size()).unwrap();
                 let end = Instant::now() + Duration::from_secs(5);
                 while touched.load(SeqCst) < round {
                     std::thread::yield_now();
                     if Instant::now() > end && lost.load(SeqCst) < round {
                         lost.store(round, SeqCst);
-                        uffd.wake(memory.address(), 64 * PAGE).unwrap();
+                        uffd.wake(memory.address(), 64 * page_size()).unwrap();
                     }
                 }
             }

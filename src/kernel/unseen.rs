@@ -1,8 +1,9 @@
-//! Memory of this process where /proc/self/maps can't be read: in a chroot without /proc, under Landlock. What the VMM declares is taken at its word, as far
-//! as no system call tells otherwise.
+//! Memory of this process where /proc/self/maps can't be read: in a chroot without /proc, or under
+//! Landlock. The library believes what the VMM declares, unless a system call shows otherwise.
 
 use super::file;
-use super::mem::{advise, Backing, Kind, Mapping, ADDRESSES, PAGE};
+use super::mem::{advise, Backing, Kind, Mapping, ADDRESSES};
+use super::page::page_size;
 use crate::error::{fail, Error, Result};
 use std::fs::File;
 use std::os::fd::RawFd;
@@ -11,13 +12,13 @@ use std::os::fd::RawFd;
 pub fn reason() -> Option<Error> {
     let error = File::open("/proc/self/maps").err()?;
     let lacking = [libc::ENOENT, libc::ENOTDIR, libc::EACCES, libc::EPERM, libc::ENOSYS];
-    // Anything else (too many open files) is no way to live.
+    // Any other error (too many open files) may be gone the next time.
     lacking.contains(&error.raw_os_error()?).then(|| Error::from_io("/proc/self/maps can't be read", &error))
 }
 
-/// What [hva, hva + len) is, by what the VMM says that it is and which file it is a mapping of.
+/// The kind and page size of [hva, hva + len), from what the VMM declares.
 pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>, reason: &Error) -> Result<Backing> {
-    // SAFETY: with MS_ASYNC msync looks at mappings and does nothing.
+    // SAFETY: with MS_ASYNC msync only checks that the range is mapped.
     if unsafe { libc::msync(hva as *mut _, len as usize, libc::MS_ASYNC) } != 0 {
         fail!(EFAULT, "hva: something inside [{hva:#x}, {:#x}) is not mapped", hva + len);
     }
@@ -27,20 +28,22 @@ pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>, re
     };
     let of_file = fd.map(|fd| file::memory(fd, "fd")).transpose()?;
     let page = match (kind, of_file) {
-        (Kind::HugetlbShared | Kind::HugetlbPrivate, Some(page)) if page > PAGE => page,
+        (Kind::HugetlbShared | Kind::HugetlbPrivate, Some(page)) if page > page_size() => page,
         (Kind::HugetlbShared | Kind::HugetlbPrivate, Some(_)) => fail!(EINVAL, "fd: is not a file of huge pages"),
         (Kind::HugetlbShared | Kind::HugetlbPrivate, None) => {
             fail!(EINVAL, "fd: the page size at hva {hva:#x} can't be looked up ({reason}): give slot.fd")
         }
-        (Kind::Anon | Kind::Shared, Some(page)) if page > PAGE => fail!(EINVAL, "memory: the file has huge pages"),
+        (Kind::Anon | Kind::Shared, Some(page)) if page > page_size() => {
+            fail!(EINVAL, "memory: the file has huge pages")
+        }
         _ if pieces(hva, len) == Pieces::Huge => fail!(EINVAL, "memory: hva {hva:#x} has huge pages"),
         (Kind::Shared, _) if !is_shared(hva)? => fail!(EINVAL, "memory: hva {hva:#x} is not shared memory"),
-        _ => PAGE,
+        _ => page_size(),
     };
     Ok(Backing { kind, page })
 }
 
-/// What memory is that the VMM says nothing of: one mapping can be found out.
+/// The kind of memory that the VMM doesn't declare. It can be found out of a single mapping.
 fn guess(hva: u64, len: u64, fd: Option<RawFd>, reason: &Error) -> Result<Kind> {
     match pieces(hva, len) {
         Pieces::Huge if fd.is_some() => Ok(Kind::HugetlbShared),
@@ -50,8 +53,9 @@ fn guess(hva: u64, len: u64, fd: Option<RawFd>, reason: &Error) -> Result<Kind> 
             "memory: what the mappings at hva {hva:#x} are can't be looked up ({reason}): give slot.memory, and slot.fd for shared memory"
         ),
         Pieces::One if is_shared(hva)? => Ok(Kind::Shared),
-        // Of private memory this drops nothing: it is refused, for want of a file or because the mapping of it is private (madvise_remove).
-        Pieces::One => match advise(hva, PAGE, libc::MADV_REMOVE, "madvise(MADV_REMOVE)") {
+        // This drops nothing of private memory: madvise_remove refuses it, because there is no file
+        // or because its mapping is private.
+        Pieces::One => match advise(hva, page_size(), libc::MADV_REMOVE, "madvise(MADV_REMOVE)") {
             Err(e) if e.errno == libc::EACCES => {
                 fail!(EINVAL, "hva: {hva:#x} is a private file mapping; use MAP_SHARED or anonymous memory")
             }
@@ -82,17 +86,19 @@ pub fn duplicate(
 #[derive(Debug, PartialEq, Eq)]
 enum Pieces {
     One,
-    /// Or one that can't grow.
+    /// Several mappings, or one that can't grow.
     Several,
-    /// Hugetlb, in one piece or several.
+    /// Hugetlb, in one mapping or several.
     Huge,
 }
 
-/// Is a range all in one mapping? mremap(2) is asked to let it grow beyond the end of the address space: that fails, with what is wrong first
-/// (vma_to_resize in mm/mremap.c, check_prep_vma since 6.17).
+/// How many mappings a range is. mremap(2) is asked to grow it beyond the end of the address space.
+/// That fails, and the error says what the kernel found wrong first (vma_to_resize in mm/mremap.c,
+/// check_prep_vma since 6.17).
 fn pieces(hva: u64, len: u64) -> Pieces {
-    // SAFETY: without MREMAP_MAYMOVE the mapping stays where it is, and there is no room for it to grow there: nothing changes.
-    let result = unsafe { libc::mremap(hva as *mut _, len as usize, (ADDRESSES - 2 * PAGE) as usize, 0) };
+    // SAFETY: without MREMAP_MAYMOVE the mapping stays where it is, and there is no room for it to
+    // grow there: nothing changes.
+    let result = unsafe { libc::mremap(hva as *mut _, len as usize, (ADDRESSES - 2 * page_size()) as usize, 0) };
     debug_assert_eq!(result, libc::MAP_FAILED);
     match std::io::Error::last_os_error().raw_os_error() {
         Some(libc::EFAULT) => Pieces::Several,
@@ -101,9 +107,9 @@ fn pieces(hva: u64, len: u64) -> Pieces {
     }
 }
 
-/// Only shared memory can be mapped a second time without its file.
+/// Is it shared memory? Only that can be mapped a second time without its file.
 fn is_shared(hva: u64) -> Result<bool> {
-    match Mapping::room(PAGE, 0, PAGE)?.fill_from_mapping(0, PAGE, hva) {
+    match Mapping::room(page_size(), 0, page_size())?.fill_from_mapping(0, page_size(), hva) {
         Ok(()) => Ok(true),
         Err(e) if e.errno == libc::EINVAL => Ok(false),
         Err(e) => Err(e),
@@ -119,23 +125,24 @@ mod tests {
     #[test]
     fn what_is_declared_is_checked() {
         let why = Error::new(libc::ENOENT, "no /proc");
-        let look = |hva, declared, fd| inspect(hva, 4 * PAGE, declared, fd, &why).map(|b| b.page).map_err(|e| e.errno);
-        let anon = Mapping::anonymous(4 * PAGE).unwrap();
-        let file = shared(8 * PAGE);
-        let memory = Mapping::shared(file.as_raw_fd(), 0, 4 * PAGE, true).unwrap();
-        assert_eq!(look(anon.address(), Some(Kind::Anon), None), Ok(PAGE));
+        let look =
+            |hva, declared, fd| inspect(hva, 4 * page_size(), declared, fd, &why).map(|b| b.page).map_err(|e| e.errno);
+        let anon = Mapping::anonymous(4 * page_size()).unwrap();
+        let file = shared(8 * page_size());
+        let memory = Mapping::shared(file.as_raw_fd(), 0, 4 * page_size(), true).unwrap();
+        assert_eq!(look(anon.address(), Some(Kind::Anon), None), Ok(page_size()));
         assert_eq!(look(anon.address(), Some(Kind::Shared), None), Err(libc::EINVAL));
-        assert_eq!(look(memory.address(), Some(Kind::Shared), None), Ok(PAGE));
-        assert_eq!(look(memory.address(), Some(Kind::Shared), Some(file.as_raw_fd())), Ok(PAGE));
-        assert_eq!(look(memory.address(), None, None), Ok(PAGE));
-        assert_eq!(look(anon.address(), None, None), Ok(PAGE));
-        let kind = |hva| inspect(hva, 4 * PAGE, None, None, &why).map(|b| b.kind);
+        assert_eq!(look(memory.address(), Some(Kind::Shared), None), Ok(page_size()));
+        assert_eq!(look(memory.address(), Some(Kind::Shared), Some(file.as_raw_fd())), Ok(page_size()));
+        assert_eq!(look(memory.address(), None, None), Ok(page_size()));
+        assert_eq!(look(anon.address(), None, None), Ok(page_size()));
+        let kind = |hva| inspect(hva, 4 * page_size(), None, None, &why).map(|b| b.kind);
         assert_eq!((kind(memory.address()), kind(anon.address())), (Ok(Kind::Shared), Ok(Kind::Anon)));
         // SAFETY: a private mapping of a file of our own, which stays mapped.
         let private = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                4 * PAGE as usize,
+                4 * page_size() as usize,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_PRIVATE,
                 file.as_raw_fd(),
@@ -145,24 +152,24 @@ mod tests {
         assert_eq!(look(private as u64, None, None), Err(libc::EINVAL));
         assert_eq!(look(memory.address(), Some(Kind::HugetlbShared), None), Err(libc::EINVAL));
         assert_eq!(look(memory.address(), Some(Kind::HugetlbShared), Some(file.as_raw_fd())), Err(libc::EINVAL));
-        assert_eq!(look(PAGE, Some(Kind::Anon), None), Err(libc::EFAULT));
+        assert_eq!(look(page_size(), Some(Kind::Anon), None), Err(libc::EFAULT));
     }
 
     #[test]
     fn one_mapping_is_told_from_several() {
-        let [one, two] = [4, 4].map(|pages| shared(pages * PAGE));
-        let mut memory = Mapping::room(8 * PAGE, 0, PAGE).unwrap();
-        memory.fill_from_file(0, 4 * PAGE, one.as_raw_fd(), 0).unwrap();
-        memory.fill_from_file(4 * PAGE, 4 * PAGE, two.as_raw_fd(), 0).unwrap();
+        let [one, two] = [4, 4].map(|pages| shared(pages * page_size()));
+        let mut memory = Mapping::room(8 * page_size(), 0, page_size()).unwrap();
+        memory.fill_from_file(0, 4 * page_size(), one.as_raw_fd(), 0).unwrap();
+        memory.fill_from_file(4 * page_size(), 4 * page_size(), two.as_raw_fd(), 0).unwrap();
         let hva = memory.address();
-        let undeclared = inspect(hva, 8 * PAGE, None, None, &Error::new(libc::ENOENT, "no /proc")).unwrap_err();
+        let undeclared = inspect(hva, 8 * page_size(), None, None, &Error::new(libc::ENOENT, "no /proc")).unwrap_err();
         assert!(undeclared.message.contains("slot.memory"), "{undeclared}");
-        assert_eq!((pieces(hva, 4 * PAGE), pieces(hva + PAGE, PAGE)), (Pieces::One, Pieces::One));
-        assert_eq!(pieces(hva + 3 * PAGE, 2 * PAGE), Pieces::Several);
+        assert_eq!((pieces(hva, 4 * page_size()), pieces(hva + page_size(), page_size())), (Pieces::One, Pieces::One));
+        assert_eq!(pieces(hva + 3 * page_size(), 2 * page_size()), Pieces::Several);
         let why = Error::new(libc::ENOENT, "no /proc");
         let try_all = |file| {
-            let mut room = Mapping::room(8 * PAGE, 0, PAGE).unwrap();
-            duplicate(&mut room, hva, 8 * PAGE, Kind::Shared, file, &why).map_err(|e| e.errno)
+            let mut room = Mapping::room(8 * page_size(), 0, page_size()).unwrap();
+            duplicate(&mut room, hva, 8 * page_size(), Kind::Shared, file, &why).map_err(|e| e.errno)
         };
         assert_eq!(try_all(None), Err(libc::EINVAL));
         assert_eq!(try_all(Some((one.as_raw_fd(), 0))), Ok(()));

@@ -2,7 +2,7 @@
 
 use super::{Host, Wish, MECHANISMS};
 use crate::error::{Error, Result};
-use crate::kernel::arch::two_dimensional_paging;
+use crate::kernel::arch::{two_dimensional_paging, PAGING_NAME, PAGING_REMEDY};
 use crate::kernel::kvm::SystemFd;
 use crate::kernel::mem::Kind;
 use crate::kernel::probe::{attempts, Attempt};
@@ -159,12 +159,12 @@ impl Report {
         let _ = writeln!(text, "  KVM_PRE_FAULT_MEMORY {}", yes(self.pre_fault()));
         match two_dimensional_paging() {
             true => {
-                let _ = writeln!(text, "  two-dimensional paging (EPT, NPT) yes");
+                let _ = writeln!(text, "  two-dimensional paging ({PAGING_NAME}) yes");
             }
             false => {
                 let _ = writeln!(
                     text,
-                    "  two-dimensional paging (EPT, NPT) no, or not known: KVM reads guest page tables itself. With poison-trap call\n  kvmfault_pages_resolve on them before the guest uses them (kvm_intel.ept=1 or kvm_amd.npt=1 where the hardware can)."
+                    "  two-dimensional paging ({PAGING_NAME}) no, or not known: KVM reads guest page tables itself. With poison-trap call\n  kvmfault_pages_resolve on them before the guest uses them ({PAGING_REMEDY})."
                 );
             }
         }

@@ -1,5 +1,5 @@
-//! The areas of guest memory that KVM itself writes: their pages are made present before it does, as far as the library
-//! learns of them.
+//! The areas of guest memory that KVM itself writes: their pages are made present before it does,
+//! as far as the library learns of them.
 
 use super::state::LoopState;
 use super::{Exit, Vcpu};

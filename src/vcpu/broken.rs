@@ -1,21 +1,21 @@
-//! Memory that the guest can't have: broken though it is PRESENT (hwpoison), as SIGBUS says; or lost, where KVM says no
-//! more than EFAULT.
+//! Memory that the guest can't have: broken though it is PRESENT (hwpoison), as SIGBUS says; or
+//! lost, where KVM says no more than EFAULT.
 
 use super::state::LoopState;
 use super::{Exit, MemoryError, Vcpu};
 use crate::error::Result;
-use crate::kernel::mem;
+use crate::kernel::page::page_size;
 use crate::memory::block::Block;
 use crate::memory::install;
 use crate::memory::slots::Slot;
 
-/// SIGBUS in a row at an address in no slot, after which they are a memory error: one signal may be stale, and one more
-/// may follow an unlucky race.
+/// SIGBUS in a row at an address in no slot, after which they are a memory error: one signal may be
+/// stale, and one more may follow an unlucky race.
 pub(super) const MOST_BROKEN: u32 = 3;
 
 impl Vcpu {
-    /// Without UFFDIO_POISON lost pages are inaccessible, and EFAULT is all that KVM can say. Which page it was is
-    /// certain if only one is lost.
+    /// Without UFFDIO_POISON lost pages are inaccessible, and EFAULT is all that KVM can say. Which
+    /// page it was is certain if only one is lost.
     pub(super) fn lost_somewhere(&self) -> Option<Exit> {
         let slots = self.vm.engine.memory.slots();
         let (total, page) = slots.lost();
@@ -58,6 +58,6 @@ impl Vcpu {
 
     /// A memory error of which no more is known than an address in no slot.
     pub(super) fn report_unknown(&self, address: u64) -> Exit {
-        self.report(MemoryError { gpa: None, hva: address, len: mem::PAGE, lost: false })
+        self.report(MemoryError { gpa: None, hva: address, len: page_size(), lost: false })
     }
 }

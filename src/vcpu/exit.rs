@@ -7,8 +7,8 @@ use crate::kernel::abi::Access;
 use kvm_bindings as kb;
 
 impl Vcpu {
-    /// Serves an exit that is a fault; tells what any other one is. `interruptible`: the caller comes back if a wait is
-    /// left for a kick.
+    /// Serves an exit that is a fault; tells what any other one is. `interruptible`: the caller
+    /// comes back if a wait is left for a kick.
     pub(super) fn exit(
         &self,
         state: &mut LoopState,
@@ -51,7 +51,8 @@ impl Vcpu {
         let slots = self.vm.engine.memory.slots();
         match slots.at(self.run.space(), gpa) {
             Some(slot) => self.fault(state, &slots, slot, gpa, access, false),
-            None => Ok(Exit::Pass), // the VMM's: private/shared conversion, or a slot that the library doesn't have
+            // The VMM's: private/shared conversion, or a slot that the library doesn't have.
+            None => Ok(Exit::Pass),
         }
     }
 }

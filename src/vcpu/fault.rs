@@ -19,7 +19,8 @@ use std::time::Instant;
 pub(super) const MOST_MAPS: u32 = 64;
 
 impl Vcpu {
-    /// Serves a fault. `broken`: KVM has sent SIGBUS, which it also does where memory is really broken.
+    /// Serves a fault. `broken`: KVM has sent SIGBUS, which it also does where memory is really
+    /// broken.
     pub(super) fn fault(
         &self,
         state: &mut LoopState,
@@ -99,8 +100,8 @@ impl Vcpu {
         self.vm.engine.resolve(slots, block, page, &need)
     }
 
-    /// Maps in stage 2 what has just become present: the page, and what the resolver installed beside it. Only a help:
-    /// if it fails, the guest's retry does the same.
+    /// Maps in stage 2 what has just become present: the page, and what the resolver installed
+    /// beside it. Only a help: if it fails, the guest's retry does the same.
     fn pre_fault(&self, state: &mut LoopState, slot: &Slot, page: u64) {
         if state.no_pre_fault {
             return;
@@ -144,8 +145,8 @@ impl Vcpu {
         }
     }
 
-    /// A page is PRESENT and faults all the same: maps it, unless it is broken. After many times in a row, something
-    /// works against the library.
+    /// A page is PRESENT and faults all the same: maps it, unless it is broken. After many times in
+    /// a row, something works against the library.
     fn map_again(&self, state: &mut LoopState, slot: &Slot, page: u64, broken: bool) -> Result<Exit> {
         let block = &slot.block;
         let times = self.no_progress_at_present(state, block, page);
@@ -166,14 +167,15 @@ impl Vcpu {
                 slot.gpa_of(page)
             ))),
             Err(e) if e.errno != libc::EHWPOISON => Err(e),
-            // The page is broken; or SIGBUS (with the flag, which sends none: the attempt to map the page) met the
-            // marker that the page had a moment ago.
+            // The page is broken; or SIGBUS (with the flag, which sends none: the attempt to map
+            // the page) met the marker that the page had a moment ago.
             _ if self.is_broken(block, page, block.kvm_hva_of(page)) => Ok(self.report_broken(state, slot, page)),
             _ => Ok(Exit::Handled),
         }
     }
 
-    /// The resolver wants to be asked once more: after a pause, which a kick ends if the caller can come back.
+    /// The resolver wants to be asked once more: after a pause, which a kick ends if the caller can
+    /// come back.
     pub(super) fn pause_for_retry(
         &self,
         state: &mut LoopState,
@@ -212,8 +214,8 @@ impl Vcpu {
     }
 }
 
-/// Waits without leaving for a kick: for an exit that must be completed, of a VMM with its own loop, which would enter
-/// KVM_RUN again without coming back.
+/// Waits without leaving for a kick: for an exit that must be completed, of a VMM with its own
+/// loop, which would enter KVM_RUN again without coming back.
 pub(super) struct Uninterruptible<'a>(pub(super) &'a Sleeper);
 
 impl Waiter for Uninterruptible<'_> {

@@ -1,19 +1,22 @@
 //! The vCPU's exit loop: which exits are faults, and how they are served.
 //!
 //! # What an architecture provides
-//! `arch` is the room of the architecture that the library is built for (`x86_64/`), and the only place in this room
-//! where it is named. Its part of the loop is:
+//! `arch` is the room of the architecture that the library is built for (`x86_64/`), and the only
+//! place in this room where it is named. Its part of the loop is:
 //!
-//! | name | what it is |
-//! |---|---|
-//! | `State` | what the architecture remembers from one KVM_RUN to the next; `Default` |
-//! | `Vcpu::other_exit(state, interruptible)` | serves an exit that is no memory fault (accesses that KVM could not complete), or passes it to the VMM |
-//! | `Vcpu::is_left_unfinished()` | whether kvm_run has such an exit that an earlier handle left in the middle |
-//! | `Vcpu::finish_exit(state, interruptible)` | goes on with it |
-//! | `Vcpu::prepare(state)` | makes present, before the first KVM_RUN, what KVM reads of guest memory beside `kernel::arch::areas` |
-//! | `Vcpu::resolve_walks(state)` | makes present, after a device's exit, the page tables that KVM may walk |
-//! | `Vcpu::sigbus_outside(state, slots, address)` | serves a SIGBUS at an address in no slot, if the architecture knows what it means |
-//! | `test_guest` | a guest for the unit tests |
+//! - `State`: what the architecture remembers from one KVM_RUN to the next; `Default`
+//! - `Vcpu::other_exit(state, interruptible)`: serves an exit that is no memory fault (accesses
+//!   that KVM could not complete), or passes it to the VMM
+//! - `Vcpu::is_left_unfinished()`: whether kvm_run has such an exit that an earlier handle left in
+//!   the middle
+//! - `Vcpu::finish_exit(state, interruptible)`: goes on with it
+//! - `Vcpu::prepare(state)`: makes present, before the first KVM_RUN, what KVM reads of guest
+//!   memory beside `kernel::arch::areas`
+//! - `Vcpu::resolve_walks(state)`: makes present, after a device's exit, the page tables that KVM
+//!   may walk
+//! - `Vcpu::sigbus_outside(state, slots, address)`: serves a SIGBUS at an address in no slot, if
+//!   the architecture knows what it means
+//! - `test_guest`: a guest for the unit tests
 
 mod areas;
 mod broken;
@@ -176,7 +179,8 @@ impl Vcpu {
         }
         loop {
             self.check_open()?;
-            // A kick's signal may be over. KVM_RUN then still completes what the last exit left, and returns at once.
+            // A kick's signal may be over. KVM_RUN then still completes what the last exit left,
+            // and returns at once.
             self.seat.refresh();
             self.run.clear_exit_reason();
             let ret = self.fd.run();
@@ -204,8 +208,8 @@ impl Vcpu {
         exit
     }
 
-    /// The end of a call of a VMM with its own loop. A turn lasts until the VMM has something to do, as with `run`:
-    /// what is reported later of a fault that the vCPU had before is outdated.
+    /// The end of a call of a VMM with its own loop. A turn lasts until the VMM has something to
+    /// do, as with `run`: what is reported later of a fault that the vCPU had before is outdated.
     #[inline]
     fn back_to_vmm(&self, state: &mut LoopState, exit: &Result<Exit>) {
         state.is_away = !matches!(exit, Ok(Exit::Handled));
@@ -239,7 +243,8 @@ impl Vcpu {
                     state.due.looked(self.is_left_unfinished());
                     continue;
                 }
-                Due::Finish { .. } => (self.finish_exit(state, true)?, |_| {}), // it says itself that it has finished
+                // It calls `finished` itself.
+                Due::Finish { .. } => (self.finish_exit(state, true)?, |_| {}),
                 Due::Prepare => match self.resolve_areas(state)? {
                     Exit::Handled => (self.prepare(state)?, Due::prepared),
                     other => return Ok(other),
@@ -253,7 +258,8 @@ impl Vcpu {
         }
     }
 
-    /// For a VMM with its own loop: makes the pages that hold a range present, as if the guest had touched them.
+    /// For a VMM with its own loop: makes the pages that hold a range present, as if the guest had
+    /// touched them.
     pub fn resolve(&self, gpa: u64, len: u64) -> Result<Exit> {
         let mut state = self.state()?;
         self.attach(&mut state)?;

@@ -1,9 +1,11 @@
-//! A vCPU's thread and its signals: SIGBUS, kicks, reports from reader threads; and how all that ends with the handle.
+//! A vCPU's thread and its signals: SIGBUS, kicks, reports from reader threads; and how all that
+//! ends with the handle.
 
 use super::state::LoopState;
 use super::{Exit, MemoryError, Sigbus, Vcpu};
 use crate::error::Result;
-use crate::kernel::{mem, signal, thread};
+use crate::kernel::page::page_size;
+use crate::kernel::{signal, thread};
 use crate::memory::calls;
 use crate::resolve::seat::News;
 use std::sync::atomic::Ordering::SeqCst;
@@ -49,8 +51,9 @@ impl Vcpu {
                 let was_nudged = self.seat.see_nudges();
                 (bus, late) = (self.seat.take_bus(), was_nudged || self.seat.immediate_exit.is_raised());
             }
-            // SIGBUS comes before the kick signal, as a synchronous one (dequeue_signal in kernel/signal.c): one call is
-            // enough. A kick signal that stays pending ends the next KVM_RUN.
+            // SIGBUS comes before the kick signal, as a synchronous one (dequeue_signal in
+            // kernel/signal.c): one call is enough. A kick signal that stays pending ends the next
+            // KVM_RUN.
             Sigbus::ByMask => match signal::take(self.signals)? {
                 Some(pending) if pending.signal == libc::SIGBUS => bus = Some((pending.code, pending.address)),
                 Some(_) => late = true,
@@ -92,7 +95,7 @@ impl Vcpu {
                 let slots = self.vm.engine.memory.slots();
                 let page = slots.at_hva(hva);
                 let slot = page.and_then(|(block, page)| slots.showing(block, page).map(|slot| (slot, page)));
-                let (gpa, len) = slot.map_or((None, mem::PAGE), |(s, p)| (Some(s.gpa_of(p)), s.block.page));
+                let (gpa, len) = slot.map_or((None, page_size()), |(s, p)| (Some(s.gpa_of(p)), s.block.page));
                 Ok(self.report(MemoryError { gpa, hva, len, lost: true }))
             }
         }

@@ -21,13 +21,9 @@ pub(super) struct LoopState {
     pub arch: arch::State,
 }
 
-/// What has to be done before KVM_RUN; it is done in this order.
-///
-/// ```text
-/// Look ──> Finish ──> Prepare ──> Walk ──> Nothing
-///   └────────────────────^          ^ a device's exit │
-///            Finish <── an unfinished exit ───────────┘
-/// ```
+/// What has to be done before KVM_RUN. A new handle goes from `Look` to `Nothing` in the order of
+/// the variants. A device's exit leads from `Nothing` back to `Walk`, and an exit that is left
+/// unfinished from anywhere to `Finish`. All transitions are methods here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Due {
     /// See whether kvm_run has an exit that an earlier handle of this vCPU left unfinished.
@@ -73,7 +69,8 @@ impl Due {
         }
     }
 
-    /// The VMM is told that a page of the unfinished exit can't be had. Has it been told of this page before?
+    /// The VMM is told that a page of the unfinished exit can't be had. Has it been told of this
+    /// page before?
     pub fn is_known_lost(&mut self, hva: u64) -> bool {
         match self {
             Due::Finish { known_lost, .. } => known_lost.replace(hva) == Some(hva),
@@ -132,8 +129,8 @@ impl Progress {
         self.times
     }
 
-    /// There is none at a page that is PRESENT, with `discards` as its gate counts them. That other threads discard
-    /// pages is progress, too.
+    /// There is none at a page that is PRESENT, with `discards` as its gate counts them. That other
+    /// threads discard pages is progress, too.
     pub fn none_at_present(&mut self, hva: u64, discards: Option<u32>) -> u32 {
         if discards.is_none() || discards != self.discards {
             self.made();

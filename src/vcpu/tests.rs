@@ -4,7 +4,8 @@ use super::arch::test_guest;
 use super::*;
 use crate::kernel::kvm::{Region, SystemFd, VmFd};
 use crate::kernel::mem;
-use crate::kernel::mem::{Mapping, PAGE};
+use crate::kernel::mem::Mapping;
+use crate::kernel::page::page_size;
 use crate::mechanism::MECHANISMS;
 use crate::memory::install::Source;
 use crate::memory::pages::State;
@@ -15,8 +16,8 @@ use std::sync::mpsc;
 use std::sync::{OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-const CODE_GPA: u64 = 0x1000;
-const DATA_GPA: u64 = 0x20000;
+const CODE_GPA: u64 = 0x1_0000;
+const DATA_GPA: u64 = 0x2_0000;
 const PAGES: u64 = 8;
 
 struct Sevens {
@@ -46,13 +47,19 @@ impl Machine {
     fn new(mechanism: Option<usize>, vcpus: u64) -> Result<Machine> {
         let system = SystemFd::open()?;
         let vm = system.create_vm().unwrap();
-        let code = Mapping::anonymous(PAGE).unwrap();
+        let code = Mapping::anonymous(page_size()).unwrap();
         mem::write(code.address(), &test_guest::CODE).unwrap();
-        vm.set_region(&Region { version: 1, gpa: CODE_GPA, len: PAGE, hva: code.address(), ..Default::default() })
-            .unwrap();
-        let data = shared(vcpus * PAGES * PAGE);
-        let bytes = Mapping::anonymous(PAGE).unwrap();
-        mem::write(bytes.address(), &[7; PAGE as usize]).unwrap();
+        vm.set_region(&Region {
+            version: 1,
+            gpa: CODE_GPA,
+            len: page_size(),
+            hva: code.address(),
+            ..Default::default()
+        })
+        .unwrap();
+        let data = shared(vcpus * PAGES * page_size());
+        let bytes = Mapping::anonymous(page_size()).unwrap();
+        mem::write(bytes.address(), &vec![7; page_size() as usize]).unwrap();
         let myself = Arc::new(OnceLock::new());
         let resolver = Sevens { bytes, vm: myself.clone() };
         let options = crate::vm::Options {
@@ -73,7 +80,7 @@ impl Machine {
             slot: 1,
             kvm_flags: 0,
             gpa: DATA_GPA,
-            len: vcpus * PAGES * PAGE,
+            len: vcpus * PAGES * page_size(),
             hva: data.address(),
             block: None,
             memory: MemoryKind::Shared,
@@ -100,7 +107,7 @@ impl Machine {
 
     fn bytes(&self, page: u64) -> [u8; 2] {
         let mut bytes = [0; 2];
-        mem::read(self.data.address() + page * PAGE, &mut bytes).unwrap();
+        mem::read(self.data.address() + page * page_size(), &mut bytes).unwrap();
         bytes
     }
 }
@@ -111,11 +118,12 @@ fn shared(len: u64) -> Mapping {
 
 fn vcpu(vm: &VmFd, n: u64) -> VcpuFd {
     let vcpu = vm.create_vcpu(n).unwrap();
-    test_guest::start(&vcpu, CODE_GPA, DATA_GPA + n * PAGES * PAGE, PAGES);
+    test_guest::start(&vcpu, CODE_GPA, DATA_GPA + n * PAGES * page_size(), PAGES);
     vcpu
 }
 
-/// What the fault path must not take: every lock of the library that two vCPUs could meet at is held by another thread meanwhile.
+/// What the fault path must not take: every lock of the library that two vCPUs could meet at is
+/// held by another thread meanwhile.
 #[test]
 fn faults_take_no_lock_that_vcpus_share() {
     let machine = needs!(Machine::new(None, 2));
@@ -137,17 +145,18 @@ fn faults_take_no_lock_that_vcpus_share() {
     assert_eq!(machine.vm.stats().resolver_calls.get(), 2 * PAGES);
 }
 
-/// A page has come, and is unmapped before it is booked: whoever touches it then sleeps in userfaultfd, and nobody's install wakes it.
+/// A page has come, and is unmapped before it is booked: whoever touches it then sleeps in
+/// userfaultfd, and nobody's install wakes it.
 #[test]
 fn a_page_that_is_unmapped_before_it_is_booked_is_found_again() {
     let userfaultfd = MECHANISMS.iter().position(|m| m.name() == "userfaultfd");
     let machine = needs!(Machine::new(userfaultfd, 1));
     let (vm, first) = (&machine.vm, machine.data.address());
-    vm.resolve(DATA_GPA, PAGE).unwrap();
+    vm.resolve(DATA_GPA, page_size()).unwrap();
     let slots = vm.engine.memory.slots();
     let (block, page) = slots.at_hva(first).unwrap();
     block.pages.change(page, State::Present, State::Resolving).unwrap();
-    mem::advise(first, PAGE, libc::MADV_DONTNEED, "madvise").unwrap();
+    mem::advise(first, page_size(), libc::MADV_DONTNEED, "madvise").unwrap();
     let (seen, looked) = mpsc::channel();
     std::thread::spawn(move || {
         let mut byte = [0];

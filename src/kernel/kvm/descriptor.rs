@@ -1,8 +1,9 @@
-//! What the three kinds of KVM's descriptors have in common: how one is checked and duplicated, and how ioctls are
-//! made on it.
+//! What the three kinds of KVM's descriptors have in common: how one is checked and duplicated, and
+//! how ioctls are made on it.
 
 use super::super::file::is_anonymous;
-use super::super::mem::{Mapping, PAGE};
+use super::super::mem::Mapping;
+use super::super::page::page_size;
 use super::{KVM_CHECK_EXTENSION, KVM_GET_API_VERSION};
 use crate::error::{fail, Error, Result};
 use kvm_bindings as kb;
@@ -22,13 +23,14 @@ pub(super) enum Role {
     Vcpu,
 }
 
-/// A descriptor of KVM's that the library owns: a checked duplicate of the VMM's, or one that it made.
+/// A descriptor of KVM's that the library owns: a checked duplicate of the VMM's, or one that it
+/// made.
 #[derive(Debug)]
 pub(in crate::kernel) struct Descriptor(pub(super) OwnedFd);
 
 impl Descriptor {
-    /// Duplicates `fd` after checking that it is what `role` says; errors name it `name`. The check asks the
-    /// descriptor itself, because a jail may have no /proc.
+    /// Duplicates `fd` after checking that it is what `role` says; errors name it `name`. The check
+    /// asks the descriptor itself, because a jail may have no /proc.
     pub(super) fn duplicate(fd: RawFd, role: Role, name: &str) -> Result<Descriptor> {
         // SAFETY: F_DUPFD_CLOEXEC gives a new descriptor or -1 (EBADF for a bad number).
         let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
@@ -42,7 +44,8 @@ impl Descriptor {
             return Ok(copy);
         }
         let is = match answered {
-            // KVM_CHECK_EXTENSION, like all others, fails in an address space that is not that of the VM's maker.
+            // KVM_CHECK_EXTENSION, like all others, fails in an address space that is not that of
+            // the VM's maker.
             Err(e) if e.errno == libc::EIO => "another process's (or its VM is dead)".into(),
             // A seccomp filter's answer, which says nothing of the descriptor.
             Err(e) if matches!(e.errno, libc::EPERM | libc::EACCES | libc::ENOSYS) => {
@@ -58,8 +61,8 @@ impl Descriptor {
         fail!(EINVAL, "{name}: descriptor {fd} is {is}, not {wanted}")
     }
 
-    /// Does the descriptor have this role? Only a vCPU's can be mapped, which is found out first: most ioctls of a
-    /// vCPU wait while it runs.
+    /// Does the descriptor have this role? Only a vCPU's can be mapped, which is found out first:
+    /// most ioctls of a vCPU wait while it runs.
     fn is(&self, role: Role) -> Result<bool> {
         let fd = self.0.as_raw_fd();
         let ask = |request, arg, what: &str| self.call(request, arg).map_err(|e| Error::from_io(what, &e));
@@ -70,7 +73,7 @@ impl Descriptor {
                 && role == Role::System
                 && ask(KVM_GET_API_VERSION, 0, "ioctl(KVM_GET_API_VERSION)")? == 12);
         }
-        let mapped = match Mapping::shared(fd, 0, PAGE, false) {
+        let mapped = match Mapping::shared(fd, 0, page_size(), false) {
             Err(e) if matches!(e.errno, libc::EPERM | libc::ENOSYS) => return Err(e),
             mapped => mapped.is_ok(),
         };
@@ -78,8 +81,8 @@ impl Descriptor {
             (Role::Vm, false) if self.call(KVM_GET_API_VERSION, 0).is_err() => {
                 Ok(ask(KVM_CHECK_EXTENSION, kb::KVM_CAP_USER_MEMORY.into(), "ioctl(KVM_CHECK_EXTENSION)")? > 0)
             }
-            // A request that isn't KVM's gets ENOTTY from others, and EINVAL from a vCPU, which does not wait for
-            // it (kvm_vcpu_ioctl).
+            // A request that isn't KVM's gets ENOTTY from others, and EINVAL from a vCPU, which
+            // does not wait for it (kvm_vcpu_ioctl).
             (Role::Vcpu, true) => match ask(FOREIGN, 0, "ioctl") {
                 Err(e) if e.errno == libc::EINVAL => Ok(true),
                 other => other.map(|_| false),
@@ -94,7 +97,8 @@ impl Descriptor {
         Some(link.to_string_lossy().into_owned())
     }
 
-    /// KVM_CREATE_VM or KVM_CREATE_VCPU. The first fails with EINTR when a signal comes in the middle.
+    /// KVM_CREATE_VM or KVM_CREATE_VCPU. The first fails with EINTR when a signal comes in the
+    /// middle.
     pub(super) fn create(&self, request: u64, arg: u64, what: &str) -> Result<Descriptor> {
         let fd = loop {
             match self.call(request, arg) {
@@ -125,9 +129,10 @@ impl Descriptor {
 
     /// An ioctl on a structure; what it returned.
     pub(in crate::kernel) fn exchange<T>(&self, request: u64, arg: &mut T, what: &str) -> Result<i32> {
-        // SAFETY: `arg` is live, and every caller passes the structure that `request` is defined on, followed by as
-        // many entries as its head says if it is one with entries; what it points to is live as well. Guest memory
-        // addresses in it are checked by KVM, and are used by guests only.
+        // SAFETY: `arg` is live, and every caller passes the structure that `request` is defined
+        // on, followed by as many entries as its head says if it is one with entries; what it
+        // points to is live as well. Guest memory addresses in it are checked by KVM, and are used
+        // by guests only.
         match unsafe { libc::ioctl(self.0.as_raw_fd(), request, &raw mut *arg) } {
             r if r < 0 => Err(Error::last_os(what)),
             r => Ok(r),

@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering::SeqCst};
 
-/// `kvm_run.immediate_exit`, which any thread and any signal handler may set: KVM_RUN then completes what the last
-/// exit left, and returns at once with EINTR. KVM asks only whether the byte is 0, so there is room for two: the VMM
-/// writes 0 and 1, and the library has a bit of its own. Neither clears what the other has set, unless the VMM writes 0.
+/// `kvm_run.immediate_exit`, which any thread and any signal handler may set: KVM_RUN then
+/// completes what the last exit left, and returns at once with EINTR. KVM asks only whether the
+/// byte is 0, so there is room for two: the VMM writes 0 and 1, and the library has a bit of its
+/// own. Neither clears what the other has set, unless the VMM writes 0.
 #[derive(Debug)]
 pub struct ImmediateExit(AtomicPtr<AtomicU8>);
 
@@ -27,8 +28,8 @@ impl ImmediateExit {
     }
 
     fn byte(&self) -> Option<&AtomicU8> {
-        // SAFETY: the byte is in the vCPU's kvm_run, which stays mapped until `detach`, and after that for as long as
-        // there are callers that may have found it before (see `Seat::detach`).
+        // SAFETY: the byte is in the vCPU's kvm_run, which stays mapped until `detach`, and after
+        // that for as long as there are callers that may have found it before (see `Seat::detach`).
         unsafe { self.0.load(SeqCst).as_ref() }
     }
 

@@ -1,7 +1,8 @@
 //! KVM's ioctls and `struct kvm_run`. See Documentation/virt/kvm/api.rst.
 //!
-//! KVM has three kinds of descriptor, and each has a type here, so that none can be passed for another. What only
-//! one architecture's vCPUs and VMs have (registers, MSRs, CPUID) is in that architecture's room.
+//! KVM has three kinds of descriptor, and each has a type here, so that none can be passed for
+//! another. What only one architecture's vCPUs and VMs have (registers, MSRs, CPUID) is in that
+//! architecture's room.
 
 mod descriptor;
 mod immediate_exit;
@@ -11,7 +12,7 @@ mod vcpu;
 mod vm;
 
 pub use self::immediate_exit::ImmediateExit;
-pub use self::run::{Mmio, Run};
+pub use self::run::Run;
 pub use self::system::SystemFd;
 pub use self::vcpu::VcpuFd;
 pub use self::vm::{Region, VmFd};
@@ -54,7 +55,7 @@ const KVM_PRE_FAULT_MEMORY: u64 = iowr(0xd5, size_of::<kvm_bindings::kvm_pre_fau
 #[cfg(test)]
 mod tests {
     use super::super::file::tests::shared;
-    use super::super::mem::PAGE;
+    use super::super::page::page_size;
     use super::*;
     use std::fs::File;
     use std::os::fd::AsRawFd;
@@ -70,7 +71,7 @@ mod tests {
         let a_vcpu = |fd| VcpuFd::duplicate(fd, "x").map(drop).map_err(|e| e.errno);
         assert_eq!((system(kvm), a_vm(vm), a_vcpu(vcpu)), (Ok(()), Ok(()), Ok(())));
         assert_eq!(VcpuFd::duplicate(vcpu, "fd").unwrap().number(), Some(3));
-        let (file, null) = (shared(PAGE), File::open("/dev/null").unwrap());
+        let (file, null) = (shared(page_size()), File::open("/dev/null").unwrap());
         let (file, null) = (file.as_raw_fd(), null.as_raw_fd());
         let bad = Err(libc::EINVAL);
         assert_eq!((system(vm), system(vcpu), system(null)), (bad, bad, bad));

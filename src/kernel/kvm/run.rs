@@ -8,15 +8,16 @@ use kvm_bindings as kb;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
-/// A vCPU's `struct kvm_run`, which it shares with the kernel, and its `immediate_exit` byte with every thread that
-/// kicks.
+/// A vCPU's `struct kvm_run`, which it shares with the kernel, and its `immediate_exit` byte with
+/// every thread that kicks.
 #[derive(Debug)]
 pub struct Run {
     run: NonNull<kb::kvm_run>,
     _mapping: Option<Mapping>,
 }
 
-// SAFETY: all access is by single volatile reads and writes of plain fields; the kernel may write them at any time.
+// SAFETY: all access is by single volatile reads and writes of plain fields; the kernel may write
+// them at any time.
 unsafe impl Send for Run {}
 // SAFETY: as for Send: no reference into the structure is ever made.
 unsafe impl Sync for Run {}
@@ -33,13 +34,14 @@ impl Run {
     /// Uses the VMM's mapping.
     ///
     /// # Safety
-    /// `address` is the start of a mapping of the vCPU's descriptor that stays for as long as the result lives.
+    /// `address` is the start of a mapping of the vCPU's descriptor that stays for as long as the
+    /// result lives.
     pub unsafe fn borrow(address: NonNull<kb::kvm_run>) -> Run {
         Run { run: address, _mapping: None }
     }
 
-    /// The structure, of which only the address is used: fields are read and written by `read_volatile` and
-    /// `write_volatile`.
+    /// The structure, of which only the address is used: fields are read and written by
+    /// `read_volatile` and `write_volatile`.
     pub(in crate::kernel) fn as_ptr(&self) -> *mut kb::kvm_run {
         self.run.as_ptr()
     }
@@ -50,8 +52,9 @@ impl Run {
         unsafe { (&raw const (*self.as_ptr()).exit_reason).read_volatile() }
     }
 
-    /// Forgets the last exit, so that a KVM_RUN which fails without setting a reason can't be mistaken for it. Where
-    /// KVM_RUN reads the reason, an access that it has yet to complete stays.
+    /// Forgets the last exit, so that a KVM_RUN which fails without setting a reason can't be
+    /// mistaken for it. Where KVM_RUN reads the reason, an access that it has yet to complete
+    /// stays.
     pub fn clear_exit_reason(&self) {
         if arch::KVM_RUN_READS_EXIT_REASON && self.exit_reason() == kb::KVM_EXIT_MMIO {
             return;
@@ -62,7 +65,8 @@ impl Run {
 
     /// The byte that keeps KVM_RUN from beginning, for threads that kick.
     pub fn immediate_exit(&self) -> ImmediateExit {
-        // SAFETY: the structure is mapped (see the constructors), and its owner calls `detach` before it goes.
+        // SAFETY: the structure is mapped (see the constructors), and its owner calls `detach`
+        // before it goes.
         unsafe { ImmediateExit::at((&raw mut (*self.as_ptr()).immediate_exit).cast()) }
     }
 
@@ -72,35 +76,11 @@ impl Run {
         arch::space(unsafe { (&raw const (*self.as_ptr()).flags).read_volatile() })
     }
 
-    /// The first three words of the exit's own data: flags, gpa and size in all ABIs of memory-fault exits.
+    /// The first three words of the exit's own data: flags, gpa and size in all ABIs of
+    /// memory-fault exits.
     pub fn words(&self) -> [u64; 3] {
-        // SAFETY: the structure is mapped (see the constructors); the union is 256 bytes of plain data.
+        // SAFETY: the structure is mapped (see the constructors); the union is 256 bytes of plain
+        // data.
         unsafe { (&raw const (*self.as_ptr()).__bindgen_anon_1).cast::<[u64; 3]>().read_volatile() }
     }
-
-    /// The access of a KVM_EXIT_MMIO.
-    pub fn mmio(&self) -> Mmio {
-        // SAFETY: the structure is mapped (see the constructors); all bit patterns are valid for this member.
-        let mmio = unsafe { (&raw const (*self.as_ptr()).__bindgen_anon_1.mmio).read_volatile() };
-        Mmio { gpa: mmio.phys_addr, data: mmio.data, len: (mmio.len as usize).min(8), write: mmio.is_write != 0 }
-    }
-
-    /// The bytes that the guest's read of a KVM_EXIT_MMIO gets.
-    pub fn set_mmio_data(&self, data: [u8; 8]) {
-        // SAFETY: the structure is mapped (see the constructors).
-        unsafe { (&raw mut (*self.as_ptr()).__bindgen_anon_1.mmio.data).write_volatile(data) };
-    }
-}
-
-/// An access that KVM asks userspace to complete (KVM_EXIT_MMIO).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mmio {
-    /// Guest physical address.
-    pub gpa: u64,
-    /// What is written, or room for what is read.
-    pub data: [u8; 8],
-    /// 1 to 8 bytes.
-    pub len: usize,
-    /// Is it a write?
-    pub write: bool,
 }

@@ -27,7 +27,8 @@ impl SystemFd {
         self.0.create(KVM_CREATE_VM, 0, "KVM_CREATE_VM").map(VmFd)
     }
 
-    /// KVM_CHECK_EXTENSION; 0 for what the kernel doesn't know. Proves nothing of the numbers in the ABI table.
+    /// KVM_CHECK_EXTENSION; 0 for what the kernel doesn't know. Proves nothing of the numbers in
+    /// the ABI table.
     pub fn check_extension(&self, cap: u32) -> i32 {
         self.0.check_extension(cap)
     }

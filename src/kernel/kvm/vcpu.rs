@@ -20,8 +20,8 @@ impl VcpuFd {
         Descriptor::duplicate(fd, Role::Vcpu, name).map(VcpuFd)
     }
 
-    /// The number that KVM_CREATE_VCPU gave this vCPU, if it can be known: from /proc, or since Linux 5.14 from
-    /// KVM's statistics.
+    /// The number that KVM_CREATE_VCPU gave this vCPU, if it can be known: from /proc, or since
+    /// Linux 5.14 from KVM's statistics.
     pub fn number(&self) -> Option<i32> {
         let from_link = || self.0.link()?.rsplit(':').next()?.parse().ok();
         from_link().or_else(|| self.stats_id()?.rsplit('-').next()?.parse().ok())
@@ -61,10 +61,11 @@ impl VcpuFd {
 
     /// KVM_PRE_FAULT_MEMORY: maps guest memory in stage 2 without an exit.
     ///
-    /// Never while a memslot of the VM may change: deleting one makes the vCPU's page-table root obsolete, a fault
-    /// on an obsolete root is retried (is_page_fault_stale), only KVM_RUN replaces the root, and kvm_tdp_map_page
-    /// retries until a signal. Seen to 7.3, in spite of "Check and free obsolete roots in kvm_mmu_reload()" (6.15),
-    /// which helps only before the first try.
+    /// Never while a memslot of the VM may change: deleting one makes the vCPU's page-table root
+    /// obsolete, a fault on an obsolete root is retried (is_page_fault_stale), only KVM_RUN
+    /// replaces the root, and kvm_tdp_map_page retries until a signal. Seen to 7.3, in spite of
+    /// "Check and free obsolete roots in kvm_mmu_reload()" (6.15), which helps only before the
+    /// first try.
     pub fn pre_fault(&self, gpa: u64, len: u64) -> Result<()> {
         let mut arg = kb::kvm_pre_fault_memory { gpa, size: len, ..Default::default() };
         self.0.set(KVM_PRE_FAULT_MEMORY, &mut arg, "KVM_PRE_FAULT_MEMORY")

@@ -1,15 +1,15 @@
-//! What KVM itself accesses in a guest's memory, outside of guest instructions. Such an access waits for a page as any
-//! system call does, but fails on a marker, without a word: so with `poison-trap` those pages must be present before
-//! KVM accesses them.
+//! What KVM itself accesses in a guest's memory, outside of guest instructions. Such an access
+//! waits for a page as any system call does, but fails on a marker, without a word: so with
+//! `poison-trap` those pages must be present before KVM accesses them.
 
 use super::super::kvm::{iow, VcpuFd, VmFd};
 use crate::error::Result;
 use kvm_bindings as kb;
 use std::ops::Range;
 
-/// An area that KVM writes for a vCPU: an MSR says where, in the bits down to its alignment, and whether (`enable`). See
-/// Documentation/virt/kvm/x86/msr.rst. Not here: the older numbers (0x11 and 0x12) of the first two, which guests since
-/// Linux 2.6.35 don't use.
+/// An area that KVM writes for a vCPU: an MSR says where, in the bits down to its alignment, and
+/// whether (`enable`). See Documentation/virt/kvm/x86/msr.rst. Not here: the older numbers (0x11
+/// and 0x12) of the first two, which guests since Linux 2.6.35 don't use.
 struct Area {
     msr: u32,
     align: u64,
@@ -18,7 +18,8 @@ struct Area {
 }
 
 const AREAS: [Area; 5] = [
-    Area { msr: 0x4b56_4d00, align: 1, len: 12, enable: 0 }, // MSR_KVM_WALL_CLOCK_NEW: written when the MSR is
+    // MSR_KVM_WALL_CLOCK_NEW: KVM writes the area when the guest writes the MSR.
+    Area { msr: 0x4b56_4d00, align: 1, len: 12, enable: 0 },
     Area { msr: 0x4b56_4d01, align: 4, len: 32, enable: 1 }, // MSR_KVM_SYSTEM_TIME_NEW
     Area { msr: 0x4b56_4d02, align: 64, len: 64, enable: 1 }, // MSR_KVM_ASYNC_PF_EN
     Area { msr: 0x4b56_4d03, align: 64, len: 64, enable: 1 }, // MSR_KVM_STEAL_TIME
@@ -40,14 +41,15 @@ pub fn area_of_msr(msr: u32, value: u64) -> Option<Range<u64>> {
     (value != 0 && value & area.enable == area.enable).then_some(start..start.checked_add(area.len)?)
 }
 
-/// System management mode: where KVM saves the registers, from the vCPU's SMBASE on (IA32_SMBASE), in address space 1. If
-/// it can't, it declares the VM dead (enter_smm in arch/x86/kvm/smm.c).
+/// System management mode: where KVM saves the registers, from the vCPU's SMBASE on (IA32_SMBASE),
+/// in address space 1. If it can't, it declares the VM dead (enter_smm in arch/x86/kvm/smm.c).
 const SMBASE: u32 = 0x9e;
 const SAVED: Range<u64> = 0xfe00..0x1_0000;
 /// SMBASE after a reset.
 const FIRST_SMBASE: u64 = 0x3_0000;
 
-/// The areas of this vCPU, as its MSRs say now: address space, and range of guest physical addresses.
+/// The areas of this vCPU, as its MSRs say now: address space, and range of guest physical
+/// addresses.
 pub fn areas(vcpu: &VcpuFd) -> impl Iterator<Item = (u32, Range<u64>)> + '_ {
     let shared = MSRS.filter_map(|msr| Some((0, area_of_msr(msr, vcpu.msr(msr)?)?)));
     // A guest that is reset has the first SMBASE again.
@@ -57,8 +59,8 @@ pub fn areas(vcpu: &VcpuFd) -> impl Iterator<Item = (u32, Range<u64>)> + '_ {
 
 const KVM_X86_SET_MSR_FILTER: u64 = iow(0xc6, size_of::<kb::kvm_msr_filter>());
 
-/// Makes guests' writes to the MSRs that register areas end KVM_RUN (KVM_EXIT_X86_WRMSR) instead of being done, or
-/// undoes that. In place of the VM's MSR filter.
+/// Makes guests' writes to the MSRs that register areas end KVM_RUN (KVM_EXIT_X86_WRMSR) instead of
+/// being done, or undoes that. In place of the VM's MSR filter.
 pub fn exit_on_area_msrs(vm: &VmFd, on: bool) -> Result<()> {
     let mut denied = [0u8; AREAS.len().div_ceil(8)];
     let mut filter = kb::kvm_msr_filter { flags: kb::KVM_MSR_FILTER_DEFAULT_ALLOW, ..Default::default() };

@@ -4,16 +4,22 @@ use super::super::kvm::VcpuFd;
 use crate::error::{fail, Result};
 use kvm_bindings::kvm_cpuid_entry2;
 
-/// Does the hardware walk the guest's page tables? What the module parameters of kvm_intel and kvm_amd say; other KVMs
-/// (pvm) shadow.
+/// What two-dimensional paging is called here.
+pub const PAGING_NAME: &str = "EPT, NPT";
+/// What turns it on.
+pub const PAGING_REMEDY: &str = "kvm_intel.ept=1 or kvm_amd.npt=1 where the hardware can";
+
+/// Does the hardware walk the guest's page tables? What the module parameters of kvm_intel and
+/// kvm_amd say; other KVMs (pvm) shadow.
 pub fn two_dimensional_paging() -> bool {
     ["/sys/module/kvm_intel/parameters/ept", "/sys/module/kvm_amd/parameters/npt"]
         .iter()
         .any(|path| std::fs::read_to_string(path).is_ok_and(|value| matches!(value.trim(), "Y" | "1")))
 }
 
-/// A word of CPUID (of EAX, EBX, ECX, EDX) that tells what a guest may use: some bits of it have this value. See
-/// KVM_SET_CPUID2 in Documentation/virt/kvm/api.rst, and the Hypervisor Top Level Functional Specification for "Hv#1".
+/// A word of CPUID (of EAX, EBX, ECX, EDX) that tells what a guest may use: some bits of it have
+/// this value. See KVM_SET_CPUID2 in Documentation/virt/kvm/api.rst, and the Hypervisor Top Level
+/// Functional Specification for "Hv#1".
 struct Offer {
     leaf: u32,
     word: usize,
@@ -29,8 +35,8 @@ const FORBIDDEN: [Offer; 4] = [
     Offer { leaf: 0x4000_0000, word: 1, mask: !0, value: u32::from_le_bytes(*b"XenV"), what: "Xen enlightenments" },
 ];
 
-/// May the guest of this vCPU run with markers in its memory? It may not be offered what makes KVM access its memory, nor
-/// may KVM walk its page tables.
+/// May the guest of this vCPU run with markers in its memory? It may not be offered what makes KVM
+/// access its memory, nor may KVM walk its page tables.
 pub fn check_guest(vcpu: &VcpuFd) -> Result<()> {
     let leaves = vcpu.cpuid()?;
     let words = |leaf: &kvm_cpuid_entry2| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx];

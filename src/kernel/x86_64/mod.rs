@@ -1,4 +1,5 @@
-//! What only x86-64 has, of the kernel's side. See [`super`] for the list of what an architecture provides.
+//! What only x86-64 has, of the kernel's side. See [`super`] for the list of what an architecture
+//! provides.
 
 mod areas;
 mod guest;
@@ -7,16 +8,27 @@ mod registers;
 mod run;
 
 pub use self::areas::{area_of_msr, areas, exit_on_area_msrs, is_area_msr};
-pub use self::guest::{check_guest, two_dimensional_paging};
+pub use self::guest::{check_guest, two_dimensional_paging, PAGING_NAME, PAGING_REMEDY};
 pub use self::probe::{start_probe_guest, PROBE_CODE, PROBE_END};
-pub use self::run::MsrWrite;
+pub use self::run::Mmio;
 use super::abi::{Abi, EXIT_38};
+use std::sync::atomic::AtomicU64;
+
+/// The size of a page, of which x86-64 has one. A function, since others ask the system.
+#[inline(always)]
+pub fn page_size() -> u64 {
+    4096
+}
+
+/// A whole page, whatever its size.
+#[repr(C, align(4096))]
+pub struct WholePage(pub [AtomicU64; 512]);
+
+/// A page of zeros.
+pub const ZERO_PAGE: WholePage = WholePage([const { AtomicU64::new(0) }; 512]);
 
 /// Where a process's addresses end, unless it asks for more.
 pub const ADDRESSES: u64 = 1 << 47;
-
-/// Addresses from here on are the kernel's.
-pub const KERNEL_SPACE: u64 = 1 << 63;
 
 /// KVM_RUN looks at `exit_reason` to know what it has to complete. Here it has its own note of that
 /// (`vcpu->arch.complete_userspace_io`).

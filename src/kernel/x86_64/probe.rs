@@ -1,4 +1,5 @@
-//! The probe's guest: two instructions in real mode, which run natively on hardware and in KVM's emulator alike.
+//! The probe's guest: two instructions in real mode, which run natively on hardware and in KVM's
+//! emulator alike.
 
 use super::super::kvm::{VcpuFd, VmFd};
 use crate::error::Result;

@@ -37,7 +37,8 @@ impl VcpuFd {
         self.0.set(KVM_SET_SREGS, &mut sregs, "KVM_SET_SREGS")
     }
 
-    /// KVM's copies of the first page table's entries, in PAE mode; None in other modes, and before Linux 5.14.
+    /// KVM's copies of the first page table's entries, in PAE mode; None in other modes, and before
+    /// Linux 5.14.
     pub fn pdptrs(&self) -> Option<[u64; 4]> {
         let sregs: kb::kvm_sregs2 = self.0.get(KVM_GET_SREGS2, "KVM_GET_SREGS2").ok()?;
         (sregs.flags & u64::from(kb::KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0).then_some(sregs.pdptrs)

@@ -1,13 +1,15 @@
-//! Accesses that KVM emulates: guests on a KVM without hardware virtualisation, and some instructions everywhere. Its
-//! emulator reads and writes guest memory with copy_from_user and copy_to_user (arch/x86/kvm/x86.c, emulator_read_write),
-//! and does not wait for absent pages that carry a marker.
+//! Accesses that KVM emulates: guests on a KVM without hardware virtualisation, and some
+//! instructions everywhere. Its emulator reads and writes guest memory with copy_from_user and
+//! copy_to_user (arch/x86/kvm/x86.c, emulator_read_write), and does not wait for absent pages that
+//! carry a marker.
 
 use super::super::fault::{Uninterruptible, MOST_MAPS};
 use super::super::state::LoopState;
 use super::super::{Exit, Vcpu};
 use crate::error::Result;
-use crate::kernel::kvm::Mmio;
+use crate::kernel::arch::Mmio;
 use crate::kernel::mem;
+use crate::kernel::page::page_size;
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
@@ -15,14 +17,16 @@ use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::Pause;
 use crate::resolve::{Outcome, Waiter};
 
-/// A part of an access that lies in one page: its slot, its address, and which of the access's bytes it is.
+/// A part of an access that lies in one page: its slot, its address, and which of the access's
+/// bytes it is.
 type Piece<'s> = (&'s Slot, u64, std::ops::Range<usize>);
 /// An access crosses one border at most.
 type Pieces<'s> = [Option<Piece<'s>>; 2];
 
 impl Vcpu {
-    /// KVM's emulator could not read or write guest memory, and so took it for a device (KVM_EXIT_MMIO with an address in
-    /// a slot): makes the page present, and does what the device would. Left at a kick only if the caller can come back.
+    /// KVM's emulator could not read or write guest memory, and so took it for a device
+    /// (KVM_EXIT_MMIO with an address in a slot): makes the page present, and does what the device
+    /// would. Left at a kick only if the caller can come back.
     pub(super) fn finish_access(&self, state: &mut LoopState, interruptible: bool) -> Result<Exit> {
         let mut pause = Pause::default();
         loop {
@@ -35,7 +39,8 @@ impl Vcpu {
             state.due.unfinished();
             match self.finish_pieces(state, &slots, &pieces, mmio, interruptible)? {
                 Some(exit) => return Ok(exit),
-                None => pause.a_moment(), // a slot was deleted: another may be there, or it is the VMM's
+                // A slot was deleted: another may be there, or the access is the VMM's.
+                None => pause.a_moment(),
             }
         }
     }
@@ -78,8 +83,8 @@ impl Vcpu {
                                 }
                                 self.report_broken(state, slot, page)
                             }
-                            // Discarded since, and private memory has its marker back; and another thread may have
-                            // installed it anew by now.
+                            // Discarded since, and private memory has its marker back; and another
+                            // thread may have installed it anew by now.
                             Err(e)
                                 if e.errno == libc::EFAULT
                                     && (slot.block.pages.get(page) != State::Present
@@ -122,8 +127,9 @@ impl Vcpu {
         Ok(Some(Exit::Handled))
     }
 
-    /// Does the VMM know already that this page of the access can't be had? From now on it does: the access stays
-    /// unfinished, so that the next call repeats it. KVM_RUN alone would give the guest ones, as from no device.
+    /// Does the VMM know already that this page of the access can't be had? From now on it does:
+    /// the access stays unfinished, so that the next call repeats it. KVM_RUN alone would give the
+    /// guest ones, as from no device.
     fn is_known_lost(&self, state: &mut LoopState, slot: &Slot, page: u64, mmio: &Mmio) -> bool {
         let hva = slot.block.hva_of(page);
         if !mmio.write {
@@ -132,8 +138,9 @@ impl Vcpu {
         state.due.is_known_lost(hva)
     }
 
-    /// The VMM goes on though the page can't be had: a machine check that it has injected comes only once KVM has ended the
-    /// instruction. So the guest reads ones, and what it wrote is dropped.
+    /// The VMM goes on though the page can't be had: a machine check that it has injected comes
+    /// only once KVM has ended the instruction. So the guest reads ones, and what it wrote is
+    /// dropped.
     fn give_up(&self, state: &mut LoopState) -> Exit {
         self.exit_finished(state);
         Exit::Handled
@@ -152,9 +159,10 @@ impl Vcpu {
         }
     }
 
-    /// The access cut at page borders, if all of it lies in slots (and, for a write, none that is read-only).
+    /// The access cut at page borders, if all of it lies in slots (and, for a write, none that is
+    /// read-only).
     fn pieces<'s>(&self, slots: &'s Slots, mmio: &Mmio) -> Option<Pieces<'s>> {
-        let first = (mem::PAGE - mmio.gpa % mem::PAGE).min(mmio.len as u64) as usize;
+        let first = (page_size() - mmio.gpa % page_size()).min(mmio.len as u64) as usize;
         let piece = |bytes: std::ops::Range<usize>| {
             let gpa = mmio.gpa.checked_add(bytes.start as u64)?;
             let slot = slots.at(self.run.space(), gpa).filter(|s| !(mmio.write && s.is_readonly()))?;

@@ -7,8 +7,8 @@ use crate::memory::pages::State;
 use crate::resolve::Outcome;
 
 impl Vcpu {
-    /// KVM's emulator may have failed for want of the instruction itself. Then makes its page present, takes back the #UD
-    /// that KVM queued, and lets the guest try again.
+    /// KVM's emulator may have failed for want of the instruction itself. Then makes its page
+    /// present, takes back the #UD that KVM queued, and lets the guest try again.
     pub(super) fn emulation_failed(&self, state: &mut LoopState) -> Result<Exit> {
         const LONGEST_INSTRUCTION: u64 = 15;
         const UD: u8 = 6;
@@ -28,7 +28,8 @@ impl Vcpu {
                 Outcome::Retry => {
                     self.pause_for_retry(state, slot, page, true)?;
                 }
-                // After an interruption the instruction fails once more, and this function is called again.
+                // After an interruption the instruction fails once more, and this function is
+                // called again.
                 Outcome::Lost => return self.settled(state, slot, page, Outcome::Lost),
                 _ => {}
             }
@@ -39,8 +40,8 @@ impl Vcpu {
         let mut events = self.fd.vcpu_events()?;
         if events.exception.nr == UD {
             (events.exception.injected, events.exception.pending) = (0, 0);
-            // Without flags KVM leaves alone what another thread may have changed since (a pending NMI or SIPI, SMM, a
-            // triple fault).
+            // Without flags KVM leaves alone what another thread may have changed since (a pending
+            // NMI or SIPI, SMM, a triple fault).
             events.flags = 0;
             self.fd.set_vcpu_events(events)?;
         }

@@ -1,5 +1,6 @@
-//! What only x86-64 has, of the loop's side: KVM's instruction emulator, which accesses guest memory itself; MSRs that
-//! register memory; page tables that KVM walks. See [`super`] for the list of what an architecture provides.
+//! What only x86-64 has, of the loop's side: KVM's instruction emulator, which accesses guest
+//! memory itself; MSRs that register memory; page tables that KVM walks. See [`super`] for the list
+//! of what an architecture provides.
 
 mod emulated;
 mod instruction;
@@ -21,7 +22,8 @@ pub(super) struct State {
 }
 
 impl Vcpu {
-    /// Serves an exit that is no memory fault, or passes it to the VMM. Left at a kick only if the caller can come back.
+    /// Serves an exit that is no memory fault, or passes it to the VMM. Left at a kick only if the
+    /// caller can come back.
     pub(super) fn other_exit(&self, state: &mut LoopState, interruptible: bool) -> Result<Exit> {
         match self.run.exit_reason() {
             kb::KVM_EXIT_MMIO => {
@@ -47,7 +49,8 @@ impl Vcpu {
         }
     }
 
-    /// Has an earlier handle left an access, or a write to an MSR, in the middle? kvm_run still has it.
+    /// Has an earlier handle left an access, or a write to an MSR, in the middle? kvm_run still has
+    /// it.
     pub(super) fn is_left_unfinished(&self) -> bool {
         match self.run.exit_reason() {
             kb::KVM_EXIT_MMIO => self.is_access_to_slots(),
@@ -64,7 +67,8 @@ impl Vcpu {
         }
     }
 
-    /// The exit in kvm_run is finished. kvm_run says so to the next handle of this vCPU. (KVM doesn't look at it.)
+    /// The exit in kvm_run is finished. kvm_run says so to the next handle of this vCPU. (KVM
+    /// doesn't look at it.)
     fn exit_finished(&self, state: &mut LoopState) {
         state.due.finished();
         state.progress.made();

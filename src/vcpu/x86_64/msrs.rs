@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::kernel::arch;
 
 impl Vcpu {
-    /// Does the write for the guest. KVM would write the memory at once, so its pages are made present before KVM hears
-    /// of it. Left at a kick only if the caller can come back.
+    /// Does the write for the guest. KVM would write the memory at once, so its pages are made
+    /// present before KVM hears of it. Left at a kick only if the caller can come back.
     pub(super) fn finish_msr_write(&self, state: &mut LoopState, interruptible: bool) -> Result<Exit> {
         if !self.is_area_write() {
             state.due.finished();

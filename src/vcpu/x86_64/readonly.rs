@@ -5,22 +5,25 @@ use super::super::fault::MOST_MAPS;
 use super::super::state::LoopState;
 use super::super::{Exit, Vcpu};
 use crate::error::Result;
-use crate::kernel::arch;
 use crate::memory::pages::State;
 use crate::memory::slots::Slots;
 use crate::resolve::Outcome;
 
+/// Addresses from here on are the kernel's.
+const KERNEL_SPACE: u64 = 1 << 63;
+
 impl Vcpu {
-    /// SIGBUS at an address in no slot. For a read-only slot KVM signals an address of its own: gfn_to_hva_memslot
-    /// answers KVM_HVA_ERR_RO_BAD, as if for a write (kvm_send_hwpoison_signal). So every absent page of such slots is
-    /// made present; they are ROMs, and small. None if the address means nothing of the kind.
+    /// SIGBUS at an address in no slot. For a read-only slot KVM signals an address of its own:
+    /// gfn_to_hva_memslot answers KVM_HVA_ERR_RO_BAD, as if for a write (kvm_send_hwpoison_signal).
+    /// So every absent page of such slots is made present; they are ROMs, and small. None if the
+    /// address means nothing of the kind.
     pub(in crate::vcpu) fn sigbus_outside(
         &self,
         state: &mut LoopState,
         slots: &Slots,
         address: u64,
     ) -> Result<Option<Exit>> {
-        if address < arch::KERNEL_SPACE {
+        if address < KERNEL_SPACE {
             return Ok(None);
         }
         let mut installed = false;

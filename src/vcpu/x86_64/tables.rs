@@ -1,10 +1,11 @@
-//! Page tables that KVM walks itself though there is EPT or NPT: those of the memory that a string instruction reads or
-//! writes on its way to or from a device (INS, OUTS, MOVS). KVM emulates such instructions, and the processor has not
-//! walked those tables before. The walk doesn't wait for a table that carries a marker: the guest gets a page fault that
-//! it shouldn't (FNAME(walk_addr_generic) in arch/x86/kvm/mmu/paging_tmpl.h).
+//! Page tables that KVM walks itself though there is EPT or NPT: those of the memory that a string
+//! instruction reads or writes on its way to or from a device (INS, OUTS, MOVS). KVM emulates such
+//! instructions, and the processor has not walked those tables before. The walk doesn't wait for a
+//! table that carries a marker: the guest gets a page fault that it shouldn't
+//! (FNAME(walk_addr_generic) in arch/x86/kvm/mmu/paging_tmpl.h).
 //!
-//! KVM stops at the device first, except for the first word of an OUTS, and walks in the next KVM_RUN: before that the
-//! tables can be made present.
+//! KVM stops at the device first, except for the first word of an OUTS, and walks in the next
+//! KVM_RUN: before that the tables can be made present.
 
 use super::super::state::LoopState;
 use super::super::{Exit, Vcpu};
@@ -13,8 +14,8 @@ use crate::kernel::mem;
 use crate::memory::pages::State;
 use kvm_bindings::{kvm_segment, kvm_sregs};
 
-/// A way of translating linear addresses. See "Paging" in Intel's manual, volume 3, or "Page Translation and Protection"
-/// in AMD's, volume 2.
+/// A way of translating linear addresses. See "Paging" in Intel's manual, volume 3, or "Page
+/// Translation and Protection" in AMD's, volume 2.
 struct Paging {
     levels: u32,
     /// Bits of an address that choose one of a table's entries.
@@ -52,7 +53,8 @@ fn linear(sregs: &kvm_sregs, segment: &kvm_segment, register: u64) -> u64 {
     }
 }
 
-/// The tables of one operand, so that the next exit of the same device needs no system call for them.
+/// The tables of one operand, so that the next exit of the same device needs no system call for
+/// them.
 #[derive(Default)]
 pub(super) struct Walked {
     top: u64,
@@ -62,17 +64,19 @@ pub(super) struct Walked {
 }
 
 impl Vcpu {
-    /// How the guest translates addresses, if that matters: some memory is marked, the guest uses paging, and its
-    /// registers can be read (those of an encrypted guest can't, nor can KVM walk its tables).
+    /// How the guest translates addresses, if that matters: some memory is marked, the guest uses
+    /// paging, and its registers can be read (those of an encrypted guest can't, nor can KVM walk
+    /// its tables).
     fn paging(&self) -> Option<(kvm_sregs, Paging)> {
         self.vm.engine.memory.slots().blocks().find(|b| b.is_marked())?;
         let sregs = self.fd.sregs().ok()?;
         paging_of(&sregs).map(|paging| (sregs, paging))
     }
 
-    /// Makes the tables present of what RSI and RDI point to, which is where a string instruction goes on. (If the
-    /// instruction was another, they are tables of the guest's all the same, or what doesn't look like any.) Called
-    /// before KVM_RUN, so that a kick can interrupt it and the next call goes on.
+    /// Makes the tables present of what RSI and RDI point to, which is where a string instruction
+    /// goes on. (If the instruction was another, they are tables of the guest's all the same, or
+    /// what doesn't look like any.) Called before KVM_RUN, so that a kick can interrupt it and the
+    /// next call goes on.
     pub(in crate::vcpu) fn resolve_walks(&self, state: &mut LoopState) -> Result<Exit> {
         if let Some((sregs, paging)) = self.paging() {
             let regs = self.fd.regs()?;
@@ -90,9 +94,10 @@ impl Vcpu {
         Ok(Exit::Handled)
     }
 
-    /// In PAE mode KVM keeps copies of the four entries of the first table, which it reads as the vCPU is set up
-    /// (KVM_SET_SREGS; load_pdptrs in arch/x86/kvm/x86.c). If the table was absent, and the VMM did not say what is in it
-    /// (KVM_SET_SREGS2), the copies are empty: now the table can be read.
+    /// In PAE mode KVM keeps copies of the four entries of the first table, which it reads as the
+    /// vCPU is set up (KVM_SET_SREGS; load_pdptrs in arch/x86/kvm/x86.c). If the table was absent,
+    /// and the VMM did not say what is in it (KVM_SET_SREGS2), the copies are empty: now the table
+    /// can be read.
     pub(in crate::vcpu) fn prepare(&self, state: &mut LoopState) -> Result<Exit> {
         let Some((sregs, Paging { levels: 3, top, .. })) = self.paging() else { return Ok(Exit::Handled) };
         let space = self.run.space();
@@ -106,8 +111,8 @@ impl Vcpu {
         Ok(Exit::Handled)
     }
 
-    /// Goes down the tables as KVM will, and makes each present, as far as they lie in memslots that the library knows, and
-    /// can be had.
+    /// Goes down the tables as KVM will, and makes each present, as far as they lie in memslots
+    /// that the library knows, and can be had.
     fn walk(&self, state: &mut LoopState, operand: usize, paging: &Paging, address: u64) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
         let space = self.run.space();
