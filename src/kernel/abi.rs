@@ -8,8 +8,17 @@
 use super::arch;
 use super::kvm::{Region, Run};
 
-/// Access bits as in the C API: read 1, write 2, execute 4; 0 if the kernel doesn't say.
+/// Access bits as in the C API.
 pub type Access = u32;
+
+/// The kernel doesn't say what the access is.
+pub const ACCESS_UNKNOWN: Access = 0;
+/// A read.
+pub const ACCESS_READ: Access = 1 << 0;
+/// A write.
+pub const ACCESS_WRITE: Access = 1 << 1;
+/// The fetch of an instruction.
+pub const ACCESS_EXEC: Access = 1 << 2;
 
 /// One revision of the flag.
 #[derive(Debug)]

@@ -4,6 +4,7 @@
 use super::state::LoopState;
 use super::{Exit, MemoryError, Vcpu};
 use crate::error::Result;
+use crate::kernel::abi::ACCESS_UNKNOWN;
 use crate::kernel::page::page_size;
 use crate::memory::block::Block;
 use crate::memory::install;
@@ -43,7 +44,7 @@ impl Vcpu {
             return Ok(self.report_unknown(address));
         };
         let gpa = slot.region.gpa + (address - slot.region.hva);
-        self.fault(state, &slots, slot, gpa, 0, true)
+        self.fault(state, &slots, slot, gpa, ACCESS_UNKNOWN, true)
     }
 
     pub(super) fn is_broken(&self, block: &Block, page: u64, hva: u64) -> bool {

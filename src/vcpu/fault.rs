@@ -3,7 +3,7 @@
 use super::state::LoopState;
 use super::{Exit, MemoryError, Vcpu};
 use crate::error::{fail, Result};
-use crate::kernel::abi::Access;
+use crate::kernel::abi::{Access, ACCESS_UNKNOWN};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::install;
@@ -64,7 +64,7 @@ impl Vcpu {
                 install::map_present(&self.vm.engine.memory, &slot.block, page, &self.seat.stats)?;
             }
             if slot.block.pages.get(page) != State::Present {
-                let exit = match self.resolve_page(&slots, &slot.block, page, 0, waiter)? {
+                let exit = match self.resolve_page(&slots, &slot.block, page, ACCESS_UNKNOWN, waiter)? {
                     Outcome::Retry => self.pause_for_retry(state, slot, page, interruptible)?,
                     Outcome::Interrupted if !interruptible => continue,
                     Outcome::Gone => fail!(ENOENT, "slot {:#x} was deleted meanwhile", slot.region.slot),

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::sync::PoisonError;
 
 impl Vcpu {
-    /// The calling thread is the vCPU's from now on.
+    /// Makes the calling thread the one that runs the vCPU.
     #[inline]
     pub(super) fn attach(&self, state: &mut LoopState) -> Result<()> {
         let token = thread::token();
@@ -113,7 +113,7 @@ impl Drop for Vcpu {
         if state.holds.contains(&thread::token()) {
             signal::release(self.signals);
         }
-        // At the end: a new handle of the vCPU has its signals to itself.
+        // Last: from here on a new handle of the vCPU may use its signals.
         self.vm.engine.seats.remove(self.seat);
     }
 }

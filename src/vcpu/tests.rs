@@ -43,7 +43,7 @@ struct Machine {
 }
 
 impl Machine {
-    /// A VM with so many vCPUs, each of which has PAGES pages of its own.
+    /// A VM with `vcpus` vCPUs, each of which has PAGES pages of its own.
     fn new(mechanism: Option<usize>, vcpus: u64) -> Result<Machine> {
         let system = SystemFd::open()?;
         let vm = system.create_vm().unwrap();
@@ -122,8 +122,7 @@ fn vcpu(vm: &VmFd, n: u64) -> VcpuFd {
     vcpu
 }
 
-/// What the fault path must not take: every lock of the library that two vCPUs could meet at is
-/// held by another thread meanwhile.
+/// The fault path takes no lock that two vCPUs share: another thread holds all of them meanwhile.
 #[test]
 fn faults_take_no_lock_that_vcpus_share() {
     let machine = needs!(Machine::new(None, 2));
@@ -145,8 +144,8 @@ fn faults_take_no_lock_that_vcpus_share() {
     assert_eq!(machine.vm.stats().resolver_calls.get(), 2 * PAGES);
 }
 
-/// A page has come, and is unmapped before it is booked: whoever touches it then sleeps in
-/// userfaultfd, and nobody's install wakes it.
+/// A page is installed, and unmapped before its state is PRESENT. A thread that touches it then
+/// sleeps in userfaultfd, and no install wakes it.
 #[test]
 fn a_page_that_is_unmapped_before_it_is_booked_is_found_again() {
     let userfaultfd = MECHANISMS.iter().position(|m| m.name() == "userfaultfd");

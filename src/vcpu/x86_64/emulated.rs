@@ -6,7 +6,8 @@
 use super::super::fault::{Uninterruptible, MOST_MAPS};
 use super::super::state::LoopState;
 use super::super::{Exit, Vcpu};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::kernel::abi::{ACCESS_READ, ACCESS_WRITE};
 use crate::kernel::arch::Mmio;
 use crate::kernel::mem;
 use crate::kernel::page::page_size;
@@ -16,12 +17,31 @@ use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::Pause;
 use crate::resolve::{Outcome, Waiter};
+use std::ops::Range;
 
 /// A part of an access that lies in one page: its slot, its address, and which of the access's
 /// bytes it is.
-type Piece<'s> = (&'s Slot, u64, std::ops::Range<usize>);
-/// An access crosses one border at most.
+type Piece<'s> = (&'s Slot, u64, Range<usize>);
+/// The pieces of an access, which crosses one page border at most.
 type Pieces<'s> = [Option<Piece<'s>>; 2];
+
+/// How far one piece has come.
+enum Part {
+    /// It is read or written.
+    Done,
+    /// Its slot was deleted meanwhile.
+    SlotGone,
+    /// It was left, for this exit.
+    Left(Exit),
+}
+
+/// Reads or writes a piece's bytes.
+fn transfer(hva: u64, mmio: &mut Mmio, bytes: &Range<usize>) -> Result<()> {
+    match mmio.write {
+        true => mem::write(hva, &mmio.data[bytes.clone()]),
+        false => mem::read(hva, &mut mmio.data[bytes.clone()]),
+    }
+}
 
 impl Vcpu {
     /// KVM's emulator could not read or write guest memory, and so took it for a device
@@ -45,7 +65,7 @@ impl Vcpu {
         }
     }
 
-    /// None if a slot was deleted meanwhile.
+    /// Finishes all pieces of an access; None if a slot was deleted meanwhile.
     fn finish_pieces(
         &self,
         state: &mut LoopState,
@@ -54,66 +74,14 @@ impl Vcpu {
         mut mmio: Mmio,
         interruptible: bool,
     ) -> Result<Option<Exit>> {
-        let uninterruptible = Uninterruptible(&self.seat.sleeper);
-        let waiter: &dyn Waiter = if interruptible { self.seat } else { &uninterruptible };
-        for (slot, gpa, bytes) in pieces.iter().flatten() {
-            // KVM's own mapping: where a page is absent an access fails, and doesn't wait.
-            let (page, hva) = (slot.page_of(*gpa), slot.kvm_hva(*gpa));
-            loop {
-                let was_lost = slot.block.pages.get(page) == State::Lost;
-                let outcome = self.resolve_page(slots, &slot.block, page, if mmio.write { 2 } else { 1 }, waiter)?;
-                // PRESENT, and KVM could not access it: it needs mapping.
-                let was_present = outcome == Outcome::WasPresent;
-                if was_present {
-                    self.map_for_kvm(&slot.block, page, hva)
-                        .map_err(|e| e.context(format!("completing an access of the guest to gpa {gpa:#x}")))?;
-                }
-                let exit = match outcome {
-                    Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => {
-                        let done = match mmio.write {
-                            true => mem::write(hva, &mmio.data[bytes.clone()]),
-                            false => mem::read(hva, &mut mmio.data[bytes.clone()]),
-                        };
-                        match done {
-                            Err(e)
-                                if e.errno == libc::EFAULT && was_present && self.is_broken(&slot.block, page, hva) =>
-                            {
-                                if self.is_known_lost(state, slot, page, &mmio) {
-                                    return Ok(Some(self.give_up(state)));
-                                }
-                                self.report_broken(state, slot, page)
-                            }
-                            // Discarded since, and private memory has its marker back; and another
-                            // thread may have installed it anew by now.
-                            Err(e)
-                                if e.errno == libc::EFAULT
-                                    && (slot.block.pages.get(page) != State::Present
-                                        || self.no_progress_at_present(state, &slot.block, page) < MOST_MAPS) =>
-                            {
-                                continue
-                            }
-                            Err(e) => {
-                                return Err(e.context(format!("completing an access of the guest to gpa {gpa:#x}")))
-                            }
-                            Ok(()) => break,
-                        }
-                    }
-                    Outcome::Retry => self.pause_for_retry(state, slot, page, interruptible)?,
-                    Outcome::Gone => return Ok(None),
-                    Outcome::Interrupted if !interruptible => continue,
-                    Outcome::Lost => {
-                        if self.is_known_lost(state, slot, page, &mmio) && was_lost {
-                            return Ok(Some(self.give_up(state)));
-                        }
-                        self.settled(state, slot, page, Outcome::Lost)?
-                    }
-                    other => self.settled(state, slot, page, other)?,
-                };
-                if exit != Exit::Handled {
-                    return Ok(Some(exit));
-                }
+        for piece in pieces.iter().flatten() {
+            match self.finish_piece(state, slots, piece, &mut mmio, interruptible)? {
+                Part::Done => {}
+                Part::SlotGone => return Ok(None),
+                Part::Left(exit) => return Ok(Some(exit)),
             }
             if mmio.write {
+                let (_, gpa, bytes) = piece;
                 self.vm.engine.written(*gpa, bytes.len() as u64);
             }
         }
@@ -125,6 +93,68 @@ impl Vcpu {
         }
         self.exit_finished(state);
         Ok(Some(Exit::Handled))
+    }
+
+    /// Makes the page of one piece present, and reads or writes it.
+    fn finish_piece(
+        &self,
+        state: &mut LoopState,
+        slots: &Slots,
+        (slot, gpa, bytes): &Piece<'_>,
+        mmio: &mut Mmio,
+        interruptible: bool,
+    ) -> Result<Part> {
+        let uninterruptible = Uninterruptible(&self.seat.sleeper);
+        let waiter: &dyn Waiter = if interruptible { self.seat } else { &uninterruptible };
+        let access = if mmio.write { ACCESS_WRITE } else { ACCESS_READ };
+        let completing = |e: Error| e.context(format!("completing an access of the guest to gpa {gpa:#x}"));
+        // KVM's own mapping: where a page is absent an access fails, and doesn't wait.
+        let (page, hva) = (slot.page_of(*gpa), slot.kvm_hva(*gpa));
+        loop {
+            let was_lost = slot.block.pages.get(page) == State::Lost;
+            let outcome = self.resolve_page(slots, &slot.block, page, access, waiter)?;
+            // PRESENT, and KVM could not access it: it needs mapping.
+            let was_present = outcome == Outcome::WasPresent;
+            if was_present {
+                self.map_for_kvm(&slot.block, page, hva).map_err(completing)?;
+            }
+            let exit = match outcome {
+                Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => {
+                    match transfer(hva, mmio, bytes) {
+                        Ok(()) => return Ok(Part::Done),
+                        Err(e) if e.errno != libc::EFAULT => return Err(completing(e)),
+                        Err(_) if was_present && self.is_broken(&slot.block, page, hva) => {
+                            if self.is_known_lost(state, slot, page, mmio) {
+                                return Ok(Part::Left(self.give_up(state)));
+                            }
+                            self.report_broken(state, slot, page)
+                        }
+                        // Discarded since, and private memory has its marker back; and another
+                        // thread may have installed it anew by now.
+                        Err(_)
+                            if slot.block.pages.get(page) != State::Present
+                                || self.no_progress_at_present(state, &slot.block, page) < MOST_MAPS =>
+                        {
+                            continue
+                        }
+                        Err(e) => return Err(completing(e)),
+                    }
+                }
+                Outcome::Retry => self.pause_for_retry(state, slot, page, interruptible)?,
+                Outcome::Gone => return Ok(Part::SlotGone),
+                Outcome::Interrupted if !interruptible => continue,
+                Outcome::Lost => {
+                    if self.is_known_lost(state, slot, page, mmio) && was_lost {
+                        return Ok(Part::Left(self.give_up(state)));
+                    }
+                    self.settled(state, slot, page, Outcome::Lost)?
+                }
+                other => self.settled(state, slot, page, other)?,
+            };
+            if exit != Exit::Handled {
+                return Ok(Part::Left(exit));
+            }
+        }
     }
 
     /// Does the VMM know already that this page of the access can't be had? From now on it does:
@@ -163,7 +193,7 @@ impl Vcpu {
     /// read-only).
     fn pieces<'s>(&self, slots: &'s Slots, mmio: &Mmio) -> Option<Pieces<'s>> {
         let first = (page_size() - mmio.gpa % page_size()).min(mmio.len as u64) as usize;
-        let piece = |bytes: std::ops::Range<usize>| {
+        let piece = |bytes: Range<usize>| {
             let gpa = mmio.gpa.checked_add(bytes.start as u64)?;
             let slot = slots.at(self.run.space(), gpa).filter(|s| !(mmio.write && s.is_readonly()))?;
             Some((slot.as_ref(), gpa, bytes))

@@ -3,6 +3,7 @@
 use super::super::state::LoopState;
 use super::super::{Exit, Vcpu};
 use crate::error::Result;
+use crate::kernel::abi::ACCESS_EXEC;
 use crate::memory::pages::State;
 use crate::resolve::Outcome;
 
@@ -24,7 +25,7 @@ impl Vcpu {
                 continue;
             }
             absent = true;
-            match self.resolve_page(&slots, &slot.block, page, 4, self.seat)? {
+            match self.resolve_page(&slots, &slot.block, page, ACCESS_EXEC, self.seat)? {
                 Outcome::Retry => {
                     self.pause_for_retry(state, slot, page, true)?;
                 }

@@ -5,6 +5,7 @@ use super::super::fault::MOST_MAPS;
 use super::super::state::LoopState;
 use super::super::{Exit, Vcpu};
 use crate::error::Result;
+use crate::kernel::abi::ACCESS_UNKNOWN;
 use crate::memory::pages::State;
 use crate::memory::slots::Slots;
 use crate::resolve::Outcome;
@@ -30,7 +31,7 @@ impl Vcpu {
         let readonly = || slots.iter().filter(|s| s.is_readonly());
         for slot in readonly().filter(|s| s.block.is_marked()) {
             for page in slot.pages().filter(|&p| matches!(slot.block.pages.get(p), State::Absent | State::Resolving)) {
-                match self.resolve_page(slots, &slot.block, page, 0, self.seat)? {
+                match self.resolve_page(slots, &slot.block, page, ACCESS_UNKNOWN, self.seat)? {
                     Outcome::Retry => return self.pause_for_retry(state, slot, page, true).map(Some),
                     Outcome::Interrupted => return self.wait_left().map(Some),
                     Outcome::Lost => {} // perhaps not the one that the guest wants

@@ -10,7 +10,7 @@ pub const CODE: [u8; 11] = [0xc6, 0x07, BYTE, 0x81, 0xc3, 0x00, 0x10, 0x49, 0x75
 /// The exit with which it ends.
 pub const END: u32 = kb::KVM_EXIT_HLT;
 
-/// Sets a new vCPU up to run it, on so many pages from `data` on. Both addresses are below 1 MiB.
+/// Sets a new vCPU up to run it, on `pages` pages from `data` on. Both addresses are below 1 MiB.
 pub fn start(vcpu: &VcpuFd, code: u64, data: u64, pages: u64) {
     let mut sregs = vcpu.sregs().unwrap();
     (sregs.cs.base, sregs.cs.selector) = (code, (code >> 4) as u16);
