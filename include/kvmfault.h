@@ -1232,7 +1232,21 @@ int kvmfault_vm_enable(const struct kvmfault_vm *vm,
  *
  * On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that
  * no other slot shows becomes ordinary memory again, in which absent pages read as zeros (see
- * KVMFAULT_MEMSLOT_KEEP).
+ * KVMFAULT_MEMSLOT_KEEP). With `block_hva` that is all of the block's memory, when the last slot
+ * that shows a part of it is deleted.
+ *
+ * When a slot has been deleted, or replaced by one on other memory, the library no longer touches
+ * that memory: the VMM may unmap it or use it for something else as soon as this call has returned.
+ * The call waits for threads that are inside a system call on that memory, in `kvmfault_vcpu_run`
+ * or in a call on its pages; later ones do nothing (-ENOENT). What remains for the VMM to do:
+ *
+ * - A resolver call for one of the pages may still be under way, or begin just now. The library
+ * refuses its installs with -ENOENT, but what the resolver itself writes at `fault->hva` or to the
+ * memory's file is not the library's. - An install whose source doesn't answer is waited for one
+ * second. It can't reach the memory unless that is registered with a userfaultfd again. Setting a
+ * slot there is -EBUSY until the install has ended; with a userfaultfd of its own the VMM waits
+ * until the install has returned. - A vCPU inside KVM_RUN uses the memory until KVM knows that the
+ * slot is gone: with `kvmfault_memslot_prepare`, until the VMM's own ioctl has returned.
  *
  * Private memory of a deleted slot can be set again when it has been dropped (MADV_DONTNEED) and no
  * thread touches it until this has returned. A thread that waited for a page of the deleted slot
@@ -1242,10 +1256,11 @@ int kvmfault_vm_enable(const struct kvmfault_vm *vm,
  * Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another
  * slot, or there is content already that can't be hidden: in private memory, in memory that is
  * locked, and in any before Linux 5.14), -EFAULT and -EACCES (hva isn't mapped, or not readable and
- * writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd),
- * -ENOENT (deleting what is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory),
- * -ESHUTDOWN (the VM was freed meanwhile), the errno of reader threads that can't read (see
- * `kvmfault_vm_new`), or KVM's errno. Any thread; calls take turns; not from callbacks.
+ * writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd, or
+ * an install that began under an earlier slot has not ended there), -ENOENT (deleting what is not
+ * set), -EOPNOTSUPP (the forced mechanism can't serve this memory), -ESHUTDOWN (the VM was freed
+ * meanwhile), the errno of reader threads that can't read (see `kvmfault_vm_new`), or KVM's errno.
+ * Any thread; calls take turns; not from callbacks.
  */
 int kvmfault_memslot_set(const struct kvmfault_vm *vm,
                          const struct kvmfault_memslot *slot);

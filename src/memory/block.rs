@@ -46,7 +46,9 @@ pub struct Block {
     deferred: Option<Mapping>,
     /// KVM may have a slot of it, and so the addresses of what was made for KVM.
     pub in_kvm: AtomicBool,
-    /// No slot and no keeper any more: whoever waits for a page of it goes.
+    /// No slot shows it any more, and none is to come: threads that wait for a page of it are released, and
+    /// no thread of the library touches the memory that doesn't do so already (see `Memory::enter` and
+    /// `Seat::touch`).
     pub gone: AtomicBool,
     /// Nothing is missing, and nothing may be any more (see `discard::close`).
     released: AtomicBool,
@@ -172,6 +174,12 @@ impl Block {
                 Some(first + start..first + start + len)
             })
         })
+    }
+
+    /// Is its memory the VMM's again?
+    #[inline]
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::SeqCst)
     }
 
     /// Memory like any other: nothing is missing, nothing may be, and nothing is registered for it.

@@ -22,7 +22,7 @@ const MARKED_ALONE: u64 = 64;
 /// dropped. A page that came by another way while a resolver call for it is under way is RESOLVING until that call returns, and then absent. Where the VMM's mapping is the VMM's own affair, what is there stays: then this says that the pages are missing, and no more.
 pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     for group in gate_groups(pages) {
-        let _pass = memory.gates.discard(block.gate_of(group.start))?;
+        let _pass = memory.enter_alone(block, group.start)?;
         if block.is_released() {
             fail!(
                 EBUSY,
@@ -189,7 +189,7 @@ pub fn lose_claimed(memory: &Memory, block: &Block, page: u64, claim: &Claim<'_>
 fn lose_if(memory: &Memory, block: &Block, pages: Range<u64>, is_due: impl Fn() -> bool) -> Result<u64> {
     let mut lost = 0;
     for group in gate_groups(pages) {
-        let _pass = memory.gates.discard(block.gate_of(group.start))?;
+        let _pass = memory.enter_alone(block, group.start)?;
         if !is_due() {
             continue;
         }
@@ -218,7 +218,7 @@ pub fn withdraw(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64
         if block.pages.count(group.clone(), State::Resolving) == 0 {
             continue;
         }
-        let _pass = memory.gates.discard(block.gate_of(group.start))?;
+        let _pass = memory.enter_alone(block, group.start)?;
         for run in runs(group, |page| block.pages.get(page) == State::Resolving) {
             withdrawn += run.end - run.start;
             make_absent(block, &run);
@@ -240,7 +240,7 @@ fn make_absent(block: &Block, run: &Range<u64>) {
 
 /// Somebody has come to a page that is LOST, and was not told so: it isn't shown any more, as the VMM has dropped it by itself (MADV_DONTNEED).
 pub fn show_lost_again(memory: &Memory, block: &Block, page: u64) -> Result<()> {
-    let _pass = memory.gates.discard(block.gate_of(page))?;
+    let _pass = memory.enter_alone(block, page)?;
     match block.pages.get(page) {
         State::Lost => show_lost(memory, block, &(page..page + 1)),
         _ => Ok(()),
@@ -269,7 +269,7 @@ pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
     thread::in_parallel(0..block.pages.len().div_ceil(GATE_PAGES), MARKED_ALONE, |groups| {
         let pages = groups.start * GATE_PAGES..(groups.end * GATE_PAGES).min(block.pages.len());
         gate_groups(pages).try_for_each(|group| {
-            let _pass = memory.gates.discard(block.gate_of(group.start))?;
+            let _pass = memory.enter_alone(block, group.start)?;
             mark_missing(memory, block, group.clone())?;
             match memory.external {
                 true => mark_empty_pages(memory, block, group),
@@ -330,7 +330,7 @@ pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
     for group in gate_groups(0..block.pages.len()) {
         let gate = block.gate_of(group.start);
         // Where the slot is gone an install that doesn't end is not waited for: its page has nowhere to go.
-        let _pass = match block.gone.load(Ordering::SeqCst) {
+        let _pass = match block.is_gone() {
             true => memory.gates.discard_within(gate, Duration::from_millis(100)).ok(),
             false => Some(memory.gates.discard(gate)?),
         };
@@ -347,7 +347,7 @@ pub fn close(memory: &Memory, block: &Block) -> Result<()> {
     // First, so that nothing becomes missing behind our back: `discard` looks at it inside the gate.
     block.set_released(true);
     for group in gate_groups(0..block.pages.len()) {
-        let _pass = memory.gates.discard(block.gate_of(group.start))?;
+        let _pass = memory.enter_alone(block, group.start)?;
         let missing = |&page: &u64| matches!(block.pages.get(page), State::Absent | State::Resolving);
         if let Some(page) = group.clone().find(missing) {
             block.set_released(false);

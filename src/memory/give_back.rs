@@ -20,7 +20,7 @@ use std::ops::Range;
 /// installs is skipped.
 pub fn give_back(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     for group in gate_groups(pages) {
-        let _pass = memory.gates.discard(block.gate_of(group.start))?;
+        let _pass = memory.enter_alone(block, group.start)?;
         let mut before = [State::Resolving; GATE_PAGES as usize];
         group.clone().zip(&mut before).for_each(|(page, before)| *before = take(block, page));
         let was_lost = |page: u64| before[(page - group.start) as usize] == State::Lost;

@@ -93,7 +93,9 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
             fetch(bytes, (end - page) * block.page);
         }
         // While this lasts no page of the gate becomes LOST or is discarded: what the states say below stays true.
-        let pass = memory.gates.install(block.gate_of(page));
+        let Some(pass) = memory.enter(block, page) else {
+            fail!(ENOENT, "the slot that showed the page at hva {:#x} was deleted", block.hva_of(page))
+        };
         while page < end {
             match block.pages.get(page) {
                 State::Present => {
@@ -171,7 +173,7 @@ fn install_run(
 /// behind our back, or dropping it failed. Nobody may take that for the page, so it goes. The bytes come in an ordinary pass again: reading
 /// them may take whoever installs in this gate.
 fn make_room(memory: &Memory, block: &Block, page: u64) -> Result<()> {
-    let _pass = memory.gates.discard(block.gate_of(page))?;
+    let _pass = memory.enter_alone(block, page)?;
     match block.pages.get(page) {
         State::Absent | State::Resolving => discard::clear(memory, block, page),
         // The other installer's wake-up may have been before the waiter's sleep.
@@ -278,10 +280,10 @@ fn map_deferred(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats
     block.take_deferred_runs(pages).try_for_each(|run| map_alias(memory, block, run, Empty::Defer, stats))
 }
 
-/// A page stays PRESENT for as long as this pass is held; None if it isn't PRESENT any more. Then it must be left alone: what were mapped there
-/// now, the next install would take for the page.
+/// A page stays PRESENT for as long as this pass is held; None if it isn't PRESENT any more, or its block is gone. Then it must be left alone: what
+/// were mapped there now, the next install would take for the page.
 fn keep_present<'m>(memory: &'m Memory, block: &Block, page: u64) -> Option<Pass<'m>> {
-    let pass = memory.gates.install(block.gate_of(page));
+    let pass = memory.enter(block, page)?;
     (block.pages.get(page) == State::Present).then_some(pass)
 }
 
@@ -471,6 +473,46 @@ mod tests {
             map_vmm(memory, block, 1, &stats).unwrap();
             assert_eq!(byte(block.hva_of(1)), 0, "{:?}", block.kind);
         }
+    }
+
+    /// The memory of a block that is gone is the VMM's: nothing is done there any more.
+    #[test]
+    fn a_gone_block_is_left_alone() {
+        let (memory, ram, block) = needs!(memory_and_block(4));
+        let stats = Stats::default();
+        assert_eq!(install(&memory, &block, 0..1, Source::Zero, &stats), Ok(1));
+        mem::write(ram.address(), &[7]).unwrap();
+        block.gone.store(true, SeqCst);
+        let errno = |done: Result<u64>| done.map_err(|e| e.errno);
+        assert_eq!(errno(install(&memory, &block, 0..2, Source::Zero, &stats)), Err(libc::ENOENT));
+        assert_eq!(errno(discard::lose(&memory, &block, 0..2)), Err(libc::ENOENT));
+        assert_eq!(errno(discard::discard(&memory, &block, 0..2, &stats).map(|()| 0)), Err(libc::ENOENT));
+        let given_back = crate::memory::give_back::give_back(&memory, &block, 0..2, &stats);
+        assert_eq!(errno(given_back.map(|()| 0)), Err(libc::ENOENT));
+        block.pages.make_present(1);
+        map_vmm(&memory, &block, 1, &stats).unwrap();
+        assert_eq!(mem::resident(ram.address(), 2 * PAGE), Ok(vec![true, false]));
+        assert_eq!(byte(ram.address()), 7);
+    }
+
+    /// Passes that were entered before are waited for: a discard's as long as it takes, an install's for a while.
+    #[test]
+    fn a_block_that_goes_waits_for_passes() {
+        let (memory, _ram, block) = needs!(memory_and_block(1030));
+        let pass = memory.enter(&block, 1029).unwrap();
+        block.gone.store(true, SeqCst);
+        assert!(memory.enter(&block, 1029).is_none());
+        assert!(!memory.have_left(&block, Instant::now() + Duration::from_millis(20)));
+        drop(pass);
+        assert!(memory.have_left(&block, Instant::now()));
+        let (pass, is_dropped) = (memory.gates.discard(block.gate_of(600)).unwrap(), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| (memory.have_left(&block, Instant::now()), is_dropped.load(SeqCst)));
+            std::thread::sleep(Duration::from_millis(20));
+            is_dropped.store(true, SeqCst);
+            drop(pass);
+            assert_eq!(waiter.join().unwrap(), (true, true));
+        });
     }
 
     /// Whoever comes first: a LOST page is never readable, and one that came is not called lost.

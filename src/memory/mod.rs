@@ -12,7 +12,7 @@ pub mod pages;
 pub mod slots;
 pub mod wait;
 
-use crate::error::Result;
+use crate::error::{fail, Result};
 use crate::kernel::uffd::{Mode, Registration, Uffd};
 use crate::stats::Shards;
 use arc_swap::{ArcSwap, Guard};
@@ -20,7 +20,8 @@ use block::Block;
 use slots::Slots;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
-use wait::Gates;
+use std::time::Instant;
+use wait::{Gates, Pass};
 
 /// The memory of one VM.
 pub struct Memory {
@@ -69,6 +70,30 @@ impl Memory {
             let _ = self.uffd.unregister(block.hva, block.len);
         }
         block.alias.as_ref().map(|alias| self.uffd.unregister(alias.address(), block.len));
+    }
+
+    /// A pass for installing pages of `page`'s gate. None if the block is gone: its memory is the VMM's, and
+    /// must not be touched. A block that goes while the pass is held waits for it (`have_left`).
+    #[inline]
+    pub fn enter(&self, block: &Block, page: u64) -> Option<Pass<'_>> {
+        let pass = self.gates.install(block.gate_of(page));
+        (!block.is_gone()).then_some(pass)
+    }
+
+    /// A pass for discarding pages of `page`'s gate. ENOENT if the block is gone, as with `enter`.
+    pub fn enter_alone(&self, block: &Block, page: u64) -> Result<Pass<'_>> {
+        let pass = self.gates.discard(block.gate_of(page))?;
+        match block.is_gone() {
+            false => Ok(pass),
+            true => fail!(ENOENT, "the slot that showed the memory at hva {:#x} was deleted", block.hva_of(page)),
+        }
+    }
+
+    /// For the end of a block that is gone: waits until no pass of its gates is held that was entered before.
+    /// Returns false if an install is still there at `end`.
+    pub fn have_left(&self, block: &Block, end: Instant) -> bool {
+        let groups = discard::gate_groups(0..block.pages.len());
+        groups.fold(true, |all, group| self.gates.have_left(block.gate_of(group.start), end) && all)
     }
 
     /// The slots as they are now. Lock-free: a fault never waits for somebody who edits slots, nor for another vCPU.

@@ -211,8 +211,26 @@ impl Gates {
         self.discard_within(key, ENOUGH)
     }
 
-    /// The same with less patience.
+    /// As `discard`, but EBUSY after `at_most`.
     pub fn discard_within(&self, key: u64, at_most: Duration) -> Result<Pass<'_>> {
+        self.claim(key, at_most, true)
+    }
+
+    /// For the end of a block whose `gone` is set: waits until all that entered a gate before that has
+    /// left it. Discards are waited for as long as they take: they are system calls that end. Installs,
+    /// whose source may not answer, are waited for until `end`. Returns false if one is still there.
+    pub fn have_left(&self, key: u64, end: Instant) -> bool {
+        let gate = self.gate(key);
+        let begun = gate.discards.load(SeqCst);
+        let mut pause = Pause::default();
+        while begun % 2 == 1 && gate.discards.load(SeqCst) == begun {
+            pause.a_moment();
+        }
+        let patience = || end.saturating_duration_since(Instant::now());
+        gate.installs.load(SeqCst) == 0 || self.claim(key, patience(), false).is_ok()
+    }
+
+    fn claim(&self, key: u64, at_most: Duration, ends_with_vm: bool) -> Result<Pass<'_>> {
         const LONGEST_CLAIM: Duration = Duration::from_millis(64);
         let gate = self.gate(key);
         let mut claim = Duration::from_millis(1);
@@ -240,7 +258,7 @@ impl Gates {
             } else {
                 pause.a_moment();
             }
-            if self.closed.load(SeqCst) {
+            if ends_with_vm && self.closed.load(SeqCst) {
                 fail!(ESHUTDOWN, "the VM was freed meanwhile");
             }
             if Instant::now() > *end.get_or_insert_with(|| Instant::now() + at_most) {

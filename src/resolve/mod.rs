@@ -492,7 +492,10 @@ impl Engine {
             }
             _ if claim.is_overtaken_after_all() => Ok(Brought::Anew),
             Answer::Lost => {
-                discard::lose_claimed(&self.memory, block, page, claim)?;
+                match discard::lose_claimed(&self.memory, block, page, claim) {
+                    Err(_) if block.is_gone() => return Ok(Brought::Anew),
+                    lost => lost?,
+                };
                 Ok(match block.pages.get(page) {
                     State::Lost => Brought::Ended(Outcome::Lost),
                     State::Present => Brought::Ended(Outcome::Installed),

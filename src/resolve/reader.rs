@@ -207,7 +207,7 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
     let outcome = engine.resolve(&engine.memory.slots(), &block, page, &need);
     drop(serving);
     let failed = match outcome {
-        Ok(Outcome::WasPresent) => map(engine, &block, page, message.hva).err(),
+        Ok(Outcome::WasPresent) => map(engine, &block, page, message.hva).err().filter(|_| !block.is_gone()),
         Ok(Outcome::Lost) => {
             let _ = discard::show_lost_again(&engine.memory, &block, page);
             // Markers tell it where the kernel has them.

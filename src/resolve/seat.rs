@@ -6,10 +6,13 @@ use crate::error::Error;
 use crate::kernel::kvm::ImmediateExit;
 use crate::kernel::signal::{self, SignalSet};
 use crate::kernel::thread;
+use crate::memory::block::Block;
 use crate::memory::wait::{Pause, Sleeper, WAITS};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::Release, Ordering::SeqCst,
+};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -56,6 +59,8 @@ pub struct Seat {
     /// SIGBUS as the VMM's handler saw it: address, and code + 1 (0 = none).
     bus_address: AtomicU64,
     bus_code: AtomicI32,
+    /// The block whose memory the vCPU's thread touches at the moment (its address), or 0: see `touch`.
+    touched: AtomicUsize,
     turn: AtomicU32,
     has_news: AtomicBool,
     news: Mutex<Option<News>>,
@@ -81,6 +86,7 @@ impl Seat {
             interrupting: AtomicU32::new(0),
             bus_address: AtomicU64::new(0),
             bus_code: AtomicI32::new(0),
+            touched: AtomicUsize::new(0),
             turn: AtomicU32::new(0),
             has_news: AtomicBool::new(false),
             news: Mutex::new(None),
@@ -220,6 +226,20 @@ impl Seat {
         true
     }
 
+    /// The vCPU's thread is about to touch a block's memory by itself, and not in a pass of the block's gates:
+    /// such an access may wait for a page, and discards don't wait for it. None if the block is gone. A block
+    /// that goes before what this returns is dropped waits for that. One at a time.
+    pub fn touch(&self, block: &Block) -> Option<Touching<'_>> {
+        self.touched.store(address_of(block), SeqCst);
+        let touching = Touching(self);
+        (!block.is_gone()).then_some(touching)
+    }
+
+    /// Does the vCPU's thread touch this block's memory?
+    pub fn is_touching(&self, block: &Block) -> bool {
+        self.touched.load(SeqCst) == address_of(block)
+    }
+
     /// The vCPU is about to go, and its kvm_run with it. When this returns no kick is under way that knows either, and none will be: its signal was
     /// sent or never will be.
     pub fn detach(&self) {
@@ -353,6 +373,19 @@ impl Interrupting<'_> {
 impl Drop for Interrupting<'_> {
     fn drop(&mut self) {
         self.0.interrupting.fetch_sub(1, SeqCst);
+    }
+}
+
+fn address_of(block: &Block) -> usize {
+    std::ptr::from_ref(block) as usize
+}
+
+/// A vCPU's thread that touches a block's memory.
+pub struct Touching<'a>(&'a Seat);
+
+impl Drop for Touching<'_> {
+    fn drop(&mut self) {
+        self.0.touched.store(0, Release);
     }
 }
 

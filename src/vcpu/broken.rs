@@ -48,7 +48,8 @@ impl Vcpu {
     }
 
     pub(super) fn is_broken(&self, block: &Block, page: u64, hva: u64) -> bool {
-        install::is_broken(&self.vm.engine.memory, block, page, hva)
+        let touching = self.seat.touch(block);
+        touching.is_some() && install::is_broken(&self.vm.engine.memory, block, page, hva)
     }
 
     pub(super) fn report_broken(&self, state: &mut LoopState, slot: &Slot, page: u64) -> Exit {

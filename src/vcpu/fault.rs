@@ -6,7 +6,6 @@ use crate::error::{fail, Result};
 use crate::kernel::abi::{Access, ACCESS_UNKNOWN};
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
-use crate::memory::install;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{look_around, Sleeper, WAITS};
@@ -61,7 +60,7 @@ impl Vcpu {
             let Some(slot) = slots.at(space, at) else { fail!(ENOENT, "gpa: {at:#x} is in no slot") };
             let page = slot.page_of(at);
             if slot.block.is_deferred(page) {
-                install::map_present(&self.vm.engine.memory, &slot.block, page, &self.seat.stats)?;
+                self.map_present(&slot.block, page)?;
             }
             if slot.block.pages.get(page) != State::Present {
                 let exit = match self.resolve_page(&slots, &slot.block, page, ACCESS_UNKNOWN, waiter)? {
@@ -159,8 +158,7 @@ impl Vcpu {
                 slot.gpa_of(page)
             );
         }
-        let mechanism = MECHANISMS[block.mechanism];
-        match mechanism.map_present(&self.vm.engine.memory, block, page, &self.seat.stats) {
+        match self.map_present(block, page) {
             Ok(()) if !broken => Ok(Exit::Handled),
             Err(e) if e.errno == libc::EFAULT => Err(e.context(format!(
                 "gpa {:#x} is present but its memory is gone (dropped without kvmfault_pages_discard?)",
@@ -171,6 +169,16 @@ impl Vcpu {
             // the page) met the marker that the page had a moment ago.
             _ if self.is_broken(block, page, block.kvm_hva_of(page)) => Ok(self.report_broken(state, slot, page)),
             _ => Ok(Exit::Handled),
+        }
+    }
+
+    /// Maps a PRESENT page for KVM. Does nothing where its block goes meanwhile.
+    pub(super) fn map_present(&self, block: &Block, page: u64) -> Result<()> {
+        let Some(_touching) = self.seat.touch(block) else { return Ok(()) };
+        let mechanism = MECHANISMS[block.mechanism];
+        match mechanism.map_present(&self.vm.engine.memory, block, page, &self.seat.stats) {
+            Err(_) if block.is_gone() => Ok(()),
+            mapped => mapped,
         }
     }
 

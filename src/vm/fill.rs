@@ -5,8 +5,8 @@ use crate::error::{fail, Error, Result};
 use crate::kernel::file::{self, Use};
 use crate::kernel::mem::{self, Kind};
 use crate::memory::block::Block;
-use crate::memory::calls;
 use crate::memory::slots::{Slot, Slots};
+use crate::memory::{calls, Memory};
 use crate::resolve::fill::{self, Fill, Report, Scope};
 use crate::resolve::working_set::{self, Recorder, Shape};
 use std::ops::Range;
@@ -169,11 +169,12 @@ fn read_working_set(fd: RawFd, slots: &Slots) -> Result<Vec<Range<u64>>> {
 fn make_ordinary(vm: &Weak<Vm>, collapse: bool, is_stopped: &dyn Fn() -> bool) -> Result<()> {
     let Some(vm) = vm.upgrade() else { fail!(ESHUTDOWN, "the VM was freed") };
     let blocks = vm.release()?;
+    let engine = vm.engine.clone();
     drop(vm);
     let stopped = || Error::new(libc::ECANCELED, "the fill was stopped");
     blocks.iter().try_for_each(|block| calls::wait(block, |_| is_stopped().then(stopped)))?;
     if collapse {
-        blocks.iter().for_each(|block| recover_huge_pages(block, is_stopped));
+        blocks.iter().for_each(|block| recover_huge_pages(&engine.memory, block, is_stopped));
     }
     Ok(())
 }
@@ -181,13 +182,15 @@ fn make_ordinary(vm: &Weak<Vm>, collapse: bool, is_stopped: &dyn Fn() -> bool) -
 /// Installing page by page leaves small pages, and KVM maps what it finds. A help and no more: there may be no huge pages to be had, or none
 /// wanted (/sys/kernel/mm/transparent_hugepage). What has holes stays as it is: a huge page would bring back what the guest has given
 /// back.
-fn recover_huge_pages(block: &Block, is_stopped: &dyn Fn() -> bool) {
+fn recover_huge_pages(memory: &Memory, block: &Block, is_stopped: &dyn Fn() -> bool) {
     if !matches!(block.kind, Kind::Anon | Kind::Shared) {
         return;
     }
     let (start, end) = (block.hva.next_multiple_of(mem::HUGE_PAGE), block.hva + block.len);
     for at in (start..end).step_by(mem::HUGE_PAGE as usize).take_while(|at| at + mem::HUGE_PAGE <= end) {
-        if is_stopped() || block.gone.load(std::sync::atomic::Ordering::SeqCst) {
+        // A block that goes waits for this pass, and for what is done in it.
+        let pass = memory.enter(block, (at - block.hva) / block.page);
+        if is_stopped() || pass.is_none() {
             return;
         }
         let is_whole = |resident: Vec<bool>| resident.iter().all(|&there| there);

@@ -8,11 +8,12 @@ use crate::mechanism::{self, Wish, MECHANISMS};
 use crate::memory::block::{Block, Shape};
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
-use crate::memory::wait::WAITS;
+use crate::memory::wait::{Pause, WAITS};
 use crate::memory::{calls, discard};
+use crate::resolve::Engine;
 use std::os::fd::RawFd;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A memslot as the VMM asks for it.
@@ -184,7 +185,7 @@ impl Vm {
     }
 
     /// Makes a block's memory ordinary again: whoever waits goes on, and absent pages read as zeros.
-    fn retire(&self, block: &Block) {
+    fn retire(&self, block: &Arc<Block>) {
         let memory = &self.engine.memory;
         block.gone.store(true, SeqCst);
         WAITS.wake_all();
@@ -192,6 +193,39 @@ impl Vm {
             let _ = discard::unmark(memory, block);
         }
         memory.unregister(block);
+        self.wait_for_others(block);
+    }
+
+    /// The VMM may unmap a gone block's memory, or use it for something else, as soon as it is told so: waits for
+    /// the threads that touch it at the moment. Others don't begin to. What sleeps there for a page was woken.
+    fn wait_for_others(&self, block: &Arc<Block>) {
+        /// For what waits for foreign I/O.
+        const ENOUGH: Duration = Duration::from_secs(1);
+        let Engine { memory, seats, .. } = &*self.engine;
+        let end = Instant::now() + ENOUGH;
+        if !memory.have_left(block, end) {
+            // It can't touch the memory, which is not registered; but must not be there when it is again.
+            self.lingering.lock().unwrap_or_else(PoisonError::into_inner).push(block.clone());
+        }
+        // Here the VMM's own userfaultfd is waited in (MADV_POPULATE_WRITE), which changes no bytes.
+        let is_external = memory.external && block.alias.is_none();
+        let mut pause = Pause::default();
+        while seats.all().iter().any(|seat| seat.is_touching(block)) && !(is_external && Instant::now() > end) {
+            pause.a_moment();
+        }
+    }
+
+    /// EBUSY if an install that began when an earlier block was there may yet write to this range.
+    fn check_lingering(&self, hva: u64, len: u64) -> Result<()> {
+        let mut lingering = self.lingering.lock().unwrap_or_else(PoisonError::into_inner);
+        lingering.retain(|block| !self.engine.memory.have_left(block, Instant::now()));
+        match lingering.iter().any(|block| block.hva < hva + len && hva < block.hva + block.len) {
+            false => Ok(()),
+            true => fail!(
+                EBUSY,
+                "hva: an install that was under way when an earlier slot was deleted has not ended in [{hva:#x}, +{len:#x}): does the source that it reads from answer?"
+            ),
+        }
     }
 
     /// The slot to be, and whether its block is new. Checks everything before anything changes.
@@ -296,6 +330,7 @@ impl Vm {
 
     fn new_block(&self, hva: u64, len: u64, offset: u64, request: &SlotRequest) -> Result<Block> {
         self.engine.readers.check()?;
+        self.check_lingering(hva, len)?;
         let backing = mem::inspect(hva, len, request.memory.kind(), request.file.map(|(fd, _)| fd))?;
         if hva % backing.page != 0 || len % backing.page != 0 {
             fail!(

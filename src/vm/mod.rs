@@ -70,6 +70,8 @@ pub struct Vm {
     exits_enabled: AtomicBool,
     /// Editors of the slots take turns; faults don't care.
     editing: Mutex<()>,
+    /// Blocks that are gone, and where an install may still be under way (see `memslots`).
+    lingering: Mutex<Vec<Arc<Block>>>,
     /// The last fill.
     filling: Mutex<Weak<Fill>>,
 }
@@ -137,6 +139,7 @@ impl Vm {
             stop,
             exits_enabled: AtomicBool::new(false),
             editing: Mutex::new(()),
+            lingering: Mutex::default(),
             filling: Mutex::default(),
         };
         if options.filter_msrs {

@@ -11,7 +11,6 @@ use crate::kernel::abi::{ACCESS_READ, ACCESS_WRITE};
 use crate::kernel::arch::Mmio;
 use crate::kernel::mem;
 use crate::kernel::page::page_size;
-use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
@@ -120,7 +119,10 @@ impl Vcpu {
             }
             let exit = match outcome {
                 Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => {
-                    match transfer(hva, mmio, bytes) {
+                    let Some(touching) = self.seat.touch(&slot.block) else { return Ok(Part::SlotGone) };
+                    let done = transfer(hva, mmio, bytes);
+                    drop(touching);
+                    match done {
                         Ok(()) => return Ok(Part::Done),
                         Err(e) if e.errno != libc::EFAULT => return Err(completing(e)),
                         Err(_) if was_present && self.is_broken(&slot.block, page, hva) => {
@@ -183,7 +185,7 @@ impl Vcpu {
 
     /// A broken page can't be mapped; the access itself shows it.
     fn map_for_kvm(&self, block: &Block, page: u64, hva: u64) -> Result<()> {
-        match MECHANISMS[block.mechanism].map_present(&self.vm.engine.memory, block, page, &self.seat.stats) {
+        match self.map_present(block, page) {
             Err(e) if matches!(e.errno, libc::EHWPOISON | libc::EIO) && self.is_broken(block, page, hva) => Ok(()),
             mapped => mapped,
         }

@@ -140,6 +140,7 @@ impl Vcpu {
                 other => return other,
             }
             let mut entry = [0; 8];
+            let Some(_touching) = self.seat.touch(&slot.block) else { break };
             if mem::read(slot.vmm_hva(gpa), &mut entry[..paging.entry as usize]).is_err() {
                 break;
             }
