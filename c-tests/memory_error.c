@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -252,6 +253,95 @@ static void shared_uffd(void)
 	/* tear_down closed ours; the library's duplicate went with its VM. */
 }
 
+/* ---- SIGBUS that isn't KVM's word on an absent page ---- */
+
+#define UNKNOWN ((uint8_t *)0x10000)
+
+/* A thread can do this to itself only. */
+static void send_sigbus(int code, void *address)
+{
+	siginfo_t info = { .si_signo = SIGBUS, .si_code = code };
+	info.si_addr = address;
+	SYS(syscall(SYS_rt_tgsigqueueinfo, getpid(), syscall(SYS_gettid), SIGBUS, &info));
+}
+
+/* Broken memory that the guest hasn't touched is told with its place; what a process sends is a signal and no more. */
+static void other_codes(void)
+{
+	struct vcpu *v = set_up(3, MEMFD);
+	check_read(v, 3);
+	load_read(v, 4);
+	send_sigbus(BUS_MCEERR_AO, ram.hva + 3 * PAGE + 8);
+	expect_error(v, 3, 0);
+	SYS(syscall(SYS_tgkill, getpid(), syscall(SYS_gettid), SIGBUS));
+	int ret = kvmfault_vcpu_run(v->handle);
+	CHECK(ret == KVMFAULT_INTERRUPTED, "%s", vcpu_describe(v, ret));
+	check_read(v, 4);
+	tear_down();
+}
+
+static atomic_bool guest_runs;
+
+static void send_sigbus_to_myself(int signal)
+{
+	(void)signal;
+	send_sigbus(BUS_MCEERR_AR, UNKNOWN);
+}
+
+static void *loop_until_kicked(struct vcpu *v)
+{
+	vcpu_attach(v);
+	steps[0] = (struct step){ JUMP, steps_gpa, 0, 0 };
+	vcpu_load_script(v, steps_gpa);
+	guest_runs = true;
+	int *ret = v->opaque;
+	*ret = kvmfault_vcpu_run(v->handle);
+	guest_runs = false;
+	return NULL;
+}
+
+static void set_other_slot(const struct ram *other, bool on)
+{
+	struct kvmfault_memslot slot = slot_on(other, RAM_SLOT + 1, RAM_GPA + (1ul << 30));
+	slot.len = on ? slot.len : 0;
+	OK(kvmfault_memslot_set(m.library, &slot));
+}
+
+/* Three in a row at an address that no slot has are a memory error, but not when slots come and go in between: then the guest may meet each of them. */
+static void unknown_address(void)
+{
+	static int ret;
+	struct kvmfault_memory_error_info info = KVMFAULT_MEMORY_ERROR_INFO_INIT;
+	struct ram other;
+	struct vcpu *v = set_up(3, MEMFD);
+	struct sigaction action = { .sa_handler = send_sigbus_to_myself };
+	SYS(sigaction(SIGUSR2, &action, NULL));
+	vcpu_detach(v);
+	ram_create(&other, MEMFD, PAGE);
+	for (int changes = 1; changes >= 0; changes--) {
+		vcpu_start(v, loop_until_kicked, &ret);
+		UNTIL(guest_runs);
+		for (int n = 0; n < (changes ? 20 : 1000) && guest_runs; n++) {
+			pthread_kill(v->thread, SIGUSR2);
+			usleep(5000);
+			if (changes)
+				set_other_slot(&other, n % 2 == 0);
+		}
+		if (changes)
+			OK(kvmfault_vcpu_kick(v->handle));
+		vcpu_join(v);
+		CHECK(ret == (changes ? KVMFAULT_INTERRUPTED : KVMFAULT_MEMORY_ERROR), "%s", vcpu_describe(v, ret));
+		if (!changes) {
+			OK(kvmfault_vcpu_memory_error(v->handle, &info));
+			CHECK(info.gpa == UINT64_MAX && info.hva == UNKNOWN && !info.lost, "gpa %#lx, hva %p, lost %d", info.gpa, info.hva,
+			      info.lost);
+		}
+		vcpu_detach(v);
+	}
+	tear_down();
+	ram_destroy(&other);
+}
+
 static const struct test_case cases[] = {
 	{ "broken", broken, true },
 	{ "broken-cpl0", broken_cpl0, true },
@@ -260,5 +350,7 @@ static const struct test_case cases[] = {
 	{ "coming-and-going-anon", coming_and_going_anon, true },
 	{ "mended", mended, true },
 	{ "shared-uffd", shared_uffd, true },
+	{ "other-codes", other_codes, true },
+	{ "unknown-address", unknown_address, true },
 };
 TEST_MAIN(cases)

@@ -8,7 +8,8 @@ use crate::kernel::abi::ACCESS_UNKNOWN;
 use crate::kernel::page::page_size;
 use crate::memory::block::Block;
 use crate::memory::install;
-use crate::memory::slots::Slot;
+use crate::memory::slots::{Slot, Slots};
+use std::sync::Arc;
 
 /// SIGBUS in a row at an address in no slot, after which they are a memory error: one signal may be
 /// stale, and one more may follow an unlucky race.
@@ -30,21 +31,34 @@ impl Vcpu {
     /// SIGBUS with an address: a marker of the library's, or memory that is really broken.
     pub(super) fn broken_page(&self, state: &mut LoopState, code: i32, address: u64) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
-        let required = code == libc::BUS_MCEERR_AR;
-        let Some(slot) = slots.at_kvm_hva(address).filter(|_| required) else {
-            if required {
-                if let Some(exit) = self.sigbus_outside(state, &slots, address)? {
-                    return Ok(exit);
-                }
-                // Its slot may have been deleted since; real trouble repeats itself.
-                if state.progress.none_at(address) < MOST_BROKEN {
-                    return Ok(Exit::Handled);
-                }
+        match code {
+            libc::BUS_MCEERR_AR => {}
+            libc::BUS_MCEERR_AO => return Ok(self.broken_elsewhere(&slots, address)),
+            // Sent by a process (kill(2)): it says nothing of memory.
+            _ => return Ok(Exit::Interrupted),
+        }
+        let Some(slot) = slots.at_kvm_hva(address) else {
+            if let Some(exit) = self.sigbus_outside(state, &slots, address)? {
+                return Ok(exit);
             }
-            return Ok(self.report_unknown(address));
+            // Its slot may have been deleted since. Real trouble repeats itself, whatever is done to
+            // the slots.
+            let slots = Arc::as_ptr(&slots) as usize;
+            return Ok(match state.progress.none_outside(address, slots) < MOST_BROKEN {
+                true => Exit::Handled,
+                false => self.report_unknown(address),
+            });
         };
         let gpa = slot.region.gpa + (address - slot.region.hva);
         self.fault(state, &slots, slot, gpa, ACCESS_UNKNOWN, true)
+    }
+
+    /// The kernel found broken memory that the guest hasn't touched, and tells the threads that
+    /// asked for it (PR_MCE_KILL_EARLY). The address may be in either mapping.
+    fn broken_elsewhere(&self, slots: &Slots, address: u64) -> Exit {
+        let Some((block, page)) = slots.at_hva(address) else { return self.report_unknown(address) };
+        let gpa = slots.showing(block, page).map(|slot| slot.gpa_of(page));
+        self.report(MemoryError { gpa, hva: block.hva_of(page), len: block.page, lost: false })
     }
 
     pub(super) fn is_broken(&self, block: &Block, page: u64, hva: u64) -> bool {

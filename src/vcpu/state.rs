@@ -113,6 +113,8 @@ pub(super) struct Progress {
     times: u32,
     /// What the page's gate said of discards when the vCPU came to it last, and it was PRESENT.
     discards: Option<u32>,
+    /// The slots in which the vCPU looked for an address in vain; only compared.
+    slots: usize,
 }
 
 impl Progress {
@@ -136,6 +138,14 @@ impl Progress {
             self.made();
         }
         self.discards = discards;
+        self.none_at(hva)
+    }
+
+    /// There is none at an address that is in none of these slots. That they change is progress, too.
+    pub fn none_outside(&mut self, hva: u64, slots: usize) -> u32 {
+        if std::mem::replace(&mut self.slots, slots) != slots {
+            self.made();
+        }
         self.none_at(hva)
     }
 
