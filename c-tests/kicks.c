@@ -6,8 +6,8 @@
  * Seen means within 100 ms, without the time for which a thread had no CPU; or within 5 s on a machine that is declared slow by
  * KVMFAULT_TEST_SCALE (an emulated CPU stands still without knowing).
  *
- * By handler, the kick's signal may come after the kick was seen, and ends a wait or KVM_RUN once more: there INTERRUPTED may
- * come without a kick, and what is counted is kvmfault_stats.kicks.
+ * By handler, one thing can add an INTERRUPTED: a kick that was seen when its signal had yet to be sent. The library waits 100 ms for
+ * the kicking thread then; if that has no CPU for longer, the late signal looks like one of the VMM's own.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -135,6 +135,21 @@ static void pass_time(uint64_t *seed)
 			;
 }
 
+static unsigned long delayed; /* kicks after which an INTERRUPTED more is allowed */
+
+static void kick(struct vcpu *v)
+{
+	double began = now();
+	EQUAL("kvmfault_vcpu_kick", kvmfault_vcpu_kick(v->handle), 0);
+	delayed += by_handler && now() - began > 0.05;
+}
+
+static void check_interrupted(unsigned long count)
+{
+	unsigned long times = interrupted;
+	CHECK(times >= count && times <= count + delayed, "INTERRUPTED %lu times for %lu kicks, %lu of them delayed", times, count, delayed);
+}
+
 static void kicks(enum what w, bool handler, unsigned long count)
 {
 	if (w != RUNNING)
@@ -165,14 +180,13 @@ static void kicks(enum what w, bool handler, unsigned long count)
 		pass_time(&seed);
 		unsigned long before = seen;
 		EQUAL("kicks seen before a kick", before, n);
-		if (!by_handler)
-			EQUAL("INTERRUPTED before a kick", interrupted, n);
+		check_interrupted(n);
 		if (n == count - 1 && what == FAULTING)
 			UNTIL(sweeps > 0); /* a few kicks are over before a slow machine has brought all pages */
 		stop = n == count - 1;
 		double waited = starved(vcpu_stat) + starved(own_stat);
 		double sent = now();
-		EQUAL("kvmfault_vcpu_kick", kvmfault_vcpu_kick(v->handle), 0);
+		kick(v);
 		while (seen == before) {
 			CHECK(now() - sent < 10, "kick %lu of %lu was lost: nothing for 10 s", n, count);
 			sched_yield();
@@ -187,8 +201,7 @@ static void kicks(enum what w, bool handler, unsigned long count)
 	}
 	vcpu_join(v);
 	EQUAL("kicks seen in all", seen, count);
-	if (!by_handler)
-		EQUAL("INTERRUPTED in all", interrupted, count);
+	check_interrupted(count);
 	struct kvmfault_stats stats = machine_stats(&m);
 	note("%lu kicks, INTERRUPTED %lu times, the slowest seen after %.1f ms; %lu faults, %lu of them left, %lu sweeps", count,
 	     interrupted, slowest * 1e3, stats.faults_vcpu, stats.outcome_interrupted, sweeps);

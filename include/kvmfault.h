@@ -1552,9 +1552,9 @@ void kvmfault_vcpu_free(struct kvmfault_vcpu *vcpu);
 
 /*
  * Runs the guest (KVM_RUN) and serves its faults until there is something for the VMM:
- * KVMFAULT_PASS (an exit in kvm_run), KVMFAULT_INTERRUPTED (a kick, or a signal that the VMM
- * handles), KVMFAULT_MEMORY_ERROR, or -errno. Never KVMFAULT_HANDLED. On the vCPU's thread; not
- * from callbacks.
+ * KVMFAULT_PASS (an exit in kvm_run), KVMFAULT_INTERRUPTED (a kick, a signal that the VMM handles,
+ * or by mask a SIGBUS that a process sent), KVMFAULT_MEMORY_ERROR, or -errno. Never
+ * KVMFAULT_HANDLED. On the vCPU's thread; not from callbacks.
  *
  * With `poison-trap`, what KVM itself writes for a guest fails quietly on an absent page. So the
  * areas of the wall clock, kvmclock, steal time, PV EOI and async page faults, and where system
