@@ -73,7 +73,7 @@ static void *run_despite_loss(struct vcpu *v)
 		ret = kvmfault_vcpu_run(v->handle);
 		if (ret == KVMFAULT_INTERRUPTED)
 			continue;
-		if (ret != KVMFAULT_MEMORY_ERROR || lab.m.mechanism != KVMFAULT_MECHANISM_USERFAULTFD)
+		if (ret != KVMFAULT_MEMORY_ERROR || test_mechanism() != KVMFAULT_MECHANISM_USERFAULTFD)
 			break;
 		OK(kvmfault_vcpu_memory_error(v->handle, &info));
 		CHECK(info.lost && info.gpa / PAGE == RAM_GPA / PAGE + 5, "%s", vcpu_describe(v, ret));
