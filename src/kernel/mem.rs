@@ -1,5 +1,7 @@
-//! Memory of this process as the kernel shows it: mappings, what is mapped where, and access that can't crash.
+//! Memory of this process: mappings that the library makes, what the VMM has mapped where, and
+//! accesses that fail instead of crashing.
 
+use super::page::page_size;
 use super::{file, process, unseen};
 use crate::error::{fail, Error, Result};
 use std::fs::File;
@@ -8,16 +10,17 @@ use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::AtomicU64;
 
-/// The base page size of x86-64.
+pub use super::arch::ADDRESSES;
+
+/// The page size on x86-64, for callers that don't ask `page_size` yet.
 pub const PAGE: u64 = 4096;
-/// Of transparent huge pages.
+/// The size of transparent huge pages on x86-64, for callers that don't ask `huge_page_size` yet.
 pub const HUGE_PAGE: u64 = 2 << 20;
-/// Where a process's addresses end, unless it asks for more.
-pub const ADDRESSES: u64 = 1 << 47;
 
 const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
-/// A mapping that this library made; unmapped on drop. None is locked, whatever the process does with its own memory (mlockall(2)).
+/// A mapping that this library made; unmapped on drop. None is locked, whatever the process does
+/// with its own memory (mlockall(2)).
 #[derive(Debug)]
 pub struct Mapping {
     address: u64,
@@ -31,7 +34,7 @@ impl Mapping {
         Mapping::grown(len, prot, PRIVATE, -1, "mmap of anonymous memory")
     }
 
-    /// Zeros that are only read: the kernel shows one page of zeros everywhere.
+    /// Zeros to read, which take no memory: the kernel maps its page of zeros everywhere.
     pub fn zeros(len: u64) -> Result<Mapping> {
         Mapping::grown(len, libc::PROT_READ, PRIVATE, -1, "mmap of zeros")
     }
@@ -42,25 +45,27 @@ impl Mapping {
         Mapping::map(0, len, prot, libc::MAP_SHARED, fd, offset, "mmap of a shared mapping")
     }
 
-    /// A file of `len` bytes, to be read.
+    /// A readable mapping of a file of `len` bytes.
     pub fn of_file(fd: RawFd, len: u64) -> Result<Mapping> {
-        // hugetlb has no small mapping that could grow.
+        // A hugetlb mapping can't grow.
         match file::is_hugetlb(fd) {
             true => Mapping::shared(fd, 0, len, false),
             false => Mapping::grown(len, libc::PROT_READ, libc::MAP_SHARED, fd, "mmap of a file"),
         }
     }
 
-    /// A mapping that the process's mlockall(MCL_FUTURE) doesn't lock, and that its RLIMIT_MEMLOCK doesn't count: one page, unlocked, and grown to
-    /// its length. A mapping is locked, filled and counted when it is made; what grows is as it was.
+    /// A mapping that the process's mlockall(MCL_FUTURE) doesn't lock, and that its RLIMIT_MEMLOCK
+    /// doesn't count: one page, which is unlocked and then grown. The kernel locks, fills and
+    /// counts a mapping when it is made; one that grows keeps its properties.
     fn grown(len: u64, prot: i32, flags: i32, fd: RawFd, what: &str) -> Result<Mapping> {
-        let first = Mapping::map(0, PAGE, prot, flags, fd, 0, what)?;
-        if len <= PAGE {
+        let first = Mapping::map(0, page_size(), prot, flags, fd, 0, what)?;
+        if len <= page_size() {
             return Ok(first);
         }
-        // SAFETY: the page is ours, and nothing refers to it. It moves to a range that the kernel picks, or grows into an unused one.
+        // SAFETY: the page is ours, and nothing refers to it. It moves to a range that the kernel
+        // picks, or grows into an unused one.
         let address =
-            unsafe { libc::mremap(first.address as *mut _, PAGE as usize, len as usize, libc::MREMAP_MAYMOVE) };
+            unsafe { libc::mremap(first.address as *mut _, page_size() as usize, len as usize, libc::MREMAP_MAYMOVE) };
         if address == libc::MAP_FAILED {
             let error = Error::last_os("mremap of a mapping to its length");
             drop(first);
@@ -74,9 +79,11 @@ impl Mapping {
         Ok(Mapping { address: address as u64, len })
     }
 
-    /// A mapping in one go. It is inaccessible until it is unlocked: mlockall(MCL_FUTURE) would fill it.
+    /// A mapping of the whole length at once. It is made inaccessible, because mlockall(MCL_FUTURE)
+    /// would fill it, then unlocked, then made accessible.
     fn map(at: u64, len: u64, prot: i32, flags: i32, fd: RawFd, offset: u64, what: &str) -> Result<Mapping> {
-        // SAFETY: without MAP_FIXED the kernel picks an unused range; nothing that exists is touched.
+        // SAFETY: without MAP_FIXED the kernel picks an unused range; nothing that exists is
+        // touched.
         let address = unsafe { libc::mmap(at as *mut _, len as usize, libc::PROT_NONE, flags, fd, offset as i64) };
         if address == libc::MAP_FAILED {
             return Err(Error::last_os(what));
@@ -86,7 +93,7 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Makes a part that is inaccessible as yet accessible, and not locked.
+    /// Makes a part that is still inaccessible accessible, and not locked.
     fn open(&self, at: u64, len: u64, prot: i32, what: &str) -> Result<()> {
         let address = (self.address + at) as *mut libc::c_void;
         // SAFETY: the range is ours, and nothing refers to it.
@@ -100,8 +107,8 @@ impl Mapping {
         }
     }
 
-    /// Room for something of `len` bytes, inaccessible as yet. It begins at the same place in a unit of `align` bytes as `like`, so that huge pages
-    /// that fit there fit here.
+    /// Inaccessible room for a mapping of `len` bytes. Its address and `like` are equal modulo
+    /// `align`, so that huge pages fit in both alike.
     pub fn room(len: u64, like: u64, align: u64) -> Result<Mapping> {
         let mut room = Mapping::grown(len + align, libc::PROT_NONE, PRIVATE, -1, "mmap of room for a mapping")?;
         let before = like.wrapping_sub(room.address) % align;
@@ -109,7 +116,7 @@ impl Mapping {
         Ok(room.split_off(before))
     }
 
-    /// What begins at an offset, as a mapping of its own.
+    /// Cuts off what begins at an offset, as a mapping of its own.
     fn split_off(&mut self, offset: u64) -> Mapping {
         let rest = Mapping { address: self.address + offset, len: self.len - offset };
         self.len = offset;
@@ -118,21 +125,24 @@ impl Mapping {
 
     /// Replaces a part by a shared mapping of `fd`.
     pub fn fill_from_file(&mut self, at: u64, len: u64, fd: RawFd, offset: u64) -> Result<()> {
-        assert!(at % PAGE == 0 && at + len <= self.len);
+        assert!(at % page_size() == 0 && at + len <= self.len);
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
         let to = self.address + at;
-        // SAFETY: what is replaced is ours, and Rust holds no reference to it (`self` is borrowed exclusively).
+        // SAFETY: what is replaced is ours, and Rust holds no reference to it (`self` is borrowed
+        // exclusively).
         let done = unsafe { libc::mmap(to as *mut _, len as usize, libc::PROT_NONE, flags, fd, offset as i64) };
         self.filled(done, "mmap of a shared mapping")?;
         self.open(at, len, prot, "mmap of a shared mapping")
     }
 
-    /// Replaces a part by a second mapping of the shared memory at `hva`, which is one mapping, without knowing its file: mremap(2) with an old
-    /// size of 0. The kernel does this for shared mappings only, and not for hugetlb.
+    /// Replaces a part by a second mapping of the shared memory at `hva`, which is one mapping,
+    /// without knowing its file: mremap(2) with an old size of 0. The kernel does this for shared
+    /// mappings only, and not for hugetlb.
     pub fn fill_from_mapping(&mut self, at: u64, len: u64, hva: u64) -> Result<()> {
-        assert!(at % PAGE == 0 && at + len <= self.len);
+        assert!(at % page_size() == 0 && at + len <= self.len);
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-        // SAFETY: with an old size of 0 the old mapping stays as it is; what is replaced is ours, as above.
+        // SAFETY: with an old size of 0 the old mapping stays as it is; what is replaced is ours,
+        // and Rust holds no reference to it (`self` is borrowed exclusively).
         let done =
             unsafe { libc::mremap(hva as *mut _, 0, len as usize, flags, (self.address + at) as *mut libc::c_void) };
         self.filled(done, "mremap to a second mapping")
@@ -143,46 +153,52 @@ impl Mapping {
             return Ok(());
         }
         let error = Error::last_os(what);
-        // The kernel may have made a hole before it failed, and another thread may have got it for a mapping of its own: none of it is unmapped.
+        // The kernel may have made a hole before it failed, and another thread may have mapped
+        // something there since: so nothing of it is ever unmapped.
         self.len = 0;
         Err(error)
     }
 
-    /// Where it begins.
+    /// Its first address.
     pub fn address(&self) -> u64 {
         self.address
     }
 
-    /// How many bytes it has.
+    /// Its length in bytes.
     pub fn size(&self) -> u64 {
         self.len
     }
 
-    /// Undoes what mlockall(2) does to new mappings, and mlock(2) to duplicates of locked ones: what is locked can't be dropped.
+    /// Undoes the locking of new mappings (mlockall(2)) and of duplicates of locked ones
+    /// (mlock(2)): locked pages can't be dropped.
     pub fn unlock(&self) {
-        // SAFETY: the range is ours; this changes what the kernel may do with its pages, and not what is in them.
+        // SAFETY: the range is ours; this changes what the kernel may do with its pages, and not
+        // what is in them.
         unsafe { libc::munlock(self.address as *const _, self.len as usize) };
     }
 
-    /// Gives the memory back, but never the addresses: the kernel may still have them (as a memslot's), and would reach whatever is mapped there next.
-    /// What is left is inaccessible and costs no memory.
+    /// Releases the memory, but never the addresses: KVM may still have them (as a memslot's), and
+    /// would access what is mapped there next. They stay inaccessible, and cost no memory.
     pub fn keep_addresses(self) {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-        // SAFETY: the range is ours, and no reference outlives `self`. If it fails the mapping stays as it is, which keeps the addresses as well.
+        // SAFETY: the range is ours, and no reference outlives `self`. If it fails the mapping
+        // stays as it is, which keeps the addresses as well.
         unsafe { libc::mmap(self.address as *mut _, self.len as usize, libc::PROT_NONE, flags, -1, 0) };
         std::mem::forget(self);
     }
 
     /// The mapping as 64-bit atomics; zero at first if it is anonymous.
     pub fn atomics(&self) -> &[AtomicU64] {
-        // SAFETY: the range is mapped readable and writable, page-aligned, and lives as long as `self`; atomics may be shared.
+        // SAFETY: the range is mapped readable and writable, page-aligned, and lives as long as
+        // `self`; atomics may be shared.
         unsafe { std::slice::from_raw_parts(self.address as *const AtomicU64, self.len as usize / 8) }
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range is ours alone; no reference outlives `self` (see `atomics`). An empty one is EINVAL.
+        // SAFETY: the range is ours alone; no reference outlives `self` (see `atomics`). An empty
+        // one is EINVAL.
         unsafe { libc::munmap(self.address as *mut _, self.len as usize) };
     }
 }
@@ -194,7 +210,8 @@ pub const MADV_COLLAPSE: i32 = 25;
 
 /// madvise(2) on a range that the caller owns.
 pub fn advise(hva: u64, len: u64, advice: i32, what: &str) -> Result<()> {
-    // SAFETY: the advice values used here drop or populate pages of guest memory, which Rust holds no reference to.
+    // SAFETY: the advice values used here drop or populate pages of guest memory, which Rust holds
+    // no reference to.
     match unsafe { libc::madvise(hva as *mut _, len as usize, advice) } {
         0 => Ok(()),
         _ => {
@@ -227,7 +244,8 @@ pub fn protect(hva: u64, len: u64, accessible: bool) -> Result<()> {
     }
 }
 
-/// Reads this process's memory; EFAULT where a plain load would crash. Waits where userfaultfd makes a load wait.
+/// Reads this process's memory; EFAULT where a plain load would crash. Waits where userfaultfd
+/// makes a load wait.
 pub fn read(hva: u64, bytes: &mut [u8]) -> Result<()> {
     transfer(hva, bytes.as_mut_ptr(), bytes.len(), false)
 }
@@ -241,8 +259,8 @@ fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<()> {
     let local = libc::iovec { iov_base: local.cast(), iov_len: len };
     let remote = libc::iovec { iov_base: hva as *mut _, iov_len: len };
     let pid = process::id()?;
-    // SAFETY: `local` is a live buffer of `len` bytes (only read when storing); the kernel checks the remote address, which is
-    // guest memory that Rust holds no reference to.
+    // SAFETY: `local` is a live buffer of `len` bytes (only read when storing); the kernel checks
+    // the remote address, which is guest memory that Rust holds no reference to.
     let done = unsafe {
         if store {
             libc::process_vm_writev(pid, &local, 1, &remote, 1, 0)
@@ -257,7 +275,8 @@ fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<()> {
     }
 }
 
-/// Is the page at `hva` broken (madvise(2), EHWPOISON)? Before MADV_POPULATE_READ (Linux 5.14) one that is inaccessible can't be told from it.
+/// Is the page at `hva` broken (madvise(2), EHWPOISON)? Before MADV_POPULATE_READ (Linux 5.14) an
+/// inaccessible page can't be told from a broken one.
 pub fn is_poisoned(hva: u64, page: u64) -> bool {
     let populate = |len| advise(hva, len, libc::MADV_POPULATE_READ, "madvise(MADV_POPULATE_READ)");
     match populate(0) {
@@ -266,9 +285,10 @@ pub fn is_poisoned(hva: u64, page: u64) -> bool {
     }
 }
 
-/// Of each base page whether it has content, as far as can be told: mapped, or in the page cache (but for hugetlb, of which only what is mapped shows).
+/// Whether each page has content, as far as mincore(2) shows it: mapped, or in the page cache (of
+/// hugetlb it shows only what is mapped).
 pub fn resident(hva: u64, len: u64) -> Result<Vec<bool>> {
-    let mut resident = vec![0u8; (len / PAGE) as usize];
+    let mut resident = vec![0u8; (len / page_size()) as usize];
     // SAFETY: mincore writes one byte a page, for which there is room.
     match unsafe { libc::mincore(hva as *mut _, len as usize, resident.as_mut_ptr()) } {
         0 => Ok(resident.iter().map(|r| r & 1 != 0).collect()),
@@ -276,49 +296,49 @@ pub fn resident(hva: u64, len: u64) -> Result<Vec<bool>> {
     }
 }
 
-/// The first page that has content, if any has: mapped, or in the page cache (but for hugetlb, of which only what is mapped shows).
+/// The first page that has content, as far as mincore(2) shows it: see `resident`.
 pub fn first_resident(hva: u64, len: u64) -> Result<Option<u64>> {
     const CHUNK: u64 = 1 << 16; // pages a call
-    let mut resident = vec![0u8; (len / PAGE).min(CHUNK) as usize];
+    let mut resident = vec![0u8; (len / page_size()).min(CHUNK) as usize];
     let mut at = hva;
     while at < hva + len {
-        let pages = ((hva + len - at) / PAGE).min(CHUNK);
+        let pages = ((hva + len - at) / page_size()).min(CHUNK);
         // SAFETY: mincore writes one byte a page, for which there is room.
-        if unsafe { libc::mincore(at as *mut _, (pages * PAGE) as usize, resident.as_mut_ptr()) } != 0 {
+        if unsafe { libc::mincore(at as *mut _, (pages * page_size()) as usize, resident.as_mut_ptr()) } != 0 {
             return Err(Error::last_os("mincore"));
         }
         if let Some(page) = resident[..pages as usize].iter().position(|r| r & 1 != 0) {
-            return Ok(Some(at + page as u64 * PAGE));
+            return Ok(Some(at + page as u64 * page_size()));
         }
-        at += pages * PAGE;
+        at += pages * page_size();
     }
     Ok(None)
 }
 
-/// What a piece of this process's memory is.
+/// The kind of a piece of this process's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// MAP_PRIVATE | MAP_ANONYMOUS.
+    /// Private anonymous memory.
     Anon,
-    /// memfd, tmpfs or shared anonymous memory.
+    /// Shared memory: memfd, tmpfs, or anonymous.
     Shared,
-    /// hugetlb, private.
+    /// Private hugetlb memory.
     HugetlbPrivate,
-    /// hugetlb, shared.
+    /// Shared hugetlb memory.
     HugetlbShared,
 }
 
-/// A range of one kind.
+/// What a range of memory is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Backing {
-    /// Its kind.
+    /// The kind of memory.
     pub kind: Kind,
     /// The page size in bytes: the smallest unit that userfaultfd can install.
     pub page: u64,
 }
 
-/// Looks up what [hva, hva + len) is; an error names what is wrong with it. `declared` is what it ought to be, and `fd` the file that it is a mapping
-/// of, as far as the VMM says.
+/// Finds out what [hva, hva + len) is; an error says what is wrong with it. `declared` and `fd` are
+/// what the VMM says of its kind, and of the file that it is a mapping of.
 pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>) -> Result<Backing> {
     if let Some(reason) = unseen::reason() {
         return unseen::inspect(hva, len, declared, fd, &reason);
@@ -330,7 +350,7 @@ pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>) ->
         if !map.readable || !map.writable {
             fail!(EACCES, "hva: [{:#x}, {:#x}) is not mapped readable and writable", map.start, map.end);
         }
-        // Finding it out is slow, and a mapping may be cut into many.
+        // Asking for each mapping would be slow: one of a file may be split into many.
         let this_file = (map.inode, map.device, map.shared);
         if file.replace(this_file) == Some(this_file) {
             continue;
@@ -368,14 +388,14 @@ pub fn mappings(hva: u64, len: u64) -> Result<Vec<MapsLine>> {
 pub struct MapsLine {
     /// Its first byte.
     pub start: u64,
-    /// The byte behind its last.
+    /// The byte after its last.
     pub end: u64,
     readable: bool,
     writable: bool,
     shared: bool,
-    /// Where in its file it begins.
+    /// Its offset in the file.
     pub offset: u64,
-    /// The file's number; 0 if there is none.
+    /// The file's inode number; 0 if there is no file.
     pub inode: u64,
     /// The file's device.
     pub device: u64,
@@ -402,7 +422,7 @@ fn parse_maps_line(line: &str) -> Option<MapsLine> {
     })
 }
 
-/// A file that the VMM says memory is a mapping of.
+/// The file that memory is a mapping of, as the VMM says.
 struct Given {
     inode: u64,
     device: u64,
@@ -417,19 +437,20 @@ impl Given {
 }
 
 fn backing_of(map: &MapsLine, given: Option<&Given>) -> Result<Backing> {
-    let of_base_pages = |kind| Ok(Backing { kind, page: PAGE });
+    let of_base_pages = |kind| Ok(Backing { kind, page: page_size() });
     if map.inode == 0 && !map.shared {
         return of_base_pages(Kind::Anon);
     }
-    // The file system of the file itself tells, where the file is given. Its path may lead elsewhere (chroot), and smaps takes long.
+    // Where the file is given, its own file system says what it is. Its path may lead elsewhere
+    // (chroot), and smaps takes long.
     if let (true, Some(given)) = (map.shared, given.filter(|g| (g.inode, g.device) == (map.inode, map.device))) {
         let page = file::memory(given.fd, "fd")?;
-        return Ok(Backing { kind: if page > PAGE { Kind::HugetlbShared } else { Kind::Shared }, page });
+        return Ok(Backing { kind: if page > page_size() { Kind::HugetlbShared } else { Kind::Shared }, page });
     }
-    // A file: hugetlbfs or tmpfs, told apart by the file system's magic number. /proc/self/map_files needs privileges;
-    // KernelPageSize in smaps doesn't.
+    // Is the file of hugetlbfs or of tmpfs? KernelPageSize in smaps says so, and needs no
+    // privileges, unlike /proc/self/map_files.
     let page = kernel_page_size(map.start)?;
-    if page > PAGE {
+    if page > page_size() {
         let kind = if map.shared { Kind::HugetlbShared } else { Kind::HugetlbPrivate };
         return Ok(Backing { kind, page });
     }
@@ -469,11 +490,11 @@ fn kernel_page_size(start: u64) -> Result<u64> {
         if let Some(map) = parse_maps_line(&line) {
             inside = map.start <= start && start < map.end;
         } else if let (true, Some(size)) = (inside, line.strip_prefix("KernelPageSize:")) {
-            let kib: u64 = size.trim().trim_end_matches(" kB").parse().unwrap_or(4);
+            let kib: u64 = size.trim().trim_end_matches(" kB").parse().unwrap_or(page_size() / 1024);
             return Ok(kib * 1024);
         }
     }
-    Ok(PAGE)
+    Ok(page_size())
 }
 
 #[cfg(test)]
@@ -482,26 +503,32 @@ mod tests {
 
     #[test]
     fn kinds_are_told_apart() {
-        let anon = Mapping::anonymous(4 * PAGE).unwrap();
-        assert_eq!(inspect(anon.address(), 4 * PAGE, None, None).unwrap(), Backing { kind: Kind::Anon, page: PAGE });
-        let text = inspect(kinds_are_told_apart as *const () as u64 & !(PAGE - 1), PAGE, None, None).unwrap_err();
+        let anon = Mapping::anonymous(4 * page_size()).unwrap();
+        assert_eq!(
+            inspect(anon.address(), 4 * page_size(), None, None).unwrap(),
+            Backing { kind: Kind::Anon, page: page_size() }
+        );
+        let text = inspect(kinds_are_told_apart as *const () as u64 & !(page_size() - 1), page_size(), None, None)
+            .unwrap_err();
         assert_eq!(text.errno, libc::EACCES);
-        assert_eq!(inspect(PAGE, PAGE, None, None).unwrap_err().errno, libc::EFAULT);
+        assert_eq!(inspect(page_size(), page_size(), None, None).unwrap_err().errno, libc::EFAULT);
     }
 
     #[test]
     fn shared_memory_may_have_a_name() {
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-        let memory = Mapping::map(0, PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0, "mmap").unwrap();
+        let memory = Mapping::map(0, page_size(), libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0, "mmap").unwrap();
         // SAFETY: names a live mapping; EINVAL on kernels that don't do that.
-        unsafe { libc::prctl(libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME, memory.address(), PAGE, c"guest".as_ptr()) };
-        assert_eq!(inspect(memory.address(), PAGE, None, None).unwrap().kind, Kind::Shared);
+        unsafe {
+            libc::prctl(libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME, memory.address(), page_size(), c"guest".as_ptr())
+        };
+        assert_eq!(inspect(memory.address(), page_size(), None, None).unwrap().kind, Kind::Shared);
     }
 
     #[test]
     fn a_bad_address_is_an_error_and_not_a_crash() {
         let mut byte = [0];
-        assert_eq!(read(PAGE, &mut byte).unwrap_err().errno, libc::EFAULT);
-        assert_eq!(write(PAGE, &byte).unwrap_err().errno, libc::EFAULT);
+        assert_eq!(read(page_size(), &mut byte).unwrap_err().errno, libc::EFAULT);
+        assert_eq!(write(page_size(), &byte).unwrap_err().errno, libc::EFAULT);
     }
 }
