@@ -148,12 +148,9 @@ impl Vcpu {
         Ok(vcpu)
     }
 
+    #[inline]
     fn state(&self) -> Result<MutexGuard<'_, LoopState>> {
-        match self.state.try_lock() {
-            Ok(state) => Ok(state),
-            Err(TryLockError::WouldBlock) => fail!(EBUSY, "this vCPU is in use by another thread"),
-            Err(TryLockError::Poisoned(_)) => fail!(ENOTRECOVERABLE, "an earlier call on this vCPU panicked"),
-        }
+        self.state.try_lock().map_err(unavailable)
     }
 
     /// The descriptor by which a forked child would keep the VM alive.
@@ -291,5 +288,13 @@ impl Vcpu {
     fn report(&self, error: MemoryError) -> Exit {
         *self.memory_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         Exit::MemoryError
+    }
+}
+
+#[cold]
+fn unavailable(error: TryLockError<MutexGuard<'_, LoopState>>) -> Error {
+    match error {
+        TryLockError::WouldBlock => Error::new(libc::EBUSY, "this vCPU is in use by another thread"),
+        TryLockError::Poisoned(_) => Error::new(libc::ENOTRECOVERABLE, "an earlier call on this vCPU panicked"),
     }
 }

@@ -25,6 +25,7 @@ pub(super) struct LoopState {
 /// the variants. A device's exit leads from `Nothing` back to `Walk`, and an exit that is left
 /// unfinished from anywhere to `Finish`. All transitions are methods here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u8)] // a tag of its own: `kvm_run_returned` runs at every fault
 pub(super) enum Due {
     /// See whether kvm_run has an exit that an earlier handle of this vCPU left unfinished.
     #[default]
