@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
 /// A page that the kernel zeroes in a forked child (MADV_WIPEONFORK, Linux 4.14). Its first word is
 /// the number of this process, its second the process id.
-static WIPED: arch::WholePage = arch::ZERO_PAGE;
+static WIPED: arch::WholePage = arch::WholePage::zeroed();
 
 fn word() -> &'static AtomicU64 {
     &WIPED.0[0]

@@ -24,8 +24,12 @@ pub fn page_size() -> u64 {
 #[repr(C, align(4096))]
 pub struct WholePage(pub [AtomicU64; 512]);
 
-/// A page of zeros.
-pub const ZERO_PAGE: WholePage = WholePage([const { AtomicU64::new(0) }; 512]);
+impl WholePage {
+    /// A page of zeros.
+    pub const fn zeroed() -> WholePage {
+        WholePage([const { AtomicU64::new(0) }; 512])
+    }
+}
 
 /// Where a process's addresses end, unless it asks for more.
 pub const ADDRESSES: u64 = 1 << 47;
