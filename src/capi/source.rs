@@ -1,12 +1,14 @@
 //! File source: the built-in resolver, for guest memory in a snapshot file.
 
 use super::boundary::{clear_out, enter, put, with, Handle, Opaque};
+use super::pages::{kvmfault_pages_install, kvmfault_pages_zero};
 use super::resolver::{kvmfault_fault, KVMFAULT_RESOLVED};
 use super::structs;
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::PAGE;
-use crate::resolve::file_source::{Bytes, FileRange, FileSource};
+use crate::memory::install::Source;
+use crate::resolve::file_source::{FileRange, FileSource};
 use std::ffi::{c_int, c_void};
 
 /// The built-in resolver's state: a snapshot file. Opaque.
@@ -100,49 +102,21 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
         if vm.is_null() {
             fail!(EINVAL, "vm: is NULL");
         }
-        // One piece, all data or all hole, as far as it goes.
-        let bring = |gpa: u64, end: u64| {
-            let (bytes, len) = source.find(gpa, end - gpa)?;
-            let len = len / fault.len * fault.len;
-            if len == 0 {
-                fail!(EINVAL, "the page of {:#x} bytes at gpa {gpa:#x} is not in one piece in the snapshot", fault.len);
-            }
-            let install = |address: *const c_void, len| {
-                // SAFETY: what the library passed to the resolver, and bytes of the source's mapping or of a buffer.
-                match unsafe { super::pages::kvmfault_pages_install(vm, gpa, address, len) } {
-                    e if e == 0 || e == -libc::EEXIST => Ok(len),
-                    e => Err(-e),
+        let install = |gpa, len, from: Source| {
+            // SAFETY: the VM that the library passed to the resolver; what the source has is copied by the kernel.
+            let result = unsafe {
+                match from {
+                    Source::Copy(address) => kvmfault_pages_install(vm, gpa, address as *const c_void, len),
+                    _ => kvmfault_pages_zero(vm, gpa, len),
                 }
             };
-            let result = match bytes {
-                // The bytes of some page of the window can't be read: the first may be another one.
-                Bytes::At(address) => match install(address as *const c_void, len) {
-                    Err(libc::EFAULT) if len > fault.len => install(address as *const c_void, fault.len),
-                    other => other,
-                },
-                Bytes::InFile(offset) => source
-                    .read(gpa, offset, len, fault.len, |pages| install(pages.as_ptr().cast(), pages.len() as u64))?,
-                // SAFETY: as above.
-                Bytes::Hole => match unsafe { super::pages::kvmfault_pages_zero(vm, gpa, len) } {
-                    e if e == 0 || e == -libc::EEXIST => Ok(len),
-                    e => Err(-e),
-                },
-            };
-            result.map_err(|errno| match errno {
-                // The file's own bytes could not be read: the disk failed, or the file was cut short.
-                libc::EFAULT => Error::new(libc::EIO, format!("the snapshot can't be read for gpa {gpa:#x}")),
-                _ => Error::new(errno, "installing a page of the snapshot"),
-            })
-        };
-        let end = fault.window_gpa + fault.window_len;
-        let first = bring(fault.gpa, end)?;
-        // The rest of the window is welcome, not needed: what can't be had stays absent.
-        for (mut at, end) in [(fault.gpa + first, end), (fault.window_gpa, fault.gpa)] {
-            while at < end {
-                let Ok(len) = bring(at, end) else { break };
-                at += len;
+            match result {
+                0 => Ok(()),
+                errno => Err(Error::new(-errno, "kvmfault_pages_install")),
             }
-        }
+        };
+        let window = fault.window_gpa..fault.window_gpa + fault.window_len;
+        source.resolve(fault.gpa, fault.len, &window, install)?;
         Ok(KVMFAULT_RESOLVED)
     })
 }

@@ -5,7 +5,9 @@
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::{Mapping, PAGE};
 use crate::kernel::{buffer, file};
+use crate::memory::install::Source;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 
 /// A piece of guest memory in the file.
@@ -43,7 +45,7 @@ enum Access {
 pub struct FileSource {
     access: Access,
     /// Data extents of the file, sorted; all else is holes.
-    data: Vec<std::ops::Range<u64>>,
+    data: Vec<Range<u64>>,
     /// Sorted by gpa.
     ranges: Vec<FileRange>,
 }
@@ -88,6 +90,61 @@ impl FileSource {
         Ok(FileSource { access, data, ranges })
     }
 
+    /// Has `install` install the page of `len` bytes at `gpa`, and what the file has of `window`, which holds the page.
+    /// What is not needed stays absent where it can't be had.
+    pub fn resolve(
+        &self,
+        gpa: u64,
+        len: u64,
+        window: &Range<u64>,
+        install: impl Fn(u64, u64, Source) -> Result<()>,
+    ) -> Result<()> {
+        let first = self.install_piece(gpa..window.end, len, &install)?;
+        for (mut at, end) in [(gpa + first, window.end), (window.start, gpa)] {
+            while at < end {
+                let Ok(installed) = self.install_piece(at..end, len, &install) else { break };
+                at += installed;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has whole pages of `page` bytes installed from the start of a range on: one piece, all data or all hole. Returns
+    /// its length.
+    fn install_piece(
+        &self,
+        range: Range<u64>,
+        page: u64,
+        install: &impl Fn(u64, u64, Source) -> Result<()>,
+    ) -> Result<u64> {
+        let gpa = range.start;
+        let (bytes, len) = self.find(gpa, range.end - gpa)?;
+        let len = len / page * page;
+        if len == 0 {
+            fail!(EINVAL, "the page of {page:#x} bytes at gpa {gpa:#x} is not in one piece in the snapshot");
+        }
+        let install = |len, source| match install(gpa, len, source) {
+            Err(e) if e.errno != libc::EEXIST => Err(e),
+            _ => Ok(len),
+        };
+        let installed = match bytes {
+            // A page that can't be read fails the whole piece: the first one may be another.
+            Bytes::At(address) => match install(len, Source::Copy(address)) {
+                Err(e) if e.errno == libc::EFAULT && len > page => install(page, Source::Copy(address)),
+                other => other,
+            },
+            Bytes::InFile(offset) => self.read(gpa, offset, len, page, |pages| {
+                install(pages.len() as u64, Source::Copy(pages.as_ptr() as u64))
+            })?,
+            Bytes::Hole => install(len, Source::Zero),
+        };
+        installed.map_err(|e| match e.errno {
+            // The file's own bytes could not be read: the disk failed, or the file was cut short.
+            libc::EFAULT => Error::new(libc::EIO, format!("the snapshot can't be read for gpa {gpa:#x}")),
+            _ => e.context("installing a page of the snapshot"),
+        })
+    }
+
     /// The longest piece from `gpa` on, up to `len` bytes, that is all data or all hole.
     pub fn find(&self, gpa: u64, len: u64) -> Result<(Bytes, u64)> {
         let after = self.ranges.partition_point(|r| r.gpa <= gpa);
@@ -128,8 +185,8 @@ impl FileSource {
 }
 
 /// The file's data extents, rounded outwards to pages.
-fn extents(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
-    let mut data: Vec<std::ops::Range<u64>> = Vec::new();
+fn extents(file: &File, size: u64) -> Result<Vec<Range<u64>>> {
+    let mut data: Vec<Range<u64>> = Vec::new();
     for piece in file::data(file, size)? {
         let (first, last) = (piece.start / PAGE * PAGE, piece.end.next_multiple_of(PAGE));
         match data.last_mut() {
