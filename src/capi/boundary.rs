@@ -4,6 +4,7 @@ use super::errors::set_message;
 use super::vcpu::kvmfault_vcpu;
 use crate::error::{fail, Error, Result};
 use crate::kernel::process::{close_copies, Process};
+pub use crate::resolve::not_in_callback;
 use crate::resolve::seat::Seat;
 use crate::vcpu::Vcpu;
 use crate::vm::here;
@@ -260,14 +261,6 @@ fn explain<O: Opaque>(inner: &O::Inner, error: Error) -> Error {
         return error;
     }
     Error::new(libc::ESHUTDOWN, format!("the VM was freed meanwhile ({error})"))
-}
-
-/// The calls that change slots and the like are not for callbacks.
-pub fn not_in_callback(name: &str) -> Result<()> {
-    if crate::resolve::in_callback() {
-        fail!(EDEADLK, "{name} must not be called from a callback of the library");
-    }
-    Ok(())
 }
 
 /// Checks where a new handle goes, and makes it NULL.

@@ -4,6 +4,7 @@ use super::boundary::{not_in_callback, with};
 use super::structs::{self, Out};
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Result};
+use crate::kernel::host_memory::HostMemory;
 use crate::vm::memslots::{MemoryKind, SlotRequest};
 use std::ffi::{c_int, c_void};
 
@@ -166,7 +167,8 @@ pub struct kvmfault_region {
 pub unsafe extern "C" fn kvmfault_memslot_set(vm: *const kvmfault_vm, slot: *const kvmfault_memslot) -> c_int {
     with("kvmfault_memslot_set", vm, |vm| {
         not_in_callback("kvmfault_memslot_set")?;
-        let request = request(&structs::read(slot, "slot")?)?;
+        // SAFETY: the header asks for it.
+        let request = unsafe { request(&structs::read(slot, "slot")?) }?;
         vm.memslot_set(&request).map(|()| 0)
     })
 }
@@ -187,7 +189,8 @@ pub unsafe extern "C" fn kvmfault_memslot_prepare(
     with("kvmfault_memslot_prepare", vm, |vm| {
         not_in_callback("kvmfault_memslot_prepare")?;
         let out = Out::new(region, "region")?;
-        let request = request(&structs::read(slot, "slot")?)?;
+        // SAFETY: the header asks for it.
+        let request = unsafe { request(&structs::read(slot, "slot")?) }?;
         let told = vm.memslot_prepare(&request)?;
         let c = kvmfault_region {
             size: 0,
@@ -205,7 +208,9 @@ pub unsafe extern "C" fn kvmfault_memslot_prepare(
     })
 }
 
-fn request(slot: &kvmfault_memslot) -> Result<SlotRequest> {
+/// # Safety
+/// The slot's memory is as the header asks for while the slot is set.
+unsafe fn request(slot: &kvmfault_memslot) -> Result<SlotRequest> {
     let known = KVMFAULT_MEMSLOT_VCPU_ONLY | KVMFAULT_MEMSLOT_PRESENT | KVMFAULT_MEMSLOT_KEEP | KVMFAULT_MEMSLOT_SLOW;
     if slot.flags & !known != 0 {
         fail!(EINVAL, "slot.flags: {:#x} has unknown bits", slot.flags);
@@ -223,13 +228,19 @@ fn request(slot: &kvmfault_memslot) -> Result<SlotRequest> {
     if slot.block_hva.is_null() != (slot.block_len == 0) {
         fail!(EINVAL, "slot.block_len: block_hva and block_len must be given together");
     }
+    let (start, len) = match slot.block_hva.is_null() {
+        true => (slot.hva, slot.len),
+        false => (slot.block_hva, slot.block_len),
+    };
+    // SAFETY: the caller's promise.
+    let host = unsafe { HostMemory::new(start.cast(), len as usize) };
     Ok(SlotRequest {
         slot: slot.slot,
         kvm_flags: slot.kvm_flags,
         gpa: slot.gpa,
         len: slot.len,
         hva: slot.hva as u64,
-        block: (!slot.block_hva.is_null()).then_some((slot.block_hva as u64, slot.block_len)),
+        host,
         memory,
         file: (slot.fd != -1).then_some((slot.fd, slot.fd_offset)),
         vcpu_only: slot.flags & KVMFAULT_MEMSLOT_VCPU_ONLY != 0,

@@ -3,7 +3,7 @@
 use super::boundary::{not_in_callback, with, with_wide};
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
-use crate::kernel::mem::ADDRESSES;
+use crate::kernel::mem::{self, ADDRESSES};
 use crate::memory::install::Source;
 use std::ffi::{c_int, c_void};
 
@@ -258,7 +258,8 @@ pub unsafe extern "C" fn kvmfault_pages_bitmap(
         if bitmap.is_null() {
             fail!(EINVAL, "bitmap: is NULL");
         }
-        vm.bitmap(gpa, len, states, bitmap as u64, size as u64).map(|set| set as i64)
+        let put = |offset, bytes: &[u8]| mem::write((bitmap as u64).wrapping_add(offset), bytes);
+        vm.bitmap(gpa, len, states, size as u64, put).map(|set| set as i64)
     })
 }
 

@@ -51,6 +51,7 @@ pub mod clock;
 pub mod event;
 pub mod file;
 pub mod futex;
+pub mod host_memory;
 pub mod kvm;
 pub mod mem;
 pub mod page;

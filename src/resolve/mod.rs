@@ -188,6 +188,14 @@ pub fn in_callback() -> bool {
     IN_CALLBACK.get()
 }
 
+/// For calls that callbacks must not make: those that change memslots, or wait for resolver calls.
+pub fn not_in_callback(name: &str) -> Result<()> {
+    if in_callback() {
+        fail!(EDEADLK, "{name} must not be called from a callback of the library");
+    }
+    Ok(())
+}
+
 /// Calls into the VMM.
 pub fn callback<T>(call: impl FnOnce() -> T) -> T {
     struct Leave(bool);

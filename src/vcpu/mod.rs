@@ -153,6 +153,11 @@ impl Vcpu {
         self.state.try_lock().map_err(unavailable)
     }
 
+    /// ECHILD in a child of the process that made the vCPU's VM.
+    pub fn check_process(&self) -> Result<()> {
+        self.vm.check_process()
+    }
+
     /// The descriptor by which a forked child would keep the VM alive.
     pub fn descriptor(&self) -> RawFd {
         self.fd.as_raw_fd()

@@ -104,6 +104,9 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
+        if self.check_process().is_err() {
+            return; // the vCPU is the parent's, and runs on
+        }
         self.seat.detach();
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         if !state.holds.is_empty() {

@@ -2,6 +2,7 @@
 
 use super::arch::test_guest;
 use super::*;
+use crate::kernel::host_memory::HostMemory;
 use crate::kernel::kvm::{Region, SystemFd, VmFd};
 use crate::kernel::mem;
 use crate::kernel::mem::Mapping;
@@ -82,7 +83,7 @@ impl Machine {
             gpa: DATA_GPA,
             len: vcpus * PAGES * page_size(),
             hva: data.address(),
-            block: None,
+            host: HostMemory::for_test(data.address(), vcpus * PAGES * page_size()),
             memory: MemoryKind::Shared,
             file: None,
             vcpu_only: false,

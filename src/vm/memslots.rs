@@ -2,6 +2,7 @@
 
 use super::Vm;
 use crate::error::{fail, Error, Result};
+use crate::kernel::host_memory::HostMemory;
 use crate::kernel::kvm::Region;
 use crate::kernel::mem::{self, advise, Kind, ADDRESSES, PAGE};
 use crate::mechanism::{self, Wish, MECHANISMS};
@@ -17,7 +18,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A memslot as the VMM asks for it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct SlotRequest {
     /// Id and address space.
     pub slot: u32,
@@ -29,8 +30,8 @@ pub struct SlotRequest {
     pub len: u64,
     /// The memory.
     pub hva: u64,
-    /// The block that it is a window of: start and bytes.
-    pub block: Option<(u64, u64)>,
+    /// The block that it is a window of.
+    pub host: HostMemory,
     /// What the VMM says the memory is.
     pub memory: MemoryKind,
     /// The block's file, and where the block begins in it.
@@ -243,7 +244,7 @@ impl Vm {
         }
         check_range("gpa", gpa, len, 1 << 52)?;
         check_range("hva", hva, len, ADDRESSES)?;
-        let (block_hva, block_len) = request.block.unwrap_or((hva, len));
+        let (block_hva, block_len) = (request.host.address(), request.host.size());
         check_range("block_hva", block_hva, block_len, ADDRESSES)?;
         if hva < block_hva || hva + len > block_hva + block_len {
             fail!(EINVAL, "block_hva: [{block_hva:#x}, +{block_len:#x}) does not hold the slot's memory at {hva:#x}");

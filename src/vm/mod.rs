@@ -8,7 +8,7 @@ use crate::error::{fail, Error, Result};
 use crate::kernel::arch;
 use crate::kernel::event::Flag;
 use crate::kernel::kvm::{SystemFd, VcpuFd, VmFd};
-use crate::kernel::mem::{self, Kind};
+use crate::kernel::mem::Kind;
 use crate::kernel::process::Process;
 use crate::kernel::uffd::{Uffd, FEATURE_POISON};
 use crate::kernel::{abi::Abi, probe};
@@ -329,8 +329,16 @@ impl Vm {
         discard::withdraw(&self.engine.memory, &slot.block, pages)
     }
 
-    /// Writes a bit a page to `to`: is its state in this set (bit n for state n)? How many are.
-    pub fn bitmap(&self, gpa: u64, len: u64, states: u32, to: u64, size: u64) -> Result<u64> {
+    /// Gives `put` a bit a page, in pieces at their offsets: is its state in this set (bit n for state n)? `size` is what
+    /// there is room for, in bytes. Returns how many pages are.
+    pub fn bitmap(
+        &self,
+        gpa: u64,
+        len: u64,
+        states: u32,
+        size: u64,
+        mut put: impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<u64> {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
         let needed = (pages.end - pages.start).div_ceil(64) * 8;
@@ -348,7 +356,7 @@ impl Vm {
                 set += 1;
             }
             let bytes = &bytes[..((end - start).div_ceil(64) * 8) as usize];
-            mem::write(to.wrapping_add((start - pages.start) / 8), bytes).map_err(|e| e.context("bitmap"))?;
+            put((start - pages.start) / 8, bytes).map_err(|e| e.context("bitmap"))?;
         }
         Ok(set)
     }
@@ -415,6 +423,14 @@ impl Vm {
     /// Is UFFDIO_POISON there?
     pub fn has_poison(&self) -> bool {
         self.host.features & FEATURE_POISON != 0
+    }
+
+    /// ECHILD in a child of the process that made the VM: what it acts on there is the parent's.
+    pub fn check_process(&self) -> Result<()> {
+        if !self.process.is_here() {
+            fail!(ECHILD, "vm: is the parent process's; a forked child can only drop it");
+        }
+        Ok(())
     }
 
     /// The descriptors by which a forked child would keep the VM and its userfaultfd alive.
