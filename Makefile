@@ -140,7 +140,7 @@ EXAMPLES = $(patsubst %.c,$T/%,$(call programs_in,examples))
 TESTS = $(patsubst c-tests/%.c,$(PROGRAMS)/%,$(filter-out c-tests/runner.c,$(call programs_in,c-tests)))
 
 .PHONY: examples programs vm-programs
-examples: $(EXAMPLES) $T/examples/$(SONAME)
+examples: $(EXAMPLES) $T/examples/restore $T/examples/$(SONAME)
 programs: $(TESTS) $(PROGRAMS)/$(SONAME) $(PROGRAMS)/kvmfault-runner
 # An emulated machine is slow to load and to link: its programs are static ones. The library's Rust tests go along (c-tests/rust).
 vm-programs: $(TESTS:$(PROGRAMS)/%=$(VM_PROGRAMS)/%) $(VM_PROGRAMS)/kvmfault-runner $(VM_PROGRAMS)/rust $(VM_PROGRAMS)/rust.d/tests
@@ -152,6 +152,11 @@ $T/objects/%.S.o: %.S Makefile
 	@mkdir -p $(@D)
 	$(CC) -MMD -MP -I$(<D) -c -o $@ $<
 
+# The Rust example. cargo knows what is out of date.
+$T/examples/restore: FORCE | setup-build
+	@mkdir -p $(@D)
+	cargo build --locked --quiet --example restore
+	install -C -m 755 $T/debug/examples/restore $@
 $(EXAMPLES): $T/examples/%: $T/objects/examples/%.c.o $(call parts_of,examples)
 	@mkdir -p $(@D)
 	$(CC) -o $@ $^ $(C_LIBS)

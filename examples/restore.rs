@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Lazy restore in Rust: a VM runs at once, and its memory comes from a snapshot file page by page, as the guest touches
-//! it. The guest checks every word; then the host does.
+//! Lazy restore in Rust: a VM runs at once, and its memory comes from a snapshot file page by page,
+//! as the guest touches it. The guest checks every word; then the host does.
 //!
 //!     cargo run --example restore -- [--mechanism NAME] [--size MIB] [--json FILE]
 //!
-//! What a VMM needs of the library is in `restore`. The VM is made with kvm-ioctls; any other way does as well.
+//! What a VMM needs of the library is in `restore`. The VM is made with kvm-ioctls; any other way
+//! does as well.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region, KVM_EXIT_IO, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -23,8 +24,9 @@ const LOW_LEN: usize = 2 << 20;
 /// The memory that is restored.
 const RAM: u64 = 0x4000_0000;
 
-// The guest: compares `rcx` pages from `rdi` on. Word w of page p is (p + 1) * r8 + w; of every eighth page it is 0. At the
-// end `out` to port 0x10 with eax = 0 if all was right, else with eax = 1 and rdi = the page.
+// The guest: compares `rcx` pages from `rdi` on. Word w of page p is (p + 1) * r8 + w; of every
+// eighth page it is 0. At the end `out` to port 0x10 with eax = 0 if all was right, else with eax =
+// 1 and rdi = the page.
 std::arch::global_asm!(
     r#"
     .pushsection .rodata
@@ -99,7 +101,8 @@ fn map(len: usize, flags: i32, fd: i32) -> std::io::Result<*mut u8> {
 
 /// An empty file in memory.
 fn memfd(len: usize) -> std::io::Result<File> {
-    // SAFETY: the name is a string; a descriptor that is returned is new, and owned by nothing else.
+    // SAFETY: the name is a string; a descriptor that is returned is new, and owned by nothing
+    // else.
     let file = unsafe {
         match libc::memfd_create(c"guest memory".as_ptr(), libc::MFD_CLOEXEC) {
             -1 => return Err(std::io::Error::last_os_error()),
@@ -116,7 +119,8 @@ fn borrow(fd: &impl AsRawFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
 }
 
-/// A VM with page tables and the guest's code: every virtual address below 8 GiB is that physical address.
+/// A VM with page tables and the guest's code: every virtual address below 8 GiB is that physical
+/// address.
 fn create_vm(kvm: &Kvm) -> Result<VmFd, Box<dyn Error>> {
     let vm = kvm.create_vm()?;
     let low = map(LOW_LEN, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
@@ -130,7 +134,8 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Box<dyn Error>> {
     for n in 0..8 * 512 {
         tables[1024 + n] = (n as u64 * (2 << 20)) | ALL | LARGE;
     }
-    // SAFETY: both fit into the mapping, which nothing else uses as yet; the code is what lies between its two symbols.
+    // SAFETY: both fit into the mapping, which nothing else uses as yet; the code is what lies
+    // between its two symbols.
     unsafe {
         std::ptr::copy_nonoverlapping(tables.as_ptr(), low.add(PAGE_TABLES as usize).cast(), tables.len());
         let (start, end) = (&raw const guest_start, &raw const guest_end);
@@ -182,18 +187,20 @@ fn restore(kvm: &Kvm, snapshot: &File, len: usize, mechanism: Mechanism) -> Resu
     let (vm, pages) = (create_vm(kvm)?, (len / PAGE) as u64);
     let mut vcpu = create_vcpu(kvm, &vm, pages)?;
 
-    // The resolver: the library's own, on a snapshot file. A VMM that gets pages from elsewhere implements Resolver.
+    // The resolver: the library's own, on a snapshot file. A VMM that gets pages from elsewhere
+    // implements Resolver.
     let source = FileSource::new(snapshot.as_fd(), &[FileRange { gpa: RAM, len: len as u64, offset: 0 }])?;
     let memory = Vm::options(borrow(kvm), borrow(&vm)).mechanism(mechanism).readahead(16).attach(source)?;
 
     // Shared memory suits all mechanisms. It is empty, and stays so until touched.
     let ram = map(len, libc::MAP_SHARED, memfd(len)?.as_raw_fd())?;
-    // SAFETY: the mapping stays until the program ends; below, the host only reads it, by volatile accesses.
+    // SAFETY: the mapping stays until the program ends; below, the host only reads it, by volatile
+    // accesses.
     let lent = unsafe { HostMemory::new(ram, len) };
     memory.set_memslot(&Memslot::new(1, RAM, &lent).kind(MemoryKind::Shared))?;
 
-    // On the thread that runs the vCPU. Instead of VcpuFd::run: `run` returns when there is something that isn't the
-    // library's.
+    // On the thread that runs the vCPU. Instead of VcpuFd::run: `run` returns when there is
+    // something that isn't the library's.
     let start = Instant::now();
     let faults = Vcpu::options(borrow(&vcpu)).attach(&memory)?;
     loop {
@@ -226,8 +233,10 @@ fn restore(kvm: &Kvm, snapshot: &File, len: usize, mechanism: Mechanism) -> Resu
     })
 }
 
+const USAGE: &str = "usage: restore [--mechanism memslot-flag|poison-trap|userfaultfd] [--size MIB] [--json FILE]";
+
 fn usage() -> ! {
-    eprintln!("usage: restore [--mechanism memslot-flag|poison-trap|userfaultfd] [--size MIB] [--json FILE]");
+    eprintln!("{USAGE}");
     std::process::exit(2)
 }
 
@@ -236,6 +245,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (mut chosen, mut size, mut json) = (None, 64usize, None);
     let mut arguments = std::env::args().skip(1);
     while let Some(option) = arguments.next() {
+        if option == "--help" {
+            println!("{USAGE}");
+            return Ok(());
+        }
         let Some(value) = arguments.next() else { usage() };
         match option.as_str() {
             "--mechanism" => chosen = Some(*all.iter().find(|m| m.name() == value).unwrap_or_else(|| usage())),
