@@ -1,5 +1,5 @@
-//! Programs without unsafe code can't change memory through the crate. Each program that must not compile has a twin that
-//! does, so that it fails for the reason that is meant.
+//! Programs without unsafe code can't change memory through the crate. Each program that must not
+//! compile has a twin that does, so that it fails for the reason that is meant.
 
 /// Memory is lent by an unsafe function.
 ///

@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 use std::fmt;
 
-/// What went wrong: an errno for programs, and a message for people that names the argument or the system call, and where
-/// possible what to do. The message's text is not stable.
+/// What went wrong: an errno for programs, and a message for people that names the argument or the
+/// system call, and where possible what to do. The message's text is not stable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
     /// What C callers get, negated.

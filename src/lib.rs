@@ -1,23 +1,31 @@
 //! Guest page faults of KVM virtual machines, served on the faulting vCPU's own thread.
 //!
-//! A [`Vm`] whose memory is absent at first runs at once: when the guest touches an absent page, the VMM's [`Resolver`]
-//! is called on that vCPU's thread, installs the page ([`Vm::install`]), and the guest goes on. That is what post-copy
-//! migration and lazy snapshot restore need. How the fault comes to the library, a [`Mechanism`] decides, which depends on
-//! the kernel: [`probe`] tells what works.
+//! A [`Vm`] whose memory is absent at first runs at once: when the guest touches an absent page,
+//! the VMM's [`Resolver`] is called on that vCPU's thread, installs the page ([`Vm::install`]), and
+//! the guest goes on. That is what post-copy migration and lazy snapshot restore need. How the
+//! fault comes to the library, a [`Mechanism`] decides, which depends on the kernel: [`probe`]
+//! tells what works.
 //!
-//! In short: open `/dev/kvm` and create a VM, by whichever crate; attach to it ([`Vm::options`]) with a resolver; set
-//! memslots ([`Vm::set_memslot`]) on memory that is lent to the library ([`HostMemory::new`], the only `unsafe`
-//! function); attach to each vCPU on its thread ([`Vcpu::options`]), and call [`Vcpu::run`] in a loop.
+//! In short: open `/dev/kvm` and create a VM, by whichever crate; attach to it ([`Vm::options`])
+//! with a resolver; set memslots ([`Vm::set_memslot`]) on memory that is lent to the library
+//! ([`HostMemory::new`], the only `unsafe` function); attach to each vCPU on its thread
+//! ([`Vcpu::options`]), and call [`Vcpu::run`] in a loop.
 //!
 //! ```no_run
 //! use kvmfault::{Exit, FileRange, FileSource, HostMemory, Memslot, Vcpu, Vm};
 //! use std::os::fd::{AsFd, BorrowedFd};
 //!
-//! /// Runs the first vCPU of a VM on a snapshot file, from which memory is read as the guest needs it.
-//! fn restore(kvm: BorrowedFd, vm: BorrowedFd, vcpu: BorrowedFd, snapshot: &std::fs::File) -> Result<(), kvmfault::Error> {
+//! /// Runs the first vCPU of a VM on a snapshot file, which is read as the guest needs pages.
+//! fn restore(
+//!     kvm: BorrowedFd,
+//!     vm: BorrowedFd,
+//!     vcpu: BorrowedFd,
+//!     snapshot: &std::fs::File,
+//! ) -> Result<(), kvmfault::Error> {
 //!     const GPA: u64 = 0x4000_0000;
 //!     const LEN: usize = 256 << 20;
-//!     let source = FileSource::new(snapshot.as_fd(), &[FileRange { gpa: GPA, len: LEN as u64, offset: 0 }])?;
+//!     let range = FileRange { gpa: GPA, len: LEN as u64, offset: 0 };
+//!     let source = FileSource::new(snapshot.as_fd(), &[range])?;
 //!     let vm = Vm::options(kvm, vm).readahead(64).attach(source)?;
 //!
 //!     let start: *mut u8 = map_shared_memory(LEN);
@@ -37,12 +45,13 @@
 //! # fn map_shared_memory(_: usize) -> *mut u8 { unimplemented!() }
 //! ```
 //!
-//! A whole program is `examples/restore.rs`. The functions' behaviour is that of the C API (`include/kvmfault.h`),
-//! which says more about each.
+//! A whole program is `examples/restore.rs`. The functions' behaviour is that of the C API
+//! (`include/kvmfault.h`), which says more about each.
 //!
-//! Nothing here is a type of another crate than std: a VMM may use any version of kvm-ioctls or kvm-bindings, or none.
-//! Where a function is "not from callbacks", it fails with `EDEADLK` when a [`Resolver`] or a fill's progress callback
-//! calls it. In a child of fork(2), functions fail with `ECHILD`.
+//! Nothing here is a type of another crate than std: a VMM may use any version of kvm-ioctls or
+//! kvm-bindings, or none. Where a function is "not from callbacks", it fails with `EDEADLK` when a
+//! [`Resolver`] or a fill's progress callback calls it. In a child of fork(2), functions fail with
+//! `ECHILD`.
 
 // Where the code is. Arrows go down only:
 //
@@ -50,15 +59,16 @@
 // vcpu          the exit loop: which exits are faults, kicks, accesses that KVM emulates
 // vm            memslots as the VMM sets them, and what it does with pages
 // mechanism     how a fault comes to the library: a file for each way, and the table of them
-// resolve       who fetches a page: resolver calls, reader threads, readahead, fill, working sets, the file source
+// resolve       who fetches a page: resolver calls, reader threads, readahead, fill, working sets
 // memory        slots, page states, install and discard, waiting
-// kernel        what Linux defines: ioctls, the table of KVM ABIs, the probe; and the memory that may be changed
+// kernel        what Linux defines: ioctls, the table of KVM ABIs, the probe; and lent memory
 //
 // `unsafe` is in `kernel` and `capi` only. Nothing but `face` is public (tests/public_items.rs).
 
 #![warn(missing_docs)]
 
-/// What a test needs of the machine. Without it the test ends, and `make test` counts it as skipped, for this reason.
+/// What a test needs of the machine. Without it the test ends, and `make test` counts it as
+/// skipped, for this reason.
 #[cfg(test)]
 macro_rules! needs {
     ($result:expr) => {

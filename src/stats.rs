@@ -58,7 +58,8 @@ macro_rules! counters {
             #[non_exhaustive]
             pub struct Stats {
                 $($(#[$doc])* pub $name: u64,)+
-                /// Faults by service time: bucket 0 below 1 us, bucket n from 2^(n-1) us up to 2^n us.
+                /// Faults by service time: bucket 0 below 1 us, bucket n from 2^(n-1) us up to 2^n
+                /// us.
                 pub latency_us_log2: [u64; super::LATENCY_BUCKETS],
             }
         }
@@ -116,8 +117,8 @@ counters! {
     pages_given_back,
 }
 
-/// Counters for threads that are no vCPUs, or are inside a callback: several sets of them, so that threads which
-/// install pages at the same time rarely share a cache line.
+/// Counters for threads that are no vCPUs, or are inside a callback: several sets of them, so that
+/// threads which install pages at the same time rarely share a cache line.
 #[derive(Debug)]
 pub struct Shards(Box<[Stats]>);
 

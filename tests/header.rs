@@ -1,4 +1,5 @@
-//! `include/kvmfault.h` is what cbindgen makes of src/capi. `KVMFAULT_WRITE_HEADER=1` (make header) writes it; otherwise it is compared.
+//! `include/kvmfault.h` is what cbindgen makes of src/capi. `KVMFAULT_WRITE_HEADER=1` (make header)
+//! writes it; otherwise it is compared.
 
 use std::path::Path;
 
@@ -30,7 +31,8 @@ fn generate() -> String {
 
 const WIDTH: usize = 100;
 
-/// Comments wrapped for people who read the header; what `# Safety` says is for Rust, and C has it in the words before.
+/// Comments wrapped for people who read the header; what `# Safety` says is for Rust, and C has it
+/// in the words before.
 fn tidy(text: &str) -> String {
     let (mut out, mut paragraph) = (String::new(), String::new());
     let (mut in_comment, mut in_safety, mut margin) = (false, false, "");

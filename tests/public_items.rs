@@ -1,5 +1,5 @@
-//! The crate's public items are those of this list: a room that becomes public again would give safe programs functions
-//! that change memory.
+//! The crate's public items are those of this list: a room that becomes public again would give
+//! safe programs functions that change memory.
 
 const FACE: [&str; 27] = [
     "Access",

@@ -51,7 +51,8 @@ impl<'a> FillOptions<'a> {
         FillOptions { range: Some((gpa, len)), ..self }
     }
 
-    /// A file of [`Vm::save_working_set`]: its pages are fetched first, in the order in which they were needed.
+    /// A file of [`Vm::save_working_set`]: its pages are fetched first, in the order in which they
+    /// were needed.
     pub fn working_set(self, file: BorrowedFd<'a>) -> FillOptions<'a> {
         FillOptions { working_set: Some(file), ..self }
     }
@@ -61,7 +62,8 @@ impl<'a> FillOptions<'a> {
         FillOptions { working_set_only: true, ..self }
     }
 
-    /// Memory stays as it is when nothing is absent any more, for a VMM that goes on to discard pages.
+    /// Memory stays as it is when nothing is absent any more, for a VMM that goes on to discard
+    /// pages.
     pub fn keep_armed(self) -> FillOptions<'a> {
         FillOptions { keep_armed: true, ..self }
     }
@@ -78,11 +80,13 @@ impl<'a> FillOptions<'a> {
 }
 
 impl Vm {
-    /// Starts to fetch all absent pages in the background, while the guest runs: threads of the library call the resolver,
-    /// with [`Origin::Fill`](crate::Origin::Fill). When nothing is absent any more the memory becomes ordinary, and huge
-    /// pages are recovered. `EBUSY` if a fill is under way. Not from callbacks.
+    /// Starts to fetch all absent pages in the background, while the guest runs: threads of the
+    /// library call the resolver, with [`Origin::Fill`](crate::Origin::Fill). When nothing is
+    /// absent any more the memory becomes ordinary, and huge pages are recovered. `EBUSY` if a fill
+    /// is under way. Not from callbacks.
     ///
-    /// `progress` is called from a thread of the library, now and then and at the end; it may do what a resolver may.
+    /// `progress` is called from a thread of the library, now and then and at the end; it may do
+    /// what a resolver may.
     ///
     /// ```no_run
     /// # fn vm() -> kvmfault::Vm { unimplemented!() }
@@ -125,14 +129,15 @@ impl Vm {
         Ok(Fill { inner: vm.fill(request)? })
     }
 
-    /// Starts to record anew which pages are needed, in which order; or ends it, and forgets what was recorded. Not from
-    /// callbacks.
+    /// Starts to record anew which pages are needed, in which order; or ends it, and forgets what
+    /// was recorded. Not from callbacks.
     pub fn record_working_set(&self, on: bool) -> Result<()> {
         self.outside_callbacks("Vm::record_working_set")?.record_working_set(on)
     }
 
-    /// Writes what was recorded until now to a regular file, over what is in it, for [`FillOptions::working_set`] of the
-    /// next restore of the same snapshot. `ENODATA` if nothing is being recorded. Not from callbacks.
+    /// Writes what was recorded until now to a regular file, over what is in it, for
+    /// [`FillOptions::working_set`] of the next restore of the same snapshot. `ENODATA` if nothing
+    /// is being recorded. Not from callbacks.
     pub fn save_working_set(&self, file: BorrowedFd<'_>) -> Result<()> {
         self.outside_callbacks("Vm::save_working_set")?.save_working_set(file.as_raw_fd())
     }
@@ -144,9 +149,10 @@ pub struct Fill {
 }
 
 impl Fill {
-    /// Waits for the end, for `timeout` at most: nothing is absent any more, and no resolver call is under way. `ETIMEDOUT`:
-    /// not yet. `ECANCELED`: it was stopped. `ESHUTDOWN`: the VM was closed. Else the error of the resolver that kept
-    /// the rest from being fetched. Not from callbacks.
+    /// Waits for the end, for `timeout` at most: nothing is absent any more, and no resolver call
+    /// is under way. `ETIMEDOUT`: not yet. `ECANCELED`: it was stopped. `ESHUTDOWN`: the VM was
+    /// closed. Else the error of the resolver that kept the rest from being fetched. Not from
+    /// callbacks.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<()> {
         not_in_callback("Fill::wait")?;
         self.inner.wait(false, timeout)

@@ -9,8 +9,8 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Mechanism {
-    /// A KVM memslot flag makes `KVM_RUN` exit with the faulting address. Needs a kernel that carries one of the
-    /// revisions of the flag.
+    /// A KVM memslot flag makes `KVM_RUN` exit with the faulting address. Needs a kernel that
+    /// carries one of the revisions of the flag.
     MemslotFlag = 1,
     /// `UFFDIO_POISON` markers make KVM send SIGBUS to the vCPU's thread. Linux 6.6 and later.
     PoisonTrap = 2,

@@ -6,15 +6,15 @@ use crate::kernel::kvm;
 use crate::vm::memslots::SlotRequest;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// A memslot: what `KVM_SET_USER_MEMORY_REGION` takes, and what the library has to know of the memory. For
-/// [`Vm::set_memslot`](crate::Vm::set_memslot).
+/// A memslot: what `KVM_SET_USER_MEMORY_REGION` takes, and what the library has to know of the
+/// memory. For [`Vm::set_memslot`](crate::Vm::set_memslot).
 ///
 /// ```no_run
 /// use kvmfault::{HostMemory, Memslot};
 ///
 /// # fn memory() -> (*mut u8, usize) { unimplemented!() }
 /// # let (start, len) = memory();
-/// // SAFETY: guest memory, which stays mapped until its memslot is deleted; no reference to it is ever made.
+/// // SAFETY: it stays mapped until its memslot is deleted, and no reference to it is ever made.
 /// let memory = unsafe { HostMemory::new(start, len) };
 /// let slot = Memslot::new(0, 0x4000_0000, &memory).log_dirty_pages();
 /// ```
@@ -35,8 +35,9 @@ pub struct Memslot<'a> {
 }
 
 impl<'a> Memslot<'a> {
-    /// All of `memory`, at guest physical address `gpa`. `number` is KVM's: the id in bits 0-15, the address space in
-    /// bits 16-31. All pages are absent at the start (but see [`present`](Self::present)).
+    /// All of `memory`, at guest physical address `gpa`. `number` is KVM's: the id in bits 0-15,
+    /// the address space in bits 16-31. All pages are absent at the start (but see
+    /// [`present`](Self::present)).
     pub fn new(number: u32, gpa: u64, memory: &'a HostMemory) -> Memslot<'a> {
         Memslot {
             number,
@@ -53,8 +54,8 @@ impl<'a> Memslot<'a> {
         }
     }
 
-    /// Only a part of the memory: `len` bytes from `offset` on. Page states belong to the memory, so that several
-    /// memslots may be windows of it.
+    /// Only a part of the memory: `len` bytes from `offset` on. Page states belong to the memory,
+    /// so that several memslots may be windows of it.
     pub fn window(self, offset: u64, len: u64) -> Memslot<'a> {
         Memslot { offset, len, ..self }
     }
@@ -64,33 +65,35 @@ impl<'a> Memslot<'a> {
         Memslot { kvm_flags: self.kvm_flags | kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES, ..self }
     }
 
-    /// Sets `KVM_MEM_READONLY`. (With [`PoisonTrap`](crate::Mechanism::PoisonTrap) the kernel does not tell where in
-    /// read-only memory a fault is: the first fault there fetches all that is absent in it.)
+    /// Sets `KVM_MEM_READONLY`. (With [`PoisonTrap`](crate::Mechanism::PoisonTrap) the kernel does
+    /// not tell where in read-only memory a fault is: the first fault there fetches all that is
+    /// absent in it.)
     pub fn read_only(self) -> Memslot<'a> {
         Memslot { kvm_flags: self.kvm_flags | kvm_bindings::KVM_MEM_READONLY, ..self }
     }
 
-    /// Declares what the memory is; the library checks it. Without, it accepts what it finds. Needed where
-    /// `/proc/self/maps` can't be read and the memory is several mappings side by side.
+    /// Declares what the memory is; the library checks it. Without, it accepts what it finds.
+    /// Needed where `/proc/self/maps` can't be read and the memory is several mappings side by
+    /// side.
     pub fn kind(self, kind: MemoryKind) -> Memslot<'a> {
         Memslot { kind: Some(kind), ..self }
     }
 
-    /// The file that the memory is a shared mapping of, and where in it the memory begins. Needed for
-    /// [`PoisonTrap`](crate::Mechanism::PoisonTrap) on shared hugetlb memory.
+    /// The file that the memory is a shared mapping of, and where in it the memory begins. Needed
+    /// for [`PoisonTrap`](crate::Mechanism::PoisonTrap) on shared hugetlb memory.
     pub fn file(self, file: BorrowedFd<'a>, offset: u64) -> Memslot<'a> {
         Memslot { file: Some((file, offset)), ..self }
     }
 
-    /// Declares that nothing but vCPUs touches absent pages of this memory: no thread of the VMM, no system call, no
-    /// device. Lets [`PoisonTrap`](crate::Mechanism::PoisonTrap) work on private anonymous memory. A thread that
-    /// touches an absent page all the same gets SIGBUS.
+    /// Declares that nothing but vCPUs touches absent pages of this memory: no thread of the VMM,
+    /// no system call, no device. Lets [`PoisonTrap`](crate::Mechanism::PoisonTrap) work on private
+    /// anonymous memory. A thread that touches an absent page all the same gets SIGBUS.
     pub fn vcpu_only(self) -> Memslot<'a> {
         Memslot { vcpu_only: true, ..self }
     }
 
-    /// All pages are present at the start: [`Vm::discard`](crate::Vm::discard) makes absent those that are to be
-    /// fetched.
+    /// All pages are present at the start: [`Vm::discard`](crate::Vm::discard) makes absent those
+    /// that are to be fetched.
     pub fn present(self) -> Memslot<'a> {
         Memslot { present: true, ..self }
     }
@@ -118,7 +121,8 @@ impl<'a> Memslot<'a> {
     }
 }
 
-/// What a VMM that does its own ioctl passes to KVM: see [`Vm::prepare_memslot`](crate::Vm::prepare_memslot).
+/// What a VMM that does its own ioctl passes to KVM: see
+/// [`Vm::prepare_memslot`](crate::Vm::prepare_memslot).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Region {

@@ -1,4 +1,5 @@
-//! The crate's interface for Rust: types of its own and of std, and no logic. It shares all of the inside with the C API.
+//! The crate's interface for Rust: types of its own and of std, and no logic. It shares all of the
+//! inside with the C API.
 
 mod fill;
 mod kinds;

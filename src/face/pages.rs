@@ -11,7 +11,8 @@ use crate::memory::pages::State;
 pub enum PageState {
     /// Never installed, or discarded: the next access calls the resolver.
     Absent,
-    /// A resolver call for it is under way, or it was announced ([`Answer::Pending`](crate::Answer::Pending)).
+    /// A resolver call for it is under way, or it was announced
+    /// ([`Answer::Pending`](crate::Answer::Pending)).
     Resolving,
     /// Its bytes are in place.
     Present,
@@ -40,11 +41,13 @@ impl PageState {
     }
 }
 
-/// Pages. All addresses are guest physical (but where `hva` is said) and, like lengths, multiples of the memory's page size;
-/// a range lies inside one memslot. `ENOENT` is an address in no memslot, `EINVAL` a range that isn't so.
+/// Pages. All addresses are guest physical (but where `hva` is said) and, like lengths, multiples
+/// of the memory's page size; a range lies inside one memslot. `ENOENT` is an address in no
+/// memslot, `EINVAL` a range that isn't so.
 impl Vm {
-    /// Installs pages with these bytes: the guest, this process and threads that wait see them at once. Pages that are
-    /// present already keep their bytes; `EEXIST` if all are. `EHWPOISON` if a page is lost. Also from callbacks.
+    /// Installs pages with these bytes: the guest, this process and threads that wait see them at
+    /// once. Pages that are present already keep their bytes; `EEXIST` if all are. `EHWPOISON` if a
+    /// page is lost. Also from callbacks.
     pub fn install(&self, gpa: u64, bytes: &[u8]) -> Result<()> {
         self.inner()?.install(gpa, bytes.len() as u64, Source::Copy(bytes.as_ptr() as u64))
     }
@@ -54,39 +57,43 @@ impl Vm {
         self.inner()?.install(gpa, len, Source::Zero)
     }
 
-    /// Installs pages of shared memory whose bytes are in the page cache already, written through another mapping or by
-    /// another process; `ENOENT` if a page is not there, `EINVAL` for private memory. Otherwise as
-    /// [`install`](Self::install).
+    /// Installs pages of shared memory whose bytes are in the page cache already, written through
+    /// another mapping or by another process; `ENOENT` if a page is not there, `EINVAL` for private
+    /// memory. Otherwise as [`install`](Self::install).
     pub fn map(&self, gpa: u64, len: u64) -> Result<()> {
         self.inner()?.install(gpa, len, Source::Map)
     }
 
-    /// Marks absent pages lost: vCPUs that touch them get [`Exit::MemoryError`](crate::Exit::MemoryError), threads
-    /// SIGBUS, and system calls `EFAULT`. `EEXIST` if none of the range is absent. Also from callbacks.
+    /// Marks absent pages lost: vCPUs that touch them get
+    /// [`Exit::MemoryError`](crate::Exit::MemoryError), threads SIGBUS, and system calls `EFAULT`.
+    /// `EEXIST` if none of the range is absent. Also from callbacks.
     pub fn lose(&self, gpa: u64, len: u64) -> Result<()> {
         self.inner()?.lose(gpa, len)
     }
 
-    /// Makes present or lost pages absent again: their bytes go, and the resolver is asked for them at the next access.
-    /// What the guest gave up is for [`give_back`](Self::give_back). Not from callbacks.
+    /// Makes present or lost pages absent again: their bytes go, and the resolver is asked for them
+    /// at the next access. What the guest gave up is for [`give_back`](Self::give_back). Not from
+    /// callbacks.
     pub fn discard(&self, gpa: u64, len: u64) -> Result<()> {
         self.outside_callbacks("Vm::discard")?.discard(gpa, len)
     }
 
-    /// The guest has given these pages up (a balloon, free page reporting): their memory goes to the system, and they read
-    /// as zeros at the next access. The resolver is never asked for them. Not from callbacks.
+    /// The guest has given these pages up (a balloon, free page reporting): their memory goes to
+    /// the system, and they read as zeros at the next access. The resolver is never asked for them.
+    /// Not from callbacks.
     pub fn give_back(&self, gpa: u64, len: u64) -> Result<()> {
         self.outside_callbacks("Vm::give_back")?.give_back(gpa, len)
     }
 
-    /// Pages that were announced ([`Answer::Pending`](crate::Answer::Pending)) and have not come are absent again, and the
-    /// resolver is asked anew. Returns how many there were. Also from callbacks.
+    /// Pages that were announced ([`Answer::Pending`](crate::Answer::Pending)) and have not come
+    /// are absent again, and the resolver is asked anew. Returns how many there were. Also from
+    /// callbacks.
     pub fn withdraw(&self, gpa: u64, len: u64) -> Result<u64> {
         self.inner()?.withdraw(gpa, len)
     }
 
-    /// Fetches pages now, through the resolver, on the calling thread. For memory that must be present before something
-    /// touches it that can't wait, or fails quietly. Not from callbacks.
+    /// Fetches pages now, through the resolver, on the calling thread. For memory that must be
+    /// present before something touches it that can't wait, or fails quietly. Not from callbacks.
     pub fn resolve(&self, gpa: u64, len: u64) -> Result<()> {
         self.outside_callbacks("Vm::resolve")?.resolve(gpa, len)
     }
@@ -101,8 +108,9 @@ impl Vm {
         self.inner().map_or(0, |vm| vm.absent())
     }
 
-    /// Sets a bit for each page of a range that is in one of `states`, from bit 0 of the first word on, and clears the
-    /// other bits of the words that it needs. Returns how many bits are set; `EINVAL` if `bitmap` is too short.
+    /// Sets a bit for each page of a range that is in one of `states`, from bit 0 of the first word
+    /// on, and clears the other bits of the words that it needs. Returns how many bits are set;
+    /// `EINVAL` if `bitmap` is too short.
     pub fn bitmap(&self, gpa: u64, len: u64, states: &[PageState], bitmap: &mut [u64]) -> Result<u64> {
         let states = states.iter().fold(0, |set, state| set | state.bit());
         if states == 0 {
@@ -116,14 +124,15 @@ impl Vm {
         })
     }
 
-    /// With [`VmOptions::external_uffd`](crate::VmOptions::external_uffd): the VMM's mapping has these pages now. `hva` is
-    /// the address in it. Also from callbacks.
+    /// With [`VmOptions::external_uffd`](crate::VmOptions::external_uffd): the VMM's mapping has
+    /// these pages now. `hva` is the address in it. Also from callbacks.
     pub fn arrived(&self, hva: u64, len: u64) -> Result<()> {
         self.inner()?.arrived(hva, len)
     }
 
-    /// With [`VmOptions::external_uffd`](crate::VmOptions::external_uffd): the VMM's mapping doesn't have these pages. The
-    /// VMM has registered them with its userfaultfd, and dropped their bytes, before this. Not from callbacks.
+    /// With [`VmOptions::external_uffd`](crate::VmOptions::external_uffd): the VMM's mapping
+    /// doesn't have these pages. The VMM has registered them with its userfaultfd, and dropped
+    /// their bytes, before this. Not from callbacks.
     pub fn missing(&self, hva: u64, len: u64) -> Result<()> {
         self.outside_callbacks("Vm::missing")?.missing(hva, len)
     }

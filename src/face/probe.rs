@@ -9,8 +9,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Finds out which mechanisms work here. `kvm` is an open `/dev/kvm`; with `None` it is opened.
 ///
-/// Asks the kernel by doing: it makes scratch VMs, and takes some milliseconds. A mechanism that does not work is no
-/// error; [`Probe::explain`] says why. Not from callbacks.
+/// Asks the kernel by doing: it makes scratch VMs, and takes some milliseconds. A mechanism that
+/// does not work is no error; [`Probe::explain`] says why. Not from callbacks.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), kvmfault::Error> {
@@ -36,8 +36,8 @@ pub fn probe(kvm: Option<BorrowedFd<'_>>) -> Result<Probe> {
 pub struct Probe(Report);
 
 impl Probe {
-    /// Can this mechanism serve such memory? ([`Mechanism::PoisonTrap`] serves [`MemoryKind::Anonymous`] only with
-    /// [`Memslot::vcpu_only`](crate::Memslot::vcpu_only).)
+    /// Can this mechanism serve such memory? ([`Mechanism::PoisonTrap`] serves
+    /// [`MemoryKind::Anonymous`] only with [`Memslot::vcpu_only`](crate::Memslot::vcpu_only).)
     pub fn works(&self, mechanism: Mechanism, kind: MemoryKind) -> bool {
         self.0.check(mechanism.place(), kind.kind()).is_ok()
     }

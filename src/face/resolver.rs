@@ -10,14 +10,16 @@ use std::sync::{Arc, OnceLock};
 
 /// Fetches pages when they are needed. Closures `Fn(&Vm, &Fault) -> Answer` are resolvers too.
 ///
-/// It runs on the thread of the vCPU that faulted, on a reader thread of the library (host accesses, and all faults of
-/// [`Mechanism::Userfaultfd`](crate::Mechanism::Userfaultfd)), on the thread of a background fill, or on the caller's of
-/// [`Vm::resolve`]; for different pages concurrently. For one page there is one call at a time, and none once the page
-/// is present. The library holds no lock meanwhile.
+/// It runs on the thread of the vCPU that faulted, on a reader thread of the library (host
+/// accesses, and all faults of [`Mechanism::Userfaultfd`](crate::Mechanism::Userfaultfd)), on the
+/// thread of a background fill, or on the caller's of [`Vm::resolve`]; for different pages
+/// concurrently. For one page there is one call at a time, and none once the page is present. The
+/// library holds no lock meanwhile.
 ///
-/// It may install the page ([`Vm::install`], [`Vm::zero`], [`Vm::map`], [`Vm::lose`], [`Vm::withdraw`], and what lies
-/// around it, see [`Fault::window`]), ask for states and statistics, and kick vCPUs. Other functions fail with `EDEADLK`.
-/// It must not touch the absent page through its mapping: that would wait for itself.
+/// It may install the page ([`Vm::install`], [`Vm::zero`], [`Vm::map`], [`Vm::lose`],
+/// [`Vm::withdraw`], and what lies around it, see [`Fault::window`]), ask for states and
+/// statistics, and kick vCPUs. Other functions fail with `EDEADLK`. It must not touch the absent
+/// page through its mapping: that would wait for itself.
 ///
 /// A resolver that panics fails with `ENOTRECOVERABLE`.
 ///
@@ -37,8 +39,9 @@ pub trait Resolver: Send + Sync + 'static {
     /// Fetches the page at [`Fault::gpa`] and installs it, or says why not.
     fn resolve(&self, vm: &Vm, fault: &Fault<'_>) -> Answer;
 
-    /// Called after the library itself wrote guest memory for an instruction that KVM emulates. KVM's dirty log does not
-    /// know of it: a VMM that migrates while pages are absent marks `len` bytes from `gpa` on dirty.
+    /// Called after the library itself wrote guest memory for an instruction that KVM emulates.
+    /// KVM's dirty log does not know of it: a VMM that migrates while pages are absent marks `len`
+    /// bytes from `gpa` on dirty.
     fn written(&self, _vm: &Vm, _gpa: u64, _len: u64) {}
 }
 
@@ -54,19 +57,22 @@ impl<F: Fn(&Vm, &Fault<'_>) -> Answer + Send + Sync + 'static> Resolver for F {
 pub enum Answer {
     /// The page is installed.
     Resolved,
-    /// The page will be installed later, by any thread; until then those who need it sleep (vCPUs interruptibly).
+    /// The page will be installed later, by any thread; until then those who need it sleep (vCPUs
+    /// interruptibly).
     Pending,
-    /// The page can't be had, ever. The vCPU's loop returns [`Exit::MemoryError`](crate::Exit::MemoryError).
+    /// The page can't be had, ever. The vCPU's loop returns
+    /// [`Exit::MemoryError`](crate::Exit::MemoryError).
     Lost,
     /// Not now: the page is absent again, and the access is repeated after a short, growing pause.
     Retry,
-    /// It failed, with this positive errno: the vCPU's loop returns the error, and the page is absent again.
+    /// It failed, with this positive errno: the vCPU's loop returns the error, and the page is
+    /// absent again.
     Failed(i32),
 }
 
 impl From<Result<(), Error>> for Answer {
-    /// The answer of a resolver that has just called [`Vm::install`] or its like. `EEXIST` (the pages are present
-    /// already) is [`Answer::Resolved`].
+    /// The answer of a resolver that has just called [`Vm::install`] or its like. `EEXIST` (the
+    /// pages are present already) is [`Answer::Resolved`].
     fn from(installed: Result<(), Error>) -> Answer {
         match installed {
             Ok(()) => Answer::Resolved,
@@ -121,8 +127,9 @@ impl Fault<'_> {
         }
     }
 
-    /// The readahead window: guest physical addresses around the page that are expected to be needed next, and of which
-    /// none was present when the call began. Installing all of it is welcome, the page alone is enough.
+    /// The readahead window: guest physical addresses around the page that are expected to be
+    /// needed next, and of which none was present when the call began. Installing all of it is
+    /// welcome, the page alone is enough.
     pub fn window(&self) -> Range<u64> {
         self.0.window.clone()
     }

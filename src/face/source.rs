@@ -8,11 +8,11 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 pub use crate::resolve::file_source::FileRange;
 
-/// A snapshot of guest memory in a regular file or a block device, as a [`Resolver`]. Holes of a file are pages of zeros,
-/// without any I/O.
+/// A snapshot of guest memory in a regular file or a block device, as a [`Resolver`]. Holes of a
+/// file are pages of zeros, without any I/O.
 ///
-/// The file must not change while the source lives. It is mapped; where that is not possible it is read with pread(2).
-/// `EIO` is the error of a page whose bytes can't be read.
+/// The file must not change while the source lives. It is mapped; where that is not possible it is
+/// read with pread(2). `EIO` is the error of a page whose bytes can't be read.
 ///
 /// ```no_run
 /// # use std::os::fd::BorrowedFd;
@@ -33,8 +33,9 @@ pub use crate::resolve::file_source::FileRange;
 pub struct FileSource(file_source::FileSource);
 
 impl FileSource {
-    /// Where ranges of guest memory are in the file. `EINVAL` if they overlap, aren't multiples of 4096, or are not in the
-    /// file; `EACCES` if `file` is not open for reading. It isn't needed afterwards.
+    /// Where ranges of guest memory are in the file. `EINVAL` if they overlap, aren't multiples of
+    /// 4096, or are not in the file; `EACCES` if `file` is not open for reading. It isn't needed
+    /// afterwards.
     pub fn new(file: BorrowedFd<'_>, ranges: &[FileRange]) -> Result<FileSource> {
         file_source::FileSource::new(file.as_raw_fd(), ranges).map(FileSource)
     }
