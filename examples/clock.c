@@ -29,7 +29,10 @@ struct moment {
 	double seconds;
 };
 
-/* Reads both clocks at once: of several attempts, the one that took the least time is the most exact. */
+/*
+ * Reads both clocks at once: of several attempts, the one that took the least time is the most
+ * exact.
+ */
 static struct moment read_clocks(void)
 {
 	struct moment best = { 0 };

@@ -12,9 +12,9 @@ double seconds_now(void);
 double cpu_seconds_now(void);
 
 /*
- * Ticks of the time stamp counter in a microsecond, measured on this machine at the first call. The
- * guest's counter has the same rate, unless a VMM sets another one (KVM_SET_TSC_KHZ); these examples
- * do not.
+ * Ticks of the time stamp counter in a microsecond, measured on this machine at the first call.
+ * The guest's counter has the same rate, unless a VMM sets another one (KVM_SET_TSC_KHZ); these
+ * examples do not.
  */
 double ticks_per_microsecond(void);
 

@@ -6,16 +6,16 @@
  *   %rdi  guest address of page 0
  *   %rsi  the list: page numbers, 32 bits each
  *   %rcx  length of the list
- *   %r8   where the times of the first touches go: for each page 64 bits, in ticks of the time stamp
- *         counter
+ *   %r8   where the times of the first touches go: for each page 64 bits, in ticks of the time
+ *         stamp counter
  *   %r9   factor of the pattern; 0: all pages are zero
- *   %r10  check each word whose number is a multiple of this: 1 checks all words, 73 checks 8 words,
- *         among them the first and the last
+ *   %r10  check each word whose number is a multiple of this: 1 checks all words, 73 checks 8
+ *         words, among them the first and the last
  *   %r14  report when this number of pages has been checked
  *
  * A page consists of 512 words of 64 bits. Word w of page p is (p + 1) * factor + w. Pages with
- * (p & 0x70) == 0x70, one group of sixteen in eight, are all zero. guest.c has the same rule for the
- * host.
+ * (p & 0x70) == 0x70, one group of sixteen in eight, are all zero. guest.c has the same rule for
+ * the host.
  *
  * The report is an `out` to port 0x11. At the end comes an `out` to port 0x10, with %eax = 0 if all
  * pages were right; else with %eax = 1, %rdi = the address of a wrong word, %rdx = the right word.

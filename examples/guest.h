@@ -27,9 +27,9 @@ void guest_fill_page(uint64_t *words, uint64_t page);
 bool guest_memory_is_right(const void *memory, uint64_t pages, bool zero);
 
 /*
- * Writes the list of pages for the guest: each page once, `run` neighbours in a row, the runs in a
- * random order that is the same each time. A run of one page gives a shuffled list, and a run of all
- * pages a sequential one.
+ * Writes the list of pages for the guest: each page once, `run` neighbours in a row, the runs in
+ * a random order that is the same each time. A run of one page gives a shuffled list, and a run
+ * of all pages a sequential one.
  */
 void guest_write_order(uint32_t *order, uint64_t pages, uint64_t run);
 

@@ -8,8 +8,8 @@
  *      options.c output.c clock.c vcpu-threads.c tiny-vm.c guest.c guest.S \
  *      $(pkg-config --cflags --libs kvmfault) -pthread -o lazy-restore
  *
- * A VMM needs two things of libkvmfault: attach() in this file gives the guest's memory to the library,
- * and run_vcpu() in vcpu-threads.c runs a vCPU with it.
+ * A VMM needs two things of libkvmfault: attach() in this file gives the guest's memory to the
+ * library, and run_vcpu() in vcpu-threads.c runs a vCPU with it.
  */
 #define _GNU_SOURCE
 #include "clock.h"
@@ -33,13 +33,16 @@ enum { RAM_SLOT = 1, READAHEAD = 64, MOST_ROWS = 2 + 3 * MECHANISMS };
 /* ---- the library ---- */
 
 /*
- * Gives the guest's memory, which is empty, to the library: pages come from the snapshot as they are
- * touched.
+ * Gives the guest's memory, which is empty, to the library: pages come from the snapshot as they
+ * are touched.
  */
 static struct kvmfault_vm *attach(const struct tiny_vm *vm, const struct row *row, int snapshot, void *ram,
 				  uint64_t size)
 {
-	/* The library's own resolver, for a snapshot file. To get pages from elsewhere, write a function like it. */
+	/*
+	 * The library's own resolver, for a snapshot file. To get pages from elsewhere, write a
+	 * function like it.
+	 */
 	struct kvmfault_file_range range = KVMFAULT_FILE_RANGE_INIT;
 	struct kvmfault_file_source *source;
 	range.gpa = TINY_VM_RAM;
@@ -70,10 +73,13 @@ static struct kvmfault_vm *attach(const struct tiny_vm *vm, const struct row *ro
 	return memory;
 }
 
-/* The guest has stopped. Reads the library's counters, and returns whether it installed all pages. */
+/* Reads the library's counters when the guest has stopped. Returns whether no page is absent. */
 static bool read_counters(struct kvmfault_vm *memory, bool all_touched, struct result *result)
 {
-	/* With userfaultfd the kernel wakes a vCPU before the library has recorded that the page is there. */
+	/*
+	 * With userfaultfd the kernel wakes a vCPU before the library has recorded that the page
+	 * is there.
+	 */
 	for (int i = 0; all_touched && i < 1000 && kvmfault_pages_absent(memory) > 0; i++)
 		usleep(1000);
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
@@ -87,8 +93,8 @@ static bool read_counters(struct kvmfault_vm *memory, bool all_touched, struct r
 /* ---- a row ---- */
 
 /*
- * Shared memory suits all mechanisms, and the VMM may touch it at any time. It stays empty until it is
- * touched.
+ * Shared memory suits all mechanisms, and the VMM may touch it at any time. It stays empty until
+ * it is touched.
  */
 static uint8_t *map_memory(uint64_t size)
 {
@@ -153,7 +159,7 @@ static void run_row(const struct options *o, const struct row *row, int snapshot
 
 /* ---- all rows ---- */
 
-/* Which rows there are. All at one privilege level, and the mechanisms without readahead at CPL 0, too. */
+/* Lists the rows: all of them at one privilege level, then each mechanism once at CPL 0. */
 static size_t plan_rows(const struct options *o, const struct kvmfault_probe *probe, struct row *rows)
 {
 	bool all = !strcmp(o->mechanism, "all");

@@ -19,8 +19,9 @@ uint64_t option_number(const char *option, const char *text, uint64_t least, uin
 	errno = 0;
 	unsigned long long n = strtoull(text, &end, 10);
 	if (errno || end == text || *end || *text == '-' || n < least || n > most) {
-		fprintf(stderr, "%s: --%s takes a number from %llu to %llu, not \"%s\"\n", program_invocation_short_name, option,
-			(unsigned long long)least, (unsigned long long)most, text);
+		fprintf(stderr, "%s: --%s takes a number from %llu to %llu, not \"%s\"\n",
+			program_invocation_short_name, option, (unsigned long long)least, (unsigned long long)most,
+			text);
 		exit(2);
 	}
 	return n;
@@ -48,7 +49,10 @@ int option_cpl(const char *text)
 
 bool mechanism_is_wanted(const struct mechanism *mechanism, const char *asked_for, const struct kvmfault_probe *probe)
 {
-	/* One that is asked for by name is tried in any case: the error says why it does not work. */
+	/*
+	 * One that is asked for by name is tried in any case: the error says why it does not
+	 * work.
+	 */
 	if (!strcmp(asked_for, mechanism->name))
 		return true;
 	return !strcmp(asked_for, "all") && probe->mechanisms_shared & 1u << mechanism->number;

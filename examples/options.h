@@ -16,7 +16,10 @@ struct mechanism {
 enum { MECHANISMS = 3 };
 extern const struct mechanism mechanisms[MECHANISMS];
 
-/* Whether `mechanism` is to be run, when the option --mechanism was `asked_for` (a name, or "all"). */
+/*
+ * Whether `mechanism` is to be run, when the option --mechanism was `asked_for` (a name, or
+ * "all").
+ */
 bool mechanism_is_wanted(const struct mechanism *mechanism, const char *asked_for, const struct kvmfault_probe *probe);
 
 /*

@@ -17,8 +17,8 @@ void progress_show(const char *format, ...) __attribute__((format(printf, 1, 2))
 void progress_clear(void);
 
 /*
- * Writes a JSON list to a file: `write` prints result `n` of `results`, without a line end. Ends the
- * program if the file can't be written.
+ * Writes a JSON list to a file: `write` prints result `n` of `results`, without a line end. Ends
+ * the program if the file can't be written.
  */
 void write_json_list(const char *path, const void *results, size_t count,
 		     void (*write)(FILE *file, const void *results, size_t n));

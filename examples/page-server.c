@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Post-copy with recovery: a VM runs at once, and its memory comes over a socket from a page server in another process. At 40 % that server is
- * killed; another one takes its place, and the guest goes on. The guest checks every page; a thread of the VMM reads guest memory meanwhile, as
- * a device would.
+ * Post-copy with recovery: a VM runs at once, and its memory comes over a socket from a page
+ * server in another process. At 40 % that server is killed; another one takes its place, and the
+ * guest continues. The guest checks every page. Meanwhile a thread of the VMM reads guest memory,
+ * as a device would.
  *
- *   cc page-server.c page-source.c page-stream.c options.c output.c clock.c vcpu-threads.c tiny-vm.c guest.c guest.S \
- *      $(pkg-config --cflags --libs kvmfault) -pthread -o page-server
+ *   cc page-server.c page-source.c page-stream.c options.c output.c clock.c vcpu-threads.c \
+ *      tiny-vm.c guest.c guest.S $(pkg-config --cflags --libs kvmfault) -pthread -o page-server
  *
- * Begin with page-source.c, the VMM's end of the socket: that is where the library is used in another way than in lazy-restore.c.
+ * Start with page-source.c, the VMM's end of the socket: it uses the library in another way than
+ * lazy-restore.c does.
  */
 #define _GNU_SOURCE
 #include "clock.h"
@@ -51,7 +53,7 @@ struct result {
 	bool verified;
 };
 
-/* ---- the server's process ---- */
+/* ---- the process of the server ---- */
 
 static char server_path[] = "/tmp/page-server-XXXXXX/socket";
 
@@ -92,7 +94,10 @@ struct device {
 	bool right;
 };
 
-/* An ordinary access through the VMM's mapping: where the page is absent it waits in the kernel, until the page is installed. */
+/*
+ * An ordinary access through the VMM's mapping. Where the page is absent it waits in the kernel,
+ * until the page is installed.
+ */
 static void *read_memory(void *arg)
 {
 	struct device *d = arg;
@@ -107,18 +112,19 @@ static void *read_memory(void *arg)
 
 /* ---- one migration ---- */
 
-/* Shows how far it is, and replaces a server that has died, until all vCPUs are through. */
+/* Shows the progress, and replaces a server that has died, until all vCPUs have finished. */
 static void watch(const struct kvmfault_vm *memory, uint64_t pages, const atomic_uint *running, pid_t *server)
 {
 	const char *news = "";
 	for (unsigned i = 0; *running > 0; usleep(1000)) {
 		if (i % 50 == 0) {
 			uint64_t present = pages - kvmfault_pages_absent(memory);
-			progress_show("%3d %% of %llu pages%s", (int)(present * 100 / pages), (unsigned long long)pages, news);
+			progress_show("%3d %% of %llu pages%s", (int)(present * 100 / pages), (unsigned long long)pages,
+				      news);
 		}
 		i++;
 		if (waitpid(*server, NULL, WNOHANG) == *server) {
-			usleep(100000); /* the time that an operator needs, say */
+			usleep(100000); /* the time that an operator needs */
 			*server = start_server(0);
 			news = ", after the first server died";
 		}
@@ -138,7 +144,7 @@ static void migrate(const struct options *o, const struct mechanism *mechanism, 
 	struct kvmfault_vm *memory;
 	options.kvm_fd = vcpus.vm.kvm;
 	options.vm_fd = vcpus.vm.vm;
-	options.mechanism = mechanism->number; /* usually KVMFAULT_MECHANISM_AUTO */
+	options.mechanism = mechanism->number; /* most programs use KVMFAULT_MECHANISM_AUTO */
 	options.resolver = page_source_resolve;
 	options.opaque = &source;
 	if (kvmfault_vm_new(&options, &memory))
@@ -169,7 +175,7 @@ static void migrate(const struct options *o, const struct mechanism *mechanism, 
 	result->verified = vcpu_threads_join(&vcpus);
 	pthread_join(device.thread, NULL);
 	result->seconds = seconds_now() - began;
-	result->verified &= device.right && guest_memory_is_right(ram, pages, false); /* (this touches each page: none is absent after it) */
+	result->verified &= device.right && guest_memory_is_right(ram, pages, false);
 	result->mechanism = mechanism->name;
 	result->cpl = cpl;
 	result->pages = pages;
@@ -179,13 +185,16 @@ static void migrate(const struct options *o, const struct mechanism *mechanism, 
 	result->gap_ms = source.gap * 1000;
 	result->host_reads = device.reads;
 
-	/* Nobody touches the memory any more. Who uses the VM goes first, then the slot, then the VM, then what its resolver used. */
+	/*
+	 * Nothing touches the memory any more. Stop what uses the VM first; then delete the
+	 * memslot, then the VM, then what its resolver needs.
+	 */
 	page_source_stop(&source);
 	end_server(server);
 	slot.len = 0;
 	if (kvmfault_memslot_set(memory, &slot))
 		die(0, "deleting the slot: %s", kvmfault_last_error());
-	if (kvmfault_vm_close(memory, -1)) /* waits for resolver calls that are under way: `source` goes with this function */
+	if (kvmfault_vm_close(memory, -1)) /* waits until no resolver call uses `source` */
 		die(0, "closing the VM: %s", kvmfault_last_error());
 	vcpu_threads_destroy(&vcpus);
 	munmap(ram, o->size);
@@ -197,19 +206,21 @@ static void usage(FILE *to)
 {
 	fprintf(to,
 		"usage: page-server [OPTION]...\n"
-		"Runs a VM whose memory comes over a socket from a page server in another process. That server is killed on the way and replaced; the guest\n"
-		"checks every page.\n"
+		"Runs a VM whose memory comes over a socket from a page server in another process. That server is\n"
+		"killed on the way and replaced; the guest checks every page.\n"
 		"  --mechanism NAME|all    memslot-flag, poison-trap, userfaultfd, or all that work here (default)\n"
 		"  --vcpus N               1 to %d (default 4)\n"
 		"  --size MIB              guest memory, 1 to %lu (default 64)\n"
-		"  --kill PERCENT          kill the server when it has sent so much, 0 to 99 (default 40; 0: never)\n"
-		"  --push yes|no           the server sends pages that nobody has asked for, too (default yes)\n"
+		"  --kill PERCENT          kill the server when it has sent this share, 0 to 99; 0: never\n"
+		"                          (default 40)\n"
+		"  --push yes|no           the server sends pages without a request, too (default yes)\n"
 		"  --cpl 0|3|both          the guest's privilege level (default both)\n"
 		"  --json FILE             write the results there too\n"
-		"  --serve SOCKET          be the page server, for the process that starts this one, until that ends\n"
-		"  --die-after PAGES       with --serve: as if it had been killed then\n"
-		"The table: pages that were asked for, connections, pages that were announced and withdrawn, the longest time without a server in\n"
-		"milliseconds (its absence of 100 ms included), and how often the VMM itself read guest memory.\n"
+		"  --serve SOCKET          be the page server, until the process that started this one ends\n"
+		"  --die-after PAGES       with --serve: die after this number of pages\n"
+		"The table: pages that were requested, connections, pages that were announced and withdrawn, the\n"
+		"longest time without a server in milliseconds (100 ms of it are a pause before the new one is\n"
+		"started), and how often the VMM itself read guest memory.\n"
 		"Exit status: 0 if every page was right, 1 if not or if something failed, 2 for a wrong option.\n",
 		MOST_VCPUS, TINY_VM_RAM_MAX >> 20);
 }
@@ -217,16 +228,23 @@ static void usage(FILE *to)
 static void parse_options(int argc, char **argv, struct options *o)
 {
 	static const struct option known[] = {
-		{ "mechanism", required_argument, NULL, 'm' }, { "vcpus", required_argument, NULL, 'v' },
-		{ "size", required_argument, NULL, 's' },      { "kill", required_argument, NULL, 'k' },
-		{ "push", required_argument, NULL, 'p' },      { "cpl", required_argument, NULL, 'c' },
-		{ "json", required_argument, NULL, 'j' },      { "serve", required_argument, NULL, 'S' },
-		{ "die-after", required_argument, NULL, 'D' }, { "help", no_argument, NULL, 'h' },
+		{ "mechanism", required_argument, NULL, 'm' },
+		{ "vcpus", required_argument, NULL, 'v' },
+		{ "size", required_argument, NULL, 's' },
+		{ "kill", required_argument, NULL, 'k' },
+		{ "push", required_argument, NULL, 'p' },
+		{ "cpl", required_argument, NULL, 'c' },
+		{ "json", required_argument, NULL, 'j' },
+		{ "serve", required_argument, NULL, 'S' },
+		{ "die-after", required_argument, NULL, 'D' },
+		{ "help", no_argument, NULL, 'h' },
 		{ 0 },
 	};
 	const char *serve = NULL;
 	uint64_t die_after = 0;
-	*o = (struct options){ .mechanism = "all", .vcpus = 4, .size = 64ul << 20, .kill_at = 40, .push = true, .cpl = -1 };
+	*o = (struct options){
+		.mechanism = "all", .vcpus = 4, .size = 64ul << 20, .kill_at = 40, .push = true, .cpl = -1
+	};
 	for (int c; (c = getopt_long(argc, argv, "", known, NULL)) != -1;) {
 		switch (c) {
 		case 'm':
@@ -272,8 +290,9 @@ static void parse_options(int argc, char **argv, struct options *o)
 
 static void print_result(const struct result *r)
 {
-	printf("%-13s %3d %7llu %8.3f %8.0f %7llu %11llu %9llu %6.1f %10llu %s\n", r->mechanism, r->cpl, (unsigned long long)r->pages, r->seconds,
-	       r->pages / r->seconds, (unsigned long long)r->asked, (unsigned long long)r->connections, (unsigned long long)r->withdrawn, r->gap_ms,
+	printf("%-13s %3d %7llu %8.3f %8.0f %7llu %11llu %9llu %6.1f %10llu %s\n", r->mechanism, r->cpl,
+	       (unsigned long long)r->pages, r->seconds, r->pages / r->seconds, (unsigned long long)r->asked,
+	       (unsigned long long)r->connections, (unsigned long long)r->withdrawn, r->gap_ms,
 	       (unsigned long long)r->host_reads, r->verified ? "yes" : "NO");
 	fflush(stdout);
 }
@@ -282,11 +301,12 @@ static void write_result(FILE *file, const void *results, size_t n)
 {
 	const struct result *r = (const struct result *)results + n;
 	fprintf(file,
-		"{\"mechanism\": \"%s\", \"cpl\": %d, \"pages\": %llu, \"seconds\": %.6f, \"pages_per_second\": %.0f, \"asked\": %llu, "
+		"{\"mechanism\": \"%s\", \"cpl\": %d, \"pages\": %llu, \"seconds\": %.6f, "
+		"\"pages_per_second\": %.0f, \"asked\": %llu, "
 		"\"connections\": %llu, \"withdrawn\": %llu, \"gap_ms\": %.2f, \"host_reads\": %llu, \"verified\": %s}",
 		r->mechanism, r->cpl, (unsigned long long)r->pages, r->seconds, r->pages / r->seconds,
-		(unsigned long long)r->asked, (unsigned long long)r->connections, (unsigned long long)r->withdrawn, r->gap_ms,
-		(unsigned long long)r->host_reads, r->verified ? "true" : "false");
+		(unsigned long long)r->asked, (unsigned long long)r->connections, (unsigned long long)r->withdrawn,
+		r->gap_ms, (unsigned long long)r->host_reads, r->verified ? "true" : "false");
 }
 
 int main(int argc, char **argv)
@@ -297,7 +317,10 @@ int main(int argc, char **argv)
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
 	if (kvmfault_probe(-1, &probe))
 		die(0, "page-server: %s", kvmfault_last_error());
-	/* A directory of its own, which only this user may enter: whoever can connect can read the guest's memory. */
+	/*
+	 * A directory that only this user may enter: a process that connects can read the guest's
+	 * memory.
+	 */
 	*strrchr(server_path, '/') = 0;
 	if (!mkdtemp(server_path))
 		die(errno, "%s", server_path);
@@ -308,8 +331,8 @@ int main(int argc, char **argv)
 	size_t count = 0;
 	bool all_right = true;
 	printf("%u vCPUs, %llu MiB\n\n", o.vcpus, (unsigned long long)(o.size >> 20));
-	printf("%-13s %3s %7s %8s %8s %7s %11s %9s %6s %10s %s\n", "mechanism", "cpl", "pages", "seconds", "pages/s", "asked", "connections", "withdrawn",
-	       "gap ms", "host reads", "verified");
+	printf("%-13s %3s %7s %8s %8s %7s %11s %9s %6s %10s %s\n", "mechanism", "cpl", "pages", "seconds", "pages/s",
+	       "asked", "connections", "withdrawn", "gap ms", "host reads", "verified");
 	fflush(stdout);
 	for (int m = 0; m < MECHANISMS; m++) {
 		if (!mechanism_is_wanted(&mechanisms[m], o.mechanism, &probe))

@@ -2,13 +2,16 @@
 /*
  * Pages over a socket. Two sides meet in the library:
  *
- *   page_source_resolve   runs on the thread that faults. It sends a request and returns KVMFAULT_PENDING at once: the page is announced, and
- *                         whoever needs it sleeps in the library, where a kick finds it. It never waits for the server.
- *   receive               one thread of ours. It installs pages in the order in which they come, asked for or not; that wakes the sleepers.
+ *   page_source_resolve   runs on the thread that faults. It sends a request and returns
+ *                         KVMFAULT_PENDING at once: the page is then announced, and threads that
+ *                         need it sleep in the library, where a kick can wake them. It never
+ *                         waits for the server.
+ *   receive               one thread of the VMM. It installs pages in the order in which they
+ *                         arrive, requested or not, and so wakes the sleepers.
  *
- * When the connection breaks, what was announced over it won't come. The receiving thread connects again, and then withdraws it
- * (kvmfault_pages_withdraw): those pages are absent again, and the sleepers ask for them anew, over the new connection. The guest notices
- * nothing but a pause.
+ * When the connection breaks, the pages that were announced over it will not arrive. The receiving
+ * thread connects again, and then withdraws them (kvmfault_pages_withdraw): those pages are absent
+ * again, and the sleepers request them over the new connection. The guest notices only a pause.
  */
 #define _GNU_SOURCE
 #include "clock.h"
@@ -21,7 +24,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-/* How long to look for a server before the guest's pages are given up. */
+/* Seconds to look for a server, before the missing pages are marked lost. */
 #define GIVE_UP_AFTER 30.0
 
 int page_source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
@@ -30,15 +33,18 @@ int page_source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfa
 	uint64_t page = (fault->gpa - s->gpa) / PAGE_SIZE;
 
 	(void)vm;
-	pthread_mutex_lock(&s->lock); /* several vCPUs send; a request must not be cut in two */
-	/* Without a connection there is nothing to send to: the page is announced all the same, and asked for when there is one again. */
+	pthread_mutex_lock(&s->lock); /* several vCPUs send, and a request must stay whole */
+	/*
+	 * Without a connection the page is announced all the same. It is requested when there is
+	 * one again.
+	 */
 	if (s->fd >= 0 && page_send(s->fd, &page, sizeof(page)))
 		s->asked++;
 	pthread_mutex_unlock(&s->lock);
-	return KVMFAULT_PENDING; /* the page may be there by now: that is all right */
+	return KVMFAULT_PENDING; /* correct even if the page has arrived meanwhile */
 }
 
-/* From now on requests go to this socket; -1: nowhere. */
+/* Sends requests to this socket from now on; -1: to none. */
 static void use_connection(struct page_source *s, int fd)
 {
 	pthread_mutex_lock(&s->lock);
@@ -56,7 +62,7 @@ static bool is_stopping(struct page_source *s)
 	return stops;
 }
 
-/* Returns -1 if no server was found in time, or none is looked for any more. */
+/* Returns -1 if there was no server in time, or if page_source_stop was called. */
 static int find_server(struct page_source *s)
 {
 	for (double end = seconds_now() + GIVE_UP_AFTER; seconds_now() < end && !is_stopping(s); usleep(10000)) {
@@ -67,22 +73,23 @@ static int find_server(struct page_source *s)
 	return -1;
 }
 
-/* Tells the server which pages are missing: at first all of them, after a break those that had not come. */
+/* Tells the server which pages are missing: at first all, later those that have not arrived yet. */
 static bool say_hello(struct page_source *s, int fd)
 {
 	struct page_hello hello = { .pages = s->pages, .push = s->push };
 	uint64_t *wanted = calloc(PAGE_WORDS(s->pages), sizeof(uint64_t));
 	if (!wanted)
 		die(errno, "memory for a bitmap");
-	if (kvmfault_pages_bitmap(s->vm, s->gpa, s->pages * PAGE_SIZE, KVMFAULT_STATE_ABSENT | KVMFAULT_STATE_RESOLVING, wanted,
-				  PAGE_WORDS(s->pages) * sizeof(uint64_t)) < 0)
+	if (kvmfault_pages_bitmap(s->vm, s->gpa, s->pages * PAGE_SIZE, KVMFAULT_STATE_ABSENT | KVMFAULT_STATE_RESOLVING,
+				  wanted, PAGE_WORDS(s->pages) * sizeof(uint64_t)) < 0)
 		die(0, "the states of the pages: %s", kvmfault_last_error());
-	bool said = page_send(fd, &hello, sizeof(hello)) && page_send(fd, wanted, PAGE_WORDS(s->pages) * sizeof(uint64_t));
+	bool said =
+		page_send(fd, &hello, sizeof(hello)) && page_send(fd, wanted, PAGE_WORDS(s->pages) * sizeof(uint64_t));
 	free(wanted);
 	return said;
 }
 
-/* Installs what comes, until the connection breaks. */
+/* Installs the pages that arrive, until the connection breaks. */
 static void install_pages(struct page_source *s, int fd, double broke)
 {
 	uint8_t bytes[PAGE_SIZE];
@@ -90,13 +97,14 @@ static void install_pages(struct page_source *s, int fd, double broke)
 
 	while (page_receive(fd, &answer, sizeof(answer))) {
 		uint64_t gpa = s->gpa + answer.page * PAGE_SIZE;
-		/* Never believe the other end. */
+		/* Never trust the other end. */
 		if (answer.page >= s->pages || (answer.len != 0 && answer.len != PAGE_SIZE))
 			break;
 		if (!page_receive(fd, bytes, answer.len))
-			break; /* half a page is none */
-		int ret = answer.len ? kvmfault_pages_install(s->vm, gpa, bytes, PAGE_SIZE) : kvmfault_pages_zero(s->vm, gpa, PAGE_SIZE);
-		if (ret < 0 && ret != -EEXIST) /* it is there already: nothing to do */
+			break; /* a part of a page is useless */
+		int ret = answer.len ? kvmfault_pages_install(s->vm, gpa, bytes, PAGE_SIZE)
+				     : kvmfault_pages_zero(s->vm, gpa, PAGE_SIZE);
+		if (ret < 0 && ret != -EEXIST) /* it is present already */
 			die(0, "page %llu: %s", (unsigned long long)answer.page, kvmfault_last_error());
 		s->received++;
 		if (broke > 0 && seconds_now() - broke > s->gap)
@@ -111,11 +119,17 @@ static void *receive(void *arg)
 	double broke = 0;
 
 	for (int fd; (fd = find_server(s)) >= 0;) {
-		/* In this order: the server must know what is wanted before the first request, and what is withdrawn is asked for at once. */
+		/*
+		 * In this order: the server learns which pages are missing before the first
+		 * request, and withdrawn pages are requested at once.
+		 */
 		if (say_hello(s, fd)) {
 			use_connection(s, fd);
 			s->connections++;
-			/* The first time, too: what vCPUs needed before there was a connection was announced, and asked of nobody. */
+			/*
+			 * The first time, too: pages that vCPUs needed before the connection have
+			 * not been requested.
+			 */
 			int64_t withdrawn = kvmfault_pages_withdraw(s->vm, s->gpa, s->pages * PAGE_SIZE);
 			if (withdrawn < 0)
 				die(0, "withdrawing pages: %s", kvmfault_last_error());
@@ -126,7 +140,10 @@ static void *receive(void *arg)
 		}
 		close(fd);
 	}
-	/* The pages can't be had: better a memory error in the guest than a vCPU that sleeps for ever. */
+	/*
+	 * There is no source for the pages: a memory error in the guest is better than an endless
+	 * sleep.
+	 */
 	if (!is_stopping(s))
 		kvmfault_pages_lost(s->vm, s->gpa, s->pages * PAGE_SIZE);
 	return NULL;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A resolver that gets its pages over a socket, and survives the loss of the server. How it works is in page-source.c.
+ * A resolver that fetches pages over a socket, and survives the loss of the server. page-source.c
+ * explains how it works.
  */
 #ifndef PAGE_SOURCE_H
 #define PAGE_SOURCE_H
@@ -14,18 +15,22 @@
 struct page_source {
 	/* Set by the VMM before kvmfault_vm_new. */
 	const char *path; /* the server's socket */
-	uint64_t gpa;     /* the memory that the server has, from its page 0 on */
+	uint64_t gpa;     /* guest address of the server's page 0 */
 	uint64_t pages;
-	bool push; /* the server sends pages unasked, too */
+	bool push; /* ask the server to send pages without a request, too */
 
-	/* Counted. */
+	/* Counters, for the VMM to read. */
 	atomic_ulong asked, received, connections, withdrawn;
-	_Atomic double gap; /* seconds from the loss of a connection to the first page of the next, the longest */
+	/*
+	 * Longest time from the loss of a connection to the first page of the next one, in
+	 * seconds.
+	 */
+	_Atomic double gap;
 
-	/* page-source.c's. */
+	/* Private to page-source.c. */
 	struct kvmfault_vm *vm;
 	pthread_t receiver;
-	pthread_mutex_t lock; /* the socket's, for sending */
+	pthread_mutex_t lock; /* for `fd` and `stops`, and to send whole requests */
 	int fd;               /* or -1 */
 	bool stops;
 };
@@ -33,11 +38,14 @@ struct page_source {
 /* For kvmfault_vm_options.resolver; `opaque` is the source. */
 int page_source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault);
 
-/* Before kvmfault_vm_new. */
+/* Call before kvmfault_vm_new. */
 void page_source_init(struct page_source *source);
-/* When the memory's slot is set and before a vCPU runs: connects, and goes on to receive. */
+/*
+ * Call when the memslot is set, before a vCPU runs. Starts a thread that connects and receives
+ * pages.
+ */
 void page_source_start(struct page_source *source, struct kvmfault_vm *vm);
-/* Before kvmfault_vm_free: no page is installed any more when this returns. */
+/* Call before kvmfault_vm_free. When it returns, no more pages are installed. */
 void page_source_stop(struct page_source *source);
 
 #endif

@@ -65,14 +65,14 @@ bool page_receive(int fd, void *bytes, size_t len)
 	return true;
 }
 
-/* ---- the server's end ---- */
+/* ---- the server ---- */
 
 struct server {
 	int fd;
 	struct page_hello hello;
-	uint64_t *wanted;   /* what hasn't been sent in this connection */
-	uint64_t next;      /* all pages before it have been sent, or aren't wanted */
-	uint64_t die_after; /* so many pages; 0: never */
+	uint64_t *wanted;   /* pages that this connection still has to send */
+	uint64_t next;      /* all pages before this one have been sent, or are not wanted */
+	uint64_t die_after; /* pages left to send before it crashes; 0: never */
 };
 
 static bool send_page(struct server *s, uint64_t page)
@@ -84,7 +84,7 @@ static bool send_page(struct server *s, uint64_t page)
 	uint64_t bit = 1ull << page % 64;
 
 	if (page >= s->hello.pages || !(s->wanted[page / 64] & bit))
-		return true; /* asked for while it was on its way */
+		return true; /* sent already, or not a page of this guest */
 	s->wanted[page / 64] &= ~bit;
 	if (!guest_is_zero_page(page)) {
 		message.answer.len = PAGE_SIZE;
@@ -97,12 +97,16 @@ static bool send_page(struct server *s, uint64_t page)
 	return true;
 }
 
-/* Answers what has been asked for meanwhile, last first: with a real source, too, some pages take longer than others. */
+/*
+ * Answers the requests that have arrived, the last one first: with a real source the answers come
+ * out of order, too.
+ */
 static bool answer_requests(struct server *s)
 {
 	uint64_t requests[64];
 	ssize_t n = recv(s->fd, requests, sizeof(requests), 0);
-	if (n <= 0 || !page_receive(s->fd, (char *)requests + n, -n & 7)) /* the rest of the last one */
+	/* The last request may have arrived in part. */
+	if (n <= 0 || !page_receive(s->fd, (char *)requests + n, -n & 7))
 		return false;
 	for (ssize_t i = (n + 7) / 8; i-- > 0;)
 		if (!send_page(s, requests[i]))
@@ -132,8 +136,8 @@ void page_serve(const char *path, uint64_t die_after)
 	struct sockaddr_un address;
 	int listener = open_socket(path, &address);
 
-	prctl(PR_SET_PDEATHSIG, SIGKILL); /* don't outlive the VMM that started this */
-	unlink(path);                     /* what a server that was killed has left */
+	prctl(PR_SET_PDEATHSIG, SIGKILL); /* do not outlive the VMM that started this process */
+	unlink(path);                     /* a server that was killed leaves its socket */
 	if (bind(listener, (struct sockaddr *)&address, sizeof(address)) || listen(listener, 1))
 		die(errno, "%s", path);
 	for (;;) {

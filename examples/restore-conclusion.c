@@ -11,7 +11,8 @@
 #define NOTABLE 1.1
 
 /* A row of the kind; at the privilege level of the first row, which has all kinds. */
-static const struct result *find(const struct result *results, size_t count, enum way way, int mechanism, bool readahead)
+static const struct result *find(const struct result *results, size_t count, enum way way, int mechanism,
+				 bool readahead)
 {
 	for (const struct result *r = results; r < results + count; r++) {
 		const struct row *row = &r->row;
@@ -83,8 +84,8 @@ static void print_comparison(const struct result *lazy, const struct result *que
 		       "compares them more closely.\n",
 		       name, own, queued);
 	printf("The guest waited %s and %s for a page (median), and a page cost %s and %s of CPU time.\n",
-	       duration(lazy->p50_us * 1e-6), duration(queue->p50_us * 1e-6),
-	       duration(lazy->cpu_seconds / lazy->pages), duration(queue->cpu_seconds / queue->pages));
+	       duration(lazy->p50_us * 1e-6), duration(queue->p50_us * 1e-6), duration(lazy->cpu_seconds / lazy->pages),
+	       duration(queue->cpu_seconds / queue->pages));
 }
 
 /* Other programs on the same CPUs stretch all figures. */
@@ -104,8 +105,9 @@ void conclusion_print(const struct result *results, size_t count)
 			return;
 	const struct result *zero = find(results, count, WAY_DEMAND_ZERO, 0, false);
 	const struct result *first = find(results, count, WAY_READ_FIRST, 0, false);
+	/* The mechanism that `auto` takes: they are listed in the order of preference. */
 	const struct result *lazy = NULL;
-	for (int m = 0; m < MECHANISMS && !lazy; m++) /* they are in the order of preference, as for `auto` */
+	for (int m = 0; m < MECHANISMS && !lazy; m++)
 		lazy = find(results, count, WAY_LAZY, mechanisms[m].number, false);
 	if (!zero || !first || !lazy)
 		return;

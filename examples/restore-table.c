@@ -81,8 +81,9 @@ void table_write_result(FILE *file, const void *results, size_t n)
 {
 	const struct result *r = (const struct result *)results + n;
 	fprintf(file,
-		"{\"mechanism\": \"%s\", \"readahead\": %u, \"cpl\": %d, \"vcpus\": %u, \"pages\": %llu, \"faults\": %llu, "
-		"\"first_work_seconds\": %.6f, \"seconds\": %.6f, \"pages_per_second\": %.0f, \"p50_us\": %.2f, "
+		"{\"mechanism\": \"%s\", \"readahead\": %u, \"cpl\": %d, \"vcpus\": %u, \"pages\": %llu, "
+		"\"faults\": %llu, \"first_work_seconds\": %.6f, \"seconds\": %.6f, "
+		"\"pages_per_second\": %.0f, \"p50_us\": %.2f, "
 		"\"p99_us\": %.2f, \"cpu_seconds\": %.6f, \"resolver_calls\": %llu, \"verified\": %s}",
 		row_name(&r->row), r->row.readahead, r->row.cpl, r->vcpus, (unsigned long long)r->pages,
 		(unsigned long long)r->faults, r->first_work, r->seconds, r->pages / r->seconds, r->p50_us, r->p99_us,

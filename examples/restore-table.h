@@ -14,7 +14,7 @@
 #include <stdio.h>
 
 enum way {
-	WAY_DEMAND_ZERO, /* memory of zeros, as every new VM has: the least that a first touch costs */
+	WAY_DEMAND_ZERO, /* memory of zeros, as in a new VM: the least that a first touch costs */
 	WAY_READ_FIRST,  /* read the whole snapshot, then start the guest */
 	WAY_LAZY,        /* start the guest, and fetch the pages that it touches */
 };
@@ -30,8 +30,8 @@ struct result {
 	struct row row;
 	unsigned vcpus;
 	uint64_t pages, faults, resolver_calls;
-	double first_work;     /* seconds from the start of the restore to the guest's first useful work */
-	double seconds;        /* from the start of the restore to the end: the guest has checked all pages */
+	double first_work;     /* seconds from the start of the restore to FIRST_WORK_PAGES */
+	double seconds;        /* from the start of the restore until all pages are checked */
 	double cpu_seconds;    /* CPU time of all threads of the VMM, with the guest's own */
 	double p50_us, p99_us; /* of the first touches of pages, as the guest measured them */
 	bool verified;

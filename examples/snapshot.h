@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The snapshot that lazy-restore restores: a file with the guest's pages. It is in the page cache when
- * it has been written, so that reading it costs no disk access.
+ * The snapshot that lazy-restore restores: a file with the guest's pages. It is in the page cache
+ * when it has been written, so that reading it costs no disk access.
  */
 #ifndef SNAPSHOT_H
 #define SNAPSHOT_H

@@ -32,7 +32,7 @@ static uint64_t round_up(uint64_t n, uint64_t to)
 	return (n + to - 1) / to * to;
 }
 
-/* Every virtual address below 8 GiB is that physical address. User pages all, so that CPL 3 may use them. */
+/* Maps each virtual address below 8 GiB to the same physical address. CPL 3 may use all pages. */
 static void write_page_tables(struct tiny_vm *vm)
 {
 	enum { PRESENT = 1, WRITABLE = 2, USER = 4, LARGE = 0x80, ALL = PRESENT | WRITABLE | USER };
@@ -62,7 +62,7 @@ void tiny_vm_create(struct tiny_vm *vm, uint64_t shared, const void *code, size_
 {
 	vm->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	if (vm->kvm < 0)
-		die(errno, "/dev/kvm can't be opened (load the kvm module; be root or in the group kvm)");
+		die(errno, "/dev/kvm can't be opened (load the kvm module; be root, or a member of group kvm)");
 	vm->vm = ioctl(vm->kvm, KVM_CREATE_VM, 0);
 	if (vm->vm < 0)
 		die(errno, "KVM_CREATE_VM");
@@ -70,7 +70,7 @@ void tiny_vm_create(struct tiny_vm *vm, uint64_t shared, const void *code, size_
 	vm->low_used = SHARED;
 	vm->low_size = round_up(SHARED + shared + 64 * PAGE_SIZE, LARGE_PAGE);
 	if (vm->low_size > TINY_VM_RAM)
-		die(0, "the tables for the guest don't fit below its memory; take less memory");
+		die(0, "the tables for the guest do not fit below its memory; use a smaller --size");
 	vm->low = mmap(NULL, vm->low_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
 	if (vm->low == MAP_FAILED)
 		die(errno, "%lu MiB of memory for the guest's tables", (unsigned long)(vm->low_size >> 20));
@@ -89,7 +89,7 @@ void tiny_vm_destroy(struct tiny_vm *vm)
 void *tiny_vm_share(struct tiny_vm *vm, uint64_t size, uint64_t *guest_address)
 {
 	if (vm->low_used + size > vm->low_size)
-		die(0, "tiny_vm_create was told less than tiny_vm_share is asked for");
+		die(0, "tiny_vm_share: more memory than tiny_vm_create was asked for");
 	*guest_address = vm->low_used;
 	vm->low_used += round_up(size, PAGE_SIZE);
 	return vm->low + *guest_address;
@@ -118,10 +118,24 @@ void tiny_vcpu_create(const struct tiny_vm *vm, int number, int cpl, struct kvm_
 	if (ioctl(vcpu->fd, KVM_GET_SREGS, &sregs))
 		die(errno, "KVM_GET_SREGS");
 	struct kvm_segment code = {
-		.limit = 0xfffff, .selector = cpl ? 0x33 : 0x10, .type = 11, .present = 1, .dpl = cpl, .s = 1, .l = 1, .g = 1,
+		.limit = 0xfffff,
+		.selector = cpl ? 0x33 : 0x10,
+		.type = 11,
+		.present = 1,
+		.dpl = cpl,
+		.s = 1,
+		.l = 1,
+		.g = 1,
 	};
 	struct kvm_segment data = {
-		.limit = 0xfffff, .selector = cpl ? 0x2b : 0x18, .type = 3, .present = 1, .dpl = cpl, .s = 1, .db = 1, .g = 1,
+		.limit = 0xfffff,
+		.selector = cpl ? 0x2b : 0x18,
+		.type = 3,
+		.present = 1,
+		.dpl = cpl,
+		.s = 1,
+		.db = 1,
+		.g = 1,
 	};
 	sregs.cs = code;
 	sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data;
@@ -130,7 +144,7 @@ void tiny_vcpu_create(const struct tiny_vm *vm, int number, int cpl, struct kvm_
 	sregs.tr.type = 11; /* a busy 64-bit TSS */
 	sregs.cr3 = PAGE_TABLES;
 	sregs.cr4 = 1 << 5;     /* PAE */
-	sregs.cr0 = 0x80050033; /* paging, protected mode, and what goes with them */
+	sregs.cr0 = 0x80050033; /* PG, WP, NE, ET, MP, PE: paging in protected mode */
 	sregs.efer = 0xd01;     /* long mode, active; NX; syscall */
 	if (ioctl(vcpu->fd, KVM_SET_SREGS, &sregs))
 		die(errno, "KVM_SET_SREGS");

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * As little of a virtual machine as a guest in 64-bit mode needs. Nothing here has to do with lazy memory: it is what a VMM
- * has anyway.
+ * As little of a virtual machine as a guest in 64-bit mode needs. Nothing here is about lazy
+ * memory: every VMM has such code.
  *
- *   0x00001000  page tables: addresses are the same virtually and physically, in large pages
+ *   0x00001000  page tables: virtual addresses equal physical ones, in large pages
  *   0x00010000  the guest's code
  *   0x00020000  tables that host and guest share (tiny_vm_share), up to low_size
- *   0x40000000  the memory that is restored: the caller's memslot
+ *   0x40000000  the memory under test: a memslot of the caller
  */
 #ifndef TINY_VM_H
 #define TINY_VM_H
@@ -34,21 +34,24 @@ struct tiny_vcpu {
 	size_t run_size;
 };
 
-/* Ends the program with a message, and with what errno means if it isn't 0. */
+/* Ends the program with a message, and the text for `error` (an errno value) if that is not 0. */
 void die(int error, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
 
-/* A VM with `shared` bytes for tiny_vm_share, and `code` in place. Ends the program if that can't be. */
+/* Makes a VM with `shared` bytes for tiny_vm_share, and `code` in place; or ends the program. */
 void tiny_vm_create(struct tiny_vm *vm, uint64_t shared, const void *code, size_t code_size);
-/* Also closes what its vCPUs are made of; call it when no vCPU runs. */
+/* Call it when all vCPUs have been destroyed. */
 void tiny_vm_destroy(struct tiny_vm *vm);
 
-/* Gives the guest ordinary memory, as a memslot that the library knows nothing of. */
+/* Gives the guest ordinary memory, as a memslot without the library. */
 void tiny_vm_set_memory(const struct tiny_vm *vm, unsigned slot, uint64_t gpa, void *memory, uint64_t size);
 
-/* Memory for host and guest: stores its guest address, returns the host's. */
+/* Allocates memory for host and guest. Returns its host address, and stores its guest address. */
 void *tiny_vm_share(struct tiny_vm *vm, uint64_t size, uint64_t *guest_address);
 
-/* vCPU `number`, about to run the code with these registers (rip, rflags and rsp are filled in) at privilege level 0 or 3. */
+/*
+ * Creates vCPU `number`, to run the code with these registers at privilege level 0 or 3. The
+ * function fills in rip, rflags and rsp.
+ */
 void tiny_vcpu_create(const struct tiny_vm *vm, int number, int cpl, struct kvm_regs *regs, struct tiny_vcpu *vcpu);
 void tiny_vcpu_destroy(struct tiny_vcpu *vcpu);
 

@@ -35,9 +35,12 @@ static void run_with_library(struct vcpu_thread *v, struct kvmfault_vcpu *handle
 {
 	int ret;
 	do {
-		/* Instead of ioctl(fd, KVM_RUN). It serves page faults, and returns at any other exit. */
+		/*
+		 * Instead of ioctl(fd, KVM_RUN). It serves page faults, and returns at any other
+		 * exit.
+		 */
 		ret = kvmfault_vcpu_run(handle);
-	} while (ret == KVMFAULT_INTERRUPTED); /* by a signal or a kick; a VMM would look for the reason */
+	} while (ret == KVMFAULT_INTERRUPTED); /* by a signal or a kick */
 	if (ret < 0)
 		die(0, "vCPU %d: %s", v->number, kvmfault_last_error());
 	if (ret == KVMFAULT_MEMORY_ERROR)
@@ -75,8 +78,8 @@ static void *run_vcpu(void *arg)
 
 	pthread_barrier_wait(&all->start);
 	/*
-	 * On the thread that will run the vCPU: by default the library blocks SIGBUS in this thread, and
-	 * lets it interrupt KVM_RUN only.
+	 * On the thread that will run the vCPU: by default the library blocks SIGBUS in this
+	 * thread, and lets it interrupt KVM_RUN only.
 	 */
 	options.fd = v->tiny.fd;
 	options.run = v->tiny.run;
@@ -90,7 +93,10 @@ static void *run_vcpu(void *arg)
 			run_with_kvm(v);
 		if (v->tiny.run->exit_reason != KVM_EXIT_IO)
 			die(0, "vCPU %d: unexpected exit %u", v->number, v->tiny.run->exit_reason);
-		/* The guest reports its first work. A short list may end before: then that is the first work. */
+		/*
+		 * The guest reports its first work. A short list may end before: then that is the
+		 * first work.
+		 */
 		if (!atomic_flag_test_and_set(&all->worked))
 			all->first_work = seconds_now();
 		done = v->tiny.run->io.port == GUEST_DONE_PORT;
@@ -119,7 +125,10 @@ void vcpu_threads_prepare(struct vcpu_threads *all, int cpl, struct kvmfault_vm 
 			.rcx = v->end - v->first,
 			.r8 = all->ticks_address + v->first * 8,
 			.r9 = zero ? 0 : GUEST_FACTOR,
-			/* Some KVMs emulate each instruction at CPL 0, which is slow. The host checks the rest. */
+			/*
+			 * Some KVMs emulate each instruction at CPL 0, which is slow. The host
+			 * checks the rest.
+			 */
 			.r10 = cpl == 3 ? 1 : 73,
 			.r14 = FIRST_WORK_PAGES,
 		};

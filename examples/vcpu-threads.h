@@ -16,7 +16,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* The guest's first useful work: this many pages, checked. An assumed small request to the guest. */
+/*
+ * The guest's first useful work: this many pages, checked. An assumed small request to the guest.
+ */
 enum { FIRST_WORK_PAGES = 64 };
 
 struct vcpu_threads {
@@ -24,13 +26,13 @@ struct vcpu_threads {
 	struct tiny_vm vm;
 	unsigned count;
 	uint64_t pages;
-	uint64_t *ticks;     /* ticks of the guest's clock that each first touch took, in list order */
+	uint64_t *ticks;     /* ticks that each first touch took, in list order */
 	atomic_uint running; /* vCPUs that have not finished yet */
 	double first_work;   /* seconds_now() when the first vCPU had done its first useful work */
 	double finished;     /* seconds_now() when the last vCPU finished */
 
 	/* Private to vcpu-threads.c. */
-	uint64_t order_address, ticks_address; /* where the guest sees the list of pages, and `ticks` */
+	uint64_t order_address, ticks_address; /* guest addresses of the list and of `ticks` */
 	struct kvmfault_vm *memory;            /* NULL: KVM alone serves the memory */
 	pthread_barrier_t start;
 	atomic_flag worked; /* `first_work` is set */
@@ -38,15 +40,15 @@ struct vcpu_threads {
 };
 
 /*
- * Makes a VM that has all but its vCPUs and the memory under test. The guest will visit `pages` pages
- * from TINY_VM_RAM on, `run` neighbours in a row (guest_write_order).
+ * Makes a VM that has all but its vCPUs and the memory under test. The guest will visit `pages`
+ * pages from TINY_VM_RAM on, `run` neighbours in a row (guest_write_order).
  */
 void vcpu_threads_create(struct vcpu_threads *all, unsigned count, uint64_t pages, uint64_t run);
 
 /*
- * Creates the vCPUs, and a thread for each, which waits for vcpu_threads_start. The memory under test
- * is in place. It belongs to `memory`, or is ordinary memory without the library if that is NULL; the
- * guest expects the pages of the snapshot there, or only zeros.
+ * Creates the vCPUs, and a thread for each, which waits for vcpu_threads_start. The memory under
+ * test is in place. It belongs to `memory`, or is ordinary memory without the library if that is
+ * NULL; the guest expects the pages of the snapshot there, or only zeros.
  */
 void vcpu_threads_prepare(struct vcpu_threads *all, int cpl, struct kvmfault_vm *memory, bool zero);
 
