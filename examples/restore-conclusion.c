@@ -46,7 +46,7 @@ static void print_gain(const struct result *first, const struct result *lazy)
 	if (sooner >= NOTABLE)
 		printf("%.*f times sooner.\n", sooner < 10 ? 1 : 0, sooner);
 	else
-		printf("no gain, for reading so little memory takes no time.\n");
+		printf("no gain, for so little memory is read fast.\n");
 }
 
 /* What it costs: many faults, each of which takes longer than a page of zeros. */
@@ -62,6 +62,9 @@ static void print_cost(const struct result *zero, const struct result *first, co
 	if (lazy->seconds / ahead->seconds >= NOTABLE)
 		printf("Readahead cut that to %s, with %llu faults instead of %llu.\n", duration(ahead->seconds),
 		       (unsigned long long)ahead->faults, (unsigned long long)lazy->faults);
+	else if (ahead->faults < lazy->faults / NOTABLE)
+		printf("Readahead needed %llu faults instead of %llu, but no less time in this run (%s).\n",
+		       (unsigned long long)ahead->faults, (unsigned long long)lazy->faults, duration(ahead->seconds));
 	else
 		printf("Readahead did not shorten that: it needs a guest that touches neighbours in a row.\n");
 }
