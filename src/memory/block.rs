@@ -1,7 +1,7 @@
 //! A range of host memory with the states of its pages.
 
+use super::gates::GATE_PAGES;
 use super::pages::{Pages, State};
-use super::wait::GATE_PAGES;
 use crate::error::Result;
 use crate::kernel::mem::{Kind, Mapping, PAGE};
 use std::ops::Range;

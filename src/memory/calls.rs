@@ -11,7 +11,8 @@
 
 use super::block::Block;
 use super::pages::State;
-use super::wait::{Pause, WAITS};
+use super::pause::Pause;
+use super::wait::WAITS;
 use super::{discard, Memory};
 use crate::error::{Error, Result};
 use crate::kernel::buffer;

@@ -3,8 +3,10 @@
 
 use super::block::Block;
 use super::calls::{self, Claim};
+use super::gates::GATE_PAGES;
 use super::pages::State;
-use super::wait::{Patience, GATE_PAGES, WAITS};
+use super::pause::Patience;
+use super::wait::WAITS;
 use super::Memory;
 use crate::error::{fail, Result};
 use crate::kernel::mem::{self, advise, protect, Kind, MADV_DONTNEED_LOCKED, PAGE};

@@ -4,8 +4,9 @@
 use super::block::Block;
 use super::calls;
 use super::discard::{empty, gate_groups, remove, runs, show_lost, wake};
+use super::gates::GATE_PAGES;
 use super::pages::State;
-use super::wait::{GATE_PAGES, WAITS};
+use super::wait::WAITS;
 use super::Memory;
 use crate::error::Result;
 use crate::kernel::mem::{advise, protect, Kind};

@@ -5,8 +5,10 @@
 //! the state; then whoever waits. At each point a guest that looks sees either "absent" or the right bytes.
 
 use super::block::Block;
+use super::gates::{Pass, GATE_PAGES};
 use super::pages::State;
-use super::wait::{Pass, Patience, GATE_PAGES, WAITS};
+use super::pause::Patience;
+use super::wait::WAITS;
 use super::{discard, Memory};
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::{self, Kind, Mapping, HUGE_PAGE, PAGE};

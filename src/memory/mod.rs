@@ -6,9 +6,11 @@
 pub mod block;
 pub mod calls;
 pub mod discard;
+pub mod gates;
 pub mod give_back;
 pub mod install;
 pub mod pages;
+pub mod pause;
 pub mod slots;
 pub mod wait;
 
@@ -17,11 +19,11 @@ use crate::kernel::uffd::{Mode, Registration, Uffd};
 use crate::stats::Shards;
 use arc_swap::{ArcSwap, Guard};
 use block::Block;
+use gates::{Gates, Pass};
 use slots::Slots;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
-use wait::{Gates, Pass};
 
 /// The memory of one VM.
 pub struct Memory {

@@ -7,7 +7,8 @@ use crate::kernel::kvm::ImmediateExit;
 use crate::kernel::signal::{self, SignalSet};
 use crate::kernel::thread;
 use crate::memory::block::Block;
-use crate::memory::wait::{Pause, Sleeper, WAITS};
+use crate::memory::pause::Pause;
+use crate::memory::wait::{Sleeper, WAITS};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
 use std::sync::atomic::{

@@ -13,8 +13,8 @@ use crate::kernel::mem;
 use crate::kernel::page::page_size;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
+use crate::memory::pause::Pause;
 use crate::memory::slots::{Slot, Slots};
-use crate::memory::wait::Pause;
 use crate::resolve::{Outcome, Waiter};
 use std::ops::Range;
 

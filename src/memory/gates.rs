@@ -1,0 +1,208 @@
+//! Keeps discards and installs of a page apart.
+
+use super::pause::Pause;
+use super::wait::{bucket_of, BUCKETS};
+use crate::error::{fail, Result};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+/// Pages that share a gate: a discard of one waits for installs of all, so few; an install enters one gate for all, so many.
+pub const GATE_PAGES: u64 = 512;
+
+#[repr(align(64))]
+#[derive(Default)]
+struct Gate {
+    /// Installs under way.
+    installs: AtomicU32,
+    /// Odd while a discard is under way or has claimed the gate; another number after each.
+    discards: AtomicU32,
+}
+
+/// Installs of a page may overlap (the kernel arbitrates), but not with a discard of it (an installer that found the old bytes in
+/// place would call them the new page), nor do discards and what else changes markers. Installers only count themselves; a discard, which is
+/// rare, waits.
+pub struct Gates {
+    gates: Box<[Gate]>,
+    closed: AtomicBool,
+}
+
+/// So long a discard waits for installs.
+const ENOUGH: Duration = Duration::from_secs(10);
+
+/// An install or discard under way.
+pub struct Pass<'a> {
+    count: &'a AtomicU32,
+    at_the_end: u32,
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        self.count.fetch_add(self.at_the_end, SeqCst);
+    }
+}
+
+impl Gates {
+    /// Open gates.
+    pub fn new() -> Gates {
+        Gates { gates: (0..BUCKETS).map(|_| Gate::default()).collect(), closed: AtomicBool::new(false) }
+    }
+
+    fn gate(&self, key: u64) -> &Gate {
+        &self.gates[bucket_of(key, 12)]
+    }
+
+    /// For installing pages of one gate's range (see `Block::gate_of`). Waits only while one of them is being discarded, or is about to be: some
+    /// milliseconds, whatever the discard waits for.
+    pub fn install(&self, key: u64) -> Pass<'_> {
+        let gate = self.gate(key);
+        let mut pause = Pause::default();
+        loop {
+            gate.installs.fetch_add(1, SeqCst);
+            if gate.discards.load(SeqCst) % 2 == 0 {
+                return Pass { count: &gate.installs, at_the_end: 1u32.wrapping_neg() };
+            }
+            gate.installs.fetch_sub(1, SeqCst);
+            pause.a_moment();
+        }
+    }
+
+    /// For discarding pages of one gate's range: no install or other discard is under way when this returns, and none begins.
+    ///
+    /// Installs are a few system calls that end, but for one whose source doesn't answer: the kernel reads it inside UFFDIO_COPY. Nothing waits for
+    /// that one without end: a discard that can't get in gives its claim up for as long as it held it, so that installs pass; and after `ENOUGH` it
+    /// is EBUSY. ESHUTDOWN at once when the gates are closed.
+    pub fn discard(&self, key: u64) -> Result<Pass<'_>> {
+        self.discard_within(key, ENOUGH)
+    }
+
+    /// As `discard`, but EBUSY after `at_most`.
+    pub fn discard_within(&self, key: u64, at_most: Duration) -> Result<Pass<'_>> {
+        self.claim(key, at_most, true)
+    }
+
+    /// For the end of a block whose `gone` is set: waits until all that entered a gate before that has
+    /// left it. Discards are waited for as long as they take: they are system calls that end. Installs,
+    /// whose source may not answer, are waited for until `end`. Returns false if one is still there.
+    pub fn have_left(&self, key: u64, end: Instant) -> bool {
+        let gate = self.gate(key);
+        let begun = gate.discards.load(SeqCst);
+        let mut pause = Pause::default();
+        while begun % 2 == 1 && gate.discards.load(SeqCst) == begun {
+            pause.a_moment();
+        }
+        let patience = || end.saturating_duration_since(Instant::now());
+        gate.installs.load(SeqCst) == 0 || self.claim(key, patience(), false).is_ok()
+    }
+
+    fn claim(&self, key: u64, at_most: Duration, ends_with_vm: bool) -> Result<Pass<'_>> {
+        const LONGEST_CLAIM: Duration = Duration::from_millis(64);
+        let gate = self.gate(key);
+        let mut claim = Duration::from_millis(1);
+        let mut end = None;
+        let mut pause = Pause::default();
+        loop {
+            if gate.discards.fetch_update(SeqCst, SeqCst, |n| (n % 2 == 0).then_some(n + 1)).is_ok() {
+                if gate.installs.load(SeqCst) == 0 {
+                    return Ok(Pass { count: &gate.discards, at_the_end: 1 });
+                }
+                let claimed = Instant::now();
+                while claimed.elapsed() < claim {
+                    pause.a_moment();
+                    if gate.installs.load(SeqCst) == 0 {
+                        return Ok(Pass { count: &gate.discards, at_the_end: 1 });
+                    }
+                }
+                // As if it had never been: nothing was discarded.
+                gate.discards.fetch_sub(1, SeqCst);
+                let opened = Instant::now();
+                while opened.elapsed() < claim && gate.installs.load(SeqCst) > 0 {
+                    pause.a_moment();
+                }
+                claim = (claim * 2).min(LONGEST_CLAIM);
+            } else {
+                pause.a_moment();
+            }
+            if ends_with_vm && self.closed.load(SeqCst) {
+                fail!(ESHUTDOWN, "the VM was freed meanwhile");
+            }
+            if Instant::now() > *end.get_or_insert_with(|| Instant::now() + at_most) {
+                fail!(
+                    EBUSY,
+                    "an install near hva {key:#x} has been under way for {at_most:?}: does the source that it reads from answer?"
+                );
+            }
+        }
+    }
+
+    /// The VM was freed: a discard that would have to wait fails.
+    pub fn close(&self) {
+        self.closed.store(true, SeqCst);
+    }
+
+    /// Changes with each discard of pages of one gate's range; None while one is under way. For whoever can't hold a pass over what it does, but
+    /// can do it over: between two equal answers nothing was discarded.
+    pub fn discards(&self, key: u64) -> Option<u32> {
+        Some(self.gate(key).discards.load(SeqCst)).filter(|n| n % 2 == 0)
+    }
+}
+
+impl Default for Gates {
+    fn default() -> Self {
+        Gates::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Longer than a busy machine keeps a thread from running.
+    const FOR_LONG: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_discard_excludes_installs_and_discards() {
+        let gates = Gates::new();
+        let inside = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for discard in [false, false, true, true] {
+                let (gates, inside) = (&gates, &inside);
+                scope.spawn(move || {
+                    for _ in 0..500 {
+                        if discard {
+                            let _pass = gates.discard(0x20_0000).unwrap();
+                            assert_eq!(inside.fetch_add(1, SeqCst), 0, "a discard is not alone");
+                            std::thread::yield_now();
+                            inside.fetch_sub(1, SeqCst);
+                        } else {
+                            let _pass = gates.install(0x20_0000);
+                            inside.fetch_add(1, SeqCst);
+                            inside.fetch_sub(1, SeqCst);
+                        }
+                    }
+                });
+            }
+        });
+    }
+
+    /// An install that hangs: a discard gives up, others install meanwhile, and the end of the VM ends the wait.
+    #[test]
+    fn nothing_waits_for_an_install_without_end() {
+        let gates = Gates::new();
+        let hangs = gates.install(0x20_0000);
+        let before = gates.discards(0x20_0000);
+        let within = |time| gates.discard_within(0x20_0000, time).map(drop).map_err(|e| e.errno);
+        assert_eq!(within(Duration::from_millis(50)), Err(libc::EBUSY));
+        assert_eq!(gates.discards(0x20_0000), before, "nothing was discarded");
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| within(FOR_LONG));
+            for _ in 0..100 {
+                drop(gates.install(0x20_0000));
+            }
+            assert!(!waits.is_finished());
+            gates.close();
+            assert_eq!(waits.join().unwrap(), Err(libc::ESHUTDOWN));
+        });
+        drop(hangs);
+        assert_eq!(within(FOR_LONG), Ok(()));
+    }
+}
