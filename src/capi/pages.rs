@@ -4,7 +4,7 @@ use super::boundary::{not_in_callback, with, with_wide};
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::{self, ADDRESSES};
-use crate::memory::install::Source;
+use crate::memory::source::Source;
 use std::ffi::{c_int, c_void};
 
 /// The page was never installed (or was discarded): the next access calls the resolver.

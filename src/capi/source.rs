@@ -7,7 +7,7 @@ use super::structs;
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::PAGE;
-use crate::memory::install::Source;
+use crate::memory::source::Source;
 use crate::resolve::file_source::{FileRange, FileSource};
 use std::ffi::{c_int, c_void};
 

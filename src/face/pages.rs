@@ -2,8 +2,8 @@
 
 use super::vm::Vm;
 use crate::error::{fail, Result};
-use crate::memory::install::Source;
 use crate::memory::pages::State;
+use crate::memory::source::Source;
 
 /// The state of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -8,7 +8,7 @@ use crate::kernel::mem::{advise, Kind, PAGE};
 use crate::kernel::uffd::Registration;
 use crate::memory::block::{Block, Shape};
 use crate::memory::slots::Slot;
-use crate::memory::{install, Memory};
+use crate::memory::{map, Memory};
 use crate::stats::Stats;
 
 #[derive(Debug)]
@@ -65,7 +65,7 @@ impl Mechanism for MemslotFlag {
         let (hva, len) = (block.hva_of(page), block.page);
         if matches!(block.kind, Kind::Shared | Kind::HugetlbShared) && !memory.external {
             // Where minor faults are registered, populating would wait for them.
-            install::map_vmm(memory, block, page, stats)?;
+            map::map_vmm(memory, block, page, stats)?;
         }
         match advise(hva, len, libc::MADV_POPULATE_WRITE, "madvise(MADV_POPULATE_WRITE)") {
             Err(e) if e.errno == libc::ENOMEM => fail!(EFAULT, "the memory at hva {hva:#x} is no longer mapped"),

@@ -13,7 +13,7 @@ use crate::kernel::kvm::{VcpuFd, VmFd};
 use crate::kernel::mem::{advise, Kind};
 use crate::kernel::uffd::{Mode, Registration, FEATURE_POISON};
 use crate::memory::block::{Block, Shape};
-use crate::memory::{discard, install, Memory};
+use crate::memory::{discard, map, Memory};
 use crate::stats::Stats;
 
 #[derive(Debug)]
@@ -102,7 +102,7 @@ impl Mechanism for PoisonTrap {
     }
 
     fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
-        install::map_present(memory, block, page, stats)
+        map::map_present(memory, block, page, stats)
     }
 }
 

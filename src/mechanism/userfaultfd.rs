@@ -5,7 +5,7 @@ use crate::error::{fail, Result};
 use crate::kernel::mem::Kind;
 use crate::kernel::uffd::Registration;
 use crate::memory::block::{Block, Shape};
-use crate::memory::{install, Memory};
+use crate::memory::{map, Memory};
 use crate::stats::Stats;
 
 #[derive(Debug)]
@@ -39,6 +39,6 @@ impl Mechanism for Userfaultfd {
     }
 
     fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
-        install::map_vmm(memory, block, page, stats)
+        map::map_vmm(memory, block, page, stats)
     }
 }

@@ -260,7 +260,8 @@ mod tests {
     use crate::kernel::mem::{Kind, Mapping, PAGE};
     use crate::kernel::uffd::{Mode, Uffd};
     use crate::memory::block::Shape;
-    use crate::memory::install::{install, Source};
+    use crate::memory::install::install;
+    use crate::memory::source::Source;
     use crate::stats::Stats;
     use std::sync::atomic::AtomicU32;
     use std::time::{Duration, Instant};

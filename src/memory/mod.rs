@@ -3,15 +3,20 @@
 //! A **block** is a range of host memory with its page states; a **slot** is a window of a block that the guest sees. Page
 //! states belong to the block, so that two slots on one host range can't disagree.
 
+mod arrive;
 pub mod block;
 pub mod calls;
 pub mod discard;
 pub mod gates;
 pub mod give_back;
 pub mod install;
+pub mod map;
 pub mod pages;
 pub mod pause;
 pub mod slots;
+pub mod source;
+#[cfg(test)]
+mod testing;
 pub mod wait;
 
 use crate::error::{fail, Result};

@@ -5,7 +5,7 @@
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::{Mapping, PAGE};
 use crate::kernel::{buffer, file};
-use crate::memory::install::Source;
+use crate::memory::source::Source;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};

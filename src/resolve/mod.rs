@@ -1,6 +1,7 @@
 //! Who brings a page: exactly one caller at a time, through the VMM's resolver; the others wait for it.
 
 pub mod callbacks;
+pub mod failure;
 pub mod file_source;
 pub mod fill;
 pub mod readahead;
@@ -518,7 +519,7 @@ impl Engine {
             }
             Answer::Resolved => fail!(EPROTO, "the resolver said KVMFAULT_RESOLVED but installed nothing at {}", at()),
             Answer::Failed(errno) => {
-                let why = match crate::memory::install::take_failure(errno) {
+                let why = match failure::take_failure(errno) {
                     Some(error) => error.to_string(),
                     None => std::io::Error::from_raw_os_error(errno).to_string(),
                 };

@@ -12,7 +12,7 @@ use crate::kernel::thread::pause;
 use crate::kernel::uffd::{Message, FEATURE_POISON};
 use crate::memory::block::Block;
 use crate::memory::pages::State;
-use crate::memory::{calls, discard, install};
+use crate::memory::{calls, discard, map};
 use std::os::fd::AsRawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
@@ -265,9 +265,9 @@ fn map(engine: &Engine, block: &Block, page: u64, touched: u64) -> Result<()> {
     let in_vmm = touched.wrapping_sub(block.hva) < block.len;
     match block.alias_of(page) {
         Some(alias) if !in_vmm => {
-            install::map_present(&engine.memory, block, page, engine.memory.stats.here())?;
+            map::map_present(&engine.memory, block, page, engine.memory.stats.here())?;
             engine.memory.uffd.wake(alias, block.page)
         }
-        _ => install::map_vmm(&engine.memory, block, page, engine.memory.stats.here()),
+        _ => map::map_vmm(&engine.memory, block, page, engine.memory.stats.here()),
     }
 }

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::kernel::abi::ACCESS_UNKNOWN;
 use crate::kernel::page::page_size;
 use crate::memory::block::Block;
-use crate::memory::install;
+use crate::memory::map;
 use crate::memory::slots::{Slot, Slots};
 use std::sync::Arc;
 
@@ -63,7 +63,7 @@ impl Vcpu {
 
     pub(super) fn is_broken(&self, block: &Block, page: u64, hva: u64) -> bool {
         let touching = self.seat.touch(block);
-        touching.is_some() && install::is_broken(&self.vm.engine.memory, block, page, hva)
+        touching.is_some() && map::is_broken(&self.vm.engine.memory, block, page, hva)
     }
 
     pub(super) fn report_broken(&self, state: &mut LoopState, slot: &Slot, page: u64) -> Exit {

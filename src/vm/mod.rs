@@ -14,14 +14,17 @@ use crate::kernel::uffd::{Uffd, FEATURE_POISON};
 use crate::kernel::{abi::Abi, probe};
 use crate::mechanism::{self, Host, Mechanism, Wish, MECHANISMS};
 use crate::memory::block::Block;
-use crate::memory::install::{self, install, Source};
+use crate::memory::install::install;
 use crate::memory::pages::State;
 use crate::memory::pause::Patience;
 use crate::memory::slots::{Slot, Slots};
+use crate::memory::source::Source;
 use crate::memory::wait::Sleeper;
 use crate::memory::{calls, discard, give_back, Memory};
 use crate::resolve::fill::Fill;
-use crate::resolve::{pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
+use crate::resolve::{
+    failure, pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES,
+};
 use crate::stats::Stats;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -288,7 +291,7 @@ impl Vm {
         }
         if installed.inspect_err(|e| {
             if crate::resolve::in_callback() {
-                install::note_failure(e)
+                failure::note_failure(e)
             }
         })? == 0
         {

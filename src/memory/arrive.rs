@@ -1,0 +1,42 @@
+//! Pages that the VMM has put into its mapping itself (see `Memory::external`).
+
+use super::block::Block;
+use super::map::{map_alias, map_deferred, Empty};
+use super::pages::State;
+use super::wait::WAITS;
+use super::Memory;
+use crate::error::Result;
+use crate::stats::Stats;
+use std::ops::Range;
+
+/// The VMM has brought pages into its mapping, mostly such as nobody has asked for. A system call for each of them would slow the VMM's stream
+/// down; so they are mapped in the alias when all 64 pages of a word are there, or when a vCPU comes to one of the word that is. Pages that
+/// somebody waits for are mapped at once. A page with nothing in it (the VMM has dropped what was there) takes no memory before a vCPU comes to it.
+pub(super) fn arrive(
+    memory: &Memory,
+    block: &Block,
+    run: Range<u64>,
+    stats: &Stats,
+    installed: &mut u64,
+) -> Result<()> {
+    let before = *installed;
+    block.set_exits(run.clone(), false);
+    for page in run.clone() {
+        let unasked = block.pages.get(page) == State::Absent && block.defer(page);
+        if unasked && block.pages.change(page, State::Absent, State::Present).is_ok() {
+            *installed += 1;
+        } else {
+            block.take_deferred_runs(page..page + 1).for_each(drop);
+            map_alias(memory, block, page..page + 1, Empty::Defer, stats)?;
+            *installed += block.pages.make_present(page) as u64;
+        }
+        WAITS.wake(block.hva_of(page));
+        let word = block.word_of(page);
+        if page + 1 == word.end.min(run.end) && block.pages.count(word.clone(), State::Present) == word.end - word.start
+        {
+            map_deferred(memory, block, word, stats)?;
+        }
+    }
+    stats.pages_mapped.add(*installed - before);
+    Ok(())
+}

@@ -1,0 +1,174 @@
+//! How a PRESENT page is mapped: in the alias that KVM uses, and in the VMM's mapping.
+
+use super::block::Block;
+use super::gates::Pass;
+use super::pages::State;
+use super::pause::Patience;
+use super::source::zero;
+use super::Memory;
+use crate::error::{fail, Result};
+use crate::kernel::mem::{self, Kind};
+use crate::kernel::uffd::Step;
+use crate::stats::Stats;
+use std::ops::Range;
+
+/// Maps a PRESENT page in the alias for a vCPU that came to it, and what is deferred around it. A page that was discarded meanwhile is left
+/// alone; whoever wants it comes again.
+pub fn map_present(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
+    let Some(_pass) = keep_present(memory, block, page) else { return Ok(()) };
+    if block.is_deferred(page) {
+        map_deferred(memory, block, block.word_of(page), stats)?;
+    }
+    map_alias(memory, block, page..page + 1, Empty::Fill, stats)
+}
+
+/// A page stays PRESENT for as long as this pass is held; None if it isn't PRESENT any more, or its block is gone. Then it must be left alone: what
+/// were mapped there now, the next install would take for the page.
+fn keep_present<'m>(memory: &'m Memory, block: &Block, page: u64) -> Option<Pass<'m>> {
+    let pass = memory.enter(block, page)?;
+    (block.pages.get(page) == State::Present).then_some(pass)
+}
+
+/// Maps what is deferred of a range. No discard of the pages may be under way.
+pub(super) fn map_deferred(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
+    block.take_deferred_runs(pages).try_for_each(|run| map_alias(memory, block, run, Empty::Defer, stats))
+}
+
+/// Maps a PRESENT page in the VMM's mapping, for threads that wait there in userfaultfd.
+pub fn map_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
+    let hva = block.hva_of(page);
+    if let Some(_pass) = keep_present(memory, block, page) {
+        let mapped = match block.kind {
+            Kind::Shared | Kind::HugetlbShared => memory.uffd.map(hva, block.page, block.page),
+            Kind::Anon | Kind::HugetlbPrivate => fill(memory, block, hva, stats),
+        };
+        match mapped {
+            // EINVAL: the kernel has no UFFDIO_CONTINUE. What is in the page cache needs none there.
+            Err(e) if matches!(e.errno, libc::EFAULT | libc::EINVAL) => {
+                fill(memory, block, hva, stats)?;
+            }
+            // No longer registered: whoever slept was woken by that.
+            Err(e) if e.errno == libc::ENOENT && block.is_released() => {}
+            other => {
+                other?;
+            }
+        }
+    }
+    memory.uffd.wake(hva, block.page)
+}
+
+/// Is a PRESENT page broken (hwpoison) at `hva`, which shows it? A page that is discarded meanwhile isn't, though its marker looks the same.
+/// No pass is held while looking, which may wait (userfaultfd's minor faults), and discards would wait for it.
+pub fn is_broken(memory: &Memory, block: &Block, page: u64, hva: u64) -> bool {
+    let discards = memory.gates.discards(block.gate_of(page));
+    discards.is_some()
+        && block.pages.get(page) == State::Present
+        && mem::is_poisoned(hva, block.page)
+        && memory.gates.discards(block.gate_of(page)) == discards
+}
+
+/// What becomes of a PRESENT page with nothing in it, when it is to be mapped for KVM.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Empty {
+    /// It gets zeros.
+    Fill,
+    /// Where pages can be deferred it keeps a marker, and gets its zeros when a vCPU comes to it.
+    Defer,
+}
+
+/// So often in a row a page may be neither in the page cache nor possible to put there.
+const MOST_FILLS: u32 = 100;
+
+/// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias.
+pub(super) fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, empty: Empty, stats: &Stats) -> Result<()> {
+    let Some(alias) = block.alias_of(run.start) else {
+        return Ok(());
+    };
+    let end = alias + (run.end - run.start) * block.page;
+    let mut at = alias;
+    let mut patience = Patience::default();
+    let mut fills = 0;
+    while at < end {
+        let step = match memory.uffd.map(at, end - at, block.page) {
+            // No longer registered: the alias needs no help any more. (While a page is missing it is.)
+            Err(e) if e.errno == libc::ENOENT && block.is_released() => return Ok(()),
+            Err(e) if e.errno == libc::EFAULT => {
+                let page = run.start + (at - alias) / block.page;
+                if empty == Empty::Defer && block.defer(page) {
+                    memory.uffd.poison(at, block.page, block.page)?;
+                    at += block.page;
+                    continue;
+                }
+                match fill(memory, block, at, stats)? {
+                    // Others were faster, and it is in the page cache now. Unless it goes as fast as it comes.
+                    Step::Exists if fills < MOST_FILLS => {
+                        fills += 1;
+                        continue;
+                    }
+                    Step::Exists => {
+                        fail!(EBUSY, "the page at hva {:#x} is dropped as fast as it comes", block.hva_of(page))
+                    }
+                    step => step,
+                }
+            }
+            step => step.map_err(|e| e.context("mapping a page for KVM"))?,
+        };
+        match step {
+            Step::Done(bytes) => at += bytes,
+            Step::Exists => {
+                memory.uffd.wake(at, block.page)?;
+                at += block.page;
+            }
+            Step::Again => {
+                stats.retries_again.add(1);
+                patience.wait()?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A PRESENT page with nothing in it reads as zeros, as it would without userfaultfd: a hole of memory that was set with all pages present, or a
+/// page that the VMM dropped without telling.
+fn fill(memory: &Memory, block: &Block, at: u64, stats: &Stats) -> Result<Step> {
+    let step = zero(memory, block, at, block.page)?;
+    if let Step::Done(_) = step {
+        stats.pages_empty.add(1);
+    }
+    Ok(step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::mem::{Mapping, PAGE};
+    use crate::kernel::uffd::{Mode, Uffd};
+    use crate::memory::block::Shape;
+    use crate::memory::install::install;
+    use crate::memory::source::Source;
+    use crate::memory::testing::{byte, memory_and_block};
+
+    /// Who has seen a page PRESENT maps it a moment later; discarded since, it must stay missing, or zeros would be taken for it.
+    #[test]
+    fn what_was_discarded_meanwhile_is_not_mapped() {
+        let (anon_memory, _ram, anon) = needs!(memory_and_block(2));
+        let memory = Memory::new(Uffd::open().unwrap(), false);
+        let file = crate::kernel::file::tests::shared(2 * PAGE);
+        let ram = Mapping::shared(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 2 * PAGE, true).unwrap();
+        memory.uffd.register(ram.address(), 2 * PAGE, Mode::default()).unwrap();
+        let shape = Shape { hva: ram.address(), len: 2 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+        let shared = Block::new(shape, None, false, false).unwrap();
+        let bytes = Mapping::anonymous(PAGE).unwrap();
+        mem::write(bytes.address(), &[1; PAGE as usize]).unwrap();
+        for (memory, block) in [(&anon_memory, &anon), (&memory, &shared)] {
+            let stats = Stats::default();
+            map_vmm(memory, block, 0, &stats).unwrap();
+            assert_eq!(install(memory, block, 0..1, Source::Copy(bytes.address()), &stats), Ok(1));
+            assert_eq!(byte(block.hva), 1, "{:?}", block.kind);
+            // One that is PRESENT is mapped: here with zeros, as it was dropped behind our back.
+            block.pages.make_present(1);
+            map_vmm(memory, block, 1, &stats).unwrap();
+            assert_eq!(byte(block.hva_of(1)), 0, "{:?}", block.kind);
+        }
+    }
+}

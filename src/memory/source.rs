@@ -1,0 +1,99 @@
+//! Where a page's bytes come from, and how they get into the VMM's mapping.
+
+use super::block::Block;
+use super::Memory;
+use crate::error::{Error, Result};
+use crate::kernel::mem::{self, Kind, Mapping, HUGE_PAGE, PAGE};
+use crate::kernel::uffd::Step;
+use once_cell::sync::OnceCell;
+use std::cell::Cell;
+use std::ops::Range;
+
+/// How a page's bytes come.
+#[derive(Debug, Clone, Copy)]
+pub enum Source {
+    /// From this address of this process, page after page.
+    Copy(u64),
+    /// They are zeros.
+    Zero,
+    /// They are in the page cache of shared memory already.
+    Map,
+    /// The VMM has put them into its mapping already (see `Memory::external`).
+    Arrived,
+}
+
+impl Source {
+    /// What comes so many pages later.
+    pub(super) fn from(self, block: &Block, pages: u64) -> Source {
+        match self {
+            Source::Copy(bytes) => Source::Copy(bytes + pages * block.page),
+            other => other,
+        }
+    }
+}
+
+/// Zeros to copy where UFFDIO_ZEROPAGE doesn't work, for pages up to 2 MiB and for those that are larger.
+static ZEROS: [OnceCell<Mapping>; 2] = [const { OnceCell::new() }; 2];
+
+/// As many zeros as a page of this size needs, at least; an error is not kept.
+fn zeros(page: u64) -> Result<(&'static Mapping, u64)> {
+    let (zeros, len) = if page <= HUGE_PAGE { (&ZEROS[0], HUGE_PAGE) } else { (&ZEROS[1], page.max(1 << 30)) };
+    Ok((zeros.get_or_try_init(|| Mapping::zeros(len))?, len))
+}
+
+thread_local! {
+    /// What the thread installed from last: start and end.
+    static FETCHED: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+}
+
+/// Has the source read into memory before a gate is entered. It may be slow (a file on a network, memory under another userfaultfd), or never
+/// answer, and then others would wait for it in the gate. A buffer that is used again and again is there already. Errors are the copy's to tell: it
+/// says which page. A page that goes again meanwhile is read inside the gate; no wait for that is without end (see `Gates::discard`).
+pub(super) fn fetch(bytes: u64, len: u64) {
+    let end = bytes.saturating_add(len);
+    let (from, to) = FETCHED.get();
+    if bytes < from || end > to {
+        let start = bytes & !(PAGE - 1);
+        let _ = mem::advise(start, end.next_multiple_of(PAGE) - start, libc::MADV_POPULATE_READ, "");
+        FETCHED.set((bytes, end));
+    }
+}
+
+/// Bytes into the VMM's mapping.
+pub(super) fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source) -> Result<Step> {
+    let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
+    match source {
+        Source::Copy(bytes) => memory.uffd.copy(hva, bytes, len, block.page).map_err(|e| match e.errno {
+            libc::EFAULT => Error::new(libc::EFAULT, format!("src: the bytes at {bytes:#x} can't be read")),
+            _ => explain(e, block, hva),
+        }),
+        Source::Zero => zero(memory, block, hva, len),
+        Source::Map => memory.uffd.map(hva, len, block.page).map_err(|e| match e.errno {
+            libc::EFAULT => Error::new(libc::ENOENT, format!("the page at hva {hva:#x} is not in the page cache")),
+            _ => explain(e, block, hva),
+        }),
+        Source::Arrived => Ok(Step::Done(len)),
+    }
+}
+
+/// Zeros to an address in either mapping of a block.
+pub(super) fn zero(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<Step> {
+    // UFFDIO_ZEROPAGE doesn't replace a marker in private memory, and doesn't know hugetlb.
+    let done = if block.kind == Kind::Shared || block.kind == Kind::Anon && !block.is_marked() {
+        memory.uffd.zero(at, len, block.page)
+    } else {
+        let (zeros, most) = zeros(block.page)?;
+        let len = len.min(most / block.page * block.page).max(block.page);
+        memory.uffd.copy(at, zeros.address(), len, block.page)
+    };
+    done.map_err(|e| explain(e, block, at))
+}
+
+fn explain(error: Error, block: &Block, hva: u64) -> Error {
+    let why = match error.errno {
+        libc::ENOENT => "the memory is no longer mapped as it was when its slot was set",
+        libc::ENOMEM | libc::ENOSPC if block.page > PAGE => "the huge page pool is empty (vm.nr_hugepages)",
+        _ => return error.context(format!("installing the page at hva {hva:#x}")),
+    };
+    error.context(format!("installing the page at hva {hva:#x}: {why}"))
+}

@@ -1,0 +1,24 @@
+//! What tests of this room begin with.
+
+use super::block::{Block, Shape};
+use super::Memory;
+use crate::error::Result;
+use crate::kernel::mem::{self, Kind, Mapping, PAGE};
+use crate::kernel::uffd::{Mode, Uffd};
+
+/// Private memory of so many absent pages.
+pub fn memory_and_block(pages: u64) -> Result<(Memory, Mapping, Block)> {
+    let memory = Memory::new(Uffd::open()?, false);
+    let ram = Mapping::anonymous(pages * PAGE).unwrap();
+    memory.uffd.register(ram.address(), pages * PAGE, Mode::default()).unwrap();
+    let shape = Shape { hva: ram.address(), len: pages * PAGE, page: PAGE, kind: Kind::Anon, mechanism: 0 };
+    let block = Block::new(shape, None, false, false).unwrap();
+    Ok((memory, ram, block))
+}
+
+/// The byte at an address.
+pub fn byte(hva: u64) -> u8 {
+    let mut byte = [0xee];
+    mem::read(hva, &mut byte).unwrap();
+    byte[0]
+}
