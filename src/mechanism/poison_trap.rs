@@ -13,7 +13,7 @@ use crate::kernel::kvm::{VcpuFd, VmFd};
 use crate::kernel::mem::{advise, Kind};
 use crate::kernel::uffd::{Mode, Registration, FEATURE_POISON};
 use crate::memory::block::{Block, Shape};
-use crate::memory::{discard, map, Memory};
+use crate::memory::{map, markers, release, Memory};
 use crate::stats::Stats;
 
 #[derive(Debug)]
@@ -81,7 +81,7 @@ impl Mechanism for PoisonTrap {
 
     fn set_fast(&self, memory: &Memory, block: &Block, on: bool) -> Result<()> {
         if memory.external && !on {
-            return discard::release(memory, block);
+            return release::release(memory, block);
         }
         // Without markers, absent pages whose bytes are in the page cache are minor faults: from before the markers go until they are all there.
         // With a userfaultfd of the VMM's own no reader would serve them.
@@ -89,12 +89,12 @@ impl Mechanism for PoisonTrap {
         match (on, block.is_marked()) {
             (true, false) => {
                 register_alias(memory, block, minor)?;
-                discard::mark(memory, block).inspect_err(|_| drop(discard::unmark(memory, block)))?;
+                markers::mark(memory, block).inspect_err(|_| drop(markers::unmark(memory, block)))?;
                 register_alias(memory, block, false)
             }
             (false, true) => {
                 register_alias(memory, block, minor)?;
-                discard::unmark(memory, block)
+                markers::unmark(memory, block)
             }
             (true, true) => Ok(()),
             (false, false) => register_alias(memory, block, minor),

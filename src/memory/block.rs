@@ -50,7 +50,7 @@ pub struct Block {
     /// no thread of the library touches the memory that doesn't do so already (see `Memory::enter` and
     /// `Seat::touch`).
     pub gone: AtomicBool,
-    /// Nothing is missing, and nothing may be any more (see `discard::close`).
+    /// Nothing is missing, and nothing may be any more (see `release::close`).
     released: AtomicBool,
 }
 

@@ -261,6 +261,7 @@ mod tests {
     use crate::kernel::uffd::{Mode, Uffd};
     use crate::memory::block::Shape;
     use crate::memory::install::install;
+    use crate::memory::lose;
     use crate::memory::source::Source;
     use crate::stats::Stats;
     use std::sync::atomic::AtomicU32;
@@ -308,7 +309,7 @@ mod tests {
                         match what {
                             0 if block.pages.get(page) == State::Present => drop(claim.settle()),
                             1 => drop(claim.settle()), // announced
-                            2 => drop(discard::lose_claimed(memory, block, page, &claim)),
+                            2 => drop(lose::lose_claimed(memory, block, page, &claim)),
                             _ => drop(claim), // failed
                         }
                     }
@@ -324,7 +325,7 @@ mod tests {
                         let pages = page..page + 1;
                         let _ = match (random >> 50) % 4 {
                             0 => install(memory, block, pages, source, &Stats::default()).map(drop),
-                            1 => discard::lose(memory, block, pages).map(drop),
+                            1 => lose::lose(memory, block, pages).map(drop),
                             2 => discard::withdraw(memory, block, 0..PAGES).map(drop),
                             _ => discard::discard(memory, block, 0..PAGES, &Stats::default()),
                         };

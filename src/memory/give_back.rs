@@ -3,9 +3,12 @@
 
 use super::block::Block;
 use super::calls;
-use super::discard::{empty, gate_groups, remove, runs, show_lost, wake};
+use super::discard::{remove, wake};
 use super::gates::GATE_PAGES;
+use super::lose::show_lost;
+use super::markers::empty;
 use super::pages::State;
+use super::runs::{gate_groups, runs};
 use super::wait::WAITS;
 use super::Memory;
 use crate::error::Result;

@@ -154,6 +154,7 @@ fn publish(
 mod tests {
     use super::*;
     use crate::kernel::mem::{self, Mapping, PAGE};
+    use crate::memory::lose;
     use crate::memory::map::map_vmm;
     use crate::memory::testing::{byte, memory_and_block};
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
@@ -195,7 +196,7 @@ mod tests {
         block.gone.store(true, SeqCst);
         let errno = |done: Result<u64>| done.map_err(|e| e.errno);
         assert_eq!(errno(install(&memory, &block, 0..2, Source::Zero, &stats)), Err(libc::ENOENT));
-        assert_eq!(errno(discard::lose(&memory, &block, 0..2)), Err(libc::ENOENT));
+        assert_eq!(errno(lose::lose(&memory, &block, 0..2)), Err(libc::ENOENT));
         assert_eq!(errno(discard::discard(&memory, &block, 0..2, &stats).map(|()| 0)), Err(libc::ENOENT));
         let given_back = crate::memory::give_back::give_back(&memory, &block, 0..2, &stats);
         assert_eq!(errno(given_back.map(|()| 0)), Err(libc::ENOENT));
@@ -248,7 +249,7 @@ mod tests {
             {
                 round += 1;
                 (0..round % 64).for_each(|_| std::hint::spin_loop());
-                let _ = discard::lose(&memory, &block, 0..1);
+                let _ = lose::lose(&memory, &block, 0..1);
                 if block.pages.get(0) == State::Lost {
                     wrong += mem::read(block.hva, &mut [0]).is_ok() as u32;
                     lost += 1;
@@ -295,7 +296,7 @@ mod tests {
                 let _ = install(&memory, &block, 0..1, Source::Copy(bytes.address()), &stats);
                 round.store(n, SeqCst);
                 while done.load(SeqCst) < n {
-                    let _ = discard::lose(&memory, &block, 0..1);
+                    let _ = lose::lose(&memory, &block, 0..1);
                 }
                 if block.pages.get(0) == State::Lost {
                     lost += 1;

@@ -10,9 +10,13 @@ pub mod discard;
 pub mod gates;
 pub mod give_back;
 pub mod install;
+pub mod lose;
 pub mod map;
+pub mod markers;
 pub mod pages;
 pub mod pause;
+pub mod release;
+mod runs;
 pub mod slots;
 pub mod source;
 #[cfg(test)]
@@ -99,7 +103,7 @@ impl Memory {
     /// For the end of a block that is gone: waits until no pass of its gates is held that was entered before.
     /// Returns false if an install is still there at `end`.
     pub fn have_left(&self, block: &Block, end: Instant) -> bool {
-        let groups = discard::gate_groups(0..block.pages.len());
+        let groups = runs::gate_groups(0..block.pages.len());
         groups.fold(true, |all, group| self.gates.have_left(block.gate_of(group.start), end) && all)
     }
 

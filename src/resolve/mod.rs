@@ -19,7 +19,7 @@ use crate::memory::calls::Claim;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{look_around, Sleeper, WAITS};
-use crate::memory::{discard, Memory};
+use crate::memory::{lose, Memory};
 use crate::stats::Stats;
 use arc_swap::ArcSwapOption;
 use callbacks::Holder;
@@ -501,7 +501,7 @@ impl Engine {
             }
             _ if claim.is_overtaken_after_all() => Ok(Brought::Anew),
             Answer::Lost => {
-                match discard::lose_claimed(&self.memory, block, page, claim) {
+                match lose::lose_claimed(&self.memory, block, page, claim) {
                     Err(_) if block.is_gone() => return Ok(Brought::Anew),
                     lost => lost?,
                 };

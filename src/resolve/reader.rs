@@ -12,7 +12,7 @@ use crate::kernel::thread::pause;
 use crate::kernel::uffd::{Message, FEATURE_POISON};
 use crate::memory::block::Block;
 use crate::memory::pages::State;
-use crate::memory::{calls, discard, map};
+use crate::memory::{calls, discard, lose, map};
 use std::os::fd::AsRawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
@@ -209,7 +209,7 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
     let failed = match outcome {
         Ok(Outcome::WasPresent) => map(engine, &block, page, message.hva).err().filter(|_| !block.is_gone()),
         Ok(Outcome::Lost) => {
-            let _ = discard::show_lost_again(&engine.memory, &block, page);
+            let _ = lose::show_lost_again(&engine.memory, &block, page);
             // Markers tell it where the kernel has them.
             if engine.memory.uffd.features() & FEATURE_POISON == 0 {
                 if let Some(seat) = &seat {

@@ -11,7 +11,7 @@ use crate::memory::pages::State;
 use crate::memory::pause::Pause;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::WAITS;
-use crate::memory::{calls, discard};
+use crate::memory::{calls, markers, release};
 use crate::resolve::Engine;
 use std::os::fd::RawFd;
 use std::sync::atomic::Ordering::SeqCst;
@@ -192,7 +192,7 @@ impl Vm {
         block.gone.store(true, SeqCst);
         WAITS.wake_all();
         if block.alias.is_none() && block.is_marked() {
-            let _ = discard::unmark(memory, block);
+            let _ = markers::unmark(memory, block);
         }
         memory.unregister(block);
         self.wait_for_others(block);
@@ -456,7 +456,7 @@ impl Vm {
         let is_whole = |b: &&Arc<Block>| !b.is_released() && b.pages.count(0..b.pages.len(), State::Lost) == 0;
         let blocks: Vec<_> = slots.blocks().filter(is_whole).cloned().collect();
         for (n, block) in blocks.iter().enumerate() {
-            discard::close(memory, block).inspect_err(|_| blocks[..n].iter().for_each(|b| b.set_released(false)))?;
+            release::close(memory, block).inspect_err(|_| blocks[..n].iter().for_each(|b| b.set_released(false)))?;
         }
         let mut released = slots.iter().filter(|s| blocks.iter().any(|b| Arc::ptr_eq(b, &s.block)));
         let switched = released.try_for_each(|slot| self.switch(slot.region.slot, false));

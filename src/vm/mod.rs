@@ -20,7 +20,7 @@ use crate::memory::pause::Patience;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::source::Source;
 use crate::memory::wait::Sleeper;
-use crate::memory::{calls, discard, give_back, Memory};
+use crate::memory::{calls, discard, give_back, lose, Memory};
 use crate::resolve::fill::Fill;
 use crate::resolve::{
     failure, pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES,
@@ -304,7 +304,7 @@ impl Vm {
     pub fn lose(&self, gpa: u64, len: u64) -> Result<()> {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
-        if discard::lose(&self.engine.memory, &slot.block, pages)? == 0 {
+        if lose::lose(&self.engine.memory, &slot.block, pages)? == 0 {
             fail!(EEXIST, "gpa: all pages of [{gpa:#x}, +{len:#x}) are present or lost already");
         }
         Ok(())
