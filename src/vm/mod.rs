@@ -23,7 +23,7 @@ use crate::memory::wait::Sleeper;
 use crate::memory::{calls, discard, give_back, lose, Memory};
 use crate::resolve::fill::Fill;
 use crate::resolve::{
-    failure, pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES,
+    note_failure, pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES,
 };
 use crate::stats::Stats;
 use std::os::fd::{AsRawFd, RawFd};
@@ -291,7 +291,7 @@ impl Vm {
         }
         if installed.inspect_err(|e| {
             if crate::resolve::in_callback() {
-                failure::note_failure(e)
+                note_failure(e)
             }
         })? == 0
         {

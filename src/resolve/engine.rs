@@ -1,0 +1,398 @@
+//! Faults are served here: one caller of many has the resolver bring a page, the others wait for it.
+
+use super::call::{callback, take_failure};
+use super::callbacks::Holder;
+use super::fault::{Answer, Fault, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
+use super::readahead::{self, Plan};
+use super::reader::Readers;
+use super::seat::Seats;
+use super::working_set::Recorder;
+use crate::error::{fail, Error, Result};
+use crate::kernel::clock;
+use crate::kernel::futex::Wake;
+use crate::memory::block::Block;
+use crate::memory::calls::Claim;
+use crate::memory::pages::State;
+use crate::memory::slots::{Slot, Slots};
+use crate::memory::wait::{look_around, WAITS};
+use crate::memory::{lose, Memory};
+use crate::stats::Stats;
+use arc_swap::ArcSwapOption;
+use std::collections::HashMap;
+use std::sync::atomic::{fence, AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// A strided run is brought page by page before the vCPU goes on: for this long, so that a slow resolver doesn't hold it up.
+const AHEAD_AT_MOST: Duration = Duration::from_micros(200);
+
+/// What became of a resolver call.
+enum Brought {
+    /// The fault is over.
+    Ended(Outcome),
+    /// The page is announced.
+    Pending,
+    /// The call was overtaken (see `calls`), or the VM was shut down: the fault begins again.
+    Anew,
+}
+
+/// The memory of a VM together with who fills it.
+pub struct Engine {
+    /// The memory.
+    pub memory: Memory,
+    /// The vCPUs, as far as others need them.
+    pub seats: Seats,
+    /// The resolver, until the VM is shut down.
+    pub callbacks: Holder,
+    /// How many pages may be brought together, the needed one included.
+    pub readahead: u64,
+    /// Can the reader threads work?
+    pub readers: Readers,
+    shutdown: AtomicBool,
+    /// Pages whose last try for a host thread failed: how often in a row. Touched on failure only (see `is_failing`).
+    failing: Mutex<HashMap<u64, u32>>,
+    failing_len: AtomicUsize,
+    /// Who takes down what the guest needs; and whether there is one, which costs less to ask.
+    recorder: ArcSwapOption<Recorder>,
+    records: AtomicBool,
+}
+
+impl Engine {
+    /// `readahead`: how many pages may be brought together, the needed one included.
+    pub fn new(memory: Memory, resolver: Box<dyn Resolver>, readahead: u64) -> Engine {
+        look_around(); // reads the environment, which is not for a fault to do
+        Engine {
+            memory,
+            seats: Seats::default(),
+            callbacks: Holder::new(resolver),
+            readahead,
+            readers: Readers::default(),
+            shutdown: AtomicBool::new(false),
+            failing: Mutex::default(),
+            failing_len: AtomicUsize::new(0),
+            recorder: ArcSwapOption::empty(),
+            records: AtomicBool::new(false),
+        }
+    }
+
+    /// No more resolver calls; whoever waits goes with ESHUTDOWN. False if it was so already.
+    pub fn shut_down(&self) -> bool {
+        let first = !self.shutdown.swap(true, SeqCst);
+        fence(SeqCst); // with `check_begun`
+        self.memory.gates.close();
+        WAITS.wake_all();
+        first
+    }
+
+    /// For calls that have begun something that `shut_down` and its callers end: registered memory, say, whose block is published. To be asked after
+    /// that: either the end sees what was begun, or the beginner sees the end here and undoes it.
+    pub fn check_begun(&self) -> Result<()> {
+        fence(SeqCst);
+        if self.is_shut_down() {
+            fail!(ESHUTDOWN, "the VM was freed meanwhile");
+        }
+        Ok(())
+    }
+
+    /// Was it shut down?
+    pub fn is_shut_down(&self) -> bool {
+        self.shutdown.load(SeqCst)
+    }
+
+    /// Begins to record the working set anew, or ends it.
+    pub fn record(&self, recorder: Option<Recorder>) {
+        self.records.store(recorder.is_some(), SeqCst);
+        self.recorder.store(recorder.map(Arc::new));
+    }
+
+    /// Who records it.
+    pub fn recorder(&self) -> Option<Arc<Recorder>> {
+        self.recorder.load_full()
+    }
+
+    /// Tells the VMM of a write that the library did for the guest.
+    pub fn written(&self, gpa: u64, len: u64) {
+        if let Some(callbacks) = self.callbacks.get().as_ref() {
+            callback(|| callbacks.resolver().written(gpa, len));
+        }
+    }
+
+    /// Serves one fault, and counts it. `slots` are those in which the caller found the page, not long ago.
+    pub fn resolve(&self, slots: &Slots, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
+        let start = clock::nanoseconds();
+        let stats = need.stats;
+        match need.origin {
+            Origin::Vcpu(_) => stats.faults_vcpu.add(1),
+            Origin::Host => stats.faults_host.add(1),
+            Origin::Prefetch => stats.faults_prefetch.add(1),
+            Origin::Fill => {} // not through here
+        }
+        let outcome = self.settle(slots, block, page, need);
+        match outcome {
+            Ok(Outcome::Installed) => stats.outcome_resolved.add(1),
+            Ok(Outcome::Waited | Outcome::Elsewhere | Outcome::Pending | Outcome::Gone) => stats.outcome_waited.add(1),
+            Ok(Outcome::WasPresent) => stats.outcome_mapped.add(1),
+            Ok(Outcome::Lost) => stats.outcome_lost.add(1),
+            Ok(Outcome::Interrupted) => stats.outcome_interrupted.add(1),
+            Ok(Outcome::Retry) => stats.outcome_retried.add(1),
+            Err(_) => stats.outcome_failed.add(1),
+        }
+        stats.served_in(clock::nanoseconds().saturating_sub(start));
+        outcome
+    }
+
+    /// The same for background fill: nobody waits, so that it is no fault to count.
+    pub fn fill(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
+        self.settle(&self.memory.slots(), block, page, need)
+    }
+
+    fn settle(&self, slots: &Slots, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
+        let hva = block.hva_of(page);
+        let mut waited = false;
+        loop {
+            if self.is_shut_down() {
+                fail!(ESHUTDOWN, "the VM was freed while a fault at hva {hva:#x} was under way");
+            }
+            if block.gone.load(SeqCst) {
+                return Ok(Outcome::Gone);
+            }
+            match block.pages.get(page) {
+                State::Present if waited => return Ok(Outcome::Waited),
+                State::Present => return Ok(Outcome::WasPresent),
+                State::Lost => return Ok(Outcome::Lost),
+                State::Resolving => {
+                    let Some(waiter) = need.waiter else {
+                        return Ok(Outcome::Elsewhere);
+                    };
+                    waited = true;
+                    let still = || {
+                        block.pages.get(page) == State::Resolving
+                            && !waiter.must_leave()
+                            && !self.is_shut_down()
+                            && !block.gone.load(SeqCst)
+                    };
+                    let wake = WAITS.wait(hva, waiter.sleeper(), look_around(), still);
+                    let unsettled = block.pages.get(page) == State::Resolving;
+                    if unsettled && (waiter.must_leave() || wake == Wake::Signal && !waiter.was_nudged()) {
+                        return Ok(Outcome::Interrupted);
+                    }
+                }
+                State::Absent => {
+                    let wakes = need.waiter.is_some() || need.origin == Origin::Fill;
+                    let Some(mut claim) = Claim::take(&self.memory, block, page, wakes) else { continue };
+                    let Some(slot) = slots.showing(block, page) else {
+                        return Ok(Outcome::Gone);
+                    };
+                    let plan = self.plan(slot, page, need.more);
+                    let brought = self.bring(&mut claim, slot, page, need, &plan)?;
+                    drop(claim);
+                    if !plan.is_contiguous() {
+                        self.bring_beyond(slot, page, need, plan);
+                    }
+                    match brought {
+                        Brought::Ended(outcome) => return Ok(outcome),
+                        Brought::Pending if need.waiter.is_none() => return Ok(Outcome::Pending),
+                        Brought::Pending => waited = true,
+                        Brought::Anew if need.waiter.is_some_and(Waiter::must_leave) => {
+                            return Ok(Outcome::Interrupted)
+                        }
+                        Brought::Anew => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// What to bring with a page.
+    fn plan(&self, slot: &Slot, page: u64, more: More<'_>) -> Plan {
+        match more {
+            More::UpTo { most, .. } => Plan { step: 1, count: most.max(1) },
+            // Somebody else has the runs only where two reader threads serve one vCPU, or host threads, at once.
+            More::Ahead(runs) if self.readahead > 1 => match runs.try_lock() {
+                Ok(mut runs) => runs.next(slot.block.hva_of(page) / slot.block.page, self.readahead),
+                Err(_) => Plan::ALONE,
+            },
+            More::Ahead(_) => Plan::ALONE,
+        }
+    }
+
+    /// Has the resolver bring a page that was claimed, and what is absent around it according to the plan. If that fails, the page alone: what
+    /// nobody has asked for must not cost the guest what it needs.
+    fn bring(&self, claim: &mut Claim<'_>, slot: &Slot, page: u64, need: &Need<'_>, plan: &Plan) -> Result<Brought> {
+        let block = &slot.block;
+        let mut window = match plan.count {
+            1 => page..page + 1,
+            _ if plan.is_contiguous() => {
+                let wanted = readahead::window(slot, page, plan);
+                let end = match need.more {
+                    More::UpTo { end, .. } => wanted.end.min(end).max(page + 1),
+                    More::Ahead(_) => wanted.end,
+                };
+                block.pages.absent_down(page, wanted.start)..block.pages.absent_up(page + 1, end)
+            }
+            _ => page..page + 1,
+        };
+        let ahead = window.end - window.start - 1;
+        let mut fault = Fault {
+            slot: slot.region.slot,
+            gpa: slot.gpa_of(page),
+            len: block.page,
+            hva: block.hva_of(page),
+            access: need.access,
+            origin: need.origin,
+            window: slot.gpa_of(window.start)..slot.gpa_of(window.end),
+        };
+        let counted = if matches!(need.more, More::Ahead(_)) { ahead } else { 0 };
+        need.stats.ahead_asked.add(counted);
+        let mut answer = self.ask(block, page, &fault, need.stats);
+        let is_ours = || !claim.is_overtaken() && block.pages.get(page) == State::Resolving;
+        if ahead > 0 && matches!(answer, Answer::Failed(_)) && is_ours() {
+            need.stats.ahead_failed.add(counted);
+            window = page..page + 1;
+            fault.window = fault.gpa..fault.gpa + fault.len;
+            answer = self.ask(block, page, &fault, need.stats);
+        }
+        if self.is_shut_down() {
+            // Whatever the resolver says: with its VM freed it could not do what it meant to.
+            return Ok(Brought::Anew);
+        }
+        let brought = self.conclude(claim, block, page, answer, &fault)?;
+        let is_needed =
+            need.origin != Origin::Fill && matches!(brought, Brought::Pending | Brought::Ended(Outcome::Installed));
+        if is_needed && self.records.load(SeqCst) {
+            if let Some(recorder) = self.recorder.load().as_ref() {
+                recorder.note(block, &window);
+            }
+        }
+        Ok(brought)
+    }
+
+    /// One call of the resolver. Not if the page has come by itself meanwhile.
+    fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> Answer {
+        if block.pages.get(page) == State::Present {
+            return Answer::Resolved;
+        }
+        let callbacks = self.callbacks.get();
+        let Some(callbacks) = callbacks.as_ref() else { return Answer::Failed(libc::ESHUTDOWN) };
+        stats.resolver_calls.add(1);
+        callback(|| callbacks.resolver().resolve(fault))
+    }
+
+    /// The further pages of a strided run: a call each, for as long as they are brought quickly and nobody kicks. What fails stays absent.
+    fn bring_beyond(&self, slot: &Slot, page: u64, need: &Need<'_>, plan: Plan) {
+        let start = Instant::now();
+        let prefetch = Need { origin: Origin::Prefetch, access: 0, waiter: None, more: More::NOTHING, ..*need };
+        for page in plan.beyond(page, slot.pages()) {
+            let must_leave = need.waiter.is_some_and(Waiter::must_leave);
+            if must_leave || self.is_shut_down() || start.elapsed() > AHEAD_AT_MOST {
+                return;
+            }
+            let block = &slot.block;
+            if let Some(mut claim) = Claim::take(&self.memory, block, page, true) {
+                need.stats.ahead_asked.add(1);
+                let brought = self.bring(&mut claim, slot, page, &prefetch, &Plan::ALONE);
+                drop(claim);
+                match brought {
+                    Ok(Brought::Pending | Brought::Ended(Outcome::Installed)) => {}
+                    _ => need.stats.ahead_failed.add(1),
+                }
+            }
+        }
+    }
+
+    /// What the answer means for the page that was claimed.
+    fn conclude(
+        &self,
+        claim: &mut Claim<'_>,
+        block: &Block,
+        page: u64,
+        answer: Answer,
+        fault: &Fault,
+    ) -> Result<Brought> {
+        let is_present = block.pages.get(page) == State::Present;
+        let at = || format!("gpa {:#x} (slot {:#x})", fault.gpa, fault.slot);
+        match answer {
+            Answer::Resolved | Answer::Failed(libc::EEXIST) if is_present => {
+                claim.settle();
+                Ok(Brought::Ended(Outcome::Installed))
+            }
+            Answer::Pending => Ok(if claim.settle() { Brought::Pending } else { Brought::Anew }),
+            // Given up meanwhile (kvmfault_pages_lost), from which everything that the resolver could say follows.
+            _ if block.pages.get(page) == State::Lost => {
+                claim.settle();
+                Ok(Brought::Ended(Outcome::Lost))
+            }
+            // Brought, and discarded since: the guest comes again if it still needs the page.
+            Answer::Resolved | Answer::Failed(libc::EEXIST) if claim.is_overtaken_after_all() => {
+                Ok(Brought::Ended(Outcome::Installed))
+            }
+            _ if claim.is_overtaken_after_all() => Ok(Brought::Anew),
+            Answer::Lost => {
+                match lose::lose_claimed(&self.memory, block, page, claim) {
+                    Err(_) if block.is_gone() => return Ok(Brought::Anew),
+                    lost => lost?,
+                };
+                Ok(match block.pages.get(page) {
+                    State::Lost => Brought::Ended(Outcome::Lost),
+                    State::Present => Brought::Ended(Outcome::Installed),
+                    _ => Brought::Anew,
+                })
+            }
+            Answer::Retry => Ok(Brought::Ended(Outcome::Retry)),
+            // What it was asked for isn't there any more.
+            Answer::Resolved | Answer::Failed(_) if !self.is_shown(block, page, fault) => {
+                let elsewhere = self.memory.slots().showing(block, page).is_some();
+                Ok(Brought::Ended(if elsewhere { Outcome::Retry } else { Outcome::Gone }))
+            }
+            Answer::Resolved => fail!(EPROTO, "the resolver said KVMFAULT_RESOLVED but installed nothing at {}", at()),
+            Answer::Failed(errno) => {
+                let why = match take_failure(errno) {
+                    Some(error) => error.to_string(),
+                    None => std::io::Error::from_raw_os_error(errno).to_string(),
+                };
+                Err(Error::new(errno, format!("the resolver failed at {}: {why}", at())))
+            }
+            Answer::Garbage(value) => {
+                fail!(
+                    EPROTO,
+                    "the resolver returned {value}, which is neither a KVMFAULT_* answer nor -errno, at {}",
+                    at()
+                )
+            }
+        }
+    }
+
+    /// Does the slot of a fault still show the page where it did?
+    fn is_shown(&self, block: &Block, page: u64, fault: &Fault) -> bool {
+        let slots = self.memory.slots();
+        slots.numbered(fault.slot).is_some_and(|s| std::ptr::eq(&*s.block, block) && s.gpa_of(page) == fault.gpa)
+    }
+
+    /// For a test of what faults must not wait for.
+    #[cfg(test)]
+    pub fn hold_failing(&self) -> std::sync::MutexGuard<'_, HashMap<u64, u32>> {
+        self.failing.lock().unwrap()
+    }
+
+    /// Another failed try for a host thread at this page: which one in a row.
+    pub(super) fn count_failure(&self, hva: u64) -> u32 {
+        let Ok(mut failing) = self.failing.lock() else {
+            return MOST_RETRIES;
+        };
+        let tries = failing.entry(hva).or_insert(0);
+        *tries += 1;
+        let tries = *tries;
+        self.failing_len.store(failing.len(), SeqCst);
+        tries
+    }
+
+    pub(super) fn forget_failure(&self, hva: u64) {
+        if self.failing_len.load(SeqCst) == 0 {
+            return;
+        }
+        if let Ok(mut failing) = self.failing.lock() {
+            failing.remove(&hva);
+            self.failing_len.store(failing.len(), SeqCst);
+        }
+    }
+}

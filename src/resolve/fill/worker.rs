@@ -1,0 +1,272 @@
+//! What the threads of a fill do.
+
+use super::order::Piece;
+use super::pace::give_way;
+use super::{Fill, Report};
+use crate::error::{Error, Result};
+use crate::memory::block::Block;
+use crate::memory::pages::State;
+use crate::resolve::{More, Need, Origin, Outcome, MOST_RETRIES};
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// So many pages that a resolver has announced (KVMFAULT_PENDING) may be outstanding for each thread.
+const MOST_PENDING: usize = 64;
+/// A thread that has nothing to do looks again after this time; so it sees soon that it is to stop.
+const LOOK: Duration = Duration::from_millis(1);
+/// The pause after tries without success grows to this.
+const LONGEST_PAUSE: Duration = Duration::from_millis(10);
+/// So many tries in a row that failed are the end: the resolver is dead.
+const MOST_FAILURES: u32 = 1000;
+
+impl Fill {
+    /// The first thread: works like the others, and besides reports, and sees the end.
+    pub(super) fn lead(&self, report: &Report) {
+        let mut hand = Hand::default();
+        let (mut reported, mut left_then) = (Instant::now(), self.total);
+        let (mut idle, mut left_before) = (0, u64::MAX);
+        let mut withdrawn = self.engine.memory.withdrawn.load(Relaxed);
+        while !self.is_stopped() {
+            if reported.elapsed() >= self.options.interval {
+                let progress = self.progress(reported, left_then);
+                (reported, left_then) = (Instant::now(), progress.left);
+                report(&progress);
+            }
+            if self.pause.is_asked() {
+                self.pause.wait(reported.checked_add(self.options.interval), || self.is_stopped());
+                (idle, left_before) = (0, u64::MAX);
+                continue;
+            }
+            self.note_first();
+            if self.in_vain.load(SeqCst) >= MOST_FAILURES {
+                self.end(Err(self.why(self.left())));
+                break;
+            }
+            if self.work(&mut hand) {
+                continue;
+            }
+            // What was announced and withdrawn is asked for again, whatever is still to come.
+            let now = self.engine.memory.withdrawn.load(Relaxed);
+            if std::mem::replace(&mut withdrawn, now) != now {
+                self.order.lock().map(|mut order| order.start_again()).unwrap_or_default();
+                continue;
+            }
+            // The pass is over as soon as the others are done with what they have.
+            if self.busy.load(SeqCst) > 0 || hand.has_pending() {
+                std::thread::sleep(LOOK);
+                continue;
+            }
+            let left = self.left();
+            idle = if left < left_before { 0 } else { idle + 1 };
+            left_before = left;
+            if let Some(result) = self.judge(left, idle) {
+                self.end(result);
+                break;
+            }
+            self.order.lock().map(|mut order| order.start_again()).unwrap_or_default();
+            self.sleep((LOOK * (1 << idle.min(10))).min(LONGEST_PAUSE));
+        }
+        let why = match self.engine.is_shut_down() {
+            true => Error::new(libc::ESHUTDOWN, "the VM was freed"),
+            false => Error::new(libc::ECANCELED, "the fill was stopped"),
+        };
+        self.end(Err(why));
+        report(&self.progress(reported, left_then));
+    }
+
+    /// At the end of a pass, the `idle`-th in a row after which no less was left: is that the end?
+    fn judge(&self, left: u64, idle: u32) -> Option<Result<()>> {
+        if self.options.only_first {
+            self.note_first();
+            return self.state.lock().is_ok_and(|ends| ends.first).then_some(Ok(()));
+        }
+        if left == 0 {
+            return match (self.options.finish)(&|| self.is_stopped()) {
+                // A page was discarded meanwhile.
+                Err(e) if e.errno == libc::EBUSY => None,
+                // Whether it was stopped or the VM freed, `lead` says.
+                Err(_) if self.is_stopped() => None,
+                result => Some(result),
+            };
+        }
+        let slots = self.engine.memory.slots();
+        let is_coming = self.options.scope.count(&slots, State::Resolving) > 0;
+        let has_failed = self.last_error.lock().is_ok_and(|error| error.is_some());
+        let is_over = idle > if has_failed { 1 } else { MOST_RETRIES };
+        (is_over && !is_coming).then(|| Err(self.why(left)))
+    }
+
+    /// Why so many pages are left.
+    fn why(&self, left: u64) -> Error {
+        let error = self.last_error.lock().ok().and_then(|mut error| error.take());
+        let error = error.unwrap_or(Error::new(libc::ELOOP, "the resolver asks for retries without end"));
+        error.context(format!("{left} pages could not be brought"))
+    }
+
+    pub(super) fn follow(&self) {
+        let mut hand = Hand::default();
+        while !self.is_stopped() {
+            if self.pause.is_asked() {
+                self.pause.wait(None, || self.is_stopped());
+            } else if !self.work(&mut hand) {
+                std::thread::sleep(LOOK);
+            }
+        }
+    }
+
+    /// False if a pause or the end came before the time was over.
+    fn sleep(&self, time: Duration) -> bool {
+        let until = Instant::now() + time;
+        while !self.is_stopped() && !self.pause.is_asked() {
+            match until.saturating_duration_since(Instant::now()) {
+                Duration::ZERO => return true,
+                left => std::thread::sleep(left.min(10 * LOOK)),
+            }
+        }
+        false
+    }
+
+    /// Brings one piece; false if there is none now.
+    fn work(&self, hand: &mut Hand) -> bool {
+        if hand.is_full() {
+            return false;
+        }
+        give_way(&self.engine.seats);
+        let mut piece = match hand.rest.take() {
+            Some(rest) => rest,
+            None => {
+                self.busy.fetch_add(1, SeqCst);
+                let Some(piece) = self.take() else {
+                    self.busy.fetch_sub(1, SeqCst);
+                    return false;
+                };
+                piece
+            }
+        };
+        let is_time = self.sleep(self.limit.delay(piece.bytes()));
+        let rest = if is_time { self.bring(&piece, hand) } else { Some(piece.pages.start) };
+        if let Some(rest) = rest {
+            // The thread is still busy with it: no other thread takes its pages, and
+            // without them what comes first isn't there.
+            piece.pages.start = rest;
+            self.limit.give_back(piece.bytes());
+            hand.rest = Some(piece);
+            return true;
+        }
+        self.busy_first.fetch_sub(piece.is_first.into(), SeqCst);
+        self.busy.fetch_sub(1, SeqCst);
+        true
+    }
+
+    fn take(&self) -> Option<Piece> {
+        let mut order = self.order.lock().ok()?;
+        let piece = order.next(&self.engine.memory, &self.engine.seats, self.options.batch)?;
+        self.busy_first.fetch_add(piece.is_first.into(), SeqCst);
+        Some(piece)
+    }
+
+    /// Is what comes first there? Nobody has a piece of it in hand, and no page of it is announced.
+    fn note_first(&self) {
+        let is_taken =
+            || self.order.lock().is_ok_and(|order| order.is_past_first() && self.busy_first.load(SeqCst) == 0);
+        let Ok(ends) = self.state.lock() else { return };
+        if ends.first || !is_taken() {
+            return;
+        }
+        drop(ends);
+        let slots = self.engine.memory.slots();
+        let is_coming = |range: &Range<u64>| {
+            let blocks = slots.blocks_in(range.start, range.end - range.start);
+            blocks.into_iter().any(|b| b.pages.count(b.pages_in(range), State::Resolving) > 0)
+        };
+        if !self.first.iter().any(is_coming) {
+            if let Ok(mut ends) = self.state.lock() {
+                ends.first = true;
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// One page, and what comes with it; None while the fill is paused. A thread counts itself as
+    /// calling before it looks whether it may call. So a caller of `pause` that sees none calling
+    /// afterwards has seen the last call.
+    fn call(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Option<Result<Outcome>> {
+        self.calling.fetch_add(1, SeqCst);
+        let answer = (!self.pause.is_asked()).then(|| self.engine.fill(block, page, need));
+        self.calling.fetch_sub(1, SeqCst);
+        answer
+    }
+
+    /// Brings the pages of a piece; if a pause comes in between: the page that is next.
+    fn bring(&self, piece: &Piece, hand: &mut Hand) -> Option<u64> {
+        let stats = self.engine.memory.stats.here();
+        let (block, end) = (&piece.block, piece.pages.end);
+        let more = More::UpTo { end, most: self.options.batch };
+        let need = Need { origin: Origin::Fill, access: 0, waiter: None, stats, more };
+        let mut page = piece.pages.start;
+        while let Some(next) = block.pages.first_absent(page..end) {
+            if self.is_stopped() {
+                return None;
+            }
+            let Some(answer) = self.call(block, next, &need) else { return Some(next) };
+            page = next + 1;
+            match answer {
+                // The resolver has been told the whole piece; what it doesn't bring is for the next pass.
+                Ok(Outcome::Pending) => {
+                    hand.remember(block, next);
+                    return None;
+                }
+                Ok(Outcome::Gone) => return None,
+                Ok(Outcome::Retry) => drop(self.sleep(LOOK)),
+                Ok(_) => self.in_vain.store(0, SeqCst),
+                Err(e) => {
+                    self.failed.fetch_add(1, Relaxed);
+                    self.last_error.lock().map(|mut last| *last = Some(e)).unwrap_or_default();
+                    // A single bad page must not cost time; where nothing works there is no hurry.
+                    match self.in_vain.fetch_add(1, SeqCst) {
+                        0..8 => {}
+                        n => drop(self.sleep((Duration::from_micros(10) * n).min(LONGEST_PAUSE))),
+                    }
+                    if self.in_vain.load(SeqCst) >= MOST_FAILURES {
+                        return None;
+                    }
+                }
+            }
+        }
+        None
+    }
+}
+
+/// What one thread has in hand.
+#[derive(Default)]
+struct Hand {
+    /// Pages that were announced.
+    pending: VecDeque<(Arc<Block>, u64)>,
+    /// What of its piece was not brought when a pause came.
+    rest: Option<Piece>,
+}
+
+impl Hand {
+    fn remember(&mut self, block: &Arc<Block>, page: u64) {
+        self.pending.push_back((block.clone(), page));
+    }
+
+    fn settle(&mut self) {
+        self.pending.retain(|(block, page)| block.pages.get(*page) == State::Resolving && !block.gone.load(SeqCst));
+    }
+
+    fn has_pending(&mut self) -> bool {
+        self.settle();
+        !self.pending.is_empty()
+    }
+
+    fn is_full(&mut self) -> bool {
+        if self.pending.len() >= MOST_PENDING {
+            self.settle();
+        }
+        self.pending.len() >= MOST_PENDING
+    }
+}
