@@ -73,8 +73,9 @@ impl Mechanism for PoisonTrap {
         }
         let block = Block::new(shape, alias, false, wish.present)?;
         let block = if memory.external { block.with_deferral()? } else { block };
-        // Until the fast path is on.
-        block.set_released(memory.external);
+        if memory.external {
+            block.phase.close(); // until the fast path is on
+        }
         registration.into_iter().for_each(Registration::keep);
         Ok(block)
     }

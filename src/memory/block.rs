@@ -2,6 +2,7 @@
 
 use super::gates::GATE_PAGES;
 use super::pages::{Pages, State};
+use super::phase::{AtomicPhase, Phase};
 use crate::error::Result;
 use crate::kernel::mem::{Kind, Mapping, PAGE};
 use std::ops::Range;
@@ -38,20 +39,14 @@ pub struct Block {
     pub pages: Pages,
     /// The mapping that KVM gets instead of the VMM's own.
     pub alias: Option<Mapping>,
-    /// Absent pages carry poison markers, in the alias if there is one.
-    pub marked: AtomicBool,
+    /// Whether pages may be missing, and carry markers.
+    pub phase: AtomicPhase,
     /// KVM Userfault: one bit a base page, set = exit.
     bitmap: Option<Mapping>,
     /// One bit a page, set = PRESENT, and still with its marker in the alias (see `arrive`).
     deferred: Option<Mapping>,
     /// KVM may have a slot of it, and so the addresses of what was made for KVM.
     pub in_kvm: AtomicBool,
-    /// No slot shows it any more, and none is to come: threads that wait for a page of it are released, and
-    /// no thread of the library touches the memory that doesn't do so already (see `Memory::enter` and
-    /// `Seat::touch`).
-    pub gone: AtomicBool,
-    /// Nothing is missing, and nothing may be any more (see `release::close`).
-    released: AtomicBool,
 }
 
 impl Block {
@@ -68,7 +63,6 @@ impl Block {
         } else if let Some(bitmap) = &bitmap {
             bitmap.atomics().iter().for_each(|word| word.store(!0, Ordering::Release));
         }
-        let [marked, in_kvm, gone, released] = [false; 4].map(AtomicBool::new);
         Ok(Block {
             hva,
             len,
@@ -77,12 +71,10 @@ impl Block {
             mechanism,
             pages,
             alias,
-            marked,
+            phase: AtomicPhase::new(Phase::Unmarked),
             bitmap,
             deferred: None,
-            in_kvm,
-            gone,
-            released,
+            in_kvm: AtomicBool::new(false),
         })
     }
 
@@ -134,7 +126,7 @@ impl Block {
 
     /// Do absent pages carry poison markers?
     pub fn is_marked(&self) -> bool {
-        self.marked.load(Ordering::Acquire)
+        self.phase.is_marked()
     }
 
     /// A page is to be mapped in the alias later; false if that isn't done with this block.
@@ -179,17 +171,7 @@ impl Block {
     /// Is its memory the VMM's again?
     #[inline]
     pub fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::SeqCst)
-    }
-
-    /// Memory like any other: nothing is missing, nothing may be, and nothing is registered for it.
-    pub fn is_released(&self) -> bool {
-        self.released.load(Ordering::SeqCst)
-    }
-
-    /// Says so, or the opposite.
-    pub fn set_released(&self, released: bool) {
-        self.released.store(released, Ordering::SeqCst);
+        self.phase.is_retired()
     }
 
     /// The address of the KVM Userfault bitmap's bit for a byte offset; 0 without a bitmap.

@@ -20,7 +20,7 @@ use std::sync::atomic::Ordering;
 pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     for group in gate_groups(pages) {
         let _pass = memory.enter_alone(block, group.start)?;
-        if block.is_released() {
+        if block.phase.is_closed() {
             fail!(
                 EBUSY,
                 "nothing may be missing in the memory at hva {:#x}: its fast path is off, or a fill has ended there (kvmfault_memslot_set_fast_only turns it on)",

@@ -80,7 +80,7 @@ impl Gates {
         self.claim(key, at_most, true)
     }
 
-    /// For the end of a block whose `gone` is set: waits until all that entered a gate before that has
+    /// For the end of a block that is retired: waits until all that entered a gate before that has
     /// left it. Discards are waited for as long as they take: they are system calls that end. Installs,
     /// whose source may not answer, are waited for until `end`. Returns false if one is still there.
     pub fn have_left(&self, key: u64, end: Instant) -> bool {

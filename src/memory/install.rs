@@ -180,7 +180,7 @@ mod tests {
             return eprintln!("skipped: the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
         }
         memory.uffd.poison(ram.address(), 4 * PAGE, PAGE).unwrap();
-        block.marked.store(true, std::sync::atomic::Ordering::SeqCst);
+        block.phase.mark();
         assert_eq!(mem::read(ram.address(), &mut [0]).unwrap_err().errno, libc::EFAULT);
         assert_eq!(install(&memory, &block, 0..4, Source::Zero, &Stats::default()), Ok(4));
         assert_eq!(byte(ram.address() + 3 * PAGE), 0);
@@ -193,7 +193,7 @@ mod tests {
         let stats = Stats::default();
         assert_eq!(install(&memory, &block, 0..1, Source::Zero, &stats), Ok(1));
         mem::write(ram.address(), &[7]).unwrap();
-        block.gone.store(true, SeqCst);
+        block.phase.retire();
         let errno = |done: Result<u64>| done.map_err(|e| e.errno);
         assert_eq!(errno(install(&memory, &block, 0..2, Source::Zero, &stats)), Err(libc::ENOENT));
         assert_eq!(errno(lose::lose(&memory, &block, 0..2)), Err(libc::ENOENT));
@@ -211,7 +211,7 @@ mod tests {
     fn a_block_that_goes_waits_for_passes() {
         let (memory, _ram, block) = needs!(memory_and_block(1030));
         let pass = memory.enter(&block, 1029).unwrap();
-        block.gone.store(true, SeqCst);
+        block.phase.retire();
         assert!(memory.enter(&block, 1029).is_none());
         assert!(!memory.have_left(&block, Instant::now() + Duration::from_millis(20)));
         drop(pass);

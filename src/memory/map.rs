@@ -48,7 +48,7 @@ pub fn map_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Resu
                 fill(memory, block, hva, stats)?;
             }
             // No longer registered: whoever slept was woken by that.
-            Err(e) if e.errno == libc::ENOENT && block.is_released() => {}
+            Err(e) if e.errno == libc::ENOENT && !block.phase.is_registered() => {}
             other => {
                 other?;
             }
@@ -91,7 +91,7 @@ pub(super) fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, empty: 
     while at < end {
         let step = match memory.uffd.map(at, end - at, block.page) {
             // No longer registered: the alias needs no help any more. (While a page is missing it is.)
-            Err(e) if e.errno == libc::ENOENT && block.is_released() => return Ok(()),
+            Err(e) if e.errno == libc::ENOENT && !block.phase.is_registered() => return Ok(()),
             Err(e) if e.errno == libc::EFAULT => {
                 let page = run.start + (at - alias) / block.page;
                 if empty == Empty::Defer && block.defer(page) {
@@ -170,5 +170,18 @@ mod tests {
             map_vmm(memory, block, 1, &stats).unwrap();
             assert_eq!(byte(block.hva_of(1)), 0, "{:?}", block.kind);
         }
+    }
+
+    /// A reader may serve a fault in memory whose slot is deleted meanwhile. Unregistering has woken
+    /// the thread, so that there is nothing to map, and no error either.
+    #[test]
+    fn a_page_of_a_retired_block_needs_no_mapping() {
+        let (memory, _ram, block) = needs!(memory_and_block(1));
+        block.pages.make_present(0);
+        memory.unregister(&block);
+        let map = || map_vmm(&memory, &block, 0, &Stats::default()).map_err(|e| e.errno);
+        assert_eq!(map(), Err(libc::ENOENT));
+        block.phase.retire();
+        assert_eq!(map(), Ok(()));
     }
 }

@@ -11,7 +11,6 @@ use crate::kernel::mem::{self, advise, Kind, MADV_DONTNEED_LOCKED, PAGE};
 use crate::kernel::thread;
 use crate::kernel::uffd::Step;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Less than so many gates' pages (128 MiB of 4 KiB pages, a few milliseconds) are not worth another thread.
@@ -19,8 +18,7 @@ const MARKED_ALONE: u64 = 64;
 
 /// Puts markers on all absent pages of a block, in the mapping that KVM uses. Pages that arrive meanwhile are left alone.
 pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
-    block.marked.store(true, Ordering::SeqCst);
-    block.set_released(false);
+    block.phase.mark();
     thread::in_parallel(0..block.pages.len().div_ceil(GATE_PAGES), MARKED_ALONE, |groups| {
         let pages = groups.start * GATE_PAGES..(groups.end * GATE_PAGES).min(block.pages.len());
         gate_groups(pages).try_for_each(|group| {
@@ -93,7 +91,7 @@ pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
             empty(block, block.kvm_hva_of(run.start), (run.end - run.start) * block.page)?;
         }
     }
-    block.marked.store(false, Ordering::SeqCst);
+    block.phase.unmarked();
     Ok(())
 }
 

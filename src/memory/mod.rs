@@ -15,6 +15,7 @@ pub mod map;
 pub mod markers;
 pub mod pages;
 pub mod pause;
+pub mod phase;
 pub mod release;
 mod runs;
 pub mod slots;

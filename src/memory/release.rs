@@ -6,17 +6,16 @@ use super::pages::State;
 use super::runs::gate_groups;
 use super::Memory;
 use crate::error::{fail, Result};
-use std::sync::atomic::Ordering;
 
 /// The end of absence: from now on nothing can become missing. EBUSY, and nothing has changed, if a page is missing.
 pub fn close(memory: &Memory, block: &Block) -> Result<()> {
     // First, so that nothing becomes missing behind our back: `discard` looks at it inside the gate.
-    block.set_released(true);
+    block.phase.close();
     for group in gate_groups(0..block.pages.len()) {
         let _pass = memory.enter_alone(block, group.start)?;
         let missing = |&page: &u64| matches!(block.pages.get(page), State::Absent | State::Resolving);
         if let Some(page) = group.clone().find(missing) {
-            block.set_released(false);
+            block.phase.reopen();
             fail!(EBUSY, "the page at hva {:#x} is still missing", block.hva_of(page));
         }
     }
@@ -28,7 +27,7 @@ pub fn close(memory: &Memory, block: &Block) -> Result<()> {
 pub fn release(memory: &Memory, block: &Block) -> Result<()> {
     let Some(alias) = &block.alias else { return Ok(()) };
     close(memory, block)?;
-    block.marked.store(false, Ordering::SeqCst);
+    block.phase.unmarked();
     for run in block.take_deferred_runs(0..block.pages.len()) {
         empty(block, block.kvm_hva_of(run.start), (run.end - run.start) * block.page)?;
     }

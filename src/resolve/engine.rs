@@ -153,7 +153,7 @@ impl Engine {
             if self.is_shut_down() {
                 fail!(ESHUTDOWN, "the VM was freed while a fault at hva {hva:#x} was under way");
             }
-            if block.gone.load(SeqCst) {
+            if block.phase.is_retired() {
                 return Ok(Outcome::Gone);
             }
             match block.pages.get(page) {
@@ -169,7 +169,7 @@ impl Engine {
                         block.pages.get(page) == State::Resolving
                             && !waiter.must_leave()
                             && !self.is_shut_down()
-                            && !block.gone.load(SeqCst)
+                            && !block.phase.is_retired()
                     };
                     let wake = WAITS.wait(hva, waiter.sleeper(), look_around(), still);
                     let unsettled = block.pages.get(page) == State::Resolving;

@@ -189,7 +189,7 @@ impl Vm {
     /// Makes a block's memory ordinary again: whoever waits goes on, and absent pages read as zeros.
     fn retire(&self, block: &Arc<Block>) {
         let memory = &self.engine.memory;
-        block.gone.store(true, SeqCst);
+        block.phase.retire();
         WAITS.wake_all();
         if block.alias.is_none() && block.is_marked() {
             let _ = markers::unmark(memory, block);
@@ -308,7 +308,7 @@ impl Vm {
         }
         let region = Region { version: 1, flags: request.kvm_flags, hva: block.kvm_hva() + offset, ..*wanted };
         // Where a fill has ended nothing can be missing, until somebody turns the fast path on.
-        let fast_only = fast_only && (!block.is_released() || self.engine.memory.external);
+        let fast_only = fast_only && (!block.phase.is_closed() || self.engine.memory.external);
         let mut slot = Slot { region, block: block.clone(), offset, fast_only };
         if slot.fast_only {
             self.enable_fault_exits()?;
@@ -421,7 +421,7 @@ impl Vm {
                 let wish = Wish { vcpu_only: true, readonly, offset: old.offset, ..Wish::default() };
                 mechanism.check(&self.host, old.block.kind, &wish)?;
             }
-            if old.block.is_released() && !memory.external {
+            if old.block.phase.is_closed() && !memory.external {
                 mechanism::register_again(memory, &old.block)?;
             }
             self.enable_fault_exits()?;
@@ -440,7 +440,7 @@ impl Vm {
         }
         if on {
             // Last of all: from now on pages may go.
-            old.block.set_released(false);
+            old.block.phase.reopen();
         }
         let new = memory.slots().with(slot, false);
         memory.replace_slots(new);
@@ -453,14 +453,14 @@ impl Vm {
         let _editing = self.start_editing()?;
         let memory = &self.engine.memory;
         let slots = memory.slots().clone();
-        let is_whole = |b: &&Arc<Block>| !b.is_released() && b.pages.count(0..b.pages.len(), State::Lost) == 0;
+        let is_whole = |b: &&Arc<Block>| !b.phase.is_closed() && b.pages.count(0..b.pages.len(), State::Lost) == 0;
         let blocks: Vec<_> = slots.blocks().filter(is_whole).cloned().collect();
         for (n, block) in blocks.iter().enumerate() {
-            release::close(memory, block).inspect_err(|_| blocks[..n].iter().for_each(|b| b.set_released(false)))?;
+            release::close(memory, block).inspect_err(|_| blocks[..n].iter().for_each(|b| b.phase.reopen()))?;
         }
         let mut released = slots.iter().filter(|s| blocks.iter().any(|b| Arc::ptr_eq(b, &s.block)));
         let switched = released.try_for_each(|slot| self.switch(slot.region.slot, false));
-        switched.inspect_err(|_| blocks.iter().for_each(|b| b.set_released(false)))?;
+        switched.inspect_err(|_| blocks.iter().for_each(|b| b.phase.reopen()))?;
         blocks.iter().for_each(|block| memory.unregister(block));
         Ok(blocks)
     }

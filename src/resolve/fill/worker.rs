@@ -255,7 +255,7 @@ impl Hand {
     }
 
     fn settle(&mut self) {
-        self.pending.retain(|(block, page)| block.pages.get(*page) == State::Resolving && !block.gone.load(SeqCst));
+        self.pending.retain(|(block, page)| block.pages.get(*page) == State::Resolving && !block.phase.is_retired());
     }
 
     fn has_pending(&mut self) -> bool {
