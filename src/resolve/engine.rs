@@ -1,6 +1,6 @@
 //! Faults are served here: one caller of many has the resolver bring a page, the others wait for it.
 
-use super::call::{callback, take_failure};
+use super::call::{callback, Callback};
 use super::callbacks::Holder;
 use super::fault::{Answer, Fault, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
 use super::readahead::{self, Plan};
@@ -244,19 +244,19 @@ impl Engine {
         };
         let counted = if matches!(need.more, More::Ahead(_)) { ahead } else { 0 };
         need.stats.ahead_asked.add(counted);
-        let mut answer = self.ask(block, page, &fault, need.stats);
+        let (mut answer, mut why) = self.ask(block, page, &fault, need.stats);
         let is_ours = || !claim.is_overtaken() && block.pages.get(page) == State::Resolving;
         if ahead > 0 && matches!(answer, Answer::Failed(_)) && is_ours() {
             need.stats.ahead_failed.add(counted);
             window = page..page + 1;
             fault.window = fault.gpa..fault.gpa + fault.len;
-            answer = self.ask(block, page, &fault, need.stats);
+            (answer, why) = self.ask(block, page, &fault, need.stats);
         }
         if self.is_shut_down() {
             // Whatever the resolver says: with its VM freed it could not do what it meant to.
             return Ok(Brought::Anew);
         }
-        let brought = self.conclude(claim, block, page, answer, &fault)?;
+        let brought = self.conclude(claim, block, page, answer, why, &fault)?;
         let is_needed =
             need.origin != Origin::Fill && matches!(brought, Brought::Pending | Brought::Ended(Outcome::Installed));
         if is_needed && self.records.load(SeqCst) {
@@ -267,15 +267,20 @@ impl Engine {
         Ok(brought)
     }
 
-    /// One call of the resolver. Not if the page has come by itself meanwhile.
-    fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> Answer {
+    /// One call of the resolver, unless the page has become PRESENT in the meantime: the answer, and
+    /// with an errno the error of an install that the resolver called for.
+    fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> (Answer, Option<Error>) {
         if block.pages.get(page) == State::Present {
-            return Answer::Resolved;
+            return (Answer::Resolved, None);
         }
         let callbacks = self.callbacks.get();
-        let Some(callbacks) = callbacks.as_ref() else { return Answer::Failed(libc::ESHUTDOWN) };
+        let Some(callbacks) = callbacks.as_ref() else { return (Answer::Failed(libc::ESHUTDOWN), None) };
         stats.resolver_calls.add(1);
-        callback(|| callbacks.resolver().resolve(fault))
+        let call = Callback::enter();
+        match callbacks.resolver().resolve(fault) {
+            Answer::Failed(errno) => (Answer::Failed(errno), call.failure(errno)),
+            answer => (answer, None),
+        }
     }
 
     /// The further pages of a strided run: a call each, for as long as they are brought quickly and nobody kicks. What fails stays absent.
@@ -307,6 +312,7 @@ impl Engine {
         block: &Block,
         page: u64,
         answer: Answer,
+        why: Option<Error>,
         fault: &Fault,
     ) -> Result<Brought> {
         let is_present = block.pages.get(page) == State::Present;
@@ -346,7 +352,7 @@ impl Engine {
             }
             Answer::Resolved => fail!(EPROTO, "the resolver said KVMFAULT_RESOLVED but installed nothing at {}", at()),
             Answer::Failed(errno) => {
-                let why = match take_failure(errno) {
+                let why = match why {
                     Some(error) => error.to_string(),
                     None => std::io::Error::from_raw_os_error(errno).to_string(),
                 };

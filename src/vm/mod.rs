@@ -289,12 +289,7 @@ impl Vm {
         if installed.is_err() && self.engine.is_shut_down() {
             fail!(ESHUTDOWN, "the VM was freed meanwhile");
         }
-        if installed.inspect_err(|e| {
-            if crate::resolve::in_callback() {
-                note_failure(e)
-            }
-        })? == 0
-        {
+        if installed.inspect_err(note_failure)? == 0 {
             fail!(EEXIST, "gpa: all pages of [{gpa:#x}, +{len:#x}) were present already");
         }
         Ok(())
