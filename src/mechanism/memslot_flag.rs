@@ -16,7 +16,7 @@ pub struct MemslotFlag;
 
 impl Mechanism for MemslotFlag {
     fn number(&self) -> i32 {
-        1
+        super::MEMSLOT_FLAG
     }
 
     fn name(&self) -> &'static str {

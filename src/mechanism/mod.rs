@@ -75,6 +75,15 @@ pub trait Mechanism: Sync + fmt::Debug {
     fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()>;
 }
 
+/// The C API's number for the best mechanism that works.
+pub const AUTO: i32 = 0;
+/// The C API's number of `memslot-flag`.
+pub const MEMSLOT_FLAG: i32 = 1;
+/// The C API's number of `poison-trap`.
+pub const POISON_TRAP: i32 = 2;
+/// The C API's number of `userfaultfd`.
+pub const USERFAULTFD: i32 = 3;
+
 /// All mechanisms, best first.
 pub static MECHANISMS: [&dyn Mechanism; 3] =
     [&memslot_flag::MemslotFlag, &poison_trap::PoisonTrap, &userfaultfd::Userfaultfd];
@@ -82,7 +91,7 @@ pub static MECHANISMS: [&dyn Mechanism; 3] =
 /// The place in the table of a C API number; None for AUTO, an error for what is no mechanism.
 pub fn choice(number: i32) -> Result<Option<usize>> {
     match MECHANISMS.iter().position(|m| m.number() == number) {
-        None if number == 0 => Ok(None),
+        None if number == AUTO => Ok(None),
         None => Err(Error::new(libc::EINVAL, format!("mechanism: {number} is not a KVMFAULT_MECHANISM_*"))),
         found => Ok(found),
     }

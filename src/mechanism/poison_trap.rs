@@ -21,7 +21,7 @@ pub struct PoisonTrap;
 
 impl Mechanism for PoisonTrap {
     fn number(&self) -> i32 {
-        2
+        super::POISON_TRAP
     }
 
     fn name(&self) -> &'static str {

@@ -1,6 +1,6 @@
 //! What works here, what doesn't, why, and what to do: for `kvmfault_probe` (programs) and `kvmfault_explain` (people).
 
-use super::{Host, Wish, MECHANISMS};
+use super::{Host, Wish, MECHANISMS, POISON_TRAP};
 use crate::error::{Error, Result};
 use crate::kernel::arch::{two_dimensional_paging, PAGING_NAME, PAGING_REMEDY};
 use crate::kernel::kvm::SystemFd;
@@ -78,7 +78,7 @@ impl Report {
             match self.check(n, Kind::Shared) {
                 Ok(()) => {
                     let note = match mechanism.number() {
-                        2 => " (shared memory and hugetlb; private memory with KVMFAULT_MEMSLOT_VCPU_ONLY)",
+                        POISON_TRAP => " (shared memory and hugetlb; private memory with KVMFAULT_MEMSLOT_VCPU_ONLY)",
                         _ => "",
                     };
                     let _ = writeln!(text, "  {:<13} works{note}", mechanism.name());

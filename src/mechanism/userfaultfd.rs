@@ -13,7 +13,7 @@ pub struct Userfaultfd;
 
 impl Mechanism for Userfaultfd {
     fn number(&self) -> i32 {
-        3
+        super::USERFAULTFD
     }
 
     fn name(&self) -> &'static str {

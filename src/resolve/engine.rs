@@ -8,6 +8,7 @@ use super::reader::Readers;
 use super::seat::Seats;
 use super::working_set::Recorder;
 use crate::error::{fail, Error, Result};
+use crate::kernel::abi::ACCESS_UNKNOWN;
 use crate::kernel::clock;
 use crate::kernel::futex::Wake;
 use crate::memory::block::Block;
@@ -286,7 +287,8 @@ impl Engine {
     /// The further pages of a strided run: a call each, for as long as they are brought quickly and nobody kicks. What fails stays absent.
     fn bring_beyond(&self, slot: &Slot, page: u64, need: &Need<'_>, plan: Plan) {
         let start = Instant::now();
-        let prefetch = Need { origin: Origin::Prefetch, access: 0, waiter: None, more: More::NOTHING, ..*need };
+        let prefetch =
+            Need { origin: Origin::Prefetch, access: ACCESS_UNKNOWN, waiter: None, more: More::NOTHING, ..*need };
         for page in plan.beyond(page, slot.pages()) {
             let must_leave = need.waiter.is_some_and(Waiter::must_leave);
             if must_leave || self.is_shut_down() || start.elapsed() > AHEAD_AT_MOST {

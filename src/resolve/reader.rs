@@ -6,6 +6,7 @@ use super::seat::News;
 use super::strays::Strays;
 use super::{pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{fail, Error, Result};
+use crate::kernel::abi::{ACCESS_READ, ACCESS_WRITE};
 use crate::kernel::event::{poll, Flag};
 use crate::kernel::signal;
 use crate::kernel::thread::pause;
@@ -198,7 +199,7 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
     let origin = seat.as_ref().map_or(Origin::Host, |seat| Origin::Vcpu(seat.number));
     let need = Need {
         origin,
-        access: if message.write { 1 << 1 } else { 1 << 0 },
+        access: if message.write { ACCESS_WRITE } else { ACCESS_READ },
         waiter: None,
         stats: seat.as_ref().map_or(engine.memory.stats.here(), |seat| &seat.stats),
         more: More::Ahead(seat.as_ref().map_or(hosts, |seat| &seat.runs)),

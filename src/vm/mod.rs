@@ -5,13 +5,14 @@ pub mod memslots;
 mod nudge;
 
 use crate::error::{fail, Error, Result};
+use crate::kernel::abi::{Abi, ACCESS_UNKNOWN};
 use crate::kernel::arch;
 use crate::kernel::event::Flag;
 use crate::kernel::kvm::{SystemFd, VcpuFd, VmFd};
 use crate::kernel::mem::Kind;
+use crate::kernel::probe;
 use crate::kernel::process::Process;
 use crate::kernel::uffd::{Uffd, FEATURE_POISON};
-use crate::kernel::{abi::Abi, probe};
 use crate::mechanism::{self, Host, Mechanism, Wish, MECHANISMS};
 use crate::memory::block::Block;
 use crate::memory::install::install;
@@ -103,7 +104,7 @@ impl Vm {
             }
         };
         // The flag's row is looked for only where it may be used: a probe costs a scratch VM.
-        let flag_wanted = options.mechanism.is_none_or(|m| MECHANISMS[m].number() == 1);
+        let flag_wanted = options.mechanism.is_none_or(|m| MECHANISMS[m].number() == mechanism::MEMSLOT_FLAG);
         let abi = match wanted {
             Some(abi) => {
                 probe::prove(&system, abi)
@@ -123,7 +124,7 @@ impl Vm {
         let stop = Arc::new(Flag::new()?);
         let memory = Memory::new(uffd, options.external);
         let engine = Arc::new(Engine::new(memory, resolver(), readahead.into()));
-        let classic = options.mechanism.is_some_and(|m| MECHANISMS[m].number() == 3);
+        let classic = options.mechanism.is_some_and(|m| MECHANISMS[m].number() == mechanism::USERFAULTFD);
         let readers = match options.readers {
             _ if options.external => 0,
             0 if classic => 2,
@@ -367,7 +368,7 @@ impl Vm {
         let waiter = Patient(Sleeper::default());
         let need = Need {
             origin: Origin::Prefetch,
-            access: 0,
+            access: ACCESS_UNKNOWN,
             waiter: Some(&waiter),
             stats: self.engine.memory.stats.here(),
             more: More::UpTo { end: pages.end, most: self.engine.readahead },

@@ -4,6 +4,7 @@ use super::order::Piece;
 use super::pace::give_way;
 use super::{Fill, Report};
 use crate::error::{Error, Result};
+use crate::kernel::abi::ACCESS_UNKNOWN;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::resolve::{More, Need, Origin, Outcome, MOST_RETRIES};
@@ -205,7 +206,7 @@ impl Fill {
         let stats = self.engine.memory.stats.here();
         let (block, end) = (&piece.block, piece.pages.end);
         let more = More::UpTo { end, most: self.options.batch };
-        let need = Need { origin: Origin::Fill, access: 0, waiter: None, stats, more };
+        let need = Need { origin: Origin::Fill, access: ACCESS_UNKNOWN, waiter: None, stats, more };
         let mut page = piece.pages.start;
         while let Some(next) = block.pages.first_absent(page..end) {
             if self.is_stopped() {
