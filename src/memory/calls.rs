@@ -1,13 +1,13 @@
 //! Which resolver calls are under way, and for which pages. A page has at most one call at a time, and this table is what
-//! keeps it so: the state RESOLVING says that a page is taken, a thread's place in the table says by which call.
+//! keeps it so: the state RESOLVING says that a page is taken, a thread's entry in the table says by which call.
 //!
-//! A thread names the page in its place before it takes the page (ABSENT -> RESOLVING), and clears the place after the page's
-//! state is settled. Another thread that makes the page missing meanwhile (a discard, a withdrawal) finds the place, marks it as
+//! A thread names the page in its entry before it takes the page (ABSENT -> RESOLVING), and clears the entry after the page's
+//! state is settled. Another thread that makes the page missing meanwhile (a discard, a withdrawal) finds the entry, marks it as
 //! overtaken, and leaves the page in RESOLVING. Then the page belongs to that call until it returns; when it does, the page is
 //! ABSENT, whatever the resolver answers, and is asked for anew. Marks are set in a discard's pass of the page's gate. A page is
 //! put back in an installer's pass, one at a time, so that of several threads with a mark the last one does it.
 //!
-//! The VMM may put away what its resolver looks at when a page has come by another way: `wait` waits for calls that are under way.
+//! The VMM may put away what its resolver looks at when a page has come by another way: `wait_for_calls` waits for calls that are under way.
 
 use super::block::Block;
 use super::pages::State;
@@ -25,44 +25,44 @@ use std::sync::PoisonError;
 /// What one thread is calling for. Alone in its cache line: threads don't meet here.
 #[repr(align(64))]
 #[derive(Default)]
-struct Place {
+struct Entry {
     /// A page (`Pages::key_of`, and OVERTAKEN), or 0.
     page: AtomicU64,
     /// A thread has it.
     taken: AtomicBool,
-    next: OnceRef<'static, Place>,
+    next: OnceRef<'static, Entry>,
 }
 
 /// The page was made missing, or was given back, since the thread named it. Keys are even.
 const OVERTAKEN: u64 = 1;
 
-/// The places of all threads. They are never freed, but used again (see `Mine`). No lock: a child that is forked while another thread holds one
+/// The entries of all threads. They are never freed, but used again (see `EntryLease`). No lock: a child that is forked while another thread holds one
 /// can never take it, and the child's threads come and go, too.
-static FIRST: OnceRef<'static, Place> = OnceRef::new();
+static FIRST: OnceRef<'static, Entry> = OnceRef::new();
 
-fn places() -> impl Iterator<Item = &'static Place> {
-    std::iter::successors(FIRST.get(), |place| place.next.get())
+fn entries() -> impl Iterator<Item = &'static Entry> {
+    std::iter::successors(FIRST.get(), |entry| entry.next.get())
 }
 
-/// A thread's place, for as long as there is the thread.
-struct Mine(&'static Place);
+/// A thread's entry, for as long as there is the thread.
+struct EntryLease(&'static Entry);
 
-impl Mine {
-    fn take() -> Mine {
-        if let Some(free) = places().find(|place| !place.taken.swap(true, Acquire)) {
-            return Mine(free);
+impl EntryLease {
+    fn take() -> EntryLease {
+        if let Some(free) = entries().find(|entry| !entry.taken.swap(true, Acquire)) {
+            return EntryLease(free);
         }
-        let place: &'static Place = Box::leak(Box::new(Place { taken: true.into(), ..Place::default() }));
+        let entry: &'static Entry = Box::leak(Box::new(Entry { taken: true.into(), ..Entry::default() }));
         let mut end = &FIRST;
-        while end.set(place).is_err() {
+        while end.set(entry).is_err() {
             let Some(other) = end.get() else { continue };
             end = &other.next;
         }
-        Mine(place)
+        EntryLease(entry)
     }
 }
 
-impl Drop for Mine {
+impl Drop for EntryLease {
     fn drop(&mut self) {
         self.0.page.store(0, Release);
         self.0.taken.store(false, Release);
@@ -70,28 +70,28 @@ impl Drop for Mine {
 }
 
 thread_local! {
-    static MINE: Mine = Mine::take();
+    static ENTRY: EntryLease = EntryLease::take();
 }
 
 /// In a forked child: the parent's other threads are not here, and end no call.
-pub fn forget_others() {
-    let _ = MINE.try_with(|mine| {
-        for place in places().filter(|place| !std::ptr::eq(*place, mine.0)) {
-            place.page.store(0, Release);
-            place.taken.store(false, Release);
+pub fn forget_other_threads() {
+    let _ = ENTRY.try_with(|lease| {
+        for entry in entries().filter(|entry| !std::ptr::eq(*entry, lease.0)) {
+            entry.page.store(0, Release);
+            entry.taken.store(false, Release);
         }
     });
 }
 
-/// Gives the calling thread its place, and what else a thread has to itself, which allocates: so that its first fault needn't.
-pub fn register() {
-    let _ = MINE.try_with(|_| {});
+/// Gives the calling thread its entry, and what else a thread has to itself, which allocates: so that its first fault needn't.
+pub fn prepare_thread() {
+    let _ = ENTRY.try_with(|_| {});
     buffer::register();
 }
 
 /// Is the calling thread's own call the one for this page?
-pub fn is_mine(block: &Block, page: u64) -> bool {
-    let named = MINE.try_with(|mine| mine.0.page.load(Relaxed)).unwrap_or(0);
+pub fn is_own_call(block: &Block, page: u64) -> bool {
+    let named = ENTRY.try_with(|lease| lease.0.page.load(Relaxed)).unwrap_or(0);
     named & !OVERTAKEN == block.pages.key_of(page)
 }
 
@@ -101,9 +101,9 @@ pub struct Claim<'a> {
     memory: &'a Memory,
     block: &'a Block,
     page: u64,
-    place: &'static Place,
-    /// The place is for this call only: the thread is ending, or is in a call already.
-    _extra: Option<Mine>,
+    entry: &'static Entry,
+    /// The entry is for this call only: the thread is ending, or is in a call already.
+    _extra: Option<EntryLease>,
     end: End,
     /// Threads asleep in userfaultfd for the page are to be woken now, and not by the reader thread after a pause.
     wakes: bool,
@@ -121,31 +121,31 @@ impl<'a> Claim<'a> {
     /// Takes an ABSENT page. None if it isn't ABSENT any more.
     #[inline]
     pub fn take(memory: &'a Memory, block: &'a Block, page: u64, wakes: bool) -> Option<Claim<'a>> {
-        match MINE.try_with(|mine| mine.0) {
-            Ok(place) if place.page.load(Relaxed) == 0 => Claim::take_in(memory, block, page, wakes, place, None),
-            _ => Claim::take_in_extra(memory, block, page, wakes),
+        match ENTRY.try_with(|lease| lease.0) {
+            Ok(entry) if entry.page.load(Relaxed) == 0 => Claim::take_with(memory, block, page, wakes, entry, None),
+            _ => Claim::take_with_extra_entry(memory, block, page, wakes),
         }
     }
 
     #[cold]
-    fn take_in_extra(memory: &'a Memory, block: &'a Block, page: u64, wakes: bool) -> Option<Claim<'a>> {
-        let extra = Mine::take();
-        Claim::take_in(memory, block, page, wakes, extra.0, Some(extra))
+    fn take_with_extra_entry(memory: &'a Memory, block: &'a Block, page: u64, wakes: bool) -> Option<Claim<'a>> {
+        let extra = EntryLease::take();
+        Claim::take_with(memory, block, page, wakes, extra.0, Some(extra))
     }
 
     #[inline]
-    fn take_in(
+    fn take_with(
         memory: &'a Memory,
         block: &'a Block,
         page: u64,
         wakes: bool,
-        place: &'static Place,
-        extra: Option<Mine>,
+        entry: &'static Entry,
+        extra: Option<EntryLease>,
     ) -> Option<Claim<'a>> {
-        place.page.store(block.pages.key_of(page), Relaxed);
-        // Then `wait` either sees this call, or has seen the page come before, and so does the change below.
+        entry.page.store(block.pages.key_of(page), Relaxed);
+        // Then `wait_for_calls` either sees this call, or has seen the page come before, and so does the change below.
         fence(SeqCst);
-        let mut claim = Claim { memory, block, page, place, _extra: extra, end: End::PutBack, wakes };
+        let mut claim = Claim { memory, block, page, entry, _extra: extra, end: End::PutBack, wakes };
         if block.pages.change(page, State::Absent, State::Resolving).is_ok() {
             return Some(claim);
         }
@@ -155,11 +155,11 @@ impl<'a> Claim<'a> {
 
     /// Was the page made missing, or given back, by another thread since it was taken? Then whatever the resolver answers is of the past.
     pub fn is_overtaken(&self) -> bool {
-        self.place.page.load(Acquire) & OVERTAKEN != 0
+        self.entry.page.load(Acquire) & OVERTAKEN != 0
     }
 
     /// The same, and a discard that is under way has said so: the page was seen neither PRESENT nor LOST.
-    pub fn is_overtaken_after_all(&self) -> bool {
+    pub fn is_overtaken_after_discards(&self) -> bool {
         if !self.is_overtaken() {
             drop(self.memory.gates.install(self.block.gate_of(self.page)));
         }
@@ -178,7 +178,7 @@ impl<'a> Claim<'a> {
     fn finish(&mut self) -> bool {
         let key = self.block.pages.key_of(self.page);
         let end = std::mem::replace(&mut self.end, End::Over);
-        if end == End::Settled && self.place.page.compare_exchange(key, 0, Release, Relaxed).is_ok() {
+        if end == End::Settled && self.entry.page.compare_exchange(key, 0, Release, Relaxed).is_ok() {
             return true;
         }
         if end != End::Over {
@@ -194,9 +194,9 @@ impl<'a> Claim<'a> {
             // No discard of the page is under way.
             let _pass = self.memory.gates.install(self.block.gate_of(self.page));
             let _turn = self.memory.putting_back.lock().unwrap_or_else(PoisonError::into_inner);
-            let others = places().any(|p| !std::ptr::eq(p, self.place) && p.page.load(Acquire) == key | OVERTAKEN);
+            let others = entries().any(|p| !std::ptr::eq(p, self.entry) && p.page.load(Acquire) == key | OVERTAKEN);
             let is_back = !others && self.block.pages.change(self.page, State::Resolving, State::Absent).is_ok();
-            self.place.page.store(0, Release);
+            self.entry.page.store(0, Release);
             is_back
         };
         if is_back {
@@ -224,12 +224,12 @@ impl Drop for Claim<'_> {
 pub fn overtake(block: &Block, pages: Range<u64>) -> Vec<u64> {
     let mut overtaken = Vec::new();
     fence(SeqCst);
-    for place in places() {
-        let key = place.page.load(Acquire);
+    for entry in entries() {
+        let key = entry.page.load(Acquire);
         let Some(page) = block.pages.page_of_key(key & !OVERTAKEN).filter(|page| pages.contains(page)) else {
             continue;
         };
-        let mark = || place.page.compare_exchange(key, key | OVERTAKEN, SeqCst, SeqCst).is_ok();
+        let mark = || entry.page.compare_exchange(key, key | OVERTAKEN, SeqCst, SeqCst).is_ok();
         if key & OVERTAKEN != 0 || mark() {
             overtaken.push(page);
         }
@@ -238,12 +238,12 @@ pub fn overtake(block: &Block, pages: Range<u64>) -> Vec<u64> {
 }
 
 /// Waits until no call is under way for a page of this block that is there, or until `enough` says why it should wait no longer.
-pub fn wait(block: &Block, enough: impl Fn(u64) -> Option<Error>) -> Result<()> {
+pub fn wait_for_calls(block: &Block, enough: impl Fn(u64) -> Option<Error>) -> Result<()> {
     let is_there = |&page: &u64| matches!(block.pages.get(page), State::Present | State::Lost);
     fence(SeqCst);
-    for place in places() {
+    for entry in entries() {
         let mut pause = Pause::default();
-        let page = || block.pages.page_of_key(place.page.load(Acquire) & !OVERTAKEN).filter(is_there);
+        let page = || block.pages.page_of_key(entry.page.load(Acquire) & !OVERTAKEN).filter(is_there);
         while let Some(page) = page() {
             if let Some(error) = enough(block.hva_of(page)) {
                 return Err(error);
@@ -345,13 +345,13 @@ mod tests {
         assert_eq!(block.pages.count(0..PAGES, State::Resolving), 0, "pages that no call will ever give back");
     }
 
-    /// A call inside a call has a place of its own, and so has a thread that is about to end.
+    /// A call inside a call has a entry of its own, and so has a thread that is about to end.
     #[test]
     fn calls_may_be_nested() {
         let (memory, _ram, block) = needs!(memory_and_block());
         let outer = Claim::take(&memory, &block, 0, false).unwrap();
         let mut inner = Claim::take(&memory, &block, 1, false).unwrap();
-        assert!(is_mine(&block, 0) && Claim::take(&memory, &block, 1, false).is_none());
+        assert!(is_own_call(&block, 0) && Claim::take(&memory, &block, 1, false).is_none());
         assert_eq!(discard::withdraw(&memory, &block, 0..2), Ok(2));
         assert!(outer.is_overtaken() && inner.is_overtaken());
         assert!(!inner.settle());

@@ -331,10 +331,10 @@ impl Engine {
                 Ok(Brought::Ended(Outcome::Lost))
             }
             // Brought, and discarded since: the guest comes again if it still needs the page.
-            Answer::Resolved | Answer::Failed(libc::EEXIST) if claim.is_overtaken_after_all() => {
+            Answer::Resolved | Answer::Failed(libc::EEXIST) if claim.is_overtaken_after_discards() => {
                 Ok(Brought::Ended(Outcome::Installed))
             }
-            _ if claim.is_overtaken_after_all() => Ok(Brought::Anew),
+            _ if claim.is_overtaken_after_discards() => Ok(Brought::Anew),
             Answer::Lost => {
                 match lose::lose_claimed(&self.memory, block, page, claim) {
                     Err(_) if block.is_gone() => return Ok(Brought::Anew),

@@ -85,7 +85,7 @@ pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
             .spawn(move || {
                 // What arc-swap allocates for a thread that uses it for the first time is not for a fault to wait for.
                 drop(engine.memory.slots());
-                calls::register();
+                calls::prepare_thread();
                 let callbacks = engine.callbacks.keep();
                 let able = engine.memory.uffd.check_readable();
                 let is_able = able.is_ok();

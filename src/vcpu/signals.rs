@@ -36,7 +36,7 @@ impl Vcpu {
             self.fd.set_signal_mask(before.without(self.signals))?;
         }
         state.attached = Some(token);
-        calls::register();
+        calls::prepare_thread();
         self.seat.thread.store(thread::id(), SeqCst);
         // A kick may have gone to the thread before this one, or to none.
         self.seat.refresh();

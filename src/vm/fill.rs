@@ -172,7 +172,7 @@ fn make_ordinary(vm: &Weak<Vm>, collapse: bool, is_stopped: &dyn Fn() -> bool) -
     let engine = vm.engine.clone();
     drop(vm);
     let stopped = || Error::new(libc::ECANCELED, "the fill was stopped");
-    blocks.iter().try_for_each(|block| calls::wait(block, |_| is_stopped().then(stopped)))?;
+    blocks.iter().try_for_each(|block| calls::wait_for_calls(block, |_| is_stopped().then(stopped)))?;
     if collapse {
         blocks.iter().for_each(|block| recover_huge_pages(&engine.memory, block, is_stopped));
     }

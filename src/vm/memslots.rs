@@ -395,7 +395,7 @@ impl Vm {
                 format!("the resolver has been at hva {hva:#x} for {ENOUGH:?}, and the page is there"),
             )
         };
-        calls::wait(&block, |hva| (Instant::now() > end).then(|| too_long(hva)))
+        calls::wait_for_calls(&block, |hva| (Instant::now() > end).then(|| too_long(hva)))
     }
 
     fn switch(&self, number: u32, on: bool) -> Result<()> {

@@ -472,7 +472,7 @@ impl Drop for Vm {
 
 /// The calling process, to be kept in what is made in it.
 pub fn here() -> Process {
-    Process::here(calls::forget_others)
+    Process::here(calls::forget_other_threads)
 }
 
 fn check_alignment(name: &str, start: u64, len: u64, page: u64) -> Result<()> {
@@ -487,7 +487,7 @@ fn check_alignment(name: &str, start: u64, len: u64, page: u64) -> Result<()> {
 fn wait_for_source(slots: &Slots, src: u64, len: u64) -> Result<()> {
     let mut patience = Patience::default();
     while let Some((page, state)) = slots.not_present_in(src, len) {
-        let is_mine = || slots.at_hva(page).is_some_and(|(block, page)| calls::is_mine(block, page));
+        let is_mine = || slots.at_hva(page).is_some_and(|(block, page)| calls::is_own_call(block, page));
         if state != State::Resolving || is_mine() || patience.wait().is_err() {
             fail!(EFAULT, "src: {page:#x} is guest memory that isn't present itself");
         }
