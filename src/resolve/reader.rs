@@ -2,7 +2,7 @@
 //! accesses to absent memory in all of them.
 
 use super::readahead::Runs;
-use super::seat::News;
+use super::seat::Notice;
 use super::strays::Strays;
 use super::{pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
 use crate::error::{fail, Error, Result};
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 /// A page that may come without a wake-up, as its resolver failed: whoever waits in userfaultfd is woken at this time, faults again, and so asks
 /// anew.
-struct Again {
+struct DelayedWake {
     due: Instant,
     block: Arc<Block>,
     page: u64,
@@ -105,24 +105,24 @@ pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
 fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
     signal::block_all();
     // Where two want a page at once one may be put here: faults allocate nothing.
-    let mut later: Vec<Again> = Vec::with_capacity(256);
+    let mut delayed: Vec<DelayedWake> = Vec::with_capacity(256);
     let mut strays = Strays::new(Instant::now());
     let mut ability = Ability { readers: &engine.readers, is_unable: false };
     loop {
-        let due = later.iter().map(|a| a.due).chain(strays.due()).min();
+        let due = delayed.iter().map(|a| a.due).chain(strays.due()).min();
         let timeout = due.map(|due| due.saturating_duration_since(Instant::now()));
         let [readable, stopped] = match poll([engine.memory.uffd.as_raw_fd(), stop.as_raw_fd()], timeout) {
             Ok(ready) => ready,
-            // Refused, perhaps by a seccomp filter: then it looks by reading, again and again.
+            // Refused, perhaps by a seccomp filter: then it looks by reading, again and wake.
             Err(_) => {
-                pause(LOOK);
+                pause(POLL_FALLBACK);
                 [true, engine.is_shut_down()]
             }
         };
         if stopped {
             return;
         }
-        wake_due(engine, &mut later);
+        wake_due(engine, &mut delayed);
         strays.wake_due(&engine.memory.uffd, Instant::now());
         if !readable {
             continue;
@@ -134,17 +134,18 @@ fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
         match next {
             Ok(Some(message)) => {
                 // A panic here would leave a thread of the VMM asleep for ever. The page was given back on the way out.
-                let served = catch_unwind(AssertUnwindSafe(|| serve(engine, &message, hosts, &mut later, &mut strays)));
+                let served =
+                    catch_unwind(AssertUnwindSafe(|| serve(engine, &message, hosts, &mut delayed, &mut strays)));
                 if served.is_err() {
                     let slots = engine.memory.slots();
                     if let Some((block, page)) = slots.at_hva(message.hva) {
-                        later.push(Again { due: Instant::now(), block: block.clone(), page });
+                        delayed.push(DelayedWake { due: Instant::now(), block: block.clone(), page });
                     }
                     let error = Error::new(
                         libc::ENOTRECOVERABLE,
                         "a bug in libkvmfault: a reader thread panicked (see stderr)",
                     );
-                    tell_all(engine, &error);
+                    notify_all(engine, &error);
                 }
             }
             Ok(None) => {} // another reader was faster
@@ -154,39 +155,39 @@ fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
             Err(e) => {
                 ability.has_failed(e);
                 if let Err(error) = engine.readers.check() {
-                    tell_all(engine, &error);
+                    notify_all(engine, &error);
                 }
-                pause(UNABLE);
+                pause(READ_RETRY);
             }
         }
     }
 }
 
 /// So often a reader looks that can't poll.
-const LOOK: Duration = Duration::from_millis(1);
+const POLL_FALLBACK: Duration = Duration::from_millis(1);
 
 /// So often a reader tries that can't read.
-const UNABLE: Duration = Duration::from_millis(100);
+const READ_RETRY: Duration = Duration::from_millis(100);
 
-fn tell_all(engine: &Engine, error: &Error) {
-    engine.seats.all().iter().for_each(|s| s.tell(s.turn(), News::Failed(error.clone())));
+fn notify_all(engine: &Engine, error: &Error) {
+    engine.seats.all().iter().for_each(|s| s.notify(s.turn(), Notice::Failed(error.clone())));
 }
 
-fn wake_due(engine: &Engine, later: &mut Vec<Again>) {
+fn wake_due(engine: &Engine, delayed: &mut Vec<DelayedWake>) {
     let now = Instant::now();
-    later.retain(|again| {
-        if again.due <= now {
-            let _ = discard::wake(&engine.memory, &again.block, &(again.page..again.page + 1));
-            // It has come by another way, and nobody may ever ask for it again.
-            if again.block.pages.get(again.page) != State::Absent {
-                engine.forget_failure(again.block.hva_of(again.page));
+    delayed.retain(|wake| {
+        if wake.due <= now {
+            let _ = discard::wake(&engine.memory, &wake.block, &(wake.page..wake.page + 1));
+            // It has come by another way, and nobody may ever ask for it wake.
+            if wake.block.pages.get(wake.page) != State::Absent {
+                engine.forget_failure(wake.block.hva_of(wake.page));
             }
         }
-        again.due > now
+        wake.due > now
     });
 }
 
-fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Vec<Again>, strays: &mut Strays) {
+fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, delayed: &mut Vec<DelayedWake>, strays: &mut Strays) {
     let slots = engine.memory.slots();
     let Some((block, page)) = slots.at_hva(message.hva) else {
         return strays.keep(message.hva, Instant::now());
@@ -204,17 +205,19 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
         stats: seat.as_ref().map_or(engine.memory.stats.here(), |seat| &seat.stats),
         more: More::Ahead(seat.as_ref().map_or(hosts, |seat| &seat.runs)),
     };
-    let serving = seat.map(|seat| seat.faults_at(hva));
+    let under_way = seat.map(|seat| seat.begin_fault(hva));
     let outcome = engine.resolve(&engine.memory.slots(), &block, page, &need);
-    drop(serving);
+    drop(under_way);
     let failed = match outcome {
-        Ok(Outcome::WasPresent) => map(engine, &block, page, message.hva).err().filter(|_| !block.is_gone()),
+        Ok(Outcome::WasPresent) => {
+            map_where_touched(engine, &block, page, message.hva).err().filter(|_| !block.is_gone())
+        }
         Ok(Outcome::Lost) => {
             let _ = lose::show_lost_again(&engine.memory, &block, page);
             // Markers tell it where the kernel has them.
             if engine.memory.uffd.features() & FEATURE_POISON == 0 {
                 if let Some(seat) = &seat {
-                    seat.tell(turn, News::Lost(hva));
+                    seat.notify(turn, Notice::Lost(hva));
                 }
             }
             let _ = discard::wake(&engine.memory, &block, &(page..page + 1));
@@ -228,21 +231,21 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
                     format!("the resolver has asked for {tries} retries of the page at hva {hva:#x}"),
                 ))
             } else {
-                later.push(Again { due: Instant::now() + pause_before(tries), block, page });
+                delayed.push(DelayedWake { due: Instant::now() + pause_before(tries), block, page });
                 return;
             }
         }
         // No slot shows the page: it was deleted, perhaps to be created anew in another shape (KVMFAULT_MEMSLOT_KEEP).
         Ok(Outcome::Gone) => {
-            later.push(Again { due: Instant::now() + Duration::from_millis(10), block, page });
+            delayed.push(DelayedWake { due: Instant::now() + Duration::from_millis(10), block, page });
             return;
         }
         // Somebody brings the page, and the kernel wakes with it. But here it has come already: it woke others, was unmapped before it was booked,
         // and comes no more.
         Ok(Outcome::Elsewhere) if message.minor => {
             // One wake-up is for all who sleep there.
-            if !later.iter().any(|again| again.page == page && Arc::ptr_eq(&again.block, &block)) {
-                later.push(Again { due: Instant::now() + Duration::from_millis(10), block, page });
+            if !delayed.iter().any(|wake| wake.page == page && Arc::ptr_eq(&wake.block, &block)) {
+                delayed.push(DelayedWake { due: Instant::now() + Duration::from_millis(10), block, page });
             }
             return engine.forget_failure(hva);
         }
@@ -255,14 +258,14 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, later: &mut Ve
     // A host thread has no error to return: it waits on, and the resolver is asked again, less and less often.
     let tries = engine.count_failure(hva);
     let pause = Duration::from_millis(1 << tries.min(10)).min(Duration::from_secs(1));
-    later.push(Again { due: Instant::now() + pause, block, page });
+    delayed.push(DelayedWake { due: Instant::now() + pause, block, page });
     if let Some(seat) = seat {
-        seat.tell(turn, News::Failed(error));
+        seat.notify(turn, Notice::Failed(error));
     }
 }
 
 /// A PRESENT page that isn't mapped where it was touched.
-fn map(engine: &Engine, block: &Block, page: u64, touched: u64) -> Result<()> {
+fn map_where_touched(engine: &Engine, block: &Block, page: u64, touched: u64) -> Result<()> {
     let in_vmm = touched.wrapping_sub(block.hva) < block.len;
     match block.alias_of(page) {
         Some(alias) if !in_vmm => {

@@ -1,4 +1,4 @@
-//! A vCPU as others see it: readers that have bad news for it, and whoever kicks it.
+//! A vCPU as others see it: readers that have bad notice for it, and whoever kicks it.
 
 use super::readahead::Runs;
 use super::Waiter;
@@ -17,9 +17,9 @@ use std::sync::atomic::{
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// What a reader thread has to tell a vCPU.
+/// What a reader thread has to notify a vCPU.
 #[derive(Debug, Clone)]
-pub enum News {
+pub enum Notice {
     /// Its fault failed.
     Failed(Error),
     /// The page at this address of the VMM's mapping is lost.
@@ -48,13 +48,13 @@ pub struct Seat {
     pub signal: i32,
     /// The signal runs a handler, so it may be over before KVM_RUN begins: `immediate_exit` must be set too.
     pub by_handler: bool,
-    /// Kicks so far; the vCPU remembers how many it has seen.
+    /// Kicks so far; the vCPU remembers how many it has acknowledged_kicks.
     kicks: AtomicU32,
-    seen: AtomicU32,
-    /// Nudges so far, and those that the vCPU has seen: see `nudge`.
+    acknowledged_kicks: AtomicU32,
+    /// Nudges so far, and those that the vCPU has acknowledged_kicks: see `nudge`.
     nudges: AtomicU32,
-    seen_nudges: AtomicU32,
-    /// Kicks, news and nudges under way: whoever is at it may yet write to kvm_run and send the
+    acknowledged_nudges: AtomicU32,
+    /// Kicks, notice and nudges under way: whoever is at it may yet write to kvm_run and send the
     /// signal. See `Interrupting`.
     interrupting: AtomicU32,
     /// SIGBUS as the VMM's handler saw it: address, and code + 1 (0 = none).
@@ -63,8 +63,8 @@ pub struct Seat {
     /// The block whose memory the vCPU's thread touches at the moment (its address), or 0: see `touch`.
     touched: AtomicUsize,
     turn: AtomicU32,
-    has_news: AtomicBool,
-    news: Mutex<Option<News>>,
+    has_notice: AtomicBool,
+    notice: Mutex<Option<Notice>>,
 }
 
 impl Seat {
@@ -81,23 +81,23 @@ impl Seat {
             signal,
             by_handler,
             kicks: AtomicU32::new(0),
-            seen: AtomicU32::new(0),
+            acknowledged_kicks: AtomicU32::new(0),
             nudges: AtomicU32::new(0),
-            seen_nudges: AtomicU32::new(0),
+            acknowledged_nudges: AtomicU32::new(0),
             interrupting: AtomicU32::new(0),
             bus_address: AtomicU64::new(0),
             bus_code: AtomicI32::new(0),
             touched: AtomicUsize::new(0),
             turn: AtomicU32::new(0),
-            has_news: AtomicBool::new(false),
-            news: Mutex::new(None),
+            has_notice: AtomicBool::new(false),
+            notice: Mutex::new(None),
         }
     }
 
     /// It has a fault here, until what this returns is dropped.
-    pub fn faults_at(&self, hva: u64) -> Serving<'_> {
+    pub fn begin_fault(&self, hva: u64) -> FaultUnderWay<'_> {
         self.fault.store(hva & !SERVED, Relaxed);
-        Serving(self)
+        FaultUnderWay(self)
     }
 
     /// Is it waiting for a page to be brought?
@@ -148,14 +148,14 @@ impl Seat {
         }
     }
 
-    /// Were there nudges that the loop hasn't seen? The handler has run for each of them when this
+    /// Were there nudges that the loop hasn't acknowledged_kicks? The handler has run for each of them when this
     /// returns. On the vCPU's thread.
-    pub fn see_nudges(&self) -> bool {
+    pub fn acknowledge_nudges(&self) -> bool {
         let nudges = self.nudges.load(SeqCst);
-        if !self.by_handler || nudges == self.seen_nudges.load(SeqCst) {
+        if !self.by_handler || nudges == self.acknowledged_nudges.load(SeqCst) {
             return false;
         }
-        self.seen_nudges.store(nudges, SeqCst);
+        self.acknowledged_nudges.store(nudges, SeqCst);
         self.wait_for_signals();
         true
     }
@@ -171,7 +171,7 @@ impl Seat {
     /// are looked at once more. By mask, the signal may have been taken together with one of another vCPU of this thread.
     #[inline]
     pub fn refresh(&self) {
-        if self.has_business() || self.by_handler && self.immediate_exit.is_raised() {
+        if self.has_something_to_report() || self.by_handler && self.immediate_exit.is_raised() {
             self.refresh_exit();
         }
     }
@@ -179,23 +179,23 @@ impl Seat {
     #[cold]
     fn refresh_exit(&self) {
         if self.by_handler {
-            if !self.has_business() && self.immediate_exit.is_raised() {
+            if !self.has_something_to_report() && self.immediate_exit.is_raised() {
                 self.immediate_exit.lower();
             }
-            if self.has_business() {
+            if self.has_something_to_report() {
                 self.immediate_exit.raise();
             }
-        } else if self.has_business() {
+        } else if self.has_something_to_report() {
             signal::send(self.thread.load(SeqCst), self.signal);
         }
     }
 
     /// Is there something that the loop has to see?
-    fn has_business(&self) -> bool {
-        self.is_kicked() || self.has_news()
+    fn has_something_to_report(&self) -> bool {
+        self.is_kicked() || self.has_notice()
     }
 
-    /// What the loop has just seen is over, so that it isn't seen once more: whoever brought it has sent its signal, and the signal is taken.
+    /// What the loop has just acknowledged_kicks is over, so that it isn't acknowledged_kicks once more: whoever brought it has sent its signal, and the signal is taken.
     /// On the vCPU's thread.
     fn settle(&self) {
         if self.wait_for_signals() && !self.by_handler {
@@ -207,7 +207,7 @@ impl Seat {
     /// Waits until all that are interrupting the vCPU have sent their signals; by handler, until it
     /// has run for them. False if that takes too long.
     fn wait_for_signals(&self) -> bool {
-        let deadline = Instant::now() + LONG_FOR_A_SIGNAL;
+        let deadline = Instant::now() + SIGNAL_TIMEOUT;
         let are_sent = self.wait_for_interrupters(|| Instant::now() > deadline);
         if are_sent && self.by_handler {
             thread::id(); // when a system call returns, the handler has run for what was sent before
@@ -256,16 +256,16 @@ impl Seat {
 
     /// Is there a kick that the loop hasn't reported?
     pub fn is_kicked(&self) -> bool {
-        self.kicks.load(SeqCst) != self.seen.load(SeqCst)
+        self.kicks.load(SeqCst) != self.acknowledged_kicks.load(SeqCst)
     }
 
     /// The loop reports all kicks so far, as one. True if there was any.
-    pub fn see_kicks(&self) -> bool {
+    pub fn acknowledge_kicks(&self) -> bool {
         if !self.is_kicked() {
             return false;
         }
         let kicks = self.kicks.load(SeqCst);
-        let fresh = kicks.wrapping_sub(self.seen.swap(kicks, SeqCst));
+        let fresh = kicks.wrapping_sub(self.acknowledged_kicks.swap(kicks, SeqCst));
         if fresh > 0 {
             self.stats.kicks.add(fresh.into());
             self.settle();
@@ -274,7 +274,7 @@ impl Seat {
     }
 
     /// Called in the VMM's SIGBUS handler: async-signal-safe. False if the same is noted already: a signal that comes again before the loop
-    /// has seen it is not KVM's, but of a thread that touches broken memory itself, and would do so for ever.
+    /// has acknowledged_kicks it is not KVM's, but of a thread that touches broken memory itself, and would do so for ever.
     pub fn note_bus(&self, code: i32, address: u64) -> bool {
         let code = code.wrapping_add(1);
         if self.bus_code.load(SeqCst) == code && self.bus_address.load(SeqCst) == address {
@@ -298,60 +298,60 @@ impl Seat {
         (code != 0).then(|| (code.wrapping_sub(1), self.bus_address.load(SeqCst)))
     }
 
-    /// Which of its runs the vCPU is in; for `tell`.
+    /// Which of its runs the vCPU is in; for `notify`.
     pub fn turn(&self) -> u32 {
         self.turn.load(SeqCst)
     }
 
-    /// Tells the vCPU something of a fault that it had in this turn, and makes its loop look. Later than that it is no news: the vCPU has
+    /// Tells the vCPU something of a fault that it had in this turn, and makes its loop look. Later than that it is no notice: the vCPU has
     /// left that fault, and if it comes to the page again the resolver is asked again.
-    pub fn tell(&self, turn: u32, news: News) {
+    pub fn notify(&self, turn: u32, notice: Notice) {
         let _under_way = Interrupting::begin(self);
-        if let Ok(mut slot) = self.news.lock() {
+        if let Ok(mut slot) = self.notice.lock() {
             if turn != self.turn() {
                 return;
             }
-            slot.get_or_insert(news);
-            self.has_news.store(true, SeqCst);
+            slot.get_or_insert(notice);
+            self.has_notice.store(true, SeqCst);
         }
         self.interrupt();
     }
 
     /// The vCPU leaves the faults that it had.
     pub fn next_turn(&self) {
-        let had_news = match self.news.lock() {
+        let had_notice = match self.notice.lock() {
             Ok(mut slot) => {
                 self.turn.fetch_add(1, SeqCst);
                 *slot = None;
-                self.has_news.swap(false, SeqCst)
+                self.has_notice.swap(false, SeqCst)
             }
             Err(_) => false,
         };
-        if had_news {
+        if had_notice {
             self.settle();
         }
     }
 
     /// What it was told.
     #[inline]
-    pub fn take_news(&self) -> Option<News> {
-        match self.has_news() {
-            true => self.take_news_now(),
+    pub fn take_notice(&self) -> Option<Notice> {
+        match self.has_notice() {
+            true => self.take_notice_now(),
             false => None,
         }
     }
 
     #[cold]
-    fn take_news_now(&self) -> Option<News> {
-        self.has_news.store(false, SeqCst);
-        let news = self.news.lock().ok()?.take();
+    fn take_notice_now(&self) -> Option<Notice> {
+        self.has_notice.store(false, SeqCst);
+        let notice = self.notice.lock().ok()?.take();
         self.settle();
-        news
+        notice
     }
 
     /// Is there something to take?
-    pub fn has_news(&self) -> bool {
-        self.has_news.load(SeqCst)
+    pub fn has_notice(&self) -> bool {
+        self.has_notice.load(SeqCst)
     }
 }
 
@@ -359,7 +359,7 @@ const SERVED: u64 = 1;
 
 /// So long the loop waits for whoever interrupts it and was itself interrupted in the middle. After that its signal may come late, and ends a
 /// KVM_RUN or a wait for nothing.
-const LONG_FOR_A_SIGNAL: Duration = Duration::from_millis(100);
+const SIGNAL_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Somebody who is interrupting a vCPU.
 struct Interrupting<'a>(&'a Seat);
@@ -391,9 +391,9 @@ impl Drop for Touching<'_> {
 }
 
 /// A fault of a vCPU that is being served.
-pub struct Serving<'a>(&'a Seat);
+pub struct FaultUnderWay<'a>(&'a Seat);
 
-impl Drop for Serving<'_> {
+impl Drop for FaultUnderWay<'_> {
     fn drop(&mut self) {
         self.0.fault.fetch_or(SERVED, Relaxed);
     }
@@ -405,11 +405,11 @@ impl Waiter for Seat {
     }
 
     fn must_leave(&self) -> bool {
-        self.has_business() || self.immediate_exit.is_the_vmms()
+        self.has_something_to_report() || self.immediate_exit.is_the_vmms()
     }
 
     fn was_nudged(&self) -> bool {
-        self.see_nudges()
+        self.acknowledge_nudges()
     }
 }
 

@@ -24,7 +24,7 @@ impl Vcpu {
         let (block, page) = page.filter(|_| !self.vm.has_poison())?;
         let gpa = slots.showing(block, page).filter(|_| total == 1).map(|slot| slot.gpa_of(page));
         let hva = if total == 1 { block.hva_of(page) } else { 0 };
-        let _ = self.seat.take_news(); // the reader that lost it may have reported the same
+        let _ = self.seat.take_notice(); // the reader that lost it may have reported the same
         Some(self.report(MemoryError { gpa, hva, len: block.page, lost: true }))
     }
 

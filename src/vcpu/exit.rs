@@ -32,8 +32,8 @@ impl Vcpu {
 
     /// KVM_RUN has failed, and not as the ABI of the memslot flag says.
     fn failed(&self, errno: i32) -> Result<Exit> {
-        if let Some(news) = self.seat.take_news() {
-            return self.receive(news);
+        if let Some(notice) = self.seat.take_notice() {
+            return self.receive(notice);
         }
         if let Some(exit) = (errno == libc::EFAULT).then(|| self.lost_somewhere()).flatten() {
             return Ok(exit);

@@ -95,7 +95,7 @@ impl Vcpu {
             stats: &self.seat.stats,
             more: More::Ahead(&self.seat.runs),
         };
-        let _serving = self.seat.faults_at(block.hva_of(page));
+        let _serving = self.seat.begin_fault(block.hva_of(page));
         self.vm.engine.resolve(slots, block, page, &need)
     }
 

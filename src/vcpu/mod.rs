@@ -173,7 +173,7 @@ impl Vcpu {
         let mut state = self.state()?;
         self.attach(&mut state)?;
         self.seat.next_turn();
-        self.seat.see_nudges(); // whose signals came in the VMM's own code
+        self.seat.acknowledge_nudges(); // whose signals came in the VMM's own code
         self.seat.refresh();
         match self.before_run(&mut state)? {
             Exit::Handled => {}
@@ -229,7 +229,7 @@ impl Vcpu {
         if state.is_away {
             // Meanwhile its thread may have touched memory in the VMM's own code.
             self.seat.next_turn();
-            self.seat.see_nudges();
+            self.seat.acknowledge_nudges();
         }
         let exit = self.before_run(&mut state);
         self.back_to_vmm(&mut state, &exit);

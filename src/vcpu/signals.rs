@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::kernel::page::page_size;
 use crate::kernel::{signal, thread};
 use crate::memory::calls;
-use crate::resolve::seat::News;
+use crate::resolve::seat::Notice;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::PoisonError;
 
@@ -48,7 +48,7 @@ impl Vcpu {
         let (mut bus, mut late) = (None, false);
         match self.sigbus {
             Sigbus::ByHandler => {
-                let was_nudged = self.seat.see_nudges();
+                let was_nudged = self.seat.acknowledge_nudges();
                 (bus, late) = (self.seat.take_bus(), was_nudged || self.seat.immediate_exit.is_raised());
             }
             // SIGBUS comes before the kick signal, as a synchronous one (dequeue_signal in
@@ -66,11 +66,11 @@ impl Vcpu {
                 other => return Ok(other),
             }
         }
-        if self.seat.see_kicks() {
+        if self.seat.acknowledge_kicks() {
             return Ok(Exit::Interrupted);
         }
-        if let Some(news) = self.seat.take_news() {
-            return self.receive(news);
+        if let Some(notice) = self.seat.take_notice() {
+            return self.receive(notice);
         }
         // A nudge; or a signal that came late, after the loop had seen what it announces.
         let ours = bus.is_some() || late && !self.seat.immediate_exit.is_the_vmms();
@@ -79,19 +79,19 @@ impl Vcpu {
 
     /// A wait was left: for a kick, for a reader's report, or for a signal of the VMM's own.
     pub(super) fn wait_left(&self) -> Result<Exit> {
-        if !self.seat.see_kicks() {
-            if let Some(news) = self.seat.take_news() {
-                return self.receive(news);
+        if !self.seat.acknowledge_kicks() {
+            if let Some(notice) = self.seat.take_notice() {
+                return self.receive(notice);
             }
         }
         Ok(Exit::Interrupted)
     }
 
-    pub(super) fn receive(&self, news: News) -> Result<Exit> {
+    pub(super) fn receive(&self, notice: Notice) -> Result<Exit> {
         self.seat.next_turn();
-        match news {
-            News::Failed(error) => Err(error),
-            News::Lost(hva) => {
+        match notice {
+            Notice::Failed(error) => Err(error),
+            Notice::Lost(hva) => {
                 let slots = self.vm.engine.memory.slots();
                 let page = slots.at_hva(hva);
                 let slot = page.and_then(|(block, page)| slots.showing(block, page).map(|slot| (slot, page)));

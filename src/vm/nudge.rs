@@ -69,7 +69,7 @@ mod tests {
             scope.spawn(|| {
                 seat.thread.store(thread::id(), SeqCst);
                 ready.store(true, SeqCst);
-                while !seat.see_nudges() {
+                while !seat.acknowledge_nudges() {
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 ready.store(false, SeqCst);
@@ -86,6 +86,6 @@ mod tests {
                 assert!(!ready.load(SeqCst), "the call waits for ever");
             });
         });
-        assert!(!seat.is_kicked() && !seat.see_nudges());
+        assert!(!seat.is_kicked() && !seat.acknowledge_nudges());
     }
 }

@@ -186,14 +186,14 @@ mod tests {
         let (memory, seats) = (needs!(memory()), Seats::default());
         let seat: &'static Seat = Box::leak(Box::new(Seat::new(0, ImmediateExit::none(), libc::SIGURG, false)));
         seats.add(seat);
-        drop(seat.faults_at(B + 1000 * PAGE));
+        drop(seat.begin_fault(B + 1000 * PAGE));
         let first = vec![B + 8 * PAGE..B + 12 * PAGE, 0x5000..0x9000, A + 2040 * PAGE..A + 3000 * PAGE];
         let mut order = Order::new(first, false, Scope::default());
         let mut next = || next(&mut order, &memory, &seats, 256).unwrap();
         assert_eq!(next(), B + 8 * PAGE..B + 12 * PAGE);
         assert_eq!(next(), A + 2040 * PAGE..A + 2048 * PAGE);
         assert_eq!(next(), B + 1000 * PAGE..B + 1256 * PAGE);
-        drop(seat.faults_at(B + 500 * PAGE));
+        drop(seat.begin_fault(B + 500 * PAGE));
         assert_eq!(next(), B + 500 * PAGE..B + 756 * PAGE);
         assert_eq!(next(), B + 756 * PAGE..B + 1000 * PAGE);
         assert_eq!(next(), A..A + 256 * PAGE, "one fault of each vCPU, the latest");
@@ -205,7 +205,7 @@ mod tests {
         let (memory, seats) = (needs!(memory()), Seats::default());
         let seat: &'static Seat = Box::leak(Box::new(Seat::new(0, ImmediateExit::none(), libc::SIGURG, false)));
         seats.add(seat);
-        drop(seat.faults_at(B + 100 * PAGE));
+        drop(seat.begin_fault(B + 100 * PAGE));
         let scope =
             Scope::of(vec![A + 10 * PAGE..A + 20 * PAGE, A + 30 * PAGE..A + 33 * PAGE, B + 90 * PAGE..B + 110 * PAGE]);
         let mut order = Order::new(vec![A + 18 * PAGE..A + 31 * PAGE, A..A + PAGE], false, scope);

@@ -104,9 +104,9 @@ mod tests {
             (0..100).map(|_| wait()).min() >= Some(GIVE_WAY)
         };
         assert!(!waits());
-        let serving = seat.faults_at(0x1000);
+        let under_way = seat.begin_fault(0x1000);
         assert!(waits());
-        drop(serving);
+        drop(under_way);
         assert!(!waits());
         assert_eq!(seat.last_fault(), Some(0x1000));
     }
