@@ -1,8 +1,8 @@
-//! Faults are served here: one caller of many has the resolver bring a page, the others wait for it.
+//! Faults are served here: one caller of many has the resolver fetch a page, the others wait for it.
 
 use super::call::{callback, Callback};
 use super::callbacks::Holder;
-use super::fault::{Answer, Fault, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
+use super::fault::{Answer, Extent, Fault, FaultRequest, Origin, Outcome, Resolver, Waiter, MAX_RETRIES};
 use super::readahead::{self, Plan};
 use super::reader::Readers;
 use super::seat::Seats;
@@ -24,11 +24,11 @@ use std::sync::atomic::{fence, AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// A strided run is brought page by page before the vCPU goes on: for this long, so that a slow resolver doesn't hold it up.
-const AHEAD_AT_MOST: Duration = Duration::from_micros(200);
+/// A strided run is fetched page by page before the vCPU goes on: for this long, so that a slow resolver doesn't hold it up.
+const STRIDED_AT_MOST: Duration = Duration::from_micros(200);
 
 /// What became of a resolver call.
-enum Brought {
+enum Fetched {
     /// The fault is over.
     Ended(Outcome),
     /// The page is announced.
@@ -41,11 +41,11 @@ enum Brought {
 pub struct Engine {
     /// The memory.
     pub memory: Memory,
-    /// The vCPUs, as far as others need them.
+    /// The vCPUs, as far as others request them.
     pub seats: Seats,
     /// The resolver, until the VM is shut down.
     pub callbacks: Holder,
-    /// How many pages may be brought together, the needed one included.
+    /// How many pages may be fetched together, the needed one included.
     pub readahead: u64,
     /// Can the reader threads work?
     pub readers: Readers,
@@ -59,7 +59,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// `readahead`: how many pages may be brought together, the needed one included.
+    /// `readahead`: how many pages may be fetched together, the needed one included.
     pub fn new(memory: Memory, resolver: Box<dyn Resolver>, readahead: u64) -> Engine {
         look_around(); // reads the environment, which is not for a fault to do
         Engine {
@@ -76,7 +76,7 @@ impl Engine {
         }
     }
 
-    /// No more resolver calls; whoever waits goes with ESHUTDOWN. False if it was so already.
+    /// No extent resolver calls; whoever waits goes with ESHUTDOWN. False if it was so already.
     pub fn shut_down(&self) -> bool {
         let first = !self.shutdown.swap(true, SeqCst);
         fence(SeqCst); // with `check_begun`
@@ -119,16 +119,16 @@ impl Engine {
     }
 
     /// Serves one fault, and counts it. `slots` are those in which the caller found the page, not long ago.
-    pub fn resolve(&self, slots: &Slots, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
+    pub fn serve(&self, slots: &Slots, block: &Arc<Block>, page: u64, request: &FaultRequest<'_>) -> Result<Outcome> {
         let start = clock::nanoseconds();
-        let stats = need.stats;
-        match need.origin {
+        let stats = request.stats;
+        match request.origin {
             Origin::Vcpu(_) => stats.faults_vcpu.add(1),
             Origin::Host => stats.faults_host.add(1),
             Origin::Prefetch => stats.faults_prefetch.add(1),
             Origin::Fill => {} // not through here
         }
-        let outcome = self.settle(slots, block, page, need);
+        let outcome = self.resolve_page(slots, block, page, request);
         match outcome {
             Ok(Outcome::Installed) => stats.outcome_resolved.add(1),
             Ok(Outcome::Waited | Outcome::Elsewhere | Outcome::Pending | Outcome::Gone) => stats.outcome_waited.add(1),
@@ -143,11 +143,17 @@ impl Engine {
     }
 
     /// The same for background fill: nobody waits, so that it is no fault to count.
-    pub fn fill(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
-        self.settle(&self.memory.slots(), block, page, need)
+    pub fn serve_fill(&self, block: &Arc<Block>, page: u64, request: &FaultRequest<'_>) -> Result<Outcome> {
+        self.resolve_page(&self.memory.slots(), block, page, request)
     }
 
-    fn settle(&self, slots: &Slots, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Result<Outcome> {
+    fn resolve_page(
+        &self,
+        slots: &Slots,
+        block: &Arc<Block>,
+        page: u64,
+        request: &FaultRequest<'_>,
+    ) -> Result<Outcome> {
         let hva = block.hva_of(page);
         let mut waited = false;
         loop {
@@ -162,7 +168,7 @@ impl Engine {
                 State::Present => return Ok(Outcome::WasPresent),
                 State::Lost => return Ok(Outcome::Lost),
                 State::Resolving => {
-                    let Some(waiter) = need.waiter else {
+                    let Some(waiter) = request.waiter else {
                         return Ok(Outcome::Elsewhere);
                     };
                     waited = true;
@@ -179,55 +185,62 @@ impl Engine {
                     }
                 }
                 State::Absent => {
-                    let wakes = need.waiter.is_some() || need.origin == Origin::Fill;
+                    let wakes = request.waiter.is_some() || request.origin == Origin::Fill;
                     let Some(mut claim) = Claim::take(&self.memory, block, page, wakes) else { continue };
                     let Some(slot) = slots.showing(block, page) else {
                         return Ok(Outcome::Gone);
                     };
-                    let plan = self.plan(slot, page, need.more);
-                    let brought = self.bring(&mut claim, slot, page, need, &plan)?;
+                    let plan = self.plan(slot, page, request.extent);
+                    let fetched = self.fetch(&mut claim, slot, page, request, &plan)?;
                     drop(claim);
                     if !plan.is_contiguous() {
-                        self.bring_beyond(slot, page, need, plan);
+                        self.fetch_strided(slot, page, request, plan);
                     }
-                    match brought {
-                        Brought::Ended(outcome) => return Ok(outcome),
-                        Brought::Pending if need.waiter.is_none() => return Ok(Outcome::Pending),
-                        Brought::Pending => waited = true,
-                        Brought::Anew if need.waiter.is_some_and(Waiter::must_leave) => {
+                    match fetched {
+                        Fetched::Ended(outcome) => return Ok(outcome),
+                        Fetched::Pending if request.waiter.is_none() => return Ok(Outcome::Pending),
+                        Fetched::Pending => waited = true,
+                        Fetched::Anew if request.waiter.is_some_and(Waiter::must_leave) => {
                             return Ok(Outcome::Interrupted)
                         }
-                        Brought::Anew => {}
+                        Fetched::Anew => {}
                     }
                 }
             }
         }
     }
 
-    /// What to bring with a page.
-    fn plan(&self, slot: &Slot, page: u64, more: More<'_>) -> Plan {
-        match more {
-            More::UpTo { most, .. } => Plan { step: 1, count: most.max(1) },
+    /// What to fetch with a page.
+    fn plan(&self, slot: &Slot, page: u64, extent: Extent<'_>) -> Plan {
+        match extent {
+            Extent::UpTo { most, .. } => Plan { step: 1, count: most.max(1) },
             // Somebody else has the runs only where two reader threads serve one vCPU, or host threads, at once.
-            More::Ahead(runs) if self.readahead > 1 => match runs.try_lock() {
+            Extent::Readahead(runs) if self.readahead > 1 => match runs.try_lock() {
                 Ok(mut runs) => runs.next(slot.block.hva_of(page) / slot.block.page, self.readahead),
                 Err(_) => Plan::ALONE,
             },
-            More::Ahead(_) => Plan::ALONE,
+            Extent::Readahead(_) => Plan::ALONE,
         }
     }
 
-    /// Has the resolver bring a page that was claimed, and what is absent around it according to the plan. If that fails, the page alone: what
+    /// Has the resolver fetch a page that was claimed, and what is absent around it according to the plan. If that fails, the page alone: what
     /// nobody has asked for must not cost the guest what it needs.
-    fn bring(&self, claim: &mut Claim<'_>, slot: &Slot, page: u64, need: &Need<'_>, plan: &Plan) -> Result<Brought> {
+    fn fetch(
+        &self,
+        claim: &mut Claim<'_>,
+        slot: &Slot,
+        page: u64,
+        request: &FaultRequest<'_>,
+        plan: &Plan,
+    ) -> Result<Fetched> {
         let block = &slot.block;
         let mut window = match plan.count {
             1 => page..page + 1,
             _ if plan.is_contiguous() => {
                 let wanted = readahead::window(slot, page, plan);
-                let end = match need.more {
-                    More::UpTo { end, .. } => wanted.end.min(end).max(page + 1),
-                    More::Ahead(_) => wanted.end,
+                let end = match request.extent {
+                    Extent::UpTo { end, .. } => wanted.end.min(end).max(page + 1),
+                    Extent::Readahead(_) => wanted.end,
                 };
                 block.pages.absent_down(page, wanted.start)..block.pages.absent_up(page + 1, end)
             }
@@ -239,33 +252,33 @@ impl Engine {
             gpa: slot.gpa_of(page),
             len: block.page,
             hva: block.hva_of(page),
-            access: need.access,
-            origin: need.origin,
+            access: request.access,
+            origin: request.origin,
             window: slot.gpa_of(window.start)..slot.gpa_of(window.end),
         };
-        let counted = if matches!(need.more, More::Ahead(_)) { ahead } else { 0 };
-        need.stats.ahead_asked.add(counted);
-        let (mut answer, mut why) = self.ask(block, page, &fault, need.stats);
+        let counted = if matches!(request.extent, Extent::Readahead(_)) { ahead } else { 0 };
+        request.stats.ahead_asked.add(counted);
+        let (mut answer, mut why) = self.ask(block, page, &fault, request.stats);
         let is_ours = || !claim.is_overtaken() && block.pages.get(page) == State::Resolving;
         if ahead > 0 && matches!(answer, Answer::Failed(_)) && is_ours() {
-            need.stats.ahead_failed.add(counted);
+            request.stats.ahead_failed.add(counted);
             window = page..page + 1;
             fault.window = fault.gpa..fault.gpa + fault.len;
-            (answer, why) = self.ask(block, page, &fault, need.stats);
+            (answer, why) = self.ask(block, page, &fault, request.stats);
         }
         if self.is_shut_down() {
             // Whatever the resolver says: with its VM freed it could not do what it meant to.
-            return Ok(Brought::Anew);
+            return Ok(Fetched::Anew);
         }
-        let brought = self.conclude(claim, block, page, answer, why, &fault)?;
+        let fetched = self.conclude(claim, block, page, answer, why, &fault)?;
         let is_needed =
-            need.origin != Origin::Fill && matches!(brought, Brought::Pending | Brought::Ended(Outcome::Installed));
+            request.origin != Origin::Fill && matches!(fetched, Fetched::Pending | Fetched::Ended(Outcome::Installed));
         if is_needed && self.records.load(SeqCst) {
             if let Some(recorder) = self.recorder.load().as_ref() {
                 recorder.note(block, &window);
             }
         }
-        Ok(brought)
+        Ok(fetched)
     }
 
     /// One call of the resolver, unless the page has become PRESENT in the meantime: the answer, and
@@ -284,24 +297,29 @@ impl Engine {
         }
     }
 
-    /// The further pages of a strided run: a call each, for as long as they are brought quickly and nobody kicks. What fails stays absent.
-    fn bring_beyond(&self, slot: &Slot, page: u64, need: &Need<'_>, plan: Plan) {
+    /// The further pages of a strided run: a call each, for as long as they are fetched quickly and nobody kicks. What fails stays absent.
+    fn fetch_strided(&self, slot: &Slot, page: u64, request: &FaultRequest<'_>, plan: Plan) {
         let start = Instant::now();
-        let prefetch =
-            Need { origin: Origin::Prefetch, access: ACCESS_UNKNOWN, waiter: None, more: More::NOTHING, ..*need };
+        let prefetch = FaultRequest {
+            origin: Origin::Prefetch,
+            access: ACCESS_UNKNOWN,
+            waiter: None,
+            extent: Extent::ONE_PAGE,
+            ..*request
+        };
         for page in plan.beyond(page, slot.pages()) {
-            let must_leave = need.waiter.is_some_and(Waiter::must_leave);
-            if must_leave || self.is_shut_down() || start.elapsed() > AHEAD_AT_MOST {
+            let must_leave = request.waiter.is_some_and(Waiter::must_leave);
+            if must_leave || self.is_shut_down() || start.elapsed() > STRIDED_AT_MOST {
                 return;
             }
             let block = &slot.block;
             if let Some(mut claim) = Claim::take(&self.memory, block, page, true) {
-                need.stats.ahead_asked.add(1);
-                let brought = self.bring(&mut claim, slot, page, &prefetch, &Plan::ALONE);
+                request.stats.ahead_asked.add(1);
+                let fetched = self.fetch(&mut claim, slot, page, &prefetch, &Plan::ALONE);
                 drop(claim);
-                match brought {
-                    Ok(Brought::Pending | Brought::Ended(Outcome::Installed)) => {}
-                    _ => need.stats.ahead_failed.add(1),
+                match fetched {
+                    Ok(Fetched::Pending | Fetched::Ended(Outcome::Installed)) => {}
+                    _ => request.stats.ahead_failed.add(1),
                 }
             }
         }
@@ -316,41 +334,41 @@ impl Engine {
         answer: Answer,
         why: Option<Error>,
         fault: &Fault,
-    ) -> Result<Brought> {
+    ) -> Result<Fetched> {
         let is_present = block.pages.get(page) == State::Present;
         let at = || format!("gpa {:#x} (slot {:#x})", fault.gpa, fault.slot);
         match answer {
             Answer::Resolved | Answer::Failed(libc::EEXIST) if is_present => {
                 claim.settle();
-                Ok(Brought::Ended(Outcome::Installed))
+                Ok(Fetched::Ended(Outcome::Installed))
             }
-            Answer::Pending => Ok(if claim.settle() { Brought::Pending } else { Brought::Anew }),
+            Answer::Pending => Ok(if claim.settle() { Fetched::Pending } else { Fetched::Anew }),
             // Given up meanwhile (kvmfault_pages_lost), from which everything that the resolver could say follows.
             _ if block.pages.get(page) == State::Lost => {
                 claim.settle();
-                Ok(Brought::Ended(Outcome::Lost))
+                Ok(Fetched::Ended(Outcome::Lost))
             }
-            // Brought, and discarded since: the guest comes again if it still needs the page.
+            // Fetched, and discarded since: the guest comes again if it still needs the page.
             Answer::Resolved | Answer::Failed(libc::EEXIST) if claim.is_overtaken_after_discards() => {
-                Ok(Brought::Ended(Outcome::Installed))
+                Ok(Fetched::Ended(Outcome::Installed))
             }
-            _ if claim.is_overtaken_after_discards() => Ok(Brought::Anew),
+            _ if claim.is_overtaken_after_discards() => Ok(Fetched::Anew),
             Answer::Lost => {
                 match lose::lose_claimed(&self.memory, block, page, claim) {
-                    Err(_) if block.is_gone() => return Ok(Brought::Anew),
+                    Err(_) if block.is_gone() => return Ok(Fetched::Anew),
                     lost => lost?,
                 };
                 Ok(match block.pages.get(page) {
-                    State::Lost => Brought::Ended(Outcome::Lost),
-                    State::Present => Brought::Ended(Outcome::Installed),
-                    _ => Brought::Anew,
+                    State::Lost => Fetched::Ended(Outcome::Lost),
+                    State::Present => Fetched::Ended(Outcome::Installed),
+                    _ => Fetched::Anew,
                 })
             }
-            Answer::Retry => Ok(Brought::Ended(Outcome::Retry)),
-            // What it was asked for isn't there any more.
+            Answer::Retry => Ok(Fetched::Ended(Outcome::Retry)),
+            // What it was asked for isn't there any extent.
             Answer::Resolved | Answer::Failed(_) if !self.is_shown(block, page, fault) => {
                 let elsewhere = self.memory.slots().showing(block, page).is_some();
-                Ok(Brought::Ended(if elsewhere { Outcome::Retry } else { Outcome::Gone }))
+                Ok(Fetched::Ended(if elsewhere { Outcome::Retry } else { Outcome::Gone }))
             }
             Answer::Resolved => fail!(EPROTO, "the resolver said KVMFAULT_RESOLVED but installed nothing at {}", at()),
             Answer::Failed(errno) => {
@@ -385,7 +403,7 @@ impl Engine {
     /// Another failed try for a host thread at this page: which one in a row.
     pub(super) fn count_failure(&self, hva: u64) -> u32 {
         let Ok(mut failing) = self.failing.lock() else {
-            return MOST_RETRIES;
+            return MAX_RETRIES;
         };
         let tries = failing.entry(hva).or_insert(0);
         *tries += 1;

@@ -42,7 +42,7 @@ pub struct Fault {
 
 /// Who comes with a fault, and what for.
 #[derive(Clone, Copy)]
-pub struct Need<'a> {
+pub struct FaultRequest<'a> {
     /// Who needs the page.
     pub origin: Origin,
     /// What the kernel says of the access.
@@ -52,14 +52,14 @@ pub struct Need<'a> {
     /// Where it is counted.
     pub stats: &'a Stats,
     /// What may be brought besides.
-    pub more: More<'a>,
+    pub extent: Extent<'a>,
 }
 
 /// What may be brought with a page.
 #[derive(Clone, Copy)]
-pub enum More<'a> {
+pub enum Extent<'a> {
     /// What the runs of these faults suggest.
-    Ahead(&'a Mutex<Runs>),
+    Readahead(&'a Mutex<Runs>),
     /// What follows.
     UpTo {
         /// The end, a page of the block.
@@ -69,9 +69,9 @@ pub enum More<'a> {
     },
 }
 
-impl More<'_> {
+impl Extent<'_> {
     /// Nothing.
-    pub const NOTHING: Self = More::UpTo { end: 0, most: 1 };
+    pub const ONE_PAGE: Self = Extent::UpTo { end: 0, most: 1 };
 }
 
 /// What a resolver answers.
@@ -135,7 +135,7 @@ pub trait Waiter {
 }
 
 /// After so many KVMFAULT_RETRY in a row for one page the fault is an error.
-pub const MOST_RETRIES: u32 = 1000;
+pub const MAX_RETRIES: u32 = 1000;
 
 /// How long to wait before the n-th try in a row: doubling from 1 us to 10 ms.
 pub fn pause_before(retry: u32) -> Duration {

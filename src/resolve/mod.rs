@@ -14,4 +14,4 @@ pub mod working_set;
 
 pub use call::{callback, in_callback, not_in_callback, note_failure};
 pub use engine::Engine;
-pub use fault::{pause_before, Answer, Fault, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES};
+pub use fault::{pause_before, Answer, Extent, Fault, FaultRequest, Origin, Outcome, Resolver, Waiter, MAX_RETRIES};

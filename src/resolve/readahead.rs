@@ -11,7 +11,7 @@ const FIRST: u64 = 4;
 /// And so many faults that belong to none are remembered, to tell a step by.
 const STRAYS: usize = 16;
 /// Pages further apart than this are not taken for one run.
-const LONGEST_STEP: u64 = 4096;
+const MAX_STEP: u64 = 4096;
 
 /// What to bring with a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,7 +123,7 @@ impl Runs {
         let steps = self.stray.iter().map(|before| page.wrapping_sub(*before) as i64);
         let leads_here = |&step: &i64| match step.unsigned_abs() {
             1 => true,
-            2..=LONGEST_STEP => self.stray.contains(&page.wrapping_sub(step as u64).wrapping_sub(step as u64)),
+            2..=MAX_STEP => self.stray.contains(&page.wrapping_sub(step as u64).wrapping_sub(step as u64)),
             _ => false,
         };
         steps.filter(leads_here).min_by_key(|step| step.unsigned_abs())

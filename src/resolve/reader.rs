@@ -4,7 +4,7 @@
 use super::readahead::Runs;
 use super::seat::Notice;
 use super::strays::Strays;
-use super::{pause_before, Engine, More, Need, Origin, Outcome, MOST_RETRIES};
+use super::{pause_before, Engine, Extent, FaultRequest, Origin, Outcome, MAX_RETRIES};
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::{ACCESS_READ, ACCESS_WRITE};
 use crate::kernel::event::{poll, Flag};
@@ -198,15 +198,15 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, delayed: &mut 
     let turn = seat.map_or(0, |seat| seat.turn());
     // A vCPU's thread may also fault as a host thread, in a device model; what it touches is the same page either way.
     let origin = seat.as_ref().map_or(Origin::Host, |seat| Origin::Vcpu(seat.number));
-    let need = Need {
+    let request = FaultRequest {
         origin,
         access: if message.write { ACCESS_WRITE } else { ACCESS_READ },
         waiter: None,
         stats: seat.as_ref().map_or(engine.memory.stats.here(), |seat| &seat.stats),
-        more: More::Ahead(seat.as_ref().map_or(hosts, |seat| &seat.runs)),
+        extent: Extent::Readahead(seat.as_ref().map_or(hosts, |seat| &seat.runs)),
     };
     let under_way = seat.map(|seat| seat.begin_fault(hva));
-    let outcome = engine.resolve(&engine.memory.slots(), &block, page, &need);
+    let outcome = engine.serve(&engine.memory.slots(), &block, page, &request);
     drop(under_way);
     let failed = match outcome {
         Ok(Outcome::WasPresent) => {
@@ -225,7 +225,7 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, delayed: &mut 
         }
         Ok(Outcome::Retry) => {
             let tries = engine.count_failure(hva);
-            if tries > MOST_RETRIES {
+            if tries > MAX_RETRIES {
                 Some(Error::new(
                     libc::ELOOP,
                     format!("the resolver has asked for {tries} retries of the page at hva {hva:#x}"),

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+const MAX_PAUSE: Duration = Duration::from_millis(100);
 
 /// The strays of one reader thread. However many there are, they are one range: what is woken in between for nothing faults again.
 pub struct Strays {
@@ -31,7 +31,7 @@ impl Strays {
             None => {
                 // One that comes soon after the last were woken has mostly come again.
                 let again = now < self.due + 2 * self.pause;
-                self.pause = if again { (self.pause * 2).min(LONGEST_PAUSE) } else { FIRST_PAUSE };
+                self.pause = if again { (self.pause * 2).min(MAX_PAUSE) } else { FIRST_PAUSE };
                 self.pages = Some(page..page + PAGE);
                 self.due = now + self.pause;
             }

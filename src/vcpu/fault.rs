@@ -10,7 +10,7 @@ use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::{look_around, Sleeper, WAITS};
 use crate::resolve::readahead::{self, Plan};
-use crate::resolve::{pause_before, More, Need, Origin, Outcome, Waiter, MOST_RETRIES};
+use crate::resolve::{pause_before, Extent, FaultRequest, Origin, Outcome, Waiter, MAX_RETRIES};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -88,15 +88,15 @@ impl Vcpu {
         access: Access,
         waiter: &dyn Waiter,
     ) -> Result<Outcome> {
-        let need = Need {
+        let request = FaultRequest {
             origin: Origin::Vcpu(self.seat.number),
             access,
             waiter: Some(waiter),
             stats: &self.seat.stats,
-            more: More::Ahead(&self.seat.runs),
+            extent: Extent::Readahead(&self.seat.runs),
         };
         let _serving = self.seat.begin_fault(block.hva_of(page));
-        self.vm.engine.resolve(slots, block, page, &need)
+        self.vm.engine.serve(slots, block, page, &request)
     }
 
     /// Maps in stage 2 what has just become present: the page, and what the resolver installed
@@ -193,7 +193,7 @@ impl Vcpu {
     ) -> Result<Exit> {
         let hva = slot.block.hva_of(page);
         let times = state.progress.none_at(hva);
-        if times > MOST_RETRIES {
+        if times > MAX_RETRIES {
             state.progress.made();
             fail!(
                 ELOOP,

@@ -24,7 +24,7 @@ use crate::memory::wait::Sleeper;
 use crate::memory::{calls, discard, give_back, lose, Memory};
 use crate::resolve::fill::Fill;
 use crate::resolve::{
-    note_failure, pause_before, reader, Engine, More, Need, Origin, Outcome, Resolver, Waiter, MOST_RETRIES,
+    note_failure, pause_before, reader, Engine, Extent, FaultRequest, Origin, Outcome, Resolver, Waiter, MAX_RETRIES,
 };
 use crate::stats::Stats;
 use std::os::fd::{AsRawFd, RawFd};
@@ -366,21 +366,21 @@ impl Vm {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
         let waiter = Patient(Sleeper::default());
-        let need = Need {
+        let request = FaultRequest {
             origin: Origin::Prefetch,
             access: ACCESS_UNKNOWN,
             waiter: Some(&waiter),
             stats: self.engine.memory.stats.here(),
-            more: More::UpTo { end: pages.end, most: self.engine.readahead },
+            extent: Extent::UpTo { end: pages.end, most: self.engine.readahead },
         };
         for page in pages {
             let mut retries = 0;
             while slot.block.pages.get(page) != State::Present {
-                match self.engine.resolve(&slots, &slot.block, page, &need)? {
+                match self.engine.serve(&slots, &slot.block, page, &request)? {
                     Outcome::Lost => fail!(EHWPOISON, "the page at gpa {:#x} is lost", slot.gpa_of(page)),
                     Outcome::Interrupted => fail!(EINTR, "interrupted by a signal at gpa {:#x}", slot.gpa_of(page)),
                     Outcome::Gone => fail!(ENOENT, "slot {:#x} was deleted meanwhile", slot.region.slot),
-                    Outcome::Retry if retries == MOST_RETRIES => {
+                    Outcome::Retry if retries == MAX_RETRIES => {
                         fail!(ELOOP, "the resolver asked for {retries} retries at gpa {:#x}", slot.gpa_of(page))
                     }
                     Outcome::Retry => {

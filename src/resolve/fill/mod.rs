@@ -93,7 +93,7 @@ pub struct Fill {
     first: Vec<Range<u64>>,
     failed: AtomicU64,
     /// Tries without success in a row, of all threads.
-    in_vain: AtomicU32,
+    failures_in_a_row: AtomicU32,
     /// Threads that are in the middle of a piece; of one that comes first.
     busy: AtomicU32,
     busy_first: AtomicU32,
@@ -130,7 +130,7 @@ impl Fill {
             total_bytes: options.scope.pages(&slots).map(absent).sum(),
             first,
             failed: AtomicU64::new(0),
-            in_vain: AtomicU32::new(0),
+            failures_in_a_row: AtomicU32::new(0),
             busy: AtomicU32::new(0),
             busy_first: AtomicU32::new(0),
             calling: AtomicU32::new(0),
@@ -187,7 +187,7 @@ impl Fill {
     pub fn resume(&self) {
         // What failed before may work now: that is what pauses are for.
         if self.pause.is_asked() {
-            self.in_vain.store(0, SeqCst);
+            self.failures_in_a_row.store(0, SeqCst);
         }
         self.pause.end();
     }

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::kernel::abi::ACCESS_UNKNOWN;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
-use crate::resolve::{More, Need, Origin, Outcome, MOST_RETRIES};
+use crate::resolve::{Extent, FaultRequest, Origin, Outcome, MAX_RETRIES};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{Ordering::Relaxed, Ordering::SeqCst};
@@ -15,18 +15,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// So many pages that a resolver has announced (KVMFAULT_PENDING) may be outstanding for each thread.
-const MOST_PENDING: usize = 64;
+const MAX_PENDING: usize = 64;
 /// A thread that has nothing to do looks again after this time; so it sees soon that it is to stop.
-const LOOK: Duration = Duration::from_millis(1);
+const IDLE_PAUSE: Duration = Duration::from_millis(1);
 /// The pause after tries without success grows to this.
-const LONGEST_PAUSE: Duration = Duration::from_millis(10);
+const MAX_PAUSE: Duration = Duration::from_millis(10);
 /// So many tries in a row that failed are the end: the resolver is dead.
-const MOST_FAILURES: u32 = 1000;
+const MAX_FAILURES: u32 = 1000;
 
 impl Fill {
     /// The first thread: works like the others, and besides reports, and sees the end.
     pub(super) fn lead(&self, report: &Report) {
-        let mut hand = Hand::default();
+        let mut worker = Worker::default();
         let (mut reported, mut left_then) = (Instant::now(), self.total);
         let (mut idle, mut left_before) = (0, u64::MAX);
         let mut withdrawn = self.engine.memory.withdrawn.load(Relaxed);
@@ -42,11 +42,11 @@ impl Fill {
                 continue;
             }
             self.note_first();
-            if self.in_vain.load(SeqCst) >= MOST_FAILURES {
+            if self.failures_in_a_row.load(SeqCst) >= MAX_FAILURES {
                 self.end(Err(self.why(self.left())));
                 break;
             }
-            if self.work(&mut hand) {
+            if self.work(&mut worker) {
                 continue;
             }
             // What was announced and withdrawn is asked for again, whatever is still to come.
@@ -56,19 +56,19 @@ impl Fill {
                 continue;
             }
             // The pass is over as soon as the others are done with what they have.
-            if self.busy.load(SeqCst) > 0 || hand.has_pending() {
-                std::thread::sleep(LOOK);
+            if self.busy.load(SeqCst) > 0 || worker.has_pending() {
+                std::thread::sleep(IDLE_PAUSE);
                 continue;
             }
             let left = self.left();
             idle = if left < left_before { 0 } else { idle + 1 };
             left_before = left;
-            if let Some(result) = self.judge(left, idle) {
+            if let Some(result) = self.result_of_pass(left, idle) {
                 self.end(result);
                 break;
             }
             self.order.lock().map(|mut order| order.start_again()).unwrap_or_default();
-            self.sleep((LOOK * (1 << idle.min(10))).min(LONGEST_PAUSE));
+            self.sleep((IDLE_PAUSE * (1 << idle.min(10))).min(MAX_PAUSE));
         }
         let why = match self.engine.is_shut_down() {
             true => Error::new(libc::ESHUTDOWN, "the VM was freed"),
@@ -79,7 +79,7 @@ impl Fill {
     }
 
     /// At the end of a pass, the `idle`-th in a row after which no less was left: is that the end?
-    fn judge(&self, left: u64, idle: u32) -> Option<Result<()>> {
+    fn result_of_pass(&self, left: u64, idle: u32) -> Option<Result<()>> {
         if self.options.only_first {
             self.note_first();
             return self.state.lock().is_ok_and(|ends| ends.first).then_some(Ok(()));
@@ -96,7 +96,7 @@ impl Fill {
         let slots = self.engine.memory.slots();
         let is_coming = self.options.scope.count(&slots, State::Resolving) > 0;
         let has_failed = self.last_error.lock().is_ok_and(|error| error.is_some());
-        let is_over = idle > if has_failed { 1 } else { MOST_RETRIES };
+        let is_over = idle > if has_failed { 1 } else { MAX_RETRIES };
         (is_over && !is_coming).then(|| Err(self.why(left)))
     }
 
@@ -108,12 +108,12 @@ impl Fill {
     }
 
     pub(super) fn follow(&self) {
-        let mut hand = Hand::default();
+        let mut worker = Worker::default();
         while !self.is_stopped() {
             if self.pause.is_asked() {
                 self.pause.wait(None, || self.is_stopped());
-            } else if !self.work(&mut hand) {
-                std::thread::sleep(LOOK);
+            } else if !self.work(&mut worker) {
+                std::thread::sleep(IDLE_PAUSE);
             }
         }
     }
@@ -124,19 +124,19 @@ impl Fill {
         while !self.is_stopped() && !self.pause.is_asked() {
             match until.saturating_duration_since(Instant::now()) {
                 Duration::ZERO => return true,
-                left => std::thread::sleep(left.min(10 * LOOK)),
+                left => std::thread::sleep(left.min(10 * IDLE_PAUSE)),
             }
         }
         false
     }
 
     /// Brings one piece; false if there is none now.
-    fn work(&self, hand: &mut Hand) -> bool {
-        if hand.is_full() {
+    fn work(&self, worker: &mut Worker) -> bool {
+        if worker.is_full() {
             return false;
         }
         give_way(&self.engine.seats);
-        let mut piece = match hand.rest.take() {
+        let mut piece = match worker.rest.take() {
             Some(rest) => rest,
             None => {
                 self.busy.fetch_add(1, SeqCst);
@@ -148,13 +148,13 @@ impl Fill {
             }
         };
         let is_time = self.sleep(self.limit.delay(piece.bytes()));
-        let rest = if is_time { self.bring(&piece, hand) } else { Some(piece.pages.start) };
+        let rest = if is_time { self.fetch(&piece, worker) } else { Some(piece.pages.start) };
         if let Some(rest) = rest {
             // The thread is still busy with it: no other thread takes its pages, and
             // without them what comes first isn't there.
             piece.pages.start = rest;
             self.limit.give_back(piece.bytes());
-            hand.rest = Some(piece);
+            worker.rest = Some(piece);
             return true;
         }
         self.busy_first.fetch_sub(piece.is_first.into(), SeqCst);
@@ -169,7 +169,7 @@ impl Fill {
         Some(piece)
     }
 
-    /// Is what comes first there? Nobody has a piece of it in hand, and no page of it is announced.
+    /// Is what comes first there? Nobody has a piece of it in worker, and no page of it is announced.
     fn note_first(&self) {
         let is_taken =
             || self.order.lock().is_ok_and(|order| order.is_past_first() && self.busy_first.load(SeqCst) == 0);
@@ -194,44 +194,44 @@ impl Fill {
     /// One page, and what comes with it; None while the fill is paused. A thread counts itself as
     /// calling before it looks whether it may call. So a caller of `pause` that sees none calling
     /// afterwards has seen the last call.
-    fn call(&self, block: &Arc<Block>, page: u64, need: &Need<'_>) -> Option<Result<Outcome>> {
+    fn call(&self, block: &Arc<Block>, page: u64, request: &FaultRequest<'_>) -> Option<Result<Outcome>> {
         self.calling.fetch_add(1, SeqCst);
-        let answer = (!self.pause.is_asked()).then(|| self.engine.fill(block, page, need));
+        let answer = (!self.pause.is_asked()).then(|| self.engine.serve_fill(block, page, request));
         self.calling.fetch_sub(1, SeqCst);
         answer
     }
 
     /// Brings the pages of a piece; if a pause comes in between: the page that is next.
-    fn bring(&self, piece: &Piece, hand: &mut Hand) -> Option<u64> {
+    fn fetch(&self, piece: &Piece, worker: &mut Worker) -> Option<u64> {
         let stats = self.engine.memory.stats.here();
         let (block, end) = (&piece.block, piece.pages.end);
-        let more = More::UpTo { end, most: self.options.batch };
-        let need = Need { origin: Origin::Fill, access: ACCESS_UNKNOWN, waiter: None, stats, more };
+        let extent = Extent::UpTo { end, most: self.options.batch };
+        let request = FaultRequest { origin: Origin::Fill, access: ACCESS_UNKNOWN, waiter: None, stats, extent };
         let mut page = piece.pages.start;
         while let Some(next) = block.pages.first_absent(page..end) {
             if self.is_stopped() {
                 return None;
             }
-            let Some(answer) = self.call(block, next, &need) else { return Some(next) };
+            let Some(answer) = self.call(block, next, &request) else { return Some(next) };
             page = next + 1;
             match answer {
-                // The resolver has been told the whole piece; what it doesn't bring is for the next pass.
+                // The resolver has been told the whole piece; what it doesn't fetch is for the next pass.
                 Ok(Outcome::Pending) => {
-                    hand.remember(block, next);
+                    worker.remember(block, next);
                     return None;
                 }
                 Ok(Outcome::Gone) => return None,
-                Ok(Outcome::Retry) => drop(self.sleep(LOOK)),
-                Ok(_) => self.in_vain.store(0, SeqCst),
+                Ok(Outcome::Retry) => drop(self.sleep(IDLE_PAUSE)),
+                Ok(_) => self.failures_in_a_row.store(0, SeqCst),
                 Err(e) => {
                     self.failed.fetch_add(1, Relaxed);
                     self.last_error.lock().map(|mut last| *last = Some(e)).unwrap_or_default();
                     // A single bad page must not cost time; where nothing works there is no hurry.
-                    match self.in_vain.fetch_add(1, SeqCst) {
+                    match self.failures_in_a_row.fetch_add(1, SeqCst) {
                         0..8 => {}
-                        n => drop(self.sleep((Duration::from_micros(10) * n).min(LONGEST_PAUSE))),
+                        n => drop(self.sleep((Duration::from_micros(10) * n).min(MAX_PAUSE))),
                     }
-                    if self.in_vain.load(SeqCst) >= MOST_FAILURES {
+                    if self.failures_in_a_row.load(SeqCst) >= MAX_FAILURES {
                         return None;
                     }
                 }
@@ -241,16 +241,16 @@ impl Fill {
     }
 }
 
-/// What one thread has in hand.
+/// What one thread has in worker.
 #[derive(Default)]
-struct Hand {
+struct Worker {
     /// Pages that were announced.
     pending: VecDeque<(Arc<Block>, u64)>,
     /// What of its piece was not brought when a pause came.
     rest: Option<Piece>,
 }
 
-impl Hand {
+impl Worker {
     fn remember(&mut self, block: &Arc<Block>, page: u64) {
         self.pending.push_back((block.clone(), page));
     }
@@ -265,9 +265,9 @@ impl Hand {
     }
 
     fn is_full(&mut self) -> bool {
-        if self.pending.len() >= MOST_PENDING {
+        if self.pending.len() >= MAX_PENDING {
             self.settle();
         }
-        self.pending.len() >= MOST_PENDING
+        self.pending.len() >= MAX_PENDING
     }
 }
