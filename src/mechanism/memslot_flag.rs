@@ -61,11 +61,11 @@ impl Mechanism for MemslotFlag {
     /// The flag only forbids the slow path: the page may be present and not mapped, or mapped and not writable, and KVM's fast path asks
     /// for write access even where the guest reads (hva_to_pfn_fast in virt/kvm). Populating for write does what the slow path would
     /// have done; of a page of zeros it makes a page of its own.
-    fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
+    fn map_for_kvm(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
         let (hva, len) = (block.hva_of(page), block.page);
         if matches!(block.kind, Kind::Shared | Kind::HugetlbShared) && !memory.external {
             // Where minor faults are registered, populating would wait for them.
-            map::map_vmm(memory, block, page, stats)?;
+            map::map_in_vmm(memory, block, page, stats)?;
         }
         match advise(hva, len, libc::MADV_POPULATE_WRITE, "madvise(MADV_POPULATE_WRITE)") {
             Err(e) if e.errno == libc::ENOMEM => fail!(EFAULT, "the memory at hva {hva:#x} is no longer mapped"),

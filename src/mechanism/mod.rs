@@ -72,7 +72,7 @@ pub trait Mechanism: Sync + fmt::Debug {
     /// What KVM is told of a slot whose fast path is on.
     fn arm(&self, _host: &Host, _slot: &Slot, _region: &mut Region) {}
     /// A PRESENT page faults: it needs mapping, not bytes.
-    fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()>;
+    fn map_for_kvm(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()>;
 }
 
 /// The C API's number for the best mechanism that works.

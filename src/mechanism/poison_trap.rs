@@ -102,8 +102,8 @@ impl Mechanism for PoisonTrap {
         }
     }
 
-    fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
-        map::map_present(memory, block, page, stats)
+    fn map_for_kvm(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
+        map::map_for_kvm(memory, block, page, stats)
     }
 }
 

@@ -38,7 +38,7 @@ impl Mechanism for Userfaultfd {
         Ok(()) // there is no fast path to turn
     }
 
-    fn map_present(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
-        map::map_vmm(memory, block, page, stats)
+    fn map_for_kvm(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
+        map::map_in_vmm(memory, block, page, stats)
     }
 }

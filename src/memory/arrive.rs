@@ -1,7 +1,7 @@
 //! Pages that the VMM has put into its mapping itself (see `Memory::external`).
 
 use super::block::Block;
-use super::map::{map_alias, map_deferred, Empty};
+use super::map::{map_deferred, map_in_alias, Hole};
 use super::pages::State;
 use super::wait::WAITS;
 use super::Memory;
@@ -12,7 +12,7 @@ use std::ops::Range;
 /// The VMM has brought pages into its mapping, mostly such as nobody has asked for. A system call for each of them would slow the VMM's stream
 /// down; so they are mapped in the alias when all 64 pages of a word are there, or when a vCPU comes to one of the word that is. Pages that
 /// somebody waits for are mapped at once. A page with nothing in it (the VMM has dropped what was there) takes no memory before a vCPU comes to it.
-pub(super) fn arrive(
+pub(super) fn install_arrived(
     memory: &Memory,
     block: &Block,
     run: Range<u64>,
@@ -27,7 +27,7 @@ pub(super) fn arrive(
             *installed += 1;
         } else {
             block.take_deferred_runs(page..page + 1).for_each(drop);
-            map_alias(memory, block, page..page + 1, Empty::Defer, stats)?;
+            map_in_alias(memory, block, page..page + 1, Hole::Defer, stats)?;
             *installed += block.pages.make_present(page) as u64;
         }
         WAITS.wake(block.hva_of(page));

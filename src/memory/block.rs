@@ -43,7 +43,7 @@ pub struct Block {
     pub phase: AtomicPhase,
     /// KVM Userfault: one bit a base page, set = exit.
     bitmap: Option<Mapping>,
-    /// One bit a page, set = PRESENT, and still with its marker in the alias (see `arrive`).
+    /// One bit a page, set = PRESENT, and still with its marker in the alias (see `arrive::install_arrived`).
     deferred: Option<Mapping>,
     /// KVM may have a slot of it, and so the addresses of what was made for KVM.
     pub in_kvm: AtomicBool,

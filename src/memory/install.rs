@@ -4,13 +4,13 @@
 //! The order is what makes it right: bytes into the VMM's mapping; then the mapping that KVM uses; then KVM's bitmap; then
 //! the state; then whoever waits. At each point a guest that looks sees either "absent" or the right bytes.
 
-use super::arrive::arrive;
+use super::arrive::install_arrived;
 use super::block::Block;
 use super::gates::GATE_PAGES;
-use super::map::{map_alias, Empty};
+use super::map::{map_in_alias, Hole};
 use super::pages::State;
 use super::pause::Patience;
-use super::source::{bring, fetch, Source};
+use super::source::{populate, write_bytes, Source};
 use super::wait::WAITS;
 use super::{discard, Memory};
 use crate::error::{fail, Result};
@@ -19,7 +19,7 @@ use crate::stats::Stats;
 use std::ops::Range;
 
 /// So often in a row something may be in an absent page's place.
-const MOST_IN_THE_WAY: u32 = 1000;
+const MAX_OBSTRUCTIONS: u32 = 1000;
 
 /// Makes pages of a block present; pages that are so already are skipped. Returns how many became present by this call.
 /// On an error the pages before the failing one stay installed.
@@ -30,7 +30,7 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
     while page < pages.end {
         let end = pages.end.min((page / GATE_PAGES + 1) * GATE_PAGES);
         if let Source::Copy(bytes) = source.from(block, page - pages.start) {
-            fetch(bytes, (end - page) * block.page);
+            populate(bytes, (end - page) * block.page);
         }
         // While this lasts no page of the gate becomes LOST or is discarded: what the states say below stays true.
         let Some(pass) = memory.enter(block, page) else {
@@ -41,7 +41,7 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
                 State::Present => {
                     // The VMM may have dropped what was there: then KVM's mapping, which had it, has nothing.
                     if matches!(source, Source::Arrived) && !block.is_deferred(page) {
-                        map_alias(memory, block, page..page + 1, Empty::Defer, stats)?;
+                        map_in_alias(memory, block, page..page + 1, Hole::Defer, stats)?;
                     }
                     page += 1;
                 }
@@ -61,11 +61,11 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
         drop(pass);
         if page < end {
             blocked = (page, if blocked.0 == page { blocked.1 + 1 } else { 1 });
-            if blocked.1 > MOST_IN_THE_WAY {
+            if blocked.1 > MAX_OBSTRUCTIONS {
                 let hva = block.hva_of(page);
                 fail!(EBUSY, "the page at hva {hva:#x} is absent, and something else writes to it again and again");
             }
-            make_room(memory, block, page)?;
+            clear_obstruction(memory, block, page)?;
         }
     }
     Ok(installed)
@@ -83,7 +83,7 @@ fn install_run(
     let mut at = run.start;
     let mut patience = Patience::default();
     while at < run.end {
-        match bring(memory, block, at..run.end, source.from(block, at - run.start))? {
+        match write_bytes(memory, block, at..run.end, source.from(block, at - run.start))? {
             Step::Done(bytes) => {
                 let end = at + bytes / block.page;
                 publish(memory, block, at..end, source, stats, installed)?;
@@ -112,7 +112,7 @@ fn install_run(
 /// isn't, nobody has installed what is there: the memory was populated before its slot was set (preallocated, or used before), or was written
 /// behind our back, or dropping it failed. Nobody may take that for the page, so it goes. The bytes come in an ordinary pass again: reading
 /// them may take whoever installs in this gate.
-fn make_room(memory: &Memory, block: &Block, page: u64) -> Result<()> {
+fn clear_obstruction(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     let _pass = memory.enter_alone(block, page)?;
     match block.pages.get(page) {
         State::Absent | State::Resolving => discard::clear(memory, block, page),
@@ -133,9 +133,9 @@ fn publish(
     installed: &mut u64,
 ) -> Result<()> {
     if matches!(source, Source::Arrived) {
-        return arrive(memory, block, run, stats, installed);
+        return install_arrived(memory, block, run, stats, installed);
     }
-    let mapped = map_alias(memory, block, run.clone(), Empty::Fill, stats);
+    let mapped = map_in_alias(memory, block, run.clone(), Hole::Zero, stats);
     block.set_exits(run.clone(), false);
     let before = *installed;
     for page in run {
@@ -155,7 +155,7 @@ mod tests {
     use super::*;
     use crate::kernel::mem::{self, Mapping, PAGE};
     use crate::memory::lose;
-    use crate::memory::map::map_vmm;
+    use crate::memory::map::map_in_vmm;
     use crate::memory::testing::{byte, memory_and_block};
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
     use std::time::{Duration, Instant};
@@ -201,7 +201,7 @@ mod tests {
         let given_back = crate::memory::give_back::give_back(&memory, &block, 0..2, &stats);
         assert_eq!(errno(given_back.map(|()| 0)), Err(libc::ENOENT));
         block.pages.make_present(1);
-        map_vmm(&memory, &block, 1, &stats).unwrap();
+        map_in_vmm(&memory, &block, 1, &stats).unwrap();
         assert_eq!(mem::resident(ram.address(), 2 * PAGE), Ok(vec![true, false]));
         assert_eq!(byte(ram.address()), 7);
     }

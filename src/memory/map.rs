@@ -14,38 +14,38 @@ use std::ops::Range;
 
 /// Maps a PRESENT page in the alias for a vCPU that came to it, and what is deferred around it. A page that was discarded meanwhile is left
 /// alone; whoever wants it comes again.
-pub fn map_present(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
-    let Some(_pass) = keep_present(memory, block, page) else { return Ok(()) };
+pub fn map_for_kvm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
+    let Some(_pass) = enter_if_present(memory, block, page) else { return Ok(()) };
     if block.is_deferred(page) {
         map_deferred(memory, block, block.word_of(page), stats)?;
     }
-    map_alias(memory, block, page..page + 1, Empty::Fill, stats)
+    map_in_alias(memory, block, page..page + 1, Hole::Zero, stats)
 }
 
 /// A page stays PRESENT for as long as this pass is held; None if it isn't PRESENT any more, or its block is gone. Then it must be left alone: what
 /// were mapped there now, the next install would take for the page.
-fn keep_present<'m>(memory: &'m Memory, block: &Block, page: u64) -> Option<Pass<'m>> {
+fn enter_if_present<'m>(memory: &'m Memory, block: &Block, page: u64) -> Option<Pass<'m>> {
     let pass = memory.enter(block, page)?;
     (block.pages.get(page) == State::Present).then_some(pass)
 }
 
 /// Maps what is deferred of a range. No discard of the pages may be under way.
 pub(super) fn map_deferred(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
-    block.take_deferred_runs(pages).try_for_each(|run| map_alias(memory, block, run, Empty::Defer, stats))
+    block.take_deferred_runs(pages).try_for_each(|run| map_in_alias(memory, block, run, Hole::Defer, stats))
 }
 
 /// Maps a PRESENT page in the VMM's mapping, for threads that wait there in userfaultfd.
-pub fn map_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
+pub fn map_in_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
     let hva = block.hva_of(page);
-    if let Some(_pass) = keep_present(memory, block, page) {
+    if let Some(_pass) = enter_if_present(memory, block, page) {
         let mapped = match block.kind {
             Kind::Shared | Kind::HugetlbShared => memory.uffd.map(hva, block.page, block.page),
-            Kind::Anon | Kind::HugetlbPrivate => fill(memory, block, hva, stats),
+            Kind::Anon | Kind::HugetlbPrivate => zero_hole(memory, block, hva, stats),
         };
         match mapped {
             // EINVAL: the kernel has no UFFDIO_CONTINUE. What is in the page cache needs none there.
             Err(e) if matches!(e.errno, libc::EFAULT | libc::EINVAL) => {
-                fill(memory, block, hva, stats)?;
+                zero_hole(memory, block, hva, stats)?;
             }
             // No longer registered: whoever slept was woken by that.
             Err(e) if e.errno == libc::ENOENT && !block.phase.is_registered() => {}
@@ -69,40 +69,40 @@ pub fn is_broken(memory: &Memory, block: &Block, page: u64, hva: u64) -> bool {
 
 /// What becomes of a PRESENT page with nothing in it, when it is to be mapped for KVM.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Empty {
+pub(super) enum Hole {
     /// It gets zeros.
-    Fill,
+    Zero,
     /// Where pages can be deferred it keeps a marker, and gets its zeros when a vCPU comes to it.
     Defer,
 }
 
 /// So often in a row a page may be neither in the page cache nor possible to put there.
-const MOST_FILLS: u32 = 100;
+const MAX_ZERO_TRIES: u32 = 100;
 
 /// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias.
-pub(super) fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, empty: Empty, stats: &Stats) -> Result<()> {
+pub(super) fn map_in_alias(memory: &Memory, block: &Block, run: Range<u64>, empty: Hole, stats: &Stats) -> Result<()> {
     let Some(alias) = block.alias_of(run.start) else {
         return Ok(());
     };
     let end = alias + (run.end - run.start) * block.page;
     let mut at = alias;
     let mut patience = Patience::default();
-    let mut fills = 0;
+    let mut tries = 0;
     while at < end {
         let step = match memory.uffd.map(at, end - at, block.page) {
             // No longer registered: the alias needs no help any more. (While a page is missing it is.)
             Err(e) if e.errno == libc::ENOENT && !block.phase.is_registered() => return Ok(()),
             Err(e) if e.errno == libc::EFAULT => {
                 let page = run.start + (at - alias) / block.page;
-                if empty == Empty::Defer && block.defer(page) {
+                if empty == Hole::Defer && block.defer(page) {
                     memory.uffd.poison(at, block.page, block.page)?;
                     at += block.page;
                     continue;
                 }
-                match fill(memory, block, at, stats)? {
+                match zero_hole(memory, block, at, stats)? {
                     // Others were faster, and it is in the page cache now. Unless it goes as fast as it comes.
-                    Step::Exists if fills < MOST_FILLS => {
-                        fills += 1;
+                    Step::Exists if tries < MAX_ZERO_TRIES => {
+                        tries += 1;
                         continue;
                     }
                     Step::Exists => {
@@ -130,7 +130,7 @@ pub(super) fn map_alias(memory: &Memory, block: &Block, run: Range<u64>, empty: 
 
 /// A PRESENT page with nothing in it reads as zeros, as it would without userfaultfd: a hole of memory that was set with all pages present, or a
 /// page that the VMM dropped without telling.
-fn fill(memory: &Memory, block: &Block, at: u64, stats: &Stats) -> Result<Step> {
+fn zero_hole(memory: &Memory, block: &Block, at: u64, stats: &Stats) -> Result<Step> {
     let step = zero(memory, block, at, block.page)?;
     if let Step::Done(_) = step {
         stats.pages_empty.add(1);
@@ -162,12 +162,12 @@ mod tests {
         mem::write(bytes.address(), &[1; PAGE as usize]).unwrap();
         for (memory, block) in [(&anon_memory, &anon), (&memory, &shared)] {
             let stats = Stats::default();
-            map_vmm(memory, block, 0, &stats).unwrap();
+            map_in_vmm(memory, block, 0, &stats).unwrap();
             assert_eq!(install(memory, block, 0..1, Source::Copy(bytes.address()), &stats), Ok(1));
             assert_eq!(byte(block.hva), 1, "{:?}", block.kind);
             // One that is PRESENT is mapped: here with zeros, as it was dropped behind our back.
             block.pages.make_present(1);
-            map_vmm(memory, block, 1, &stats).unwrap();
+            map_in_vmm(memory, block, 1, &stats).unwrap();
             assert_eq!(byte(block.hva_of(1)), 0, "{:?}", block.kind);
         }
     }
@@ -179,7 +179,7 @@ mod tests {
         let (memory, _ram, block) = needs!(memory_and_block(1));
         block.pages.make_present(0);
         memory.unregister(&block);
-        let map = || map_vmm(&memory, &block, 0, &Stats::default()).map_err(|e| e.errno);
+        let map = || map_in_vmm(&memory, &block, 0, &Stats::default()).map_err(|e| e.errno);
         assert_eq!(map(), Err(libc::ENOENT));
         block.phase.retire();
         assert_eq!(map(), Ok(()));

@@ -43,24 +43,24 @@ fn zeros(page: u64) -> Result<(&'static Mapping, u64)> {
 
 thread_local! {
     /// What the thread installed from last: start and end.
-    static FETCHED: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+    static POPULATED: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
 }
 
 /// Has the source read into memory before a gate is entered. It may be slow (a file on a network, memory under another userfaultfd), or never
 /// answer, and then others would wait for it in the gate. A buffer that is used again and again is there already. Errors are the copy's to tell: it
 /// says which page. A page that goes again meanwhile is read inside the gate; no wait for that is without end (see `Gates::discard`).
-pub(super) fn fetch(bytes: u64, len: u64) {
+pub(super) fn populate(bytes: u64, len: u64) {
     let end = bytes.saturating_add(len);
-    let (from, to) = FETCHED.get();
+    let (from, to) = POPULATED.get();
     if bytes < from || end > to {
         let start = bytes & !(PAGE - 1);
         let _ = mem::advise(start, end.next_multiple_of(PAGE) - start, libc::MADV_POPULATE_READ, "");
-        FETCHED.set((bytes, end));
+        POPULATED.set((bytes, end));
     }
 }
 
 /// Bytes into the VMM's mapping.
-pub(super) fn bring(memory: &Memory, block: &Block, run: Range<u64>, source: Source) -> Result<Step> {
+pub(super) fn write_bytes(memory: &Memory, block: &Block, run: Range<u64>, source: Source) -> Result<Step> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     match source {
         Source::Copy(bytes) => memory.uffd.copy(hva, bytes, len, block.page).map_err(|e| match e.errno {

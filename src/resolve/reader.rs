@@ -269,9 +269,9 @@ fn map_where_touched(engine: &Engine, block: &Block, page: u64, touched: u64) ->
     let in_vmm = touched.wrapping_sub(block.hva) < block.len;
     match block.alias_of(page) {
         Some(alias) if !in_vmm => {
-            map::map_present(&engine.memory, block, page, engine.memory.stats.here())?;
+            map::map_for_kvm(&engine.memory, block, page, engine.memory.stats.here())?;
             engine.memory.uffd.wake(alias, block.page)
         }
-        _ => map::map_vmm(&engine.memory, block, page, engine.memory.stats.here()),
+        _ => map::map_in_vmm(&engine.memory, block, page, engine.memory.stats.here()),
     }
 }

@@ -176,7 +176,7 @@ impl Vcpu {
     pub(super) fn map_present(&self, block: &Block, page: u64) -> Result<()> {
         let Some(_touching) = self.seat.touch(block) else { return Ok(()) };
         let mechanism = MECHANISMS[block.mechanism];
-        match mechanism.map_present(&self.vm.engine.memory, block, page, &self.seat.stats) {
+        match mechanism.map_for_kvm(&self.vm.engine.memory, block, page, &self.seat.stats) {
             Err(_) if block.is_gone() => Ok(()),
             mapped => mapped,
         }
