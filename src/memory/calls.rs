@@ -11,7 +11,7 @@
 
 use super::block::Block;
 use super::pages::State;
-use super::pause::Pause;
+use super::pause::Backoff;
 use super::wait::WAITS;
 use super::{discard, Memory};
 use crate::error::{Error, Result};
@@ -161,7 +161,7 @@ impl<'a> Claim<'a> {
     /// The same, and a discard that is under way has said so: the page was seen neither PRESENT nor LOST.
     pub fn is_overtaken_after_discards(&self) -> bool {
         if !self.is_overtaken() {
-            drop(self.memory.gates.install(self.block.gate_of(self.page)));
+            drop(self.memory.gates.enter_install(self.block.gate_of(self.page)));
         }
         self.is_overtaken()
     }
@@ -192,7 +192,7 @@ impl<'a> Claim<'a> {
         let overtaken = self.is_overtaken();
         let is_back = {
             // No discard of the page is under way.
-            let _pass = self.memory.gates.install(self.block.gate_of(self.page));
+            let _pass = self.memory.gates.enter_install(self.block.gate_of(self.page));
             let _turn = self.memory.putting_back.lock().unwrap_or_else(PoisonError::into_inner);
             let others = entries().any(|p| !std::ptr::eq(p, self.entry) && p.page.load(Acquire) == key | OVERTAKEN);
             let is_back = !others && self.block.pages.change(self.page, State::Resolving, State::Absent).is_ok();
@@ -242,13 +242,13 @@ pub fn wait_for_calls(block: &Block, enough: impl Fn(u64) -> Option<Error>) -> R
     let is_there = |&page: &u64| matches!(block.pages.get(page), State::Present | State::Lost);
     fence(SeqCst);
     for entry in entries() {
-        let mut pause = Pause::default();
+        let mut backoff = Backoff::default();
         let page = || block.pages.page_of_key(entry.page.load(Acquire) & !OVERTAKEN).filter(is_there);
         while let Some(page) = page() {
             if let Some(error) = enough(block.hva_of(page)) {
                 return Err(error);
             }
-            pause.a_moment();
+            backoff.pause();
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! Keeps discards and installs of a page apart.
 
-use super::pause::Pause;
+use super::pause::Backoff;
 use super::wait::{bucket_of, BUCKETS};
 use crate::error::{fail, Result};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
@@ -27,7 +27,7 @@ pub struct Gates {
 }
 
 /// So long a discard waits for installs.
-const ENOUGH: Duration = Duration::from_secs(10);
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An install or discard under way.
 pub struct Pass<'a> {
@@ -53,30 +53,30 @@ impl Gates {
 
     /// For installing pages of one gate's range (see `Block::gate_of`). Waits only while one of them is being discarded, or is about to be: some
     /// milliseconds, whatever the discard waits for.
-    pub fn install(&self, key: u64) -> Pass<'_> {
+    pub fn enter_install(&self, key: u64) -> Pass<'_> {
         let gate = self.gate(key);
-        let mut pause = Pause::default();
+        let mut backoff = Backoff::default();
         loop {
             gate.installs.fetch_add(1, SeqCst);
             if gate.discards.load(SeqCst) % 2 == 0 {
                 return Pass { count: &gate.installs, at_the_end: 1u32.wrapping_neg() };
             }
             gate.installs.fetch_sub(1, SeqCst);
-            pause.a_moment();
+            backoff.pause();
         }
     }
 
     /// For discarding pages of one gate's range: no install or other discard is under way when this returns, and none begins.
     ///
     /// Installs are a few system calls that end, but for one whose source doesn't answer: the kernel reads it inside UFFDIO_COPY. Nothing waits for
-    /// that one without end: a discard that can't get in gives its claim up for as long as it held it, so that installs pass; and after `ENOUGH` it
+    /// that one without end: a discard that can't get in gives its claim up for as long as it held it, so that installs pass; and after `DISCARD_TIMEOUT` it
     /// is EBUSY. ESHUTDOWN at once when the gates are closed.
-    pub fn discard(&self, key: u64) -> Result<Pass<'_>> {
-        self.discard_within(key, ENOUGH)
+    pub fn enter_discard(&self, key: u64) -> Result<Pass<'_>> {
+        self.enter_discard_within(key, DISCARD_TIMEOUT)
     }
 
-    /// As `discard`, but EBUSY after `at_most`.
-    pub fn discard_within(&self, key: u64, at_most: Duration) -> Result<Pass<'_>> {
+    /// As `enter_discard`, but EBUSY after `at_most`.
+    pub fn enter_discard_within(&self, key: u64, at_most: Duration) -> Result<Pass<'_>> {
         self.claim(key, at_most, true)
     }
 
@@ -86,12 +86,12 @@ impl Gates {
     pub fn have_left(&self, key: u64, end: Instant) -> bool {
         let gate = self.gate(key);
         let begun = gate.discards.load(SeqCst);
-        let mut pause = Pause::default();
+        let mut backoff = Backoff::default();
         while begun % 2 == 1 && gate.discards.load(SeqCst) == begun {
-            pause.a_moment();
+            backoff.pause();
         }
-        let patience = || end.saturating_duration_since(Instant::now());
-        gate.installs.load(SeqCst) == 0 || self.claim(key, patience(), false).is_ok()
+        let left = || end.saturating_duration_since(Instant::now());
+        gate.installs.load(SeqCst) == 0 || self.claim(key, left(), false).is_ok()
     }
 
     fn claim(&self, key: u64, at_most: Duration, ends_with_vm: bool) -> Result<Pass<'_>> {
@@ -99,7 +99,7 @@ impl Gates {
         let gate = self.gate(key);
         let mut claim = Duration::from_millis(1);
         let mut end = None;
-        let mut pause = Pause::default();
+        let mut backoff = Backoff::default();
         loop {
             if gate.discards.fetch_update(SeqCst, SeqCst, |n| (n % 2 == 0).then_some(n + 1)).is_ok() {
                 if gate.installs.load(SeqCst) == 0 {
@@ -107,7 +107,7 @@ impl Gates {
                 }
                 let claimed = Instant::now();
                 while claimed.elapsed() < claim {
-                    pause.a_moment();
+                    backoff.pause();
                     if gate.installs.load(SeqCst) == 0 {
                         return Ok(Pass { count: &gate.discards, at_the_end: 1 });
                     }
@@ -116,11 +116,11 @@ impl Gates {
                 gate.discards.fetch_sub(1, SeqCst);
                 let opened = Instant::now();
                 while opened.elapsed() < claim && gate.installs.load(SeqCst) > 0 {
-                    pause.a_moment();
+                    backoff.pause();
                 }
                 claim = (claim * 2).min(LONGEST_CLAIM);
             } else {
-                pause.a_moment();
+                backoff.pause();
             }
             if ends_with_vm && self.closed.load(SeqCst) {
                 fail!(ESHUTDOWN, "the VM was freed meanwhile");
@@ -141,7 +141,7 @@ impl Gates {
 
     /// Changes with each discard of pages of one gate's range; None while one is under way. For whoever can't hold a pass over what it does, but
     /// can do it over: between two equal answers nothing was discarded.
-    pub fn discards(&self, key: u64) -> Option<u32> {
+    pub fn discard_count(&self, key: u64) -> Option<u32> {
         Some(self.gate(key).discards.load(SeqCst)).filter(|n| n % 2 == 0)
     }
 }
@@ -169,12 +169,12 @@ mod tests {
                 scope.spawn(move || {
                     for _ in 0..500 {
                         if discard {
-                            let _pass = gates.discard(0x20_0000).unwrap();
+                            let _pass = gates.enter_discard(0x20_0000).unwrap();
                             assert_eq!(inside.fetch_add(1, SeqCst), 0, "a discard is not alone");
                             std::thread::yield_now();
                             inside.fetch_sub(1, SeqCst);
                         } else {
-                            let _pass = gates.install(0x20_0000);
+                            let _pass = gates.enter_install(0x20_0000);
                             inside.fetch_add(1, SeqCst);
                             inside.fetch_sub(1, SeqCst);
                         }
@@ -188,15 +188,15 @@ mod tests {
     #[test]
     fn nothing_waits_for_an_install_without_end() {
         let gates = Gates::new();
-        let hangs = gates.install(0x20_0000);
-        let before = gates.discards(0x20_0000);
-        let within = |time| gates.discard_within(0x20_0000, time).map(drop).map_err(|e| e.errno);
+        let hangs = gates.enter_install(0x20_0000);
+        let before = gates.discard_count(0x20_0000);
+        let within = |time| gates.enter_discard_within(0x20_0000, time).map(drop).map_err(|e| e.errno);
         assert_eq!(within(Duration::from_millis(50)), Err(libc::EBUSY));
-        assert_eq!(gates.discards(0x20_0000), before, "nothing was discarded");
+        assert_eq!(gates.discard_count(0x20_0000), before, "nothing was discarded");
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| within(FOR_LONG));
             for _ in 0..100 {
-                drop(gates.install(0x20_0000));
+                drop(gates.enter_install(0x20_0000));
             }
             assert!(!waits.is_finished());
             gates.close();

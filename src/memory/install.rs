@@ -9,7 +9,7 @@ use super::block::Block;
 use super::gates::GATE_PAGES;
 use super::map::{map_in_alias, Hole};
 use super::pages::State;
-use super::pause::Patience;
+use super::pause::BoundedBackoff;
 use super::source::{populate, write_bytes, Source};
 use super::wait::WAITS;
 use super::{discard, Memory};
@@ -81,7 +81,7 @@ fn install_run(
     installed: &mut u64,
 ) -> Result<u64> {
     let mut at = run.start;
-    let mut patience = Patience::default();
+    let mut backoff = BoundedBackoff::default();
     while at < run.end {
         match write_bytes(memory, block, at..run.end, source.from(block, at - run.start))? {
             Step::Done(bytes) => {
@@ -101,7 +101,7 @@ fn install_run(
             }
             Step::Again => {
                 stats.retries_again.add(1);
-                patience.wait()?;
+                backoff.wait()?;
             }
         }
     }
@@ -216,7 +216,7 @@ mod tests {
         assert!(!memory.have_left(&block, Instant::now() + Duration::from_millis(20)));
         drop(pass);
         assert!(memory.have_left(&block, Instant::now()));
-        let (pass, is_dropped) = (memory.gates.discard(block.gate_of(600)).unwrap(), AtomicBool::new(false));
+        let (pass, is_dropped) = (memory.gates.enter_discard(block.gate_of(600)).unwrap(), AtomicBool::new(false));
         std::thread::scope(|scope| {
             let waiter = scope.spawn(|| (memory.have_left(&block, Instant::now()), is_dropped.load(SeqCst)));
             std::thread::sleep(Duration::from_millis(20));

@@ -3,7 +3,7 @@
 use super::block::Block;
 use super::gates::Pass;
 use super::pages::State;
-use super::pause::Patience;
+use super::pause::BoundedBackoff;
 use super::source::zero;
 use super::Memory;
 use crate::error::{fail, Result};
@@ -60,11 +60,11 @@ pub fn map_in_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> R
 /// Is a PRESENT page broken (hwpoison) at `hva`, which shows it? A page that is discarded meanwhile isn't, though its marker looks the same.
 /// No pass is held while looking, which may wait (userfaultfd's minor faults), and discards would wait for it.
 pub fn is_broken(memory: &Memory, block: &Block, page: u64, hva: u64) -> bool {
-    let discards = memory.gates.discards(block.gate_of(page));
+    let discards = memory.gates.discard_count(block.gate_of(page));
     discards.is_some()
         && block.pages.get(page) == State::Present
         && mem::is_poisoned(hva, block.page)
-        && memory.gates.discards(block.gate_of(page)) == discards
+        && memory.gates.discard_count(block.gate_of(page)) == discards
 }
 
 /// What becomes of a PRESENT page with nothing in it, when it is to be mapped for KVM.
@@ -86,7 +86,7 @@ pub(super) fn map_in_alias(memory: &Memory, block: &Block, run: Range<u64>, empt
     };
     let end = alias + (run.end - run.start) * block.page;
     let mut at = alias;
-    let mut patience = Patience::default();
+    let mut backoff = BoundedBackoff::default();
     let mut tries = 0;
     while at < end {
         let step = match memory.uffd.map(at, end - at, block.page) {
@@ -121,7 +121,7 @@ pub(super) fn map_in_alias(memory: &Memory, block: &Block, run: Range<u64>, empt
             }
             Step::Again => {
                 stats.retries_again.add(1);
-                patience.wait()?;
+                backoff.wait()?;
             }
         }
     }

@@ -3,7 +3,7 @@
 use super::block::Block;
 use super::gates::GATE_PAGES;
 use super::pages::State;
-use super::pause::Patience;
+use super::pause::BoundedBackoff;
 use super::runs::{gate_groups, runs};
 use super::Memory;
 use crate::error::{fail, Result};
@@ -66,13 +66,13 @@ pub(super) fn mark_empty(memory: &Memory, at: u64, len: u64, page: u64) -> Resul
 
 /// Puts markers up to the first page where something is; to how many bytes.
 fn mark_until(memory: &Memory, at: u64, len: u64, page: u64) -> Result<u64> {
-    let mut patience = Patience::default();
+    let mut backoff = BoundedBackoff::default();
     let mut done = 0;
     while done < len {
         match memory.uffd.poison(at + done, len - done, page)? {
             Step::Done(bytes) => done += bytes,
             Step::Exists => break,
-            Step::Again => patience.wait()?,
+            Step::Again => backoff.wait()?,
         }
     }
     Ok(done)
@@ -84,8 +84,8 @@ pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
         let gate = block.gate_of(group.start);
         // Where the slot is gone an install that doesn't end is not waited for: its page has nowhere to go.
         let _pass = match block.is_gone() {
-            true => memory.gates.discard_within(gate, Duration::from_millis(100)).ok(),
-            false => Some(memory.gates.discard(gate)?),
+            true => memory.gates.enter_discard_within(gate, Duration::from_millis(100)).ok(),
+            false => Some(memory.gates.enter_discard(gate)?),
         };
         for run in runs(group, |page| matches!(block.pages.get(page), State::Absent | State::Resolving)) {
             empty(block, block.kvm_hva_of(run.start), (run.end - run.start) * block.page)?;

@@ -88,13 +88,13 @@ impl Memory {
     /// must not be touched. A block that goes while the pass is held waits for it (`have_left`).
     #[inline]
     pub fn enter(&self, block: &Block, page: u64) -> Option<Pass<'_>> {
-        let pass = self.gates.install(block.gate_of(page));
+        let pass = self.gates.enter_install(block.gate_of(page));
         (!block.is_gone()).then_some(pass)
     }
 
     /// A pass for discarding pages of `page`'s gate. ENOENT if the block is gone, as with `enter`.
     pub fn enter_alone(&self, block: &Block, page: u64) -> Result<Pass<'_>> {
-        let pass = self.gates.discard(block.gate_of(page))?;
+        let pass = self.gates.enter_discard(block.gate_of(page))?;
         match block.is_gone() {
             false => Ok(pass),
             true => fail!(ENOENT, "the slot that showed the memory at hva {:#x} was deleted", block.hva_of(page)),

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 /// Lets another thread get on with what is over soon. Yielding alone would not let one of lower priority run (a vCPU's may be real-time).
 #[derive(Default)]
-pub struct Pause(u32);
+pub struct Backoff(u32);
 
-impl Pause {
+impl Backoff {
     /// A moment.
-    pub fn a_moment(&mut self) {
+    pub fn pause(&mut self) {
         self.0 += 1;
         match self.0 {
             0..16 => std::thread::yield_now(),
@@ -20,12 +20,12 @@ impl Pause {
 
 /// For userfaultfd's EAGAIN: another thread is changing the address space (mmap, fork, mremap with events that a monitor has yet to read).
 #[derive(Default)]
-pub struct Patience {
-    pause: Pause,
+pub struct BoundedBackoff {
+    backoff: Backoff,
     deadline: Option<Instant>,
 }
 
-impl Patience {
+impl BoundedBackoff {
     /// A moment; an error when it has been enough.
     pub fn wait(&mut self) -> Result<()> {
         const ENOUGH: Duration = Duration::from_secs(10);
@@ -35,7 +35,7 @@ impl Patience {
                 "the address space has been changing for {ENOUGH:?} (mmap, fork or userfaultfd events under way?)"
             );
         }
-        self.pause.a_moment();
+        self.backoff.pause();
         Ok(())
     }
 }

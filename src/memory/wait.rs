@@ -9,12 +9,12 @@ use std::time::Duration;
 /// the last check and the sleep, and left only `immediate_exit` set).
 ///
 /// Nothing else needs it. So that tests see a wake-up that is lost, KVMFAULT_TEST_NO_LOOK_AROUND in the environment, read once, makes it an hour.
-pub fn look_around() -> Duration {
-    static LOOK_AROUND: Lazy<Duration> = Lazy::new(|| match std::env::var_os("KVMFAULT_TEST_NO_LOOK_AROUND") {
+pub fn recheck_interval() -> Duration {
+    static RECHECK_INTERVAL: Lazy<Duration> = Lazy::new(|| match std::env::var_os("KVMFAULT_TEST_NO_LOOK_AROUND") {
         None => Duration::from_millis(20),
         Some(_) => Duration::from_secs(3600),
     });
-    *LOOK_AROUND
+    *RECHECK_INTERVAL
 }
 
 pub(super) const BUCKETS: usize = 1024;
@@ -60,7 +60,7 @@ impl WaitTable {
     }
 
     /// Sleeps until the page may have changed; `still` says whether there is anything to wait for, and is asked after the
-    /// sleeper can be found by `wake` and `poke`, so that neither is missed.
+    /// sleeper can be found by `wake` and `wake_sleeper`, so that neither is missed.
     pub fn wait(&self, hva: u64, sleeper: &Sleeper, at_most: Duration, still: impl Fn() -> bool) -> Wake {
         let number = bucket_of(hva, 12);
         let bucket = &self.buckets[number];
@@ -79,7 +79,7 @@ impl WaitTable {
     }
 
     /// Wakes one sleeper, wherever it sleeps (and its neighbours, who look and sleep again). Async-signal-safe.
-    pub fn poke(&self, sleeper: &Sleeper) {
+    pub fn wake_sleeper(&self, sleeper: &Sleeper) {
         if let Some(number) = sleeper.bucket.load(SeqCst).checked_sub(1) {
             self.wake_bucket(&self.buckets[number as usize]);
         }
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_wake_or_a_poke_ends_a_wait_at_once() {
-        for poke in [false, true] {
+        for wake_sleeper in [false, true] {
             let (table, sleeper, done) = (WaitTable::new(), Sleeper::default(), AtomicBool::new(false));
             std::thread::scope(|scope| {
                 let waiter = scope.spawn(|| {
@@ -131,8 +131,8 @@ mod tests {
                 }
                 done.store(true, SeqCst);
                 let start = Instant::now();
-                if poke {
-                    table.poke(&sleeper)
+                if wake_sleeper {
+                    table.wake_sleeper(&sleeper)
                 } else {
                     table.wake(0x1000)
                 }

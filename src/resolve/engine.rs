@@ -15,7 +15,7 @@ use crate::memory::block::Block;
 use crate::memory::calls::Claim;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
-use crate::memory::wait::{look_around, WAITS};
+use crate::memory::wait::{recheck_interval, WAITS};
 use crate::memory::{lose, Memory};
 use crate::stats::Stats;
 use arc_swap::ArcSwapOption;
@@ -61,7 +61,7 @@ pub struct Engine {
 impl Engine {
     /// `readahead`: how many pages may be fetched together, the needed one included.
     pub fn new(memory: Memory, resolver: Box<dyn Resolver>, readahead: u64) -> Engine {
-        look_around(); // reads the environment, which is not for a fault to do
+        recheck_interval(); // reads the environment, which is not for a fault to do
         Engine {
             memory,
             seats: Seats::default(),
@@ -178,7 +178,7 @@ impl Engine {
                             && !self.is_shut_down()
                             && !block.phase.is_retired()
                     };
-                    let wake = WAITS.wait(hva, waiter.sleeper(), look_around(), still);
+                    let wake = WAITS.wait(hva, waiter.sleeper(), recheck_interval(), still);
                     let unsettled = block.pages.get(page) == State::Resolving;
                     if unsettled && (waiter.must_leave() || wake == Wake::Signal && !waiter.was_nudged()) {
                         return Ok(Outcome::Interrupted);

@@ -7,7 +7,7 @@ use crate::kernel::kvm::ImmediateExit;
 use crate::kernel::signal::{self, SignalSet};
 use crate::kernel::thread;
 use crate::memory::block::Block;
-use crate::memory::pause::Pause;
+use crate::memory::pause::Backoff;
 use crate::memory::wait::{Sleeper, WAITS};
 use crate::stats::Stats;
 use arc_swap::ArcSwap;
@@ -124,7 +124,7 @@ impl Seat {
         if self.by_handler {
             self.immediate_exit.raise();
         }
-        WAITS.poke(&self.sleeper);
+        WAITS.wake_sleeper(&self.sleeper);
         let thread = self.thread.load(SeqCst);
         // By handler `immediate_exit` is enough for a thread that is here and not in KVM_RUN; and from the handler of the kick signal
         // itself, the signal would come for ever.
@@ -217,12 +217,12 @@ impl Seat {
 
     /// Waits until all that are interrupting the vCPU are done; false if `enough` says so first.
     fn wait_for_interrupters(&self, enough: impl Fn() -> bool) -> bool {
-        let mut pause = Pause::default();
+        let mut backoff = Backoff::default();
         while self.interrupting.load(SeqCst) > 0 {
             if enough() {
                 return false;
             }
-            pause.a_moment();
+            backoff.pause();
         }
         true
     }

@@ -8,7 +8,7 @@ use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::memory::slots::{Slot, Slots};
-use crate::memory::wait::{look_around, Sleeper, WAITS};
+use crate::memory::wait::{recheck_interval, Sleeper, WAITS};
 use crate::resolve::readahead::{self, Plan};
 use crate::resolve::{pause_before, Extent, FaultRequest, Origin, Outcome, Waiter, MAX_RETRIES};
 use std::sync::Arc;
@@ -211,13 +211,15 @@ impl Vcpu {
             if left.is_zero() {
                 return Ok(Exit::Handled);
             }
-            WAITS.wait(hva, &self.seat.sleeper, left.min(look_around()), || !(interruptible && self.seat.must_leave()));
+            WAITS.wait(hva, &self.seat.sleeper, left.min(recheck_interval()), || {
+                !(interruptible && self.seat.must_leave())
+            });
         }
     }
 
     /// How often in a row this vCPU has come to this page, which is PRESENT, without progress.
     pub(super) fn no_progress_at_present(&self, state: &mut LoopState, block: &Block, page: u64) -> u32 {
-        let discards = self.vm.engine.memory.gates.discards(block.gate_of(page));
+        let discards = self.vm.engine.memory.gates.discard_count(block.gate_of(page));
         state.progress.none_at_present(block.hva_of(page), discards)
     }
 }

@@ -8,7 +8,7 @@ use crate::kernel::mem::{self, advise, Kind, ADDRESSES, PAGE};
 use crate::mechanism::{self, Wish, MECHANISMS};
 use crate::memory::block::{Block, Shape};
 use crate::memory::pages::State;
-use crate::memory::pause::Pause;
+use crate::memory::pause::Backoff;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::wait::WAITS;
 use crate::memory::{calls, markers, release};
@@ -211,9 +211,9 @@ impl Vm {
         }
         // Here the VMM's own userfaultfd is waited in (MADV_POPULATE_WRITE), which changes no bytes.
         let is_external = memory.external && block.alias.is_none();
-        let mut pause = Pause::default();
+        let mut backoff = Backoff::default();
         while seats.all().iter().any(|seat| seat.is_touching(block)) && !(is_external && Instant::now() > end) {
-            pause.a_moment();
+            backoff.pause();
         }
     }
 

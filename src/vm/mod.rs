@@ -17,7 +17,7 @@ use crate::mechanism::{self, Host, Mechanism, Wish, MECHANISMS};
 use crate::memory::block::Block;
 use crate::memory::install::install;
 use crate::memory::pages::State;
-use crate::memory::pause::Patience;
+use crate::memory::pause::BoundedBackoff;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::source::Source;
 use crate::memory::wait::Sleeper;
@@ -485,10 +485,10 @@ fn check_alignment(name: &str, start: u64, len: u64, page: u64) -> Result<()> {
 /// Guest memory is a source only when it is present: copying from absent pages would wait for them, and other installs and discards for
 /// the copying. A page that somebody is bringing may be so a moment later.
 fn wait_for_source(slots: &Slots, src: u64, len: u64) -> Result<()> {
-    let mut patience = Patience::default();
+    let mut backoff = BoundedBackoff::default();
     while let Some((page, state)) = slots.not_present_in(src, len) {
         let is_mine = || slots.at_hva(page).is_some_and(|(block, page)| calls::is_own_call(block, page));
-        if state != State::Resolving || is_mine() || patience.wait().is_err() {
+        if state != State::Resolving || is_mine() || backoff.wait().is_err() {
             fail!(EFAULT, "src: {page:#x} is guest memory that isn't present itself");
         }
     }

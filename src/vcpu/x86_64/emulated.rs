@@ -13,7 +13,7 @@ use crate::kernel::mem;
 use crate::kernel::page::page_size;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
-use crate::memory::pause::Pause;
+use crate::memory::pause::Backoff;
 use crate::memory::slots::{Slot, Slots};
 use crate::resolve::{Outcome, Waiter};
 use std::ops::Range;
@@ -47,7 +47,7 @@ impl Vcpu {
     /// (KVM_EXIT_MMIO with an address in a slot): makes the page present, and does what the device
     /// would. Left at a kick only if the caller can come back.
     pub(super) fn finish_access(&self, state: &mut LoopState, interruptible: bool) -> Result<Exit> {
-        let mut pause = Pause::default();
+        let mut backoff = Backoff::default();
         loop {
             let slots = self.vm.engine.memory.slots();
             let mmio = self.run.mmio();
@@ -59,7 +59,7 @@ impl Vcpu {
             match self.finish_pieces(state, &slots, &pieces, mmio, interruptible)? {
                 Some(exit) => return Ok(exit),
                 // A slot was deleted: another may be there, or the access is the VMM's.
-                None => pause.a_moment(),
+                None => backoff.pause(),
             }
         }
     }
