@@ -1,7 +1,7 @@
 //! `memslot-flag`: KVM_RUN exits with the address where the flag forbids the slow path. The VMM's mapping keeps classic
 //! userfaultfd for everybody else: host threads, KVM's own copy_to_user, vhost.
 
-use super::{unmarked, Host, Mechanism, Wish};
+use super::{vmm_mode, BlockRequest, Host, Mechanism};
 use crate::error::{fail, Result};
 use crate::kernel::kvm::Region;
 use crate::kernel::mem::{advise, Kind, PAGE};
@@ -23,23 +23,23 @@ impl Mechanism for MemslotFlag {
         "memslot-flag"
     }
 
-    fn check(&self, host: &Host, _kind: Kind, wish: &Wish) -> Result<()> {
+    fn check(&self, host: &Host, _kind: Kind, request: &BlockRequest) -> Result<()> {
         let Some(abi) = host.abi else {
             fail!(EOPNOTSUPP, "this kernel's KVM has none of the known fast-only memslot flags (see kvmfault_explain)");
         };
-        if abi.no_readonly && wish.readonly {
+        if abi.no_readonly && request.readonly {
             fail!(EOPNOTSUPP, "the flag of {} does not work together with KVM_MEM_READONLY", abi.name);
         }
-        if abi.bitmap && wish.offset % (8 * PAGE) != 0 {
+        if abi.bitmap && request.offset % (8 * PAGE) != 0 {
             fail!(EOPNOTSUPP, "with {} a slot must begin at a multiple of 32 KiB in its block", abi.name);
         }
         Ok(())
     }
 
-    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        let registration = memory.try_register(shape.hva, shape.len, unmarked(host.features, shape.kind))?;
+    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, request: &BlockRequest) -> Result<Block> {
+        let registration = memory.try_register(shape.hva, shape.len, vmm_mode(host.features, shape.kind))?;
         let bitmap = host.abi.is_some_and(|abi| abi.bitmap);
-        let block = Block::new(shape, None, bitmap, wish.present)?;
+        let block = Block::new(shape, None, bitmap, request.present)?;
         registration.into_iter().for_each(Registration::keep);
         Ok(block)
     }

@@ -29,7 +29,7 @@ pub struct Host {
 
 /// What the VMM asks for a block.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Wish {
+pub struct BlockRequest {
     /// A userfaultfd of the VMM's own serves everything but vCPUs.
     pub external: bool,
     /// Only vCPUs touch absent pages.
@@ -51,7 +51,7 @@ pub trait Mechanism: Sync + fmt::Debug {
     /// The name, for options and reports.
     fn name(&self) -> &'static str;
     /// Can it serve such memory here? The error says why not, and what would help.
-    fn check(&self, host: &Host, kind: Kind, wish: &Wish) -> Result<()>;
+    fn check(&self, host: &Host, kind: Kind, request: &BlockRequest) -> Result<()>;
     /// Can it serve the guest of this vCPU?
     fn check_guest(&self, _vcpu: &VcpuFd) -> Result<()> {
         Ok(())
@@ -62,7 +62,7 @@ pub trait Mechanism: Sync + fmt::Debug {
         Ok(false)
     }
     /// Sets up a block: registers it with userfaultfd, makes what KVM needs besides.
-    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block>;
+    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, request: &BlockRequest) -> Result<Block>;
     /// Turns the fast path of a block on or off, as far as that isn't the slot flag's doing.
     fn set_fast(&self, memory: &Memory, block: &Block, on: bool) -> Result<()>;
     /// Is the fast path each slot's own (a flag of the slot), so that slots on one block may differ?
@@ -98,15 +98,15 @@ pub fn choice(number: i32) -> Result<Option<usize>> {
 }
 
 /// The mechanism for some memory: the forced one, or the first that can.
-pub fn choose(host: &Host, forced: Option<usize>, kind: Kind, wish: &Wish) -> Result<usize> {
+pub fn choose(host: &Host, forced: Option<usize>, kind: Kind, request: &BlockRequest) -> Result<usize> {
     if let Some(forced) = forced {
         let mechanism = MECHANISMS[forced];
         let reason = |e: Error| e.context(format!("mechanism: {} can't serve this memory", mechanism.name()));
-        return mechanism.check(host, kind, wish).map(|()| forced).map_err(reason);
+        return mechanism.check(host, kind, request).map(|()| forced).map_err(reason);
     }
     let mut reasons = String::from("mechanism: none can serve this memory");
     for (n, mechanism) in MECHANISMS.iter().enumerate() {
-        match mechanism.check(host, kind, wish) {
+        match mechanism.check(host, kind, request) {
             Ok(()) => return Ok(n),
             Err(e) => reasons.push_str(&format!("; {}: {e}", mechanism.name())),
         }
@@ -126,11 +126,11 @@ pub fn has_minor(features: u64, kind: Kind) -> bool {
 }
 
 /// What the VMM's mapping is registered for.
-fn unmarked(features: u64, kind: Kind) -> Mode {
+fn vmm_mode(features: u64, kind: Kind) -> Mode {
     Mode { minor: has_minor(features, kind), keeps_tables: false }
 }
 
 /// Memory that was released is to be memory again in which pages can be missing. It is not yet: what keeps KVM from the holes must be there first.
 pub fn register_again(memory: &Memory, block: &Block) -> Result<()> {
-    memory.uffd.register(block.hva, block.len, unmarked(memory.uffd.features(), block.kind))
+    memory.uffd.register(block.hva, block.len, vmm_mode(memory.uffd.features(), block.kind))
 }

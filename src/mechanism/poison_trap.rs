@@ -5,7 +5,7 @@
 //! KVM's alone and carries the markers; the VMM's own mapping keeps classic userfaultfd. Private memory can't be mapped twice:
 //! there the VMM must declare that only vCPUs touch absent pages.
 
-use super::{has_minor, unmarked, Host, Mechanism, Wish};
+use super::{has_minor, vmm_mode, BlockRequest, Host, Mechanism};
 use crate::error::{fail, Result};
 use crate::kernel::alias;
 use crate::kernel::arch;
@@ -28,14 +28,14 @@ impl Mechanism for PoisonTrap {
         "poison-trap"
     }
 
-    fn check(&self, host: &Host, kind: Kind, wish: &Wish) -> Result<()> {
+    fn check(&self, host: &Host, kind: Kind, request: &BlockRequest) -> Result<()> {
         if host.features & FEATURE_POISON == 0 {
             fail!(EOPNOTSUPP, "the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
         }
         match kind {
             Kind::Shared | Kind::HugetlbShared => Ok(()),
-            Kind::Anon | Kind::HugetlbPrivate if wish.vcpu_only && !wish.external => Ok(()),
-            Kind::Anon | Kind::HugetlbPrivate if wish.external => {
+            Kind::Anon | Kind::HugetlbPrivate if request.vcpu_only && !request.external => Ok(()),
+            Kind::Anon | Kind::HugetlbPrivate if request.external => {
                 fail!(EOPNOTSUPP, "private memory can't be mapped twice: use shared memory (memfd)")
             }
             Kind::Anon | Kind::HugetlbPrivate => fail!(
@@ -54,13 +54,13 @@ impl Mechanism for PoisonTrap {
         Ok(true)
     }
 
-    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
+    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, request: &BlockRequest) -> Result<Block> {
         let Shape { hva, len, page, kind, .. } = shape;
         let alias = match kind {
-            Kind::Shared | Kind::HugetlbShared => Some(alias::duplicate(hva, len, page, kind, wish.file)?),
+            Kind::Shared | Kind::HugetlbShared => Some(alias::duplicate(hva, len, page, kind, request.file)?),
             Kind::Anon | Kind::HugetlbPrivate => None,
         };
-        let registration = memory.try_register(hva, len, unmarked(host.features, kind))?;
+        let registration = memory.try_register(hva, len, vmm_mode(host.features, kind))?;
         if let Some(alias) = &alias {
             // Neither forked children nor core dumps have any business there.
             advise(alias.address(), len, libc::MADV_DONTFORK, "madvise(MADV_DONTFORK)")?;
@@ -71,7 +71,7 @@ impl Mechanism for PoisonTrap {
             alias.unlock();
             advise(alias.address(), len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
         }
-        let block = Block::new(shape, alias, false, wish.present)?;
+        let block = Block::new(shape, alias, false, request.present)?;
         let block = if memory.external { block.with_deferral()? } else { block };
         if memory.external {
             block.phase.close(); // until the fast path is on

@@ -1,6 +1,6 @@
 //! What works here, what doesn't, why, and what to do: for `kvmfault_probe` (programs) and `kvmfault_explain` (people).
 
-use super::{Host, Wish, MECHANISMS, POISON_TRAP};
+use super::{BlockRequest, Host, MECHANISMS, POISON_TRAP};
 use crate::error::{Error, Result};
 use crate::kernel::arch::{two_dimensional_paging, PAGING_NAME, PAGING_REMEDY};
 use crate::kernel::kvm::SystemFd;
@@ -57,8 +57,8 @@ impl Report {
         if let Err(e) = &self.uffd {
             return Err(Error::new(e.errno, "no userfaultfd"));
         }
-        let wish = Wish { vcpu_only: true, ..Wish::default() };
-        MECHANISMS[mechanism].check(&self.host(), kind, &wish)
+        let request = BlockRequest { vcpu_only: true, ..BlockRequest::default() };
+        MECHANISMS[mechanism].check(&self.host(), kind, &request)
     }
 
     /// The report for people.

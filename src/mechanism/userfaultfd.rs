@@ -1,6 +1,6 @@
 //! `userfaultfd`: the classic way. KVM's slow path sleeps in the kernel until a reader thread has brought the page.
 
-use super::{unmarked, Host, Mechanism, Wish};
+use super::{vmm_mode, BlockRequest, Host, Mechanism};
 use crate::error::{fail, Result};
 use crate::kernel::mem::Kind;
 use crate::kernel::uffd::Registration;
@@ -20,16 +20,16 @@ impl Mechanism for Userfaultfd {
         "userfaultfd"
     }
 
-    fn check(&self, _host: &Host, _kind: Kind, wish: &Wish) -> Result<()> {
-        if wish.external {
+    fn check(&self, _host: &Host, _kind: Kind, request: &BlockRequest) -> Result<()> {
+        if request.external {
             fail!(EOPNOTSUPP, "the VMM has its own userfaultfd (KVMFAULT_VM_EXTERNAL_UFFD)");
         }
         Ok(()) // without a userfaultfd there is no VM at all
     }
 
-    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, wish: &Wish) -> Result<Block> {
-        let registration = memory.try_register(shape.hva, shape.len, unmarked(host.features, shape.kind))?;
-        let block = Block::new(shape, None, false, wish.present)?;
+    fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, request: &BlockRequest) -> Result<Block> {
+        let registration = memory.try_register(shape.hva, shape.len, vmm_mode(host.features, shape.kind))?;
+        let block = Block::new(shape, None, false, request.present)?;
         registration.into_iter().for_each(Registration::keep);
         Ok(block)
     }

@@ -206,7 +206,7 @@ impl<'a> Claim<'a> {
             WAITS.wake(self.block.hva_of(self.page));
             if self.wakes || overtaken {
                 // Threads asleep in userfaultfd look again, and so ask the resolver anew. Nothing to do if the memory is gone.
-                let _ = discard::wake(self.memory, self.block, &(self.page..self.page + 1));
+                let _ = discard::wake_sleepers(self.memory, self.block, &(self.page..self.page + 1));
             }
         }
     }

@@ -3,7 +3,7 @@
 
 use super::block::Block;
 use super::calls;
-use super::markers::{mark_missing, rearm, takes_markers};
+use super::markers::{drop_removes_markers, mark_after_drop, mark_missing};
 use super::pages::State;
 use super::runs::{gate_groups, runs};
 use super::wait::WAITS;
@@ -29,10 +29,10 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
         }
         for from in [State::Present, State::Lost] {
             for run in runs(group.clone(), |page| block.pages.change(page, from, State::Resolving).is_ok()) {
-                drop_and_book(memory, block, &run, from, stats)?;
+                drop_and_record(memory, block, &run, from, stats)?;
             }
         }
-        if memory.external && takes_markers(block) {
+        if memory.external && drop_removes_markers(block) {
             // What was missing already, the VMM may have dropped all the same.
             mark_missing(memory, block, group)?;
         }
@@ -43,7 +43,7 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
 /// Drops pages that were `from` and are RESOLVING for as long as this takes, and books each of them as what it is then.
 /// A run may be of several mappings for the kernel, which drops those before one that it can't drop (mlock(2), a part
 /// that is no longer mapped). So what fails as a whole is done page by page.
-fn drop_and_book(memory: &Memory, block: &Block, run: &Range<u64>, from: State, stats: &Stats) -> Result<()> {
+fn drop_and_record(memory: &Memory, block: &Block, run: &Range<u64>, from: State, stats: &Stats) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     let inaccessible = memory.uffd.features() & FEATURE_POISON == 0 && !memory.external;
     let accessible = if from == State::Lost && inaccessible { protect(hva, len, true) } else { Ok(()) };
@@ -53,7 +53,7 @@ fn drop_and_book(memory: &Memory, block: &Block, run: &Range<u64>, from: State, 
         let pages = run.clone().map(|page| page..page + 1);
         let mut result = Ok(());
         for page in pages {
-            let done = drop_and_book(memory, block, &page, from, stats);
+            let done = drop_and_record(memory, block, &page, from, stats);
             result =
                 result.and(done.map_err(|e| e.context(format!("the page at hva {:#x}", block.hva_of(page.start)))));
         }
@@ -64,7 +64,7 @@ fn drop_and_book(memory: &Memory, block: &Block, run: &Range<u64>, from: State, 
     } else {
         keep(memory, block, run, from);
     }
-    wake(memory, block, run)?;
+    wake_sleepers(memory, block, run)?;
     dropped?;
     stats.pages_discarded.add(run.end - run.start);
     Ok(())
@@ -92,7 +92,7 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -
     block.set_exits(run.clone(), true);
     block.take_deferred_runs(run.clone()).for_each(drop);
     if let Some(alias) = block.alias_of(run.start) {
-        rearm(memory, block, alias, len)?;
+        mark_after_drop(memory, block, alias, len)?;
     }
     if memory.external {
         return Ok(());
@@ -108,7 +108,7 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -
         Kind::Anon | Kind::HugetlbPrivate => {
             *gone = true;
             if block.is_marked() {
-                rearm(memory, block, hva, len)?;
+                mark_after_drop(memory, block, hva, len)?;
             }
             Ok(())
         }
@@ -116,14 +116,14 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -
 }
 
 /// Drops whatever is in the place of a page that isn't PRESENT, in a pass for discards. What KVM sees there stays as it is: absent.
-pub fn clear(memory: &Memory, block: &Block, page: u64) -> Result<()> {
+pub fn clear_page(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     match block.kind {
         Kind::Shared | Kind::HugetlbShared => {
             let run = page..page + 1;
             remove(block, &run)?;
             mark_removed(memory, block, &run)
         }
-        Kind::Anon | Kind::HugetlbPrivate => rearm(memory, block, block.hva_of(page), block.page),
+        Kind::Anon | Kind::HugetlbPrivate => mark_after_drop(memory, block, block.hva_of(page), block.page),
     }
 }
 
@@ -136,7 +136,9 @@ pub(super) fn remove(block: &Block, run: &Range<u64>) -> Result<()> {
 /// Puts the alias's markers back where that took them. Before anybody may bring the bytes: without a marker a vCPU would see them come.
 fn mark_removed(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     match block.alias_of(run.start) {
-        Some(alias) if takes_markers(block) => rearm(memory, block, alias, (run.end - run.start) * block.page),
+        Some(alias) if drop_removes_markers(block) => {
+            mark_after_drop(memory, block, alias, (run.end - run.start) * block.page)
+        }
         _ => Ok(()),
     }
 }
@@ -154,7 +156,7 @@ pub fn withdraw(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64
             withdrawn += run.end - run.start;
             make_absent(block, &run);
             memory.withdrawn.fetch_add(1, Ordering::Relaxed);
-            wake(memory, block, &run)?;
+            wake_sleepers(memory, block, &run)?;
         }
     }
     Ok(withdrawn)
@@ -170,7 +172,7 @@ fn make_absent(block: &Block, run: &Range<u64>) {
 }
 
 /// Wakes threads that userfaultfd has put to sleep on these pages, in either mapping: they look again.
-pub fn wake(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
+pub fn wake_sleepers(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     let len = (run.end - run.start) * block.page;
     if memory.external {
         return Ok(()); // nobody sleeps in ours

@@ -3,10 +3,10 @@
 
 use super::block::Block;
 use super::calls;
-use super::discard::{remove, wake};
+use super::discard::{remove, wake_sleepers};
 use super::gates::GATE_PAGES;
 use super::lose::show_lost;
-use super::markers::empty;
+use super::markers::unmap_for_kvm;
 use super::pages::State;
 use super::runs::{gate_groups, runs};
 use super::wait::WAITS;
@@ -39,7 +39,7 @@ pub fn give_back(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stat
                 all
             }
         };
-        wake(memory, block, &group)?;
+        wake_sleepers(memory, block, &group)?;
         given?;
     }
     Ok(())
@@ -86,7 +86,7 @@ fn drop_bytes(memory: &Memory, block: &Block, run: &Range<u64>, was_lost: impl F
 /// mapped.
 fn finish(block: &Block, run: &Range<u64>, stats: &Stats) -> Result<()> {
     let len = (run.end - run.start) * block.page;
-    let cleared = block.alias_of(run.start).map_or(Ok(()), |alias| empty(block, alias, len));
+    let cleared = block.alias_of(run.start).map_or(Ok(()), |alias| unmap_for_kvm(block, alias, len));
     block.take_deferred_runs(run.clone()).for_each(drop);
     block.set_exits(run.clone(), false);
     calls::overtake(block, run.clone());

@@ -115,7 +115,7 @@ fn install_run(
 fn clear_obstruction(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     let _pass = memory.enter_alone(block, page)?;
     match block.pages.get(page) {
-        State::Absent | State::Resolving => discard::clear(memory, block, page),
+        State::Absent | State::Resolving => discard::clear_page(memory, block, page),
         // The other installer's wake-up may have been before the waiter's sleep.
         State::Present | State::Lost => memory.uffd.wake(block.hva_of(page), block.page),
     }

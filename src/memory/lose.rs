@@ -2,8 +2,8 @@
 
 use super::block::Block;
 use super::calls::Claim;
-use super::discard::wake;
-use super::markers::mark_empty;
+use super::discard::wake_sleepers;
+use super::markers::mark_unmapped;
 use super::pages::State;
 use super::runs::{gate_groups, runs};
 use super::wait::WAITS;
@@ -43,7 +43,7 @@ fn lose_if(memory: &Memory, block: &Block, pages: Range<u64>, is_due: impl Fn() 
             // and find out from the state (see `show_lost_again`).
             let shown = show_lost(memory, block, &run);
             run.clone().for_each(|page| WAITS.wake(block.hva_of(page)));
-            wake(memory, block, &run)?;
+            wake_sleepers(memory, block, &run)?;
             shown?;
         }
     }
@@ -64,11 +64,11 @@ pub(super) fn show_lost(memory: &Memory, block: &Block, run: &Range<u64>) -> Res
     let markers = memory.uffd.features() & FEATURE_POISON != 0;
     let in_vmm = match (memory.external, markers) {
         (true, _) => Ok(()), // vCPUs are told; what others see there is the VMM's affair
-        (false, true) => mark_empty(memory, hva, len, block.page),
+        (false, true) => mark_unmapped(memory, hva, len, block.page),
         (false, false) => protect(hva, len, false),
     };
     let in_kvm = match block.alias_of(run.start) {
-        Some(alias) if markers => mark_empty(memory, alias, len, block.page),
+        Some(alias) if markers => mark_unmapped(memory, alias, len, block.page),
         _ => Ok(()),
     };
     in_vmm.and(in_kvm)

@@ -1,7 +1,7 @@
 //! The end of absence: memory in which nothing may be missing any more.
 
 use super::block::Block;
-use super::markers::empty;
+use super::markers::unmap_for_kvm;
 use super::pages::State;
 use super::runs::gate_groups;
 use super::Memory;
@@ -29,7 +29,7 @@ pub fn release(memory: &Memory, block: &Block) -> Result<()> {
     close(memory, block)?;
     block.phase.unmarked();
     for run in block.take_deferred_runs(0..block.pages.len()) {
-        empty(block, block.kvm_hva_of(run.start), (run.end - run.start) * block.page)?;
+        unmap_for_kvm(block, block.kvm_hva_of(run.start), (run.end - run.start) * block.page)?;
     }
     memory.uffd.unregister(alias.address(), block.len)
 }

@@ -177,7 +177,7 @@ fn wake_due(engine: &Engine, delayed: &mut Vec<DelayedWake>) {
     let now = Instant::now();
     delayed.retain(|wake| {
         if wake.due <= now {
-            let _ = discard::wake(&engine.memory, &wake.block, &(wake.page..wake.page + 1));
+            let _ = discard::wake_sleepers(&engine.memory, &wake.block, &(wake.page..wake.page + 1));
             // It has come by another way, and nobody may ever ask for it wake.
             if wake.block.pages.get(wake.page) != State::Absent {
                 engine.forget_failure(wake.block.hva_of(wake.page));
@@ -220,7 +220,7 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, delayed: &mut 
                     seat.notify(turn, Notice::Lost(hva));
                 }
             }
-            let _ = discard::wake(&engine.memory, &block, &(page..page + 1));
+            let _ = discard::wake_sleepers(&engine.memory, &block, &(page..page + 1));
             None
         }
         Ok(Outcome::Retry) => {

@@ -5,7 +5,7 @@ use crate::error::{fail, Error, Result};
 use crate::kernel::host_memory::HostMemory;
 use crate::kernel::kvm::Region;
 use crate::kernel::mem::{self, advise, Kind, ADDRESSES, PAGE};
-use crate::mechanism::{self, Wish, MECHANISMS};
+use crate::mechanism::{self, BlockRequest, MECHANISMS};
 use crate::memory::block::{Block, Shape};
 use crate::memory::pages::State;
 use crate::memory::pause::Backoff;
@@ -300,7 +300,7 @@ impl Vm {
         let mechanism = MECHANISMS[block.mechanism];
         let mut fast_only = !request.slow;
         if !fresh {
-            match mechanism.check(&self.host, block.kind, &wish_of(request, offset)) {
+            match mechanism.check(&self.host, block.kind, &block_request(request, offset)) {
                 // A window that can't have the flag (read-only ones: QEMU's PAM regions) does without, on the classic path.
                 Err(_) if mechanism.is_per_slot() => fast_only = false,
                 checked => checked?,
@@ -349,10 +349,10 @@ impl Vm {
                 backing.kind
             );
         }
-        let wish = Wish { external: self.engine.memory.external, ..wish_of(request, offset) };
-        let n = mechanism::choose(&self.host, self.forced, backing.kind, &wish)?;
+        let block_request = BlockRequest { external: self.engine.memory.external, ..block_request(request, offset) };
+        let n = mechanism::choose(&self.host, self.forced, backing.kind, &block_request)?;
         let shape = Shape { hva, len, page: backing.page, kind: backing.kind, mechanism: n };
-        let block = MECHANISMS[n].new_block(&self.host, &self.engine.memory, shape, &wish)?;
+        let block = MECHANISMS[n].new_block(&self.host, &self.engine.memory, shape, &block_request)?;
         if !request.present && !self.engine.memory.external {
             self.hide(&block).inspect_err(|_| self.engine.memory.unregister(&block))?;
         }
@@ -418,8 +418,9 @@ impl Vm {
         if on {
             if mechanism.is_per_slot() {
                 let readonly = old.is_readonly();
-                let wish = Wish { vcpu_only: true, readonly, offset: old.offset, ..Wish::default() };
-                mechanism.check(&self.host, old.block.kind, &wish)?;
+                let block_request =
+                    BlockRequest { vcpu_only: true, readonly, offset: old.offset, ..BlockRequest::default() };
+                mechanism.check(&self.host, old.block.kind, &block_request)?;
             }
             if old.block.phase.is_closed() && !memory.external {
                 mechanism::register_again(memory, &old.block)?;
@@ -466,14 +467,14 @@ impl Vm {
     }
 }
 
-fn wish_of(request: &SlotRequest, offset: u64) -> Wish {
-    Wish {
+fn block_request(request: &SlotRequest, offset: u64) -> BlockRequest {
+    BlockRequest {
         vcpu_only: request.vcpu_only,
         readonly: request.kvm_flags & kvm_bindings::KVM_MEM_READONLY != 0,
         present: request.present,
         offset,
         file: request.file,
-        ..Wish::default()
+        ..BlockRequest::default()
     }
 }
 

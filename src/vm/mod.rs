@@ -13,7 +13,7 @@ use crate::kernel::mem::Kind;
 use crate::kernel::probe;
 use crate::kernel::process::Process;
 use crate::kernel::uffd::{Uffd, FEATURE_POISON};
-use crate::mechanism::{self, Host, Mechanism, Wish, MECHANISMS};
+use crate::mechanism::{self, BlockRequest, Host, Mechanism, MECHANISMS};
 use crate::memory::block::Block;
 use crate::memory::install::install;
 use crate::memory::pages::State;
@@ -119,8 +119,8 @@ impl Vm {
         };
         let host = Host { abi, features: uffd.features() };
         // With the best memory for it; what a slot's memory rules out is said when the slot is set.
-        let wish = Wish { external: options.external, vcpu_only: true, ..Wish::default() };
-        mechanism::choose(&host, options.mechanism, Kind::Shared, &wish)?;
+        let request = BlockRequest { external: options.external, vcpu_only: true, ..BlockRequest::default() };
+        mechanism::choose(&host, options.mechanism, Kind::Shared, &request)?;
         let stop = Arc::new(Flag::new()?);
         let memory = Memory::new(uffd, options.external);
         let engine = Arc::new(Engine::new(memory, resolver(), readahead.into()));
@@ -156,8 +156,8 @@ impl Vm {
 
     /// What is used, or would be, for shared memory.
     pub fn mechanism(&self) -> &'static dyn Mechanism {
-        let wish = Wish { external: self.engine.memory.external, ..Wish::default() };
-        let best = self.forced.or_else(|| mechanism::choose(&self.host, None, Kind::Shared, &wish).ok());
+        let request = BlockRequest { external: self.engine.memory.external, ..BlockRequest::default() };
+        let best = self.forced.or_else(|| mechanism::choose(&self.host, None, Kind::Shared, &request).ok());
         MECHANISMS[best.unwrap_or(MECHANISMS.len() - 1)]
     }
 
