@@ -1,5 +1,5 @@
-//! `memslot-flag`: KVM_RUN exits with the address where the flag forbids the slow path. The VMM's mapping keeps classic
-//! userfaultfd for everybody else: host threads, KVM's own copy_to_user, vhost.
+//! `memslot-flag`: KVM_RUN exits with the address where the flag forbids the slow path. The VMM's
+//! mapping keeps userfaultfd for all others: host threads, KVM's own copy_to_user, vhost.
 
 use super::{vmm_mode, BlockRequest, Host, Mechanism};
 use crate::error::{fail, Result};
@@ -58,9 +58,10 @@ impl Mechanism for MemslotFlag {
         }
     }
 
-    /// The flag only forbids the slow path: the page may be present and not mapped, or mapped and not writable, and KVM's fast path asks
-    /// for write access even where the guest reads (hva_to_pfn_fast in virt/kvm). Populating for write does what the slow path would
-    /// have done; of a page of zeros it makes a page of its own.
+    /// Populates the page for writing, as the slow path that the flag forbids would have done. The
+    /// page may be PRESENT and not mapped, or mapped and not writable, and KVM's fast path asks for
+    /// write access even where the guest reads (hva_to_pfn_fast in virt/kvm). The zero page is
+    /// replaced by a page of its own.
     fn map_for_kvm(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
         let (hva, len) = (block.hva_of(page), block.page);
         if matches!(block.kind, Kind::Shared | Kind::HugetlbShared) && !memory.external {

@@ -1,5 +1,5 @@
-//! How a guest's access to an absent page comes to the library. One file a mechanism; [`MECHANISMS`] lists them in the order in
-//! which `auto` tries them.
+//! How the library learns of a guest's access to an absent page. Each mechanism has a file;
+//! [`MECHANISMS`] lists them in the order in which `auto` tries them.
 
 mod memslot_flag;
 mod poison_trap;
@@ -18,29 +18,29 @@ use crate::stats::Stats;
 use std::fmt;
 use std::os::fd::RawFd;
 
-/// What the kernel of this machine offers; found out once a VM.
+/// What the kernel of this machine offers, as found out for each VM.
 #[derive(Debug, Clone, Copy)]
 pub struct Host {
-    /// The proven row of the ABI table.
+    /// The row of the ABI table that was proven in a scratch VM.
     pub abi: Option<&'static Abi>,
-    /// UFFD_FEATURE_* bits in force.
+    /// The UFFD_FEATURE_* bits in force.
     pub features: u64,
 }
 
-/// What the VMM asks for a block.
+/// What the VMM asks of a block.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct BlockRequest {
-    /// A userfaultfd of the VMM's own serves everything but vCPUs.
+    /// A userfaultfd of the VMM serves all threads but vCPUs.
     pub external: bool,
     /// Only vCPUs touch absent pages.
     pub vcpu_only: bool,
-    /// KVM_MEM_READONLY.
+    /// The slot is read-only for the guest (KVM_MEM_READONLY).
     pub readonly: bool,
-    /// All pages are present at the start.
+    /// All pages are PRESENT at the start.
     pub present: bool,
-    /// Where the slot begins in its block.
+    /// Where the slot begins in its block, in bytes.
     pub offset: u64,
-    /// The file that the block is a mapping of, and where it begins there.
+    /// The file that the block is a mapping of, and where the block begins in it.
     pub file: Option<(RawFd, u64)>,
 }
 
@@ -48,7 +48,7 @@ pub struct BlockRequest {
 pub trait Mechanism: Sync + fmt::Debug {
     /// The C API's number: KVMFAULT_MECHANISM_*.
     fn number(&self) -> i32;
-    /// The name, for options and reports.
+    /// The name in options and reports.
     fn name(&self) -> &'static str;
     /// Can it serve such memory here? The error says why not, and what would help.
     fn check(&self, host: &Host, kind: Kind, request: &BlockRequest) -> Result<()>;
@@ -56,22 +56,23 @@ pub trait Mechanism: Sync + fmt::Debug {
     fn check_guest(&self, _vcpu: &VcpuFd) -> Result<()> {
         Ok(())
     }
-    /// Makes guests' writes to the MSRs that register areas for KVM exit, if their pages must be present first. Returns
-    /// whether they exit.
+    /// Makes guests' writes to the MSRs that register areas for KVM exit, if their pages must be
+    /// present first. Returns whether they exit.
     fn filter_msrs(&self, _vm: &VmFd) -> Result<bool> {
         Ok(false)
     }
-    /// Sets up a block: registers it with userfaultfd, makes what KVM needs besides.
+    /// Sets up a block: registers it with userfaultfd, and makes what else KVM needs.
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, request: &BlockRequest) -> Result<Block>;
-    /// Turns the fast path of a block on or off, as far as that isn't the slot flag's doing.
+    /// Turns the fast path of a block on or off, apart from the slot's flag.
     fn set_fast(&self, memory: &Memory, block: &Block, on: bool) -> Result<()>;
-    /// Is the fast path each slot's own (a flag of the slot), so that slots on one block may differ?
+    /// Does each slot have a fast path of its own (a flag of the slot), so that slots on one block
+    /// may differ?
     fn is_per_slot(&self) -> bool {
         false
     }
-    /// What KVM is told of a slot whose fast path is on.
+    /// Adds to a slot's region what KVM is to be told while the fast path is on.
     fn arm(&self, _host: &Host, _slot: &Slot, _region: &mut Region) {}
-    /// A PRESENT page faults: it needs mapping, not bytes.
+    /// Maps a PRESENT page on which a vCPU faults.
     fn map_for_kvm(&self, memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()>;
 }
 
@@ -88,7 +89,8 @@ pub const USERFAULTFD: i32 = 3;
 pub static MECHANISMS: [&dyn Mechanism; 3] =
     [&memslot_flag::MemslotFlag, &poison_trap::PoisonTrap, &userfaultfd::Userfaultfd];
 
-/// The place in the table of a C API number; None for AUTO, an error for what is no mechanism.
+/// The index in `MECHANISMS` of a C API number; None for AUTO; an error for a number that is no
+/// mechanism's.
 pub fn choice(number: i32) -> Result<Option<usize>> {
     match MECHANISMS.iter().position(|m| m.number() == number) {
         None if number == AUTO => Ok(None),
@@ -97,7 +99,7 @@ pub fn choice(number: i32) -> Result<Option<usize>> {
     }
 }
 
-/// The mechanism for some memory: the forced one, or the first that can.
+/// The index of the mechanism for some memory: the forced one, or the first that can serve it.
 pub fn choose(host: &Host, forced: Option<usize>, kind: Kind, request: &BlockRequest) -> Result<usize> {
     if let Some(forced) = forced {
         let mechanism = MECHANISMS[forced];
@@ -114,8 +116,9 @@ pub fn choose(host: &Host, forced: Option<usize>, kind: Kind, request: &BlockReq
     Err(Error::new(libc::EOPNOTSUPP, reasons))
 }
 
-/// Does userfaultfd report minor faults (page cache, not mapped) for such memory? Then the VMM's mapping is registered for them,
-/// so that a host access to a page whose bytes are still being written waits until it is installed.
+/// Does userfaultfd report minor faults (in the page cache, not mapped) for such memory? The VMM's
+/// mapping is then registered for them, so that a host access to a page whose bytes are still being
+/// written waits until it is installed.
 pub fn has_minor(features: u64, kind: Kind) -> bool {
     use crate::kernel::uffd::{FEATURE_MINOR_HUGETLBFS, FEATURE_MINOR_SHMEM};
     match kind {
@@ -125,12 +128,13 @@ pub fn has_minor(features: u64, kind: Kind) -> bool {
     }
 }
 
-/// What the VMM's mapping is registered for.
+/// What the VMM's mapping of a block is registered for.
 fn vmm_mode(features: u64, kind: Kind) -> Mode {
     Mode { minor: has_minor(features, kind), keeps_tables: false }
 }
 
-/// Memory that was released is to be memory again in which pages can be missing. It is not yet: what keeps KVM from the holes must be there first.
+/// Registers a released block again, in which pages may be missing later. They may not be yet: what
+/// keeps KVM from the holes must be in place first.
 pub fn register_again(memory: &Memory, block: &Block) -> Result<()> {
     memory.uffd.register(block.hva, block.len, vmm_mode(memory.uffd.features(), block.kind))
 }

@@ -1,9 +1,11 @@
-//! `poison-trap`: absent pages carry UFFDIO_POISON markers, on which get_user_pages fails at once with EHWPOISON; KVM answers by
-//! sending SIGBUS to the vCPU's thread, with the address (kvm_send_hwpoison_signal in virt/kvm and arch/x86/kvm/mmu).
+//! `poison-trap`: absent pages carry UFFDIO_POISON markers, on which get_user_pages fails at once
+//! with EHWPOISON; KVM answers by sending SIGBUS to the vCPU's thread, with the address
+//! (kvm_send_hwpoison_signal in virt/kvm and arch/x86/kvm/mmu).
 //!
-//! Anybody else who touches a marker breaks instead of waiting. Shared memory therefore gets a second mapping, the alias, which is
-//! KVM's alone and carries the markers; the VMM's own mapping keeps classic userfaultfd. Private memory can't be mapped twice:
-//! there the VMM must declare that only vCPUs touch absent pages.
+//! All other threads that touch a marker fail instead of waiting. Shared memory therefore has a
+//! second mapping, the alias, which only KVM uses and which carries the markers; the VMM's own
+//! mapping keeps userfaultfd. Private memory cannot be mapped twice: there the VMM must declare
+//! that only vCPUs touch absent pages.
 
 use super::{has_minor, vmm_mode, BlockRequest, Host, Mechanism};
 use crate::error::{fail, Result};
@@ -62,12 +64,13 @@ impl Mechanism for PoisonTrap {
         };
         let registration = memory.try_register(hva, len, vmm_mode(host.features, kind))?;
         if let Some(alias) = &alias {
-            // Neither forked children nor core dumps have any business there.
+            // The alias belongs neither in forked children nor in core dumps.
             advise(alias.address(), len, libc::MADV_DONTFORK, "madvise(MADV_DONTFORK)")?;
             advise(alias.address(), len, libc::MADV_DONTDUMP, "madvise(MADV_DONTDUMP)")?;
-            // Not for minor faults: a PRESENT page that isn't mapped yet needs no help, and an absent one has its marker.
+            // Not for minor faults: a PRESENT page that is not mapped yet needs no help, and an
+            // absent one has its marker.
             memory.uffd.register(alias.address(), len, Mode { minor: false, keeps_tables: true })?;
-            // With mlockall(MCL_FUTURE) it was populated as it was made.
+            // With mlockall(MCL_FUTURE) the alias was populated when it was made.
             alias.unlock();
             advise(alias.address(), len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
         }
@@ -84,8 +87,9 @@ impl Mechanism for PoisonTrap {
         if memory.external && !on {
             return release::release(memory, block);
         }
-        // Without markers, absent pages whose bytes are in the page cache are minor faults: from before the markers go until they are all there.
-        // With a userfaultfd of the VMM's own no reader would serve them.
+        // Without markers, absent pages whose bytes are in the page cache are minor faults: the
+        // alias is registered for them before the markers are removed, until all are placed. With a
+        // userfaultfd of the VMM no reader thread would serve them.
         let minor = !memory.external && has_minor(memory.uffd.features(), block.kind);
         match (on, block.is_marked()) {
             (true, false) => {

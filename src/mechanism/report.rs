@@ -1,4 +1,5 @@
-//! What works here, what doesn't, why, and what to do: for `kvmfault_probe` (programs) and `kvmfault_explain` (people).
+//! What works here, what does not, why, and what to do: for `kvmfault_probe` (programs) and
+//! `kvmfault_explain` (people).
 
 use super::{BlockRequest, Host, MECHANISMS, POISON_TRAP};
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ use crate::kernel::uffd::{Uffd, FEATURE_MINOR_SHMEM, FEATURE_POISON};
 use kvm_bindings::{KVM_CAP_MEMORY_FAULT_INFO, KVM_CAP_PRE_FAULT_MEMORY};
 use std::fmt::Write;
 
-/// All that was found out.
+/// What was found out about this machine and process.
 pub struct Report {
     uffd: Result<Uffd>,
     attempts: Vec<Attempt>,
@@ -21,7 +22,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Asks the kernel. Takes some milliseconds: it runs scratch VMs.
+    /// Asks the kernel, which takes some milliseconds: scratch VMs run.
     pub fn new(system: &SystemFd) -> Report {
         Report {
             uffd: Uffd::open(),
@@ -32,17 +33,18 @@ impl Report {
         }
     }
 
-    /// The proven row's name.
+    /// The name of the ABI row that was proven.
     pub fn abi(&self) -> Option<&'static str> {
         self.attempts.iter().find(|a| a.result.is_ok()).map(|a| a.abi.name)
     }
 
-    /// The features of a userfaultfd, if there can be one.
+    /// The features of a userfaultfd; 0 if none can be opened.
     pub fn features(&self) -> u64 {
         self.uffd.as_ref().map_or(0, Uffd::features)
     }
 
-    /// Is KVM_PRE_FAULT_MEMORY there? (236 is also EXIT_ON_MISSING of the flag's v7, which has no such ioctl.)
+    /// Does KVM have KVM_PRE_FAULT_MEMORY? (The number 236 is also EXIT_ON_MISSING of the flag's
+    /// v7, which has no such ioctl.)
     pub fn pre_fault(&self) -> bool {
         self.pre_fault && self.abi() != Some("v7")
     }
@@ -52,7 +54,7 @@ impl Report {
         Host { abi, features: self.features() }
     }
 
-    /// Can a mechanism (by its place) serve this kind of memory?
+    /// Can a mechanism (by its index) serve this kind of memory?
     pub fn check(&self, mechanism: usize, kind: Kind) -> Result<()> {
         if let Err(e) = &self.uffd {
             return Err(Error::new(e.errno, "no userfaultfd"));
@@ -110,7 +112,8 @@ impl Report {
         }
     }
 
-    /// What confines the process. Landlock can't be asked: it shows in what can't be read.
+    /// Describes what confines the process. Landlock cannot be asked: it shows in what cannot be
+    /// read.
     fn explain_process(&self, text: &mut String) {
         let Surroundings { maps, initial_user_namespace, seccomp } = &self.surroundings;
         let _ = writeln!(text, "\nthis process:");
@@ -174,7 +177,8 @@ impl Report {
 fn uffd_remedy(errno: i32, initial_user_namespace: Option<bool>) -> String {
     match errno {
         libc::EPERM | libc::EACCES => {
-            // The kernel asks the initial user namespace for it (userfaultfd_syscall_allowed in fs/userfaultfd.c).
+            // The kernel checks the capability in the initial user namespace
+            // (userfaultfd_syscall_allowed in fs/userfaultfd.c).
             let capability = match initial_user_namespace {
                 Some(false) => "",
                 Some(true) => "give the process CAP_SYS_PTRACE; ",

@@ -1,4 +1,5 @@
-//! `userfaultfd`: the classic way. KVM's slow path sleeps in the kernel until a reader thread has brought the page.
+//! `userfaultfd`: KVM's slow path sleeps in the kernel until a reader thread has installed the
+//! page.
 
 use super::{vmm_mode, BlockRequest, Host, Mechanism};
 use crate::error::{fail, Result};

@@ -9,9 +9,11 @@ use crate::error::Result;
 use crate::stats::Stats;
 use std::ops::Range;
 
-/// The VMM has brought pages into its mapping, mostly such as nobody has asked for. A system call for each of them would slow the VMM's stream
-/// down; so they are mapped in the alias when all 64 pages of a word are there, or when a vCPU comes to one of the word that is. Pages that
-/// somebody waits for are mapped at once. A page with nothing in it (the VMM has dropped what was there) takes no memory before a vCPU comes to it.
+/// Makes pages PRESENT that the VMM has put into its mapping. Mostly no thread waits for them, and
+/// a system call for each would slow the VMM's stream down: so they are mapped in the alias when
+/// all 64 pages of a word are PRESENT, or when a vCPU touches one of them. A page that is waited
+/// for is mapped at once. A page with nothing in it (the VMM has dropped it since) takes no memory
+/// before a vCPU touches it.
 pub(super) fn install_arrived(
     memory: &Memory,
     block: &Block,

@@ -8,49 +8,50 @@ use crate::kernel::mem::{Kind, Mapping, PAGE};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// What a block is set up with.
+/// What a block is made from.
 pub struct Shape {
-    /// Start in the VMM's mapping.
+    /// Its first address in the VMM's mapping.
     pub hva: u64,
-    /// Bytes.
+    /// Its length in bytes.
     pub len: u64,
-    /// Bytes of a page: what one install brings at least.
+    /// The size of a page in bytes: the least that one install makes PRESENT.
     pub page: u64,
-    /// What the memory is.
+    /// The kind of memory.
     pub kind: Kind,
-    /// Its mechanism's place in the table (see `mechanism`).
+    /// The index of its mechanism in `mechanism::MECHANISMS`.
     pub mechanism: usize,
 }
 
 /// A block of host memory.
 #[derive(Debug)]
 pub struct Block {
-    /// Start in the VMM's mapping.
+    /// The first address in the VMM's mapping.
     pub hva: u64,
-    /// Bytes.
+    /// The length in bytes.
     pub len: u64,
-    /// Bytes of a page.
+    /// The size of a page in bytes.
     pub page: u64,
-    /// What the memory is.
+    /// The kind of memory.
     pub kind: Kind,
-    /// Its mechanism's place in the table (see `mechanism`).
+    /// The index of its mechanism in `mechanism::MECHANISMS`.
     pub mechanism: usize,
-    /// One state a page.
+    /// The state of each page.
     pub pages: Pages,
-    /// The mapping that KVM gets instead of the VMM's own.
+    /// A second mapping of the memory, which KVM uses instead of the VMM's own.
     pub alias: Option<Mapping>,
-    /// Whether pages may be missing, and carry markers.
+    /// Whether pages may be missing, and whether markers may be in their place.
     pub phase: AtomicPhase,
-    /// KVM Userfault: one bit a base page, set = exit.
+    /// The bitmap of KVM Userfault: one bit for each base page; a set bit makes KVM_RUN exit.
     bitmap: Option<Mapping>,
-    /// One bit a page, set = PRESENT, and still with its marker in the alias (see `arrive::install_arrived`).
+    /// One bit for each page: it is PRESENT, and the alias still has its marker (see
+    /// `arrive::install_arrived`).
     deferred: Option<Mapping>,
-    /// KVM may have a slot of it, and so the addresses of what was made for KVM.
+    /// KVM may have a slot of this block, and with it the addresses of the alias and of the bitmap.
     pub in_kvm: AtomicBool,
 }
 
 impl Block {
-    /// A block whose pages are all absent (or all present).
+    /// A block whose pages are all ABSENT, or all PRESENT.
     pub fn new(shape: Shape, alias: Option<Mapping>, bitmap: bool, present: bool) -> Result<Block> {
         let Shape { hva, len, page, kind, mechanism } = shape;
         let pages = Pages::new(len / page)?;
@@ -78,14 +79,14 @@ impl Block {
         })
     }
 
-    /// Pages may be called PRESENT before they are mapped in the alias.
+    /// Allows pages to be PRESENT before they are mapped in the alias.
     pub fn with_deferral(mut self) -> Result<Block> {
         let deferred = Mapping::anonymous((self.pages.len().div_ceil(64) * 8).next_multiple_of(PAGE))?;
         self.deferred = Some(deferred);
         Ok(self)
     }
 
-    /// Where KVM finds the block.
+    /// The block's first address in the mapping that KVM uses.
     pub fn kvm_hva(&self) -> u64 {
         self.alias.as_ref().map_or(self.hva, Mapping::address)
     }
@@ -97,64 +98,66 @@ impl Block {
         Some(offset / self.page)
     }
 
-    /// The pages of a range of addresses in the VMM's mapping, as far as they are the block's; those that it holds in part, too.
+    /// The block's pages in a range of addresses of the VMM's mapping, those at its edges that are
+    /// only partly in the range included.
     pub fn pages_in(&self, range: &Range<u64>) -> Range<u64> {
         let start = range.start.saturating_sub(self.hva) / self.page;
         let end = range.end.saturating_sub(self.hva).div_ceil(self.page).min(self.pages.len());
         start.min(end)..end
     }
 
-    /// A page's address in the VMM's mapping.
+    /// The address of a page in the VMM's mapping.
     pub fn hva_of(&self, page: u64) -> u64 {
         self.hva + page * self.page
     }
 
-    /// A page's address in the mapping that KVM uses.
+    /// The address of a page in the mapping that KVM uses.
     pub fn kvm_hva_of(&self, page: u64) -> u64 {
         self.kvm_hva() + page * self.page
     }
 
-    /// A page's address in the alias.
+    /// The address of a page in the alias.
     pub fn alias_of(&self, page: u64) -> Option<u64> {
         self.alias.as_ref().map(|a| a.address() + page * self.page)
     }
 
-    /// The gate that installs and discards of a page pass: one for all pages of a group.
+    /// The gate that installs and discards of a page enter: one gate for a group of pages.
     pub fn gate_of(&self, page: u64) -> u64 {
         self.hva_of(page / GATE_PAGES * GATE_PAGES)
     }
 
-    /// Do absent pages carry poison markers?
+    /// May absent pages carry poison markers?
     pub fn is_marked(&self) -> bool {
         self.phase.is_marked()
     }
 
-    /// A page is to be mapped in the alias later; false if that isn't done with this block.
+    /// Leaves the mapping of a page in the alias for later; false if this block does not defer.
     pub fn defer(&self, page: u64) -> bool {
         let Some(deferred) = &self.deferred else { return false };
         deferred.atomics()[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::SeqCst);
         true
     }
 
-    /// Is it?
+    /// Is the mapping of this page in the alias left for later?
     pub fn is_deferred(&self, page: u64) -> bool {
         let word = |d: &Mapping| d.atomics()[(page / 64) as usize].load(Ordering::SeqCst);
         self.deferred.as_ref().is_some_and(|d| word(d) >> (page % 64) & 1 != 0)
     }
 
-    /// Pages of a range, inside one word of 64, that are no longer deferred by this call; a bit each, counted from the word's first page.
+    /// Ends the deferral of pages in a range that lies within one word of 64 pages. Returns those
+    /// that were deferred: one bit for each, counted from the word's first page.
     fn take_deferred(&self, pages: Range<u64>) -> u64 {
         let Some(deferred) = &self.deferred else { return 0 };
         let mask = (!0u64 >> (64 - (pages.end - pages.start))) << (pages.start % 64);
         deferred.atomics()[(pages.start / 64) as usize].fetch_and(!mask, Ordering::SeqCst) & mask
     }
 
-    /// The pages that share a word with this one.
+    /// The pages whose deferral bits share a word with this page's.
     pub fn word_of(&self, page: u64) -> Range<u64> {
         page / 64 * 64..self.pages.len().min(page / 64 * 64 + 64)
     }
 
-    /// Runs of pages of a range that are no longer deferred by this call.
+    /// Ends the deferral of pages in a range. Returns runs of those that were deferred.
     pub fn take_deferred_runs(&self, pages: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
         (pages.start / 64..pages.end.div_ceil(64)).flat_map(move |word| {
             let first = word * 64;
@@ -168,18 +171,19 @@ impl Block {
         })
     }
 
-    /// Is its memory the VMM's again?
+    /// Is the block's memory the VMM's again?
     #[inline]
     pub fn is_gone(&self) -> bool {
         self.phase.is_retired()
     }
 
-    /// The address of the KVM Userfault bitmap's bit for a byte offset; 0 without a bitmap.
+    /// The address in KVM Userfault's bitmap that belongs to a byte offset; 0 without a bitmap.
     pub fn bitmap_at(&self, offset: u64) -> u64 {
         self.bitmap.as_ref().map_or(0, |b| b.address() + offset / PAGE / 8)
     }
 
-    /// Pages are about to be called PRESENT (`exits` false) or absent: tell KVM's bitmap, with release order as its series asks.
+    /// Sets (`exits`) or clears the bits of pages in KVM's bitmap, before the pages become absent
+    /// or PRESENT; with release order, as the patch series asks.
     pub fn set_exits(&self, pages: Range<u64>, exits: bool) {
         let Some(bitmap) = &self.bitmap else { return };
         let words = bitmap.atomics();
@@ -196,8 +200,9 @@ impl Block {
 }
 
 impl Drop for Block {
-    /// Memory of a slot that KVM still has goes when its VM is freed, but nothing else may come where KVM looks for it. (KVM reads the bitmap by its
-    /// address, too.) KVM's VM may outlive the library's by any time, and nothing tells of its end.
+    /// KVM keeps a slot until its VM is freed, which may be long after the library's VM, and
+    /// unnoticed. Until then nothing else may be mapped at the addresses that KVM knows: those of
+    /// the memory and of the bitmap. The memory itself is freed.
     fn drop(&mut self) {
         if self.in_kvm.load(Ordering::SeqCst) {
             self.alias.take().into_iter().chain(self.bitmap.take()).for_each(Mapping::keep_addresses);

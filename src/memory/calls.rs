@@ -1,13 +1,17 @@
-//! Which resolver calls are under way, and for which pages. A page has at most one call at a time, and this table is what
-//! keeps it so: the state RESOLVING says that a page is taken, a thread's entry in the table says by which call.
+//! Which resolver calls are under way, and for which pages. A page has at most one call at a time,
+//! and this table ensures it: the state RESOLVING says that a page is taken, a thread's entry in
+//! the table says by which call.
 //!
-//! A thread names the page in its entry before it takes the page (ABSENT -> RESOLVING), and clears the entry after the page's
-//! state is settled. Another thread that makes the page missing meanwhile (a discard, a withdrawal) finds the entry, marks it as
-//! overtaken, and leaves the page in RESOLVING. Then the page belongs to that call until it returns; when it does, the page is
-//! ABSENT, whatever the resolver answers, and is asked for anew. Marks are set in a discard's pass of the page's gate. A page is
-//! put back in an installer's pass, one at a time, so that of several threads with a mark the last one does it.
+//! A thread names the page in its entry before it takes the page (ABSENT -> RESOLVING), and clears
+//! the entry once the page's state is settled. Another thread that makes the page missing meanwhile
+//! (a discard, a withdrawal) finds the entry, marks it as overtaken, and leaves the page RESOLVING.
+//! The page then belongs to that call until the call returns; it then becomes ABSENT, whatever the
+//! resolver answers, and is asked for again. Entries are marked in a discard's pass of the page's
+//! gate. A page becomes ABSENT again in an installer's pass, one call at a time, so that of several
+//! threads with a mark the last one does it.
 //!
-//! The VMM may put away what its resolver looks at when a page has come by another way: `wait_for_calls` waits for calls that are under way.
+//! When a page has arrived by another way, the VMM may free what its resolver reads:
+//! `wait_for_calls` waits for the calls that are under way.
 
 use super::block::Block;
 use super::pages::State;
@@ -22,13 +26,14 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{fence, AtomicBool, AtomicU64};
 use std::sync::PoisonError;
 
-/// What one thread is calling for. Alone in its cache line: threads don't meet here.
+/// The page that one thread is calling the resolver for. Each entry has a cache line to itself:
+/// threads do not meet here.
 #[repr(align(64))]
 #[derive(Default)]
 struct Entry {
-    /// A page (`Pages::key_of`, and OVERTAKEN), or 0.
+    /// The key of a page (`Pages::key_of`), perhaps with OVERTAKEN, or 0.
     page: AtomicU64,
-    /// A thread has it.
+    /// A thread leases this entry.
     taken: AtomicBool,
     next: OnceRef<'static, Entry>,
 }
@@ -36,15 +41,16 @@ struct Entry {
 /// The page was made missing, or was given back, since the thread named it. Keys are even.
 const OVERTAKEN: u64 = 1;
 
-/// The entries of all threads. They are never freed, but used again (see `EntryLease`). No lock: a child that is forked while another thread holds one
-/// can never take it, and the child's threads come and go, too.
+/// The first entry in the list of all threads' entries. Entries are never freed, but leased again
+/// (see `EntryLease`). There is no lock: one that another thread holds during fork would be held in
+/// the child for ever.
 static FIRST: OnceRef<'static, Entry> = OnceRef::new();
 
 fn entries() -> impl Iterator<Item = &'static Entry> {
     std::iter::successors(FIRST.get(), |entry| entry.next.get())
 }
 
-/// A thread's entry, for as long as there is the thread.
+/// A thread's lease of an entry, which ends with the thread.
 struct EntryLease(&'static Entry);
 
 impl EntryLease {
@@ -73,7 +79,7 @@ thread_local! {
     static ENTRY: EntryLease = EntryLease::take();
 }
 
-/// In a forked child: the parent's other threads are not here, and end no call.
+/// For a forked child: ends the calls of the parent's other threads, which the child does not have.
 pub fn forget_other_threads() {
     let _ = ENTRY.try_with(|lease| {
         for entry in entries().filter(|entry| !std::ptr::eq(*entry, lease.0)) {
@@ -83,33 +89,35 @@ pub fn forget_other_threads() {
     });
 }
 
-/// Gives the calling thread its entry, and what else a thread has to itself, which allocates: so that its first fault needn't.
+/// Allocates what the calling thread needs of its own, so that its first fault allocates nothing.
 pub fn prepare_thread() {
     let _ = ENTRY.try_with(|_| {});
     buffer::register();
 }
 
-/// Is the calling thread's own call the one for this page?
+/// Is this page's resolver call one of the calling thread?
 pub fn is_own_call(block: &Block, page: u64) -> bool {
     let named = ENTRY.try_with(|lease| lease.0.page.load(Relaxed)).unwrap_or(0);
     named & !OVERTAKEN == block.pages.key_of(page)
 }
 
-/// A page that is the calling thread's to bring. Dropped without `settle`, the page is ABSENT again and threads that wait for it are
-/// woken: after errors, and should a resolver panic.
+/// A page that the calling thread has taken and is to fetch. Dropped without `settle` (after
+/// errors, and if a resolver panics), it makes the page ABSENT again and wakes the threads that
+/// wait for it.
 pub struct Claim<'a> {
     memory: &'a Memory,
     block: &'a Block,
     page: u64,
     entry: &'static Entry,
-    /// The entry is for this call only: the thread is ending, or is in a call already.
+    /// Set if the entry is for this call only: the thread is ending, or is inside a call already.
     _extra: Option<EntryLease>,
     end: End,
-    /// Threads asleep in userfaultfd for the page are to be woken now, and not by the reader thread after a pause.
+    /// Threads asleep in userfaultfd for the page are woken at once, not by a reader thread after a
+    /// pause.
     wakes: bool,
 }
 
-/// What is to become of a claim when it ends.
+/// What happens when a claim ends.
 #[derive(PartialEq)]
 enum End {
     PutBack,
@@ -118,7 +126,7 @@ enum End {
 }
 
 impl<'a> Claim<'a> {
-    /// Takes an ABSENT page. None if it isn't ABSENT any more.
+    /// Takes an ABSENT page. None if the page is no longer ABSENT.
     #[inline]
     pub fn take(memory: &'a Memory, block: &'a Block, page: u64, wakes: bool) -> Option<Claim<'a>> {
         match ENTRY.try_with(|lease| lease.0) {
@@ -143,7 +151,8 @@ impl<'a> Claim<'a> {
         extra: Option<EntryLease>,
     ) -> Option<Claim<'a>> {
         entry.page.store(block.pages.key_of(page), Relaxed);
-        // Then `wait_for_calls` either sees this call, or has seen the page come before, and so does the change below.
+        // Either `wait_for_calls` sees this call, or it has seen the page PRESENT or LOST before,
+        // and then `change` below sees that, too.
         fence(SeqCst);
         let mut claim = Claim { memory, block, page, entry, _extra: extra, end: End::PutBack, wakes };
         if block.pages.change(page, State::Absent, State::Resolving).is_ok() {
@@ -153,12 +162,14 @@ impl<'a> Claim<'a> {
         None
     }
 
-    /// Was the page made missing, or given back, by another thread since it was taken? Then whatever the resolver answers is of the past.
+    /// Has another thread made the page missing, or given it back, since it was taken? The
+    /// resolver's answer then concerns a page that no longer exists.
     pub fn is_overtaken(&self) -> bool {
         self.entry.page.load(Acquire) & OVERTAKEN != 0
     }
 
-    /// The same, and a discard that is under way has said so: the page was seen neither PRESENT nor LOST.
+    /// Like `is_overtaken`, but waits for a discard that is under way to mark the claim. For pages
+    /// that were seen neither PRESENT nor LOST.
     pub fn is_overtaken_after_discards(&self) -> bool {
         if !self.is_overtaken() {
             drop(self.memory.gates.enter_install(self.block.gate_of(self.page)));
@@ -166,8 +177,9 @@ impl<'a> Claim<'a> {
         self.is_overtaken()
     }
 
-    /// The page's state is as it is to stay: PRESENT, LOST, or RESOLVING if the resolver has announced it. False if the call was overtaken: then
-    /// the page is ABSENT again, unless it has come by another way or was given back.
+    /// Ends the claim with the page's state as it is: PRESENT, LOST, or RESOLVING if the resolver
+    /// has announced the page. False if the call was overtaken: the page is then ABSENT again,
+    /// unless it has arrived by another way or was given back.
     #[inline]
     pub fn settle(&mut self) -> bool {
         self.end = End::Settled;
@@ -191,7 +203,7 @@ impl<'a> Claim<'a> {
     fn put_back(&self, key: u64) {
         let overtaken = self.is_overtaken();
         let is_back = {
-            // No discard of the page is under way.
+            // In this pass no discard of the page is under way.
             let _pass = self.memory.gates.enter_install(self.block.gate_of(self.page));
             let _turn = self.memory.putting_back.lock().unwrap_or_else(PoisonError::into_inner);
             let others = entries().any(|p| !std::ptr::eq(p, self.entry) && p.page.load(Acquire) == key | OVERTAKEN);
@@ -205,7 +217,8 @@ impl<'a> Claim<'a> {
             }
             WAITS.wake(self.block.hva_of(self.page));
             if self.wakes || overtaken {
-                // Threads asleep in userfaultfd look again, and so ask the resolver anew. Nothing to do if the memory is gone.
+                // Threads asleep in userfaultfd fault again, and so call the resolver again. An
+                // error means that the memory is gone, and its sleepers with it.
                 let _ = discard::wake_sleepers(self.memory, self.block, &(self.page..self.page + 1));
             }
         }
@@ -219,8 +232,10 @@ impl Drop for Claim<'_> {
     }
 }
 
-/// Pages of a range, all RESOLVING, are taken away in a pass for discards: for which of them a call is under way, whose answer now counts for nothing.
-/// Those that are made missing must stay RESOLVING until it returns; then they become ABSENT. Those that were given back are PRESENT at once.
+/// Marks the calls that are under way for RESOLVING pages of a range as overtaken, in a discard's
+/// pass; their answers count for nothing. Returns their pages: those that are made missing must
+/// stay RESOLVING until the call returns, and then become ABSENT; those that are given back become
+/// PRESENT at once.
 pub fn overtake(block: &Block, pages: Range<u64>) -> Vec<u64> {
     let mut overtaken = Vec::new();
     fence(SeqCst);
@@ -237,7 +252,8 @@ pub fn overtake(block: &Block, pages: Range<u64>) -> Vec<u64> {
     overtaken
 }
 
-/// Waits until no call is under way for a page of this block that is there, or until `enough` says why it should wait no longer.
+/// Waits until no call is under way for a page of this block that is PRESENT or LOST, or until
+/// `enough` returns an error for such a page.
 pub fn wait_for_calls(block: &Block, enough: impl Fn(u64) -> Option<Error>) -> Result<()> {
     let is_there = |&page: &u64| matches!(block.pages.get(page), State::Present | State::Lost);
     fence(SeqCst);
@@ -278,8 +294,8 @@ mod tests {
         Ok((memory, ram, block))
     }
 
-    /// Threads that call for pages, threads that push, discard, give up and withdraw them: a page never has two calls at a time, and none is left
-    /// RESOLVING without a call or an announcement.
+    /// Threads call for pages while others push, discard, lose and withdraw them: a page never has
+    /// two calls at a time, and no page stays RESOLVING without a call or an announcement.
     #[test]
     fn a_page_has_one_call_at_a_time() {
         let (memory, _ram, block) = needs!(memory_and_block());
@@ -345,7 +361,7 @@ mod tests {
         assert_eq!(block.pages.count(0..PAGES, State::Resolving), 0, "pages that no call will ever give back");
     }
 
-    /// A call inside a call has a entry of its own, and so has a thread that is about to end.
+    /// A call inside a call has an entry of its own, and so has a thread that is about to end.
     #[test]
     fn calls_may_be_nested() {
         let (memory, _ram, block) = needs!(memory_and_block());
@@ -358,7 +374,7 @@ mod tests {
         assert_eq!((block.pages.get(0), block.pages.get(1)), (State::Resolving, State::Absent));
         drop(outer);
         assert_eq!(block.pages.get(0), State::Absent);
-        // Announced: there is no call, and nothing to wait for.
+        // An announced page has no call, and there is nothing to wait for.
         assert!(Claim::take(&memory, &block, 0, false).unwrap().settle());
         assert_eq!(discard::withdraw(&memory, &block, 0..2), Ok(1));
         assert_eq!(block.pages.get(0), State::Absent);

@@ -1,5 +1,5 @@
-//! How pages become absent again (post-copy giving up what pre-copy brought, or a lost page that turned up), and how absent pages get and lose
-//! the markers that make a vCPU's access trap. All of it excludes installs of the same pages.
+//! How pages become absent again: discarded by the VMM, or withdrawn after the resolver has
+//! announced them. Installs of the same pages are excluded meanwhile.
 
 use super::block::Block;
 use super::calls;
@@ -15,8 +15,11 @@ use crate::stats::Stats;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-/// Makes PRESENT and LOST pages absent and gives their memory back. Pages that are being resolved stay so, and PRESENT pages that can't be
-/// dropped. A page that came by another way while a resolver call for it is under way is RESOLVING until that call returns, and then absent. Where the VMM's mapping is the VMM's own affair, what is there stays: then this says that the pages are missing, and no more.
+/// Makes PRESENT and LOST pages ABSENT and frees their memory. RESOLVING pages stay so, and PRESENT
+/// pages that cannot be dropped stay PRESENT. A page that arrived by another way while a resolver
+/// call for it is under way is RESOLVING until that call returns, and then ABSENT. Where a
+/// userfaultfd of the VMM serves the VMM's mapping, that mapping keeps its content: the VMM only
+/// says that the pages are missing.
 pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     for group in gate_groups(pages) {
         let _pass = memory.enter_alone(block, group.start)?;
@@ -33,16 +36,18 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
             }
         }
         if memory.external && drop_removes_markers(block) {
-            // What was missing already, the VMM may have dropped all the same.
+            // The VMM may have dropped pages that were missing already, and their markers with
+            // them.
             mark_missing(memory, block, group)?;
         }
     }
     Ok(())
 }
 
-/// Drops pages that were `from` and are RESOLVING for as long as this takes, and books each of them as what it is then.
-/// A run may be of several mappings for the kernel, which drops those before one that it can't drop (mlock(2), a part
-/// that is no longer mapped). So what fails as a whole is done page by page.
+/// Drops pages that were `from` and are RESOLVING meanwhile, and then sets the state of each. A run
+/// may consist of several mappings for the kernel, which drops the ones before a mapping that it
+/// cannot drop (locked by mlock(2), or no longer there). A run that fails as a whole is therefore
+/// dropped page by page.
 fn drop_and_record(memory: &Memory, block: &Block, run: &Range<u64>, from: State, stats: &Stats) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     let inaccessible = memory.uffd.features() & FEATURE_POISON == 0 && !memory.external;
@@ -70,8 +75,8 @@ fn drop_and_record(memory: &Memory, block: &Block, run: &Range<u64>, from: State
     Ok(())
 }
 
-/// Pages that couldn't be dropped are what they were. KVM's alias has them again; where that fails they keep a marker
-/// there, and are mapped when a vCPU comes to them.
+/// Gives pages that could not be dropped their former state. The alias maps them again; where that
+/// fails they keep a marker there, and are mapped when a vCPU touches them.
 fn keep(memory: &Memory, block: &Block, run: &Range<u64>, state: State) {
     if state == State::Present {
         if let Some(alias) = block.alias_of(run.start) {
@@ -85,8 +90,8 @@ fn keep(memory: &Memory, block: &Block, run: &Range<u64>, state: State) {
     }
 }
 
-/// Takes the bytes away from everybody, and says so in `gone` where an error may follow. KVM's alias goes first, so that a vCPU never sees the
-/// hole before its marker.
+/// Drops the bytes of a run from all mappings, and sets `gone` once they are gone, as an error may
+/// follow. KVM's alias is first, so that no vCPU sees the hole before its marker.
 fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     block.set_exits(run.clone(), true);
@@ -99,7 +104,8 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -
     }
     advise(hva, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
     match block.kind {
-        // What MADV_DONTNEED took away before was the marker of a LOST page.
+        // If the page was LOST, MADV_DONTNEED has removed its marker only; the bytes are in the
+        // file.
         Kind::Shared | Kind::HugetlbShared => {
             remove(block, run)?;
             *gone = true;
@@ -115,7 +121,8 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -
     }
 }
 
-/// Drops whatever is in the place of a page that isn't PRESENT, in a pass for discards. What KVM sees there stays as it is: absent.
+/// Drops what is in the place of a page that is not PRESENT, in a discard's pass. For KVM the page
+/// stays absent throughout.
 pub fn clear_page(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     match block.kind {
         Kind::Shared | Kind::HugetlbShared => {
@@ -133,7 +140,8 @@ pub(super) fn remove(block: &Block, run: &Range<u64>) -> Result<()> {
     advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)")
 }
 
-/// Puts the alias's markers back where that took them. Before anybody may bring the bytes: without a marker a vCPU would see them come.
+/// Places the markers in the alias again that `remove` has removed with the pages. Needed before
+/// the page is installed: without its marker a vCPU would see the bytes being written.
 fn mark_removed(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     match block.alias_of(run.start) {
         Some(alias) if drop_removes_markers(block) => {
@@ -143,8 +151,9 @@ fn mark_removed(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> 
     }
 }
 
-/// Makes pages ABSENT that a resolver has announced (KVMFAULT_PENDING) and that have not come, so that the resolver is asked for them anew. A page
-/// whose resolver call is under way follows when that call returns, whatever it answers. Returns how many there were of both.
+/// Makes pages ABSENT that a resolver has announced (KVMFAULT_PENDING) and that have not arrived,
+/// so that the resolver is called for them again. A page whose resolver call is under way follows
+/// when that call returns, whatever it answers. Returns the number of both.
 pub fn withdraw(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
     let mut withdrawn = 0;
     for group in gate_groups(pages) {
@@ -162,7 +171,8 @@ pub fn withdraw(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64
     Ok(withdrawn)
 }
 
-/// RESOLVING pages that no other thread makes PRESENT now become ABSENT, but for those whose resolver call is under way: these do so when it returns.
+/// Makes RESOLVING pages ABSENT that no other thread is about to make PRESENT. Those whose resolver
+/// call is under way become ABSENT when it returns.
 fn make_absent(block: &Block, run: &Range<u64>) {
     let overtaken = calls::overtake(block, run.clone());
     for page in run.clone().filter(|page| !overtaken.contains(page)) {
@@ -171,11 +181,11 @@ fn make_absent(block: &Block, run: &Range<u64>) {
     }
 }
 
-/// Wakes threads that userfaultfd has put to sleep on these pages, in either mapping: they look again.
+/// Wakes threads that sleep in userfaultfd for these pages, in either mapping: they fault again.
 pub fn wake_sleepers(memory: &Memory, block: &Block, run: &Range<u64>) -> Result<()> {
     let len = (run.end - run.start) * block.page;
     if memory.external {
-        return Ok(()); // nobody sleeps in ours
+        return Ok(()); // no thread sleeps in the library's userfaultfd
     }
     memory.uffd.wake(block.hva_of(run.start), len)?;
     block.alias_of(run.start).map_or(Ok(()), |alias| memory.uffd.wake(alias, len))

@@ -6,30 +6,32 @@ use crate::error::{fail, Result};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-/// Pages that share a gate: a discard of one waits for installs of all, so few; an install enters one gate for all, so many.
+/// The pages that share one gate. A discard of one page waits for installs of all of them, which
+/// asks for few; an install enters a gate once for all of them, which asks for many.
 pub const GATE_PAGES: u64 = 512;
 
 #[repr(align(64))]
 #[derive(Default)]
 struct Gate {
-    /// Installs under way.
+    /// The number of installs under way.
     installs: AtomicU32,
-    /// Odd while a discard is under way or has claimed the gate; another number after each.
+    /// Odd while a discard is under way or tries to enter; it has another value after each discard.
     discards: AtomicU32,
 }
 
-/// Installs of a page may overlap (the kernel arbitrates), but not with a discard of it (an installer that found the old bytes in
-/// place would call them the new page), nor do discards and what else changes markers. Installers only count themselves; a discard, which is
-/// rare, waits.
+/// Keeps discards and installs of a page apart. Installs of a page may overlap (the kernel
+/// arbitrates). A discard excludes them, as an installer that found the old bytes in place would
+/// take them for the new page; it also excludes other discards and what else changes markers.
+/// Installs only count themselves; a discard, which is rare, waits.
 pub struct Gates {
     gates: Box<[Gate]>,
     closed: AtomicBool,
 }
 
-/// So long a discard waits for installs.
+/// How long a discard waits for installs.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// An install or discard under way.
+/// An install or a discard under way.
 pub struct Pass<'a> {
     count: &'a AtomicU32,
     at_the_end: u32,
@@ -42,7 +44,7 @@ impl Drop for Pass<'_> {
 }
 
 impl Gates {
-    /// Open gates.
+    /// Gates with nothing under way.
     pub fn new() -> Gates {
         Gates { gates: (0..BUCKETS).map(|_| Gate::default()).collect(), closed: AtomicBool::new(false) }
     }
@@ -51,8 +53,9 @@ impl Gates {
         &self.gates[bucket_of(key, 12)]
     }
 
-    /// For installing pages of one gate's range (see `Block::gate_of`). Waits only while one of them is being discarded, or is about to be: some
-    /// milliseconds, whatever the discard waits for.
+    /// For installing pages of one gate (see `Block::gate_of`). Waits while one of them is being
+    /// discarded, or while a discard tries to enter: for milliseconds, whatever the discard waits
+    /// for.
     pub fn enter_install(&self, key: u64) -> Pass<'_> {
         let gate = self.gate(key);
         let mut backoff = Backoff::default();
@@ -66,23 +69,26 @@ impl Gates {
         }
     }
 
-    /// For discarding pages of one gate's range: no install or other discard is under way when this returns, and none begins.
+    /// For discarding pages of one gate: when this returns, no install and no other discard is
+    /// under way, and none begins.
     ///
-    /// Installs are a few system calls that end, but for one whose source doesn't answer: the kernel reads it inside UFFDIO_COPY. Nothing waits for
-    /// that one without end: a discard that can't get in gives its claim up for as long as it held it, so that installs pass; and after `DISCARD_TIMEOUT` it
-    /// is EBUSY. ESHUTDOWN at once when the gates are closed.
+    /// Installs are a few system calls that end, but for one whose source does not answer: the
+    /// kernel reads the source inside UFFDIO_COPY. Nothing waits for that one without end. A
+    /// discard that cannot enter withdraws its claim for as long as it held it, so that installs
+    /// pass; after `DISCARD_TIMEOUT` it fails with EBUSY. It fails with ESHUTDOWN at once when the
+    /// gates are closed.
     pub fn enter_discard(&self, key: u64) -> Result<Pass<'_>> {
         self.enter_discard_within(key, DISCARD_TIMEOUT)
     }
 
-    /// As `enter_discard`, but EBUSY after `at_most`.
+    /// Like `enter_discard`, but fails with EBUSY after `at_most`.
     pub fn enter_discard_within(&self, key: u64, at_most: Duration) -> Result<Pass<'_>> {
         self.claim(key, at_most, true)
     }
 
-    /// For the end of a block that is retired: waits until all that entered a gate before that has
-    /// left it. Discards are waited for as long as they take: they are system calls that end. Installs,
-    /// whose source may not answer, are waited for until `end`. Returns false if one is still there.
+    /// For the end of a retired block: waits until the passes that were entered before it retired
+    /// have ended. Discards are waited for as long as they take, as they are system calls that end;
+    /// installs, whose source may not answer, until `end`. False if an install is still under way.
     pub fn have_left(&self, key: u64, end: Instant) -> bool {
         let gate = self.gate(key);
         let begun = gate.discards.load(SeqCst);
@@ -112,7 +118,7 @@ impl Gates {
                         return Ok(Pass { count: &gate.discards, at_the_end: 1 });
                     }
                 }
-                // As if it had never been: nothing was discarded.
+                // The number before the claim: nothing was discarded.
                 gate.discards.fetch_sub(1, SeqCst);
                 let opened = Instant::now();
                 while opened.elapsed() < claim && gate.installs.load(SeqCst) > 0 {
@@ -134,13 +140,14 @@ impl Gates {
         }
     }
 
-    /// The VM was freed: a discard that would have to wait fails.
+    /// The VM was freed: discards that would have to wait fail from now on.
     pub fn close(&self) {
         self.closed.store(true, SeqCst);
     }
 
-    /// Changes with each discard of pages of one gate's range; None while one is under way. For whoever can't hold a pass over what it does, but
-    /// can do it over: between two equal answers nothing was discarded.
+    /// A number that changes with each discard of pages of one gate; None while one is under way.
+    /// For a caller that cannot hold a pass during what it does, but can repeat it: between two
+    /// equal numbers nothing was discarded.
     pub fn discard_count(&self, key: u64) -> Option<u32> {
         Some(self.gate(key).discards.load(SeqCst)).filter(|n| n % 2 == 0)
     }
@@ -184,7 +191,8 @@ mod tests {
         });
     }
 
-    /// An install that hangs: a discard gives up, others install meanwhile, and the end of the VM ends the wait.
+    /// While an install hangs, a discard fails, other installs pass, and the end of the VM ends the
+    /// wait.
     #[test]
     fn nothing_waits_for_an_install_without_end() {
         let gates = Gates::new();

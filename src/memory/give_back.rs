@@ -1,5 +1,6 @@
-//! Pages that the guest gave back (a balloon, free page reporting, memory that is unplugged). Their memory goes to the system, and they are PRESENT
-//! with nothing in them: nothing of them is missing, no resolver is asked for them, and the next touch finds zeros (see `install`).
+//! Pages that the guest has given back (a balloon, free page reporting, memory that is unplugged).
+//! Their memory is freed, and they are PRESENT with nothing in them: no resolver is called for
+//! them, and the next touch reads zeros (see `map`).
 
 use super::block::Block;
 use super::calls;
@@ -17,10 +18,12 @@ use crate::kernel::uffd::FEATURE_POISON;
 use crate::stats::Stats;
 use std::ops::Range;
 
-/// Gives pages back, whatever their state is. On an error the pages that could not be dropped keep their state and their bytes.
+/// Gives pages back, whatever their state. On an error, pages that could not be dropped keep their
+/// state and their bytes.
 ///
-/// A gate's pages are RESOLVING while they are dropped, so that no resolver is called for them; the pass keeps installs and mappings out. Pages whose
-/// resolver call is under way become PRESENT like the others, and the call is overtaken: what it answers is of the past, and what it
+/// The pages of a gate are RESOLVING while they are dropped, so that no resolver is called for
+/// them; the pass excludes installs and mappings. A page whose resolver call is under way becomes
+/// PRESENT like the others, and the call is overtaken: its answer counts for nothing, and what it
 /// installs is skipped.
 pub fn give_back(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     for group in gate_groups(pages) {
@@ -30,7 +33,8 @@ pub fn give_back(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stat
         let was_lost = |page: u64| before[(page - group.start) as usize] == State::Lost;
         let given = match drop_bytes(memory, block, &group, was_lost) {
             Ok(()) => finish(block, &group, stats),
-            // How far the kernel has come is not known. What it has dropped can be dropped again.
+            // It is not known how far the kernel got. Pages that it has dropped can be dropped once
+            // more.
             Err(_) => {
                 let mut all = Ok(());
                 for (page, before) in group.clone().zip(before) {
@@ -45,7 +49,7 @@ pub fn give_back(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stat
     Ok(())
 }
 
-/// Gives back a page that was taken; one that can't be dropped stays what it was.
+/// Gives back a page that was taken. One that cannot be dropped keeps its former state.
 fn give_back_page(memory: &Memory, block: &Block, page: u64, before: State, stats: &Stats) -> Result<()> {
     let run = page..page + 1;
     match drop_bytes(memory, block, &run, |_| before == State::Lost) {
@@ -57,7 +61,7 @@ fn give_back_page(memory: &Memory, block: &Block, page: u64, before: State, stat
     }
 }
 
-/// Takes a page out of others' hands; what its state was.
+/// Makes a page RESOLVING, whatever its state; returns the former state.
 fn take(block: &Block, page: u64) -> State {
     loop {
         let state = block.pages.get(page);
@@ -67,7 +71,7 @@ fn take(block: &Block, page: u64) -> State {
     }
 }
 
-/// Drops what the VMM's mapping and the page cache have. The alias has nothing then but markers.
+/// Drops what the VMM's mapping and the page cache hold. The alias then has nothing but markers.
 fn drop_bytes(memory: &Memory, block: &Block, run: &Range<u64>, was_lost: impl Fn(u64) -> bool) -> Result<()> {
     if memory.uffd.features() & FEATURE_POISON == 0 {
         for lost in runs(run.clone(), was_lost) {
@@ -82,8 +86,8 @@ fn drop_bytes(memory: &Memory, block: &Block, run: &Range<u64>, was_lost: impl F
     }
 }
 
-/// The bytes are gone: the pages are PRESENT. An error is about markers that could not be taken away; a vCPU that meets one of them has the page
-/// mapped.
+/// Makes pages PRESENT whose bytes are gone. An error means that markers could not be removed; a
+/// page is mapped when a vCPU meets its marker.
 fn finish(block: &Block, run: &Range<u64>, stats: &Stats) -> Result<()> {
     let len = (run.end - run.start) * block.page;
     let cleared = block.alias_of(run.start).map_or(Ok(()), |alias| unmap_for_kvm(block, alias, len));
@@ -98,10 +102,10 @@ fn finish(block: &Block, run: &Range<u64>, stats: &Stats) -> Result<()> {
     cleared
 }
 
-/// A page that could not be dropped is what it was.
+/// Gives a page that could not be dropped its former state.
 fn keep(memory: &Memory, block: &Block, page: u64, before: State) {
     if before == State::Lost {
-        // Its marker may have gone.
+        // Its marker may be gone.
         let _ = show_lost(memory, block, &(page..page + 1));
     }
     let _ = block.pages.change(page, State::Resolving, before);

@@ -1,8 +1,9 @@
-//! How a page becomes present. The only place where that happens, whoever brings it: a resolver on a vCPU's thread, a
-//! reader thread, the VMM's receiving thread.
+//! How a page becomes PRESENT. This is the only place where that happens, whichever thread
+//! installs: a vCPU's in the resolver, a reader thread, the VMM's receiving thread.
 //!
-//! The order is what makes it right: bytes into the VMM's mapping; then the mapping that KVM uses; then KVM's bitmap; then
-//! the state; then whoever waits. At each point a guest that looks sees either "absent" or the right bytes.
+//! The order makes it correct: the bytes are written into the VMM's mapping; then the page is
+//! mapped for KVM; then KVM's bitmap changes; then the state; then waiting threads are woken. At
+//! each point a guest that touches the page finds it absent or finds the right bytes.
 
 use super::arrive::install_arrived;
 use super::block::Block;
@@ -18,11 +19,11 @@ use crate::kernel::uffd::Step;
 use crate::stats::Stats;
 use std::ops::Range;
 
-/// So often in a row something may be in an absent page's place.
+/// How often in a row an absent page may be found with something in its place.
 const MAX_OBSTRUCTIONS: u32 = 1000;
 
-/// Makes pages of a block present; pages that are so already are skipped. Returns how many became present by this call.
-/// On an error the pages before the failing one stay installed.
+/// Makes pages of a block PRESENT; those that are PRESENT already are skipped. Returns how many
+/// became PRESENT by this call. On an error, the pages before the failing one stay installed.
 pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source, stats: &Stats) -> Result<u64> {
     let mut installed = 0;
     let mut page = pages.start;
@@ -32,14 +33,15 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
         if let Source::Copy(bytes) = source.from(block, page - pages.start) {
             populate(bytes, (end - page) * block.page);
         }
-        // While this lasts no page of the gate becomes LOST or is discarded: what the states say below stays true.
+        // During this pass no page of the gate becomes LOST or is discarded: a state that is read
+        // below stays true.
         let Some(pass) = memory.enter(block, page) else {
             fail!(ENOENT, "the slot that showed the page at hva {:#x} was deleted", block.hva_of(page))
         };
         while page < end {
             match block.pages.get(page) {
                 State::Present => {
-                    // The VMM may have dropped what was there: then KVM's mapping, which had it, has nothing.
+                    // The VMM may have dropped what was there, and with it KVM's mapping of it.
                     if matches!(source, Source::Arrived) && !block.is_deferred(page) {
                         map_in_alias(memory, block, page..page + 1, Hole::Defer, stats)?;
                     }
@@ -71,7 +73,8 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
     Ok(installed)
 }
 
-/// Pages of one gate that were absent a moment ago. Returns the end, or the first page in whose place something is already.
+/// Installs pages of one gate that were absent a moment ago. Returns the end, or the first page
+/// that has something in its place already.
 fn install_run(
     memory: &Memory,
     block: &Block,
@@ -94,7 +97,7 @@ fn install_run(
                 if matches!(source, Source::Copy(_) | Source::Zero) {
                     return Ok(at);
                 }
-                // Another installer was first; its wake-up may have been before the waiter's sleep.
+                // Another installer was first; its wake-up may have come before the waiter's sleep.
                 publish(memory, block, at..at + 1, source, stats, installed)?;
                 memory.uffd.wake(block.hva_of(at), block.page)?;
                 at += 1;
@@ -108,22 +111,25 @@ fn install_run(
     Ok(run.end)
 }
 
-/// Something was in an absent page's place. Another installer's bytes, mostly: then the page is PRESENT once that installer is through. If it
-/// isn't, nobody has installed what is there: the memory was populated before its slot was set (preallocated, or used before), or was written
-/// behind our back, or dropping it failed. Nobody may take that for the page, so it goes. The bytes come in an ordinary pass again: reading
-/// them may take whoever installs in this gate.
+/// Drops what was found in the place of an absent page. Mostly it is another installer's page,
+/// which is PRESENT once that installer is done: then it stays. Otherwise no installer wrote it:
+/// the memory was populated before its slot was set (preallocated, or used before), the VMM wrote
+/// to it without telling the library, or dropping it failed. It must not be taken for the page. The
+/// page is installed in an ordinary pass later, as reading its source may call for an install in
+/// this gate.
 fn clear_obstruction(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     let _pass = memory.enter_alone(block, page)?;
     match block.pages.get(page) {
         State::Absent | State::Resolving => discard::clear_page(memory, block, page),
-        // The other installer's wake-up may have been before the waiter's sleep.
+        // The other installer's wake-up may have come before the waiter's sleep.
         State::Present | State::Lost => memory.uffd.wake(block.hva_of(page), block.page),
     }
 }
 
-/// The bytes are in the VMM's mapping: show them to KVM, then to everybody. Host threads have them from now on, so the pages are PRESENT even if
-/// mapping them for KVM fails: were they absent, the next install would drop them, with what was written to them meanwhile. A page that isn't mapped
-/// for KVM keeps its marker, and is mapped when a vCPU comes to it.
+/// Shows bytes that are in the VMM's mapping to KVM, then to all threads. Host threads see them
+/// already, so that the pages become PRESENT even if mapping them for KVM fails: if they were
+/// absent, the next install would drop them, with what was written to them meanwhile. A page that
+/// is not mapped for KVM keeps its marker, and is mapped when a vCPU touches it.
 fn publish(
     memory: &Memory,
     block: &Block,
@@ -186,7 +192,7 @@ mod tests {
         assert_eq!(byte(ram.address() + 3 * PAGE), 0);
     }
 
-    /// The memory of a block that is gone is the VMM's: nothing is done there any more.
+    /// The memory of a block that is gone is the VMM's: no call changes it.
     #[test]
     fn a_gone_block_is_left_alone() {
         let (memory, ram, block) = needs!(memory_and_block(4));
@@ -206,7 +212,8 @@ mod tests {
         assert_eq!(byte(ram.address()), 7);
     }
 
-    /// Passes that were entered before are waited for: a discard's as long as it takes, an install's for a while.
+    /// Passes that were entered before a block retires are waited for: those of discards for as long
+    /// as it takes, those of installs for a while.
     #[test]
     fn a_block_that_goes_waits_for_passes() {
         let (memory, _ram, block) = needs!(memory_and_block(1030));
@@ -226,7 +233,7 @@ mod tests {
         });
     }
 
-    /// Whoever comes first: a LOST page is never readable, and one that came is not called lost.
+    /// A page that became LOST first is never readable; one that was installed first is not LOST.
     #[test]
     fn installing_and_losing_exclude_each_other() {
         let (memory, _ram, block) = needs!(memory_and_block(1));
@@ -264,7 +271,8 @@ mod tests {
         assert!(lost > 0 && came > 0, "{lost} times lost, {came} times there: they never met");
     }
 
-    /// A LOST page has its marker, whatever was discarded meanwhile: without it, whoever touches the page would wait for ever.
+    /// A LOST page has its marker, whatever was discarded meanwhile: without it, a thread that
+    /// touches the page would wait for ever.
     #[test]
     fn discarding_and_losing_exclude_each_other() {
         let (memory, _ram, block) = needs!(memory_and_block(1));

@@ -1,4 +1,4 @@
-//! LOST pages: how they become so, and how that is shown.
+//! LOST pages: how they become so, and how threads that touch them are told.
 
 use super::block::Block;
 use super::calls::Claim;
@@ -13,19 +13,21 @@ use crate::kernel::mem::protect;
 use crate::kernel::uffd::FEATURE_POISON;
 use std::ops::Range;
 
-/// Makes pages LOST that aren't PRESENT, and tells whoever waits for them: a marker makes the kernel answer as it would for a broken page
-/// (SIGBUS for threads and vCPUs, EFAULT for system calls). Without UFFDIO_POISON the page becomes inaccessible: SIGSEGV, EFAULT.
-/// Returns how many became so.
+/// Makes pages LOST that are not PRESENT, and tells the threads that wait for them. With a marker
+/// the kernel answers as for a broken page (SIGBUS for threads and vCPUs, EFAULT for system calls).
+/// Without UFFDIO_POISON the page becomes inaccessible (SIGSEGV, EFAULT). Returns how many pages
+/// became LOST.
 pub fn lose(memory: &Memory, block: &Block, pages: Range<u64>) -> Result<u64> {
     lose_if(memory, block, pages, || true)
 }
 
-/// Makes a page LOST because the resolver said so. Not if its call was overtaken: it was for a page that has gone since.
+/// Makes a page LOST because the resolver said so, unless its call was overtaken: the answer was
+/// then for a page that has gone since.
 pub fn lose_claimed(memory: &Memory, block: &Block, page: u64, claim: &Claim<'_>) -> Result<u64> {
     lose_if(memory, block, page..page + 1, || !claim.is_overtaken())
 }
 
-/// `is_due` is asked in each gate.
+/// Makes pages LOST. `is_due` is asked in each gate, before anything changes there.
 fn lose_if(memory: &Memory, block: &Block, pages: Range<u64>, is_due: impl Fn() -> bool) -> Result<u64> {
     let mut lost = 0;
     for group in gate_groups(pages) {
@@ -39,8 +41,8 @@ fn lose_if(memory: &Memory, block: &Block, pages: Range<u64>, is_due: impl Fn() 
         };
         for run in runs(group, take) {
             lost += run.end - run.start;
-            // They are LOST also where that can't be shown: the threads waiting for them are released all the same,
-            // and find out from the state (see `show_lost_again`).
+            // The pages are LOST even where that cannot be shown: the threads that wait for them
+            // are released, and read the state (see `show_lost_again`).
             let shown = show_lost(memory, block, &run);
             run.clone().for_each(|page| WAITS.wake(block.hva_of(page)));
             wake_sleepers(memory, block, &run)?;
@@ -50,7 +52,8 @@ fn lose_if(memory: &Memory, block: &Block, pages: Range<u64>, is_due: impl Fn() 
     Ok(lost)
 }
 
-/// Somebody has come to a page that is LOST, and was not told so: it isn't shown any more, as the VMM has dropped it by itself (MADV_DONTNEED).
+/// Shows once more that a page is LOST, to a thread that has touched it without being told: the VMM
+/// has dropped the marker by itself (MADV_DONTNEED).
 pub fn show_lost_again(memory: &Memory, block: &Block, page: u64) -> Result<()> {
     let _pass = memory.enter_alone(block, page)?;
     match block.pages.get(page) {
@@ -63,7 +66,7 @@ pub(super) fn show_lost(memory: &Memory, block: &Block, run: &Range<u64>) -> Res
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     let markers = memory.uffd.features() & FEATURE_POISON != 0;
     let in_vmm = match (memory.external, markers) {
-        (true, _) => Ok(()), // vCPUs are told; what others see there is the VMM's affair
+        (true, _) => Ok(()), // vCPUs are told; the VMM shows it to others
         (false, true) => mark_unmapped(memory, hva, len, block.page),
         (false, false) => protect(hva, len, false),
     };

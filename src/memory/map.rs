@@ -12,8 +12,8 @@ use crate::kernel::uffd::Step;
 use crate::stats::Stats;
 use std::ops::Range;
 
-/// Maps a PRESENT page in the alias for a vCPU that came to it, and what is deferred around it. A page that was discarded meanwhile is left
-/// alone; whoever wants it comes again.
+/// Maps a PRESENT page in the alias for a vCPU that touched it, and deferred pages around it. A
+/// page that was discarded meanwhile is left alone; the vCPU faults again if it still needs it.
 pub fn map_for_kvm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
     let Some(_pass) = enter_if_present(memory, block, page) else { return Ok(()) };
     if block.is_deferred(page) {
@@ -22,14 +22,14 @@ pub fn map_for_kvm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> 
     map_in_alias(memory, block, page..page + 1, Hole::Zero, stats)
 }
 
-/// A page stays PRESENT for as long as this pass is held; None if it isn't PRESENT any more, or its block is gone. Then it must be left alone: what
-/// were mapped there now, the next install would take for the page.
+/// A pass during which a page stays PRESENT; None if it is no longer PRESENT, or if its block is
+/// gone. It must not be mapped then: the next install would take what is mapped for the page.
 fn enter_if_present<'m>(memory: &'m Memory, block: &Block, page: u64) -> Option<Pass<'m>> {
     let pass = memory.enter(block, page)?;
     (block.pages.get(page) == State::Present).then_some(pass)
 }
 
-/// Maps what is deferred of a range. No discard of the pages may be under way.
+/// Maps the deferred pages of a range. No discard of them may be under way.
 pub(super) fn map_deferred(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats) -> Result<()> {
     block.take_deferred_runs(pages).try_for_each(|run| map_in_alias(memory, block, run, Hole::Defer, stats))
 }
@@ -43,11 +43,12 @@ pub fn map_in_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> R
             Kind::Anon | Kind::HugetlbPrivate => zero_hole(memory, block, hva, stats),
         };
         match mapped {
-            // EINVAL: the kernel has no UFFDIO_CONTINUE. What is in the page cache needs none there.
+            // EINVAL: the kernel has no UFFDIO_CONTINUE. It has no minor faults either, so that
+            // nothing waits for pages of the page cache.
             Err(e) if matches!(e.errno, libc::EFAULT | libc::EINVAL) => {
                 zero_hole(memory, block, hva, stats)?;
             }
-            // No longer registered: whoever slept was woken by that.
+            // No longer registered: that has woken the threads that slept there.
             Err(e) if e.errno == libc::ENOENT && !block.phase.is_registered() => {}
             other => {
                 other?;
@@ -57,8 +58,9 @@ pub fn map_in_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> R
     memory.uffd.wake(hva, block.page)
 }
 
-/// Is a PRESENT page broken (hwpoison) at `hva`, which shows it? A page that is discarded meanwhile isn't, though its marker looks the same.
-/// No pass is held while looking, which may wait (userfaultfd's minor faults), and discards would wait for it.
+/// Is a PRESENT page broken (hwpoison), as its mapping at `hva` shows? A page that is discarded
+/// meanwhile is not, though its marker looks the same. No pass is held while looking at it, which
+/// may wait (userfaultfd's minor faults): discards would wait, too.
 pub fn is_broken(memory: &Memory, block: &Block, page: u64, hva: u64) -> bool {
     let discards = memory.gates.discard_count(block.gate_of(page));
     discards.is_some()
@@ -72,11 +74,12 @@ pub fn is_broken(memory: &Memory, block: &Block, page: u64, hva: u64) -> bool {
 pub(super) enum Hole {
     /// It gets zeros.
     Zero,
-    /// Where pages can be deferred it keeps a marker, and gets its zeros when a vCPU comes to it.
+    /// Where pages can be deferred, it keeps a marker, and gets its zeros when a vCPU touches it.
     Defer,
 }
 
-/// So often in a row a page may be neither in the page cache nor possible to put there.
+/// How often in a row a page may be missing from the page cache and yet there when zeros are
+/// written.
 const MAX_ZERO_TRIES: u32 = 100;
 
 /// Maps pages of the page cache in KVM's alias, over markers; does nothing without an alias.
@@ -90,7 +93,7 @@ pub(super) fn map_in_alias(memory: &Memory, block: &Block, run: Range<u64>, empt
     let mut tries = 0;
     while at < end {
         let step = match memory.uffd.map(at, end - at, block.page) {
-            // No longer registered: the alias needs no help any more. (While a page is missing it is.)
+            // No longer registered: nothing is missing in the alias, so that it needs no help.
             Err(e) if e.errno == libc::ENOENT && !block.phase.is_registered() => return Ok(()),
             Err(e) if e.errno == libc::EFAULT => {
                 let page = run.start + (at - alias) / block.page;
@@ -100,7 +103,8 @@ pub(super) fn map_in_alias(memory: &Memory, block: &Block, run: Range<u64>, empt
                     continue;
                 }
                 match zero_hole(memory, block, at, stats)? {
-                    // Others were faster, and it is in the page cache now. Unless it goes as fast as it comes.
+                    // Another thread was faster, and the page is in the page cache now, unless it
+                    // is dropped at the same rate.
                     Step::Exists if tries < MAX_ZERO_TRIES => {
                         tries += 1;
                         continue;
@@ -128,8 +132,9 @@ pub(super) fn map_in_alias(memory: &Memory, block: &Block, run: Range<u64>, empt
     Ok(())
 }
 
-/// A PRESENT page with nothing in it reads as zeros, as it would without userfaultfd: a hole of memory that was set with all pages present, or a
-/// page that the VMM dropped without telling.
+/// Writes zeros into a PRESENT page with nothing in it, which reads as zeros without userfaultfd,
+/// too: a hole in memory that was set with all pages PRESENT, or a page that the VMM dropped
+/// without telling the library.
 fn zero_hole(memory: &Memory, block: &Block, at: u64, stats: &Stats) -> Result<Step> {
     let step = zero(memory, block, at, block.page)?;
     if let Step::Done(_) = step {
@@ -148,7 +153,8 @@ mod tests {
     use crate::memory::source::Source;
     use crate::memory::testing::{byte, memory_and_block};
 
-    /// Who has seen a page PRESENT maps it a moment later; discarded since, it must stay missing, or zeros would be taken for it.
+    /// A thread that has seen a page PRESENT maps it a moment later. If the page was discarded
+    /// meanwhile it must stay missing, or zeros would be taken for it.
     #[test]
     fn what_was_discarded_meanwhile_is_not_mapped() {
         let (anon_memory, _ram, anon) = needs!(memory_and_block(2));
@@ -165,15 +171,15 @@ mod tests {
             map_in_vmm(memory, block, 0, &stats).unwrap();
             assert_eq!(install(memory, block, 0..1, Source::Copy(bytes.address()), &stats), Ok(1));
             assert_eq!(byte(block.hva), 1, "{:?}", block.kind);
-            // One that is PRESENT is mapped: here with zeros, as it was dropped behind our back.
+            // A PRESENT page is mapped: here with zeros, as nothing is in it.
             block.pages.make_present(1);
             map_in_vmm(memory, block, 1, &stats).unwrap();
             assert_eq!(byte(block.hva_of(1)), 0, "{:?}", block.kind);
         }
     }
 
-    /// A reader may serve a fault in memory whose slot is deleted meanwhile. Unregistering has woken
-    /// the thread, so that there is nothing to map, and no error either.
+    /// A reader may serve a fault in memory whose slot is deleted meanwhile. Unregistering has
+    /// woken the thread, so that there is nothing to map, and no error either.
     #[test]
     fn a_page_of_a_retired_block_needs_no_mapping() {
         let (memory, _ram, block) = needs!(memory_and_block(1));

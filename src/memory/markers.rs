@@ -1,4 +1,4 @@
-//! How absent pages get and lose the markers that make a vCPU's access trap.
+//! How absent pages get and lose the poison markers on which a vCPU's access traps.
 
 use super::block::Block;
 use super::gates::GATE_PAGES;
@@ -13,10 +13,12 @@ use crate::kernel::uffd::Step;
 use std::ops::Range;
 use std::time::Duration;
 
-/// Less than so many gates' pages (128 MiB of 4 KiB pages, a few milliseconds) are not worth another thread.
+/// A thread of its own is worth while for at least this many gates' pages (128 MiB of 4 KiB pages,
+/// a few milliseconds).
 const MIN_GROUPS_A_THREAD: u64 = 64;
 
-/// Puts markers on all absent pages of a block, in the mapping that KVM uses. Pages that arrive meanwhile are left alone.
+/// Marks all absent pages of a block, in the mapping that KVM uses. Pages that arrive meanwhile are
+/// left alone.
 pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
     block.phase.mark();
     thread::in_parallel(0..block.pages.len().div_ceil(GATE_PAGES), MIN_GROUPS_A_THREAD, |groups| {
@@ -32,9 +34,10 @@ pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
     })
 }
 
-/// Nothing of ours reads a userfaultfd for the alias of an external VMM's memory: a PRESENT page with nothing in it would be waited for without
-/// end. It gets a marker, and is mapped when a vCPU comes to it; the same for one that only seems empty (swapped out, or hugetlb that the VMM
-/// hasn't mapped).
+/// Marks PRESENT pages that have nothing in them, for an external VMM. The library reads no
+/// userfaultfd for its alias, so that a vCPU would wait for such a page without end. A marked page
+/// is mapped when a vCPU touches it; that is also right for a page that only seems empty (swapped
+/// out, or hugetlb memory that the VMM has not mapped).
 fn mark_holes(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
     let (hva, len) = (block.hva_of(group.start), (group.end - group.start) * block.page);
     let resident = mem::resident(hva, len)?;
@@ -46,7 +49,7 @@ fn mark_holes(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
     })
 }
 
-/// Puts markers on the absent pages of one gate, in a pass for discards.
+/// Marks the absent pages of one gate, in a discard's pass.
 pub(super) fn mark_missing(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
     let mut missing = runs(group, |page| block.pages.get(page) != State::Present);
     missing.try_for_each(|run| {
@@ -55,7 +58,7 @@ pub(super) fn mark_missing(memory: &Memory, block: &Block, group: Range<u64>) ->
     })
 }
 
-/// Puts markers where nothing is.
+/// Marks the pages of a range that are not mapped.
 pub(super) fn mark_unmapped(memory: &Memory, at: u64, len: u64, page: u64) -> Result<()> {
     let mut done = 0;
     while done < len {
@@ -64,7 +67,7 @@ pub(super) fn mark_unmapped(memory: &Memory, at: u64, len: u64, page: u64) -> Re
     Ok(())
 }
 
-/// Puts markers up to the first page where something is; to how many bytes.
+/// Marks pages up to the first one that is mapped or marked. Returns the number of bytes marked.
 fn mark_up_to_mapped(memory: &Memory, at: u64, len: u64, page: u64) -> Result<u64> {
     let mut backoff = BoundedBackoff::default();
     let mut done = 0;
@@ -78,11 +81,13 @@ fn mark_up_to_mapped(memory: &Memory, at: u64, len: u64, page: u64) -> Result<u6
     Ok(done)
 }
 
-/// Takes the markers away again: vCPUs' faults then go the classic way. LOST pages keep theirs.
+/// Removes the markers of absent pages: vCPUs then fault by way of userfaultfd. LOST pages keep
+/// theirs.
 pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
     for group in gate_groups(0..block.pages.len()) {
         let gate = block.gate_of(group.start);
-        // Where the slot is gone an install that doesn't end is not waited for: its page has nowhere to go.
+        // Without a slot, an install that does not end has no page to install: it is not waited
+        // for.
         let _pass = match block.is_gone() {
             true => memory.gates.enter_discard_within(gate, Duration::from_millis(100)).ok(),
             false => Some(memory.gates.enter_discard(gate)?),
@@ -95,14 +100,15 @@ pub fn unmark(memory: &Memory, block: &Block) -> Result<()> {
     Ok(())
 }
 
-/// Does dropping pages from the file take the markers away, too? From shared memory it doesn't; hugetlb clears whatever isn't a page
-/// (__unmap_hugepage_range in mm/hugetlb.c).
+/// Does dropping pages from the file remove the alias's markers, too? Not with shared memory; with
+/// hugetlb it removes every entry that is no page (__unmap_hugepage_range in mm/hugetlb.c).
 pub(super) fn drop_removes_markers(block: &Block) -> bool {
     block.kind == Kind::HugetlbShared && block.is_marked()
 }
 
-/// Empties a range of the mapping that KVM uses, and marks it if the block is marked. It may be empty already (KVM has never touched it); and a
-/// vCPU may slip in between and map the old page again (it is still in the page cache): then do it over.
+/// Unmaps a range of the mapping that KVM uses, and marks it if the block is marked. The range may
+/// be unmapped already (KVM has never touched it). A vCPU may map the old page again between the
+/// two steps, as it is still in the page cache: then both are repeated.
 pub(super) fn mark_after_drop(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
     for _ in 0..1000 {
         if block.is_marked() && mark_up_to_mapped(memory, at, len, block.page)? == len {
@@ -116,7 +122,8 @@ pub(super) fn mark_after_drop(memory: &Memory, block: &Block, at: u64, len: u64)
     fail!(EBUSY, "the pages at {at:#x} are used faster than they can be discarded")
 }
 
-/// Unmaps a range of the mapping that KVM uses. The alias is nobody else's: if mlockall(2) has locked it, that doesn't count.
+/// Unmaps a range of the mapping that KVM uses. Only the library uses the alias, so that it is
+/// unmapped even if mlockall(2) has locked it.
 pub(super) fn unmap_for_kvm(block: &Block, at: u64, len: u64) -> Result<()> {
     match block.alias {
         Some(_) => advise(at, len, MADV_DONTNEED_LOCKED, "madvise(MADV_DONTNEED_LOCKED)"),

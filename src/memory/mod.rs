@@ -1,7 +1,9 @@
-//! Guest memory: which slot an address belongs to, the state of each page, and how a page becomes present.
+//! Guest memory: which slot an address belongs to, the state of each page, and how a page becomes
+//! PRESENT.
 //!
-//! A **block** is a range of host memory with its page states; a **slot** is a window of a block that the guest sees. Page
-//! states belong to the block, so that two slots on one host range can't disagree.
+//! A **block** is a range of host memory with the states of its pages; a **slot** is a window of a
+//! block that the guest sees. Page states belong to the block, so that two slots on one host range
+//! cannot disagree.
 
 mod arrive;
 pub mod block;
@@ -39,22 +41,23 @@ use std::time::Instant;
 pub struct Memory {
     /// The userfaultfd that all blocks are registered with.
     pub uffd: Uffd,
-    /// The VMM's mappings are served by a userfaultfd of the VMM's own: nothing of ours is registered, installed or dropped there. The
-    /// library keeps the states, KVM's alias, and vCPUs that wait.
+    /// A userfaultfd of the VMM serves the VMM's mappings: the library registers, installs and
+    /// drops nothing there. It keeps the page states, KVM's alias, and the vCPUs that wait.
     pub external: bool,
-    /// Keeps discards and installs of a page apart.
+    /// Keeps discards and installs of one page apart.
     pub gates: Gates,
-    /// For pages that a call puts back (see `calls`): one at a time.
+    /// Held by a call that makes its page ABSENT again (see `calls`): one at a time.
     pub putting_back: Mutex<()>,
-    /// How often pages were made missing that had been asked for: for a fill, which then asks again.
+    /// How often pages became missing that the resolver had announced. A fill reads it, and asks
+    /// for them again.
     pub withdrawn: AtomicU32,
-    /// What nobody else's counters cover: reader threads and calls from outside.
+    /// Counters of reader threads, and of calls from threads that are no vCPU's.
     pub stats: Shards,
     slots: ArcSwap<Slots>,
 }
 
 impl Memory {
-    /// No slots yet.
+    /// A VM's memory without slots.
     pub fn new(uffd: Uffd, external: bool) -> Memory {
         let slots = ArcSwap::from_pointee(Slots::default());
         Memory {
@@ -68,7 +71,8 @@ impl Memory {
         }
     }
 
-    /// Registers the VMM's mapping of a new block, for as long as the registration is kept; nothing where that is the VMM's own affair.
+    /// Registers the VMM's mapping of a new block, for as long as the registration is kept. None
+    /// where a userfaultfd of the VMM serves that mapping.
     pub fn try_register(&self, hva: u64, len: u64, mode: Mode) -> Result<Option<Registration<'_>>> {
         match self.external {
             true => Ok(None),
@@ -76,7 +80,8 @@ impl Memory {
         }
     }
 
-    /// Ends the registration of a block's mappings. Before Linux 6.17 UFFDIO_UNREGISTER doesn't ask whose registration it ends.
+    /// Ends the registration of a block's mappings. Before Linux 6.17 UFFDIO_UNREGISTER does not
+    /// check whose registration it ends.
     pub fn unregister(&self, block: &Block) {
         if !self.external {
             let _ = self.uffd.unregister(block.hva, block.len);
@@ -84,8 +89,9 @@ impl Memory {
         block.alias.as_ref().map(|alias| self.uffd.unregister(alias.address(), block.len));
     }
 
-    /// A pass for installing pages of `page`'s gate. None if the block is gone: its memory is the VMM's, and
-    /// must not be touched. A block that goes while the pass is held waits for it (`have_left`).
+    /// A pass for installing pages of `page`'s gate. None if the block is gone: its memory is the
+    /// VMM's, and must not be touched. A block that is retired during the pass waits for it
+    /// (`have_left`).
     #[inline]
     pub fn enter(&self, block: &Block, page: u64) -> Option<Pass<'_>> {
         let pass = self.gates.enter_install(block.gate_of(page));
@@ -101,19 +107,20 @@ impl Memory {
         }
     }
 
-    /// For the end of a block that is gone: waits until no pass of its gates is held that was entered before.
-    /// Returns false if an install is still there at `end`.
+    /// For the end of a retired block: waits until the passes of its gates that were entered before
+    /// it retired have ended. False if an install is still under way at `end`.
     pub fn have_left(&self, block: &Block, end: Instant) -> bool {
         let groups = runs::gate_groups(0..block.pages.len());
         groups.fold(true, |all, group| self.gates.have_left(block.gate_of(group.start), end) && all)
     }
 
-    /// The slots as they are now. Lock-free: a fault never waits for somebody who edits slots, nor for another vCPU.
+    /// The slots at this moment. Lock-free: a fault waits neither for a thread that edits slots nor
+    /// for another vCPU.
     pub fn slots(&self) -> Guard<Arc<Slots>> {
         self.slots.load()
     }
 
-    /// Replaces the slots as a whole. Editors take turns by a lock of their own (see `Vm`).
+    /// Replaces all slots at once. `Vm` has a lock by which editors take turns.
     pub fn replace_slots(&self, slots: Slots) {
         self.slots.store(Arc::new(slots));
     }

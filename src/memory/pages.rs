@@ -1,9 +1,9 @@
 //! The states of a block's pages: two bits each, changed by compare-and-swap only.
 //!
 //! ```text
-//!   ABSENT -> RESOLVING -> PRESENT        one caller wins the first arrow and brings the page
-//!             RESOLVING -> ABSENT         it failed: somebody else may try
-//!             RESOLVING -> LOST           it can't be had
+//!   ABSENT -> RESOLVING -> PRESENT        one caller wins the first arrow and fetches the page
+//!             RESOLVING -> ABSENT         that failed: another caller may try
+//!             RESOLVING -> LOST           the page cannot be had
 //!   PRESENT -> RESOLVING -> ABSENT        discard
 //!   any -> RESOLVING -> PRESENT           given back by the guest: with nothing in it
 //! ```
@@ -18,11 +18,11 @@ use std::sync::atomic::Ordering::SeqCst;
 pub enum State {
     /// Never installed, or discarded.
     Absent = 0,
-    /// Somebody is bringing (or dropping) it.
+    /// A thread fetches or drops it, or the resolver has announced it.
     Resolving = 1,
     /// Its bytes are visible.
     Present = 2,
-    /// It can't be had.
+    /// It cannot be had.
     Lost = 3,
 }
 
@@ -39,7 +39,8 @@ impl State {
 
 const PER_WORD: u64 = 32;
 
-/// States of `len` pages, all ABSENT at first. Memory is taken only where a page was touched: 64 MiB at most for 1 TiB of 4 KiB pages.
+/// The states of `len` pages, all ABSENT at first. They take memory only where a page was touched:
+/// at most 64 MiB for 1 TiB of 4 KiB pages.
 #[derive(Debug)]
 pub struct Pages {
     words: Mapping,
@@ -54,27 +55,28 @@ impl Pages {
         Ok(Pages { words: Mapping::anonymous(bytes.next_multiple_of(PAGE))?, len })
     }
 
-    /// How many there are.
+    /// The number of pages.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// What names a page among all pages of the process, for as long as these states exist: even, and not 0.
+    /// A number that names a page among all pages of the process, for as long as these states
+    /// exist: even, and not 0.
     pub fn key_of(&self, page: u64) -> u64 {
         (self.words.address() * 4 + page) << 1
     }
 
-    /// The page of such a name, if it is one of these.
+    /// The page that a key names; None if it is not one of these pages.
     pub fn page_of_key(&self, key: u64) -> Option<u64> {
         (key >> 1).checked_sub(self.words.address() * 4).filter(|&page| page < self.len)
     }
 
-    /// A page's state.
+    /// The state of a page.
     pub fn get(&self, page: u64) -> State {
         State::from_bits(self.words.atomics()[(page / PER_WORD) as usize].load(SeqCst) >> (page % PER_WORD * 2))
     }
 
-    /// Changes a page's state if it is `from`; else tells what it is.
+    /// Changes a page's state if it is `from`. Otherwise returns the state that the page has.
     pub fn change(&self, page: u64, from: State, to: State) -> std::result::Result<(), State> {
         debug_assert!(page < self.len);
         let word = &self.words.atomics()[(page / PER_WORD) as usize];
@@ -93,7 +95,8 @@ impl Pages {
         }
     }
 
-    /// The bytes of an ABSENT or RESOLVING page are visible now. True if it was this call that made it PRESENT.
+    /// Makes an ABSENT or RESOLVING page PRESENT, as its bytes are visible. True if this call did
+    /// it.
     pub fn make_present(&self, page: u64) -> bool {
         let mut from = State::Resolving;
         loop {
@@ -105,7 +108,7 @@ impl Pages {
         }
     }
 
-    /// How far the ABSENT pages reach from `from` up: the first that isn't, or `end`.
+    /// The end of the ABSENT pages from `from` up: the first page that is not ABSENT, or `end`.
     pub fn absent_up(&self, from: u64, end: u64) -> u64 {
         let mut page = from;
         while page < end {
@@ -134,7 +137,8 @@ impl Pages {
         None
     }
 
-    /// How far the ABSENT pages reach from below `from` down: the last of them, or `from` if there is none; not below `start`.
+    /// The start of the ABSENT pages that end below `from`, but not below `start`; `from` if there
+    /// are none.
     pub fn absent_down(&self, from: u64, start: u64) -> u64 {
         let mut above = from;
         while above > start {
@@ -149,7 +153,7 @@ impl Pages {
         start
     }
 
-    /// All pages to one state; before anybody else sees them.
+    /// Gives all pages one state, before other threads see them.
     pub fn fill(&self, state: State) {
         let word = (0..PER_WORD).fold(0, |word, n| word | (state as u64) << (2 * n));
         for w in self.words.atomics() {
@@ -157,7 +161,8 @@ impl Pages {
         }
     }
 
-    /// How many of `range` are in `state`: a snapshot, exact only while nothing changes.
+    /// The number of pages in `range` that are in `state`: a snapshot, exact only while nothing
+    /// changes.
     pub fn count(&self, range: std::ops::Range<u64>, state: State) -> u64 {
         let wanted = state as u64;
         let mut total = 0;

@@ -3,12 +3,13 @@
 use crate::error::{fail, Result};
 use std::time::{Duration, Instant};
 
-/// Lets another thread get on with what is over soon. Yielding alone would not let one of lower priority run (a vCPU's may be real-time).
+/// Lets another thread finish what it will finish soon. Yielding alone does not let a thread of
+/// lower priority run (a vCPU's may be real-time).
 #[derive(Default)]
 pub struct Backoff(u32);
 
 impl Backoff {
-    /// A moment.
+    /// Yields; after some rounds, sleeps for a moment.
     pub fn pause(&mut self) {
         self.0 += 1;
         match self.0 {
@@ -18,7 +19,8 @@ impl Backoff {
     }
 }
 
-/// For userfaultfd's EAGAIN: another thread is changing the address space (mmap, fork, mremap with events that a monitor has yet to read).
+/// For userfaultfd's EAGAIN: another thread is changing the address space (mmap, fork, or mremap
+/// with events that a monitor has yet to read).
 #[derive(Default)]
 pub struct BoundedBackoff {
     backoff: Backoff,
@@ -26,7 +28,7 @@ pub struct BoundedBackoff {
 }
 
 impl BoundedBackoff {
-    /// A moment; an error when it has been enough.
+    /// Waits for a moment; an error after ten seconds.
     pub fn wait(&mut self) -> Result<()> {
         const ENOUGH: Duration = Duration::from_secs(10);
         if Instant::now() > *self.deadline.get_or_insert_with(|| Instant::now() + ENOUGH) {

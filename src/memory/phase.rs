@@ -199,7 +199,8 @@ mod tests {
         }
     }
 
-    /// Closing and reopening never lose what is known of markers, and markers come and go by `mark` and `unmarked` alone.
+    /// Closing, reopening and retiring keep what is known of markers; only `mark` and `unmarked`
+    /// change it.
     #[test]
     fn only_two_transitions_change_markers() {
         for phase in ALL {
@@ -211,7 +212,8 @@ mod tests {
         }
     }
 
-    /// The life of a block under `poison-trap` whose fill ends, and whose fast path is turned on again.
+    /// The life of a block under `poison-trap` whose fill ends, and whose fast path is turned on
+    /// again.
     #[test]
     fn a_block_is_filled_released_and_marked_again() {
         let phase = AtomicPhase::new(Unmarked);

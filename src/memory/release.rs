@@ -7,9 +7,10 @@ use super::runs::gate_groups;
 use super::Memory;
 use crate::error::{fail, Result};
 
-/// The end of absence: from now on nothing can become missing. EBUSY, and nothing has changed, if a page is missing.
+/// Ends absence in a block: from now on nothing can become missing. EBUSY, with nothing changed, if
+/// a page is missing.
 pub fn close(memory: &Memory, block: &Block) -> Result<()> {
-    // First, so that nothing becomes missing behind our back: `discard` looks at it inside the gate.
+    // Before the pages are looked at: `discard` checks the phase inside its gate.
     block.phase.close();
     for group in gate_groups(0..block.pages.len()) {
         let _pass = memory.enter_alone(block, group.start)?;
@@ -22,8 +23,9 @@ pub fn close(memory: &Memory, block: &Block) -> Result<()> {
     Ok(())
 }
 
-/// The same with a userfaultfd of the VMM's own: the alias needs no marker any more, and no registration. All pages are PRESENT or LOST; without
-/// its marker KVM would read zeros in one that is missing.
+/// Ends absence where a userfaultfd of the VMM serves the VMM's mapping: the alias needs neither
+/// markers nor a registration any more. All pages are PRESENT or LOST; a missing page would read as
+/// zeros for KVM without its marker.
 pub fn release(memory: &Memory, block: &Block) -> Result<()> {
     let Some(alias) = &block.alias else { return Ok(()) };
     close(memory, block)?;

@@ -1,4 +1,5 @@
-//! Ranges of pages cut into gates' groups, and into runs of pages that have something in common.
+//! Ranges of pages, cut into the groups of gates, and into runs of pages that have something in
+//! common.
 
 use super::gates::GATE_PAGES;
 use std::ops::Range;
@@ -9,7 +10,7 @@ pub(super) fn gate_groups(pages: Range<u64>) -> impl Iterator<Item = Range<u64>>
     (first..last).map(move |g| (g * GATE_PAGES).max(pages.start)..((g + 1) * GATE_PAGES).min(pages.end))
 }
 
-/// Runs of pages for which `take` says yes; asked once a page, in order.
+/// Runs of the pages for which `take` returns true. It is called once for each page, in order.
 pub(super) fn runs(pages: Range<u64>, take: impl Fn(u64) -> bool) -> impl Iterator<Item = Range<u64>> {
     let mut next = pages.start;
     std::iter::from_fn(move || {

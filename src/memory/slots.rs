@@ -1,4 +1,4 @@
-//! Memslots: guest physical addresses to blocks, by KVM's key (address space, id).
+//! Memslots: from guest physical addresses to blocks, by KVM's key (address space, id).
 
 use super::block::Block;
 use super::pages::State;
@@ -9,13 +9,13 @@ use std::sync::Arc;
 /// A window of a block that the guest sees.
 #[derive(Debug, Clone)]
 pub struct Slot {
-    /// What KVM was told (the address is the alias's if the block has one).
+    /// What KVM was told. The address is the alias's if the block has one.
     pub region: Region,
-    /// The memory.
+    /// The block that the slot shows.
     pub block: Arc<Block>,
-    /// Where the slot begins in the block.
+    /// Where the slot begins in the block, in bytes.
     pub offset: u64,
-    /// The fast path is on.
+    /// Is the fast path on?
     pub fast_only: bool,
 }
 
@@ -25,12 +25,12 @@ impl Slot {
         self.region.slot >> 16
     }
 
-    /// Is the guest forbidden to write?
+    /// Is the slot read-only for the guest?
     pub fn is_readonly(&self) -> bool {
         self.region.flags & kvm_bindings::KVM_MEM_READONLY != 0
     }
 
-    /// Does it hold the address?
+    /// Does the slot hold this guest physical address?
     pub fn holds(&self, gpa: u64) -> bool {
         gpa.wrapping_sub(self.region.gpa) < self.region.len
     }
@@ -65,14 +65,14 @@ impl Slot {
     }
 }
 
-/// All slots and blocks of a VM, at one moment.
+/// All slots and blocks of a VM at one moment.
 #[derive(Debug, Default, Clone)]
 pub struct Slots {
-    /// Sorted by address space and gpa.
+    /// All slots, sorted by address space and gpa.
     slots: Vec<Arc<Slot>>,
-    /// The same, sorted by where KVM finds them.
+    /// All slots, sorted by their address in the mapping that KVM uses.
     by_kvm_hva: Vec<Arc<Slot>>,
-    /// Blocks in use or kept, sorted by hva.
+    /// Blocks that are in use or kept, sorted by hva.
     blocks: Vec<Arc<Block>>,
 }
 
@@ -89,12 +89,13 @@ impl Slots {
         self.at(0, gpa).or_else(|| self.slots.iter().find(|s| s.holds(gpa)))
     }
 
-    /// What of a range of guest physical addresses is in a slot, from the lowest up: each address
-    /// in the slot that `at_any` finds for it.
+    /// The parts of a range of guest physical addresses that are in slots, from the lowest up: each
+    /// address in the slot that `at_any` finds for it.
     pub fn parts_of(&self, gpas: Range<u64>) -> Vec<(&Arc<Slot>, Range<u64>)> {
         let clip = |s: &Arc<Slot>| s.region.gpa.max(gpas.start)..(s.region.gpa + s.region.len).min(gpas.end);
         let parts: Vec<_> = self.slots.iter().map(clip).filter(|part| !part.is_empty()).collect();
-        // Where slots begin and end: how many more hold the addresses behind it.
+        // Where slots begin and end, and by how much the number of slots changes that hold the
+        // addresses from there on.
         let mut edges: Vec<_> = parts.iter().flat_map(|part| [(part.start, 1i64), (part.end, -1)]).collect();
         edges.sort_by_key(|&(gpa, _)| gpa);
         let mut held = 0;
@@ -112,7 +113,7 @@ impl Slots {
         self.by_kvm_hva[..after].iter().rev().find(|s| hva - s.region.hva < s.region.len)
     }
 
-    /// The block and page of an address in either mapping.
+    /// The block and the page of an address in either mapping.
     pub fn at_hva(&self, hva: u64) -> Option<(&Arc<Block>, u64)> {
         let after = self.blocks.partition_point(|b| b.hva <= hva);
         let own = after.checked_sub(1).map(|n| &self.blocks[n]);
@@ -121,7 +122,8 @@ impl Slots {
         Some((block, block.page_at(hva)?))
     }
 
-    /// The first page in a host range that is memory of a block and not PRESENT: its address, and what it is.
+    /// The address and the state of the first page in a host range that belongs to a block and is
+    /// not PRESENT.
     pub fn not_present_in(&self, hva: u64, len: u64) -> Option<(u64, State)> {
         let end = hva.saturating_add(len);
         let before_end = self.blocks.partition_point(|b| b.hva < end);
@@ -142,7 +144,7 @@ impl Slots {
         self.slots.iter().find(|s| std::ptr::eq(&*s.block, block) && s.covers(page))
     }
 
-    /// The slot of KVM's number.
+    /// The slot with KVM's number.
     pub fn numbered(&self, slot: u32) -> Option<&Arc<Slot>> {
         self.slots.iter().find(|s| s.region.slot == slot)
     }
@@ -172,8 +174,8 @@ impl Slots {
         self.blocks.iter()
     }
 
-    /// With one slot more (or another of its number). The block of a slot that it replaces stays too if asked, as long as KVM may
-    /// refuse the new one.
+    /// These slots with one more, or with another one of its number. `keep` keeps the block of the
+    /// slot that is replaced, for as long as KVM may refuse the new one.
     pub fn with(&self, slot: Slot, keep: bool) -> Slots {
         let mut new = self.without(slot.region.slot, keep);
         if !new.blocks.iter().any(|b| Arc::ptr_eq(b, &slot.block)) {
@@ -183,7 +185,8 @@ impl Slots {
         new.sorted()
     }
 
-    /// Without a slot; and without its block, if no other slot is on it and it isn't to be kept.
+    /// These slots without one; and without its block, if no other slot shows it and `keep` is
+    /// false.
     pub fn without(&self, slot: u32, keep: bool) -> Slots {
         let mut new = self.clone();
         let old = self.numbered(slot).cloned();
@@ -203,7 +206,7 @@ impl Slots {
         self
     }
 
-    /// How many pages are LOST, and one of them.
+    /// The number of LOST pages, and one of them.
     pub fn lost(&self) -> (u64, Option<(&Arc<Block>, u64)>) {
         let count = |b: &Arc<Block>| b.pages.count(0..b.pages.len(), State::Lost);
         let total = self.blocks.iter().map(count).sum();
@@ -211,7 +214,7 @@ impl Slots {
         (total, block.and_then(|b| Some((b, (0..b.pages.len()).find(|&p| b.pages.get(p) == State::Lost)?))))
     }
 
-    /// Pages of all blocks that are neither PRESENT nor LOST.
+    /// The number of pages in all blocks that are neither PRESENT nor LOST.
     pub fn absent(&self) -> u64 {
         let count = |b: &Arc<Block>, state| b.pages.count(0..b.pages.len(), state);
         self.blocks.iter().map(|b| count(b, State::Absent) + count(b, State::Resolving)).sum()

@@ -9,7 +9,7 @@ use once_cell::sync::OnceCell;
 use std::cell::Cell;
 use std::ops::Range;
 
-/// How a page's bytes come.
+/// Where a page's bytes come from.
 #[derive(Debug, Clone, Copy)]
 pub enum Source {
     /// From this address of this process, page after page.
@@ -23,7 +23,7 @@ pub enum Source {
 }
 
 impl Source {
-    /// What comes so many pages later.
+    /// The source of the page that is so many pages further on.
     pub(super) fn from(self, block: &Block, pages: u64) -> Source {
         match self {
             Source::Copy(bytes) => Source::Copy(bytes + pages * block.page),
@@ -32,23 +32,26 @@ impl Source {
     }
 }
 
-/// Zeros to copy where UFFDIO_ZEROPAGE doesn't work, for pages up to 2 MiB and for those that are larger.
+/// Zeros to copy where UFFDIO_ZEROPAGE does not work, for pages up to 2 MiB and for larger ones.
 static ZEROS: [OnceCell<Mapping>; 2] = [const { OnceCell::new() }; 2];
 
-/// As many zeros as a page of this size needs, at least; an error is not kept.
+/// A mapping of zeros for at least one page of this size, and its length. It is tried again after
+/// an error.
 fn zeros(page: u64) -> Result<(&'static Mapping, u64)> {
     let (zeros, len) = if page <= HUGE_PAGE { (&ZEROS[0], HUGE_PAGE) } else { (&ZEROS[1], page.max(1 << 30)) };
     Ok((zeros.get_or_try_init(|| Mapping::zeros(len))?, len))
 }
 
 thread_local! {
-    /// What the thread installed from last: start and end.
+    /// The range that the thread populated last: start and end.
     static POPULATED: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
 }
 
-/// Has the source read into memory before a gate is entered. It may be slow (a file on a network, memory under another userfaultfd), or never
-/// answer, and then others would wait for it in the gate. A buffer that is used again and again is there already. Errors are the copy's to tell: it
-/// says which page. A page that goes again meanwhile is read inside the gate; no wait for that is without end (see `Gates::discard`).
+/// Reads the source into memory before a gate is entered. Reading may be slow (a file on a network,
+/// memory under another userfaultfd) or never end, and other threads would wait for it in the gate.
+/// A buffer that is used many times in a row is populated once. Errors are left to the copy, which
+/// says for which page. A page of the source that is dropped again meanwhile is read inside the
+/// gate; no thread waits for that without end (see `Gates::enter_discard`).
 pub(super) fn populate(bytes: u64, len: u64) {
     let end = bytes.saturating_add(len);
     let (from, to) = POPULATED.get();
@@ -59,7 +62,7 @@ pub(super) fn populate(bytes: u64, len: u64) {
     }
 }
 
-/// Bytes into the VMM's mapping.
+/// Writes a run's bytes into the VMM's mapping.
 pub(super) fn write_bytes(memory: &Memory, block: &Block, run: Range<u64>, source: Source) -> Result<Step> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     match source {
@@ -76,9 +79,9 @@ pub(super) fn write_bytes(memory: &Memory, block: &Block, run: Range<u64>, sourc
     }
 }
 
-/// Zeros to an address in either mapping of a block.
+/// Writes zeros at an address of either mapping of a block.
 pub(super) fn zero(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<Step> {
-    // UFFDIO_ZEROPAGE doesn't replace a marker in private memory, and doesn't know hugetlb.
+    // UFFDIO_ZEROPAGE does not replace a marker in private memory, and does not support hugetlb.
     let done = if block.kind == Kind::Shared || block.kind == Kind::Anon && !block.is_marked() {
         memory.uffd.zero(at, len, block.page)
     } else {

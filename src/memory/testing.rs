@@ -1,4 +1,4 @@
-//! What tests of this room begin with.
+//! Memory for the tests of this room.
 
 use super::block::{Block, Shape};
 use super::Memory;
@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::kernel::mem::{self, Kind, Mapping, PAGE};
 use crate::kernel::uffd::{Mode, Uffd};
 
-/// Private memory of so many absent pages.
+/// Private memory with a number of absent pages.
 pub fn memory_and_block(pages: u64) -> Result<(Memory, Mapping, Block)> {
     let memory = Memory::new(Uffd::open()?, false);
     let ram = Mapping::anonymous(pages * PAGE).unwrap();

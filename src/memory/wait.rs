@@ -5,10 +5,12 @@ use once_cell::sync::Lazy;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
 
-/// After this time a sleeper looks around by itself: the way out for what no wake-up announces (a signal that arrived between
-/// the last check and the sleep, and left only `immediate_exit` set).
+/// After this time a sleeper wakes by itself and checks what it waits for. This is for the one
+/// event without a wake-up: a signal that arrived between the last check and the sleep, and left
+/// only `immediate_exit` set.
 ///
-/// Nothing else needs it. So that tests see a wake-up that is lost, KVMFAULT_TEST_NO_LOOK_AROUND in the environment, read once, makes it an hour.
+/// Nothing else needs it. With KVMFAULT_TEST_NO_LOOK_AROUND in the environment, which is read once,
+/// it is an hour, so that tests see a lost wake-up.
 pub fn recheck_interval() -> Duration {
     static RECHECK_INTERVAL: Lazy<Duration> = Lazy::new(|| match std::env::var_os("KVMFAULT_TEST_NO_LOOK_AROUND") {
         None => Duration::from_millis(20),
@@ -19,9 +21,9 @@ pub fn recheck_interval() -> Duration {
 
 pub(super) const BUCKETS: usize = 1024;
 
-/// What is hashed: a page's address in the VMM's mapping, which is unique in the process.
+/// The bucket of a page, by its address in the VMM's mapping, which is unique in the process.
 pub(super) fn bucket_of(hva: u64, shift: u32) -> usize {
-    // Fibonacci hashing: neighbours land far apart.
+    // Fibonacci hashing spreads neighbours.
     ((hva >> shift).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 54) as usize
 }
 
@@ -31,36 +33,37 @@ struct Bucket {
     sleepers: AtomicU32,
 }
 
-/// Sleepers on pages.
+/// The threads that sleep for pages.
 pub struct WaitTable {
     buckets: [Bucket; BUCKETS],
 }
 
-/// The table: one for the process, so that a kick, which may come from a signal handler and find its VM freed, always has it.
+/// One table for the process: a kick may come from a signal handler after its VM was freed, and
+/// still finds the table.
 pub static WAITS: WaitTable = WaitTable::new();
 
-/// Where one thread sleeps at the moment, so that a kick finds it.
+/// The place where one thread sleeps at the moment, by which a kick finds it.
 #[derive(Debug, Default)]
 pub struct Sleeper {
-    /// 0, or the bucket's number plus one.
+    /// The index of the bucket plus one; 0 while the thread does not sleep.
     bucket: AtomicU32,
 }
 
 impl Sleeper {
-    /// Does it sleep for a page, or is it about to?
+    /// Does the thread sleep for a page, or is it about to?
     pub fn is_asleep(&self) -> bool {
         self.bucket.load(SeqCst) != 0
     }
 }
 
 impl WaitTable {
-    /// An empty table.
+    /// A table without sleepers.
     pub const fn new() -> WaitTable {
         WaitTable { buckets: [const { Bucket { sequence: AtomicU32::new(0), sleepers: AtomicU32::new(0) } }; BUCKETS] }
     }
 
-    /// Sleeps until the page may have changed; `still` says whether there is anything to wait for, and is asked after the
-    /// sleeper can be found by `wake` and `wake_sleeper`, so that neither is missed.
+    /// Sleeps until the page may have changed. `still` says whether there is anything to wait for;
+    /// it is called once `wake` and `wake_sleeper` can find the sleeper, so that neither is missed.
     pub fn wait(&self, hva: u64, sleeper: &Sleeper, at_most: Duration, still: impl Fn() -> bool) -> Wake {
         let number = bucket_of(hva, 12);
         let bucket = &self.buckets[number];
@@ -73,19 +76,20 @@ impl WaitTable {
         wake
     }
 
-    /// The page changed. A load and nothing more where nobody sleeps.
+    /// Wakes the threads that sleep for a page, as it has changed. Only a load if there are none.
     pub fn wake(&self, hva: u64) {
         self.wake_bucket(&self.buckets[bucket_of(hva, 12)]);
     }
 
-    /// Wakes one sleeper, wherever it sleeps (and its neighbours, who look and sleep again). Async-signal-safe.
+    /// Wakes one sleeper, whatever it waits for, and those in the same bucket, which check and
+    /// sleep again. Async-signal-safe.
     pub fn wake_sleeper(&self, sleeper: &Sleeper) {
         if let Some(number) = sleeper.bucket.load(SeqCst).checked_sub(1) {
             self.wake_bucket(&self.buckets[number as usize]);
         }
     }
 
-    /// Wakes everybody.
+    /// Wakes all sleepers.
     pub fn wake_all(&self) {
         self.buckets.iter().for_each(|b| self.wake_bucket(b));
     }
