@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_leave_absent_what_they_did_not_bring() {
+    fn errors_leave_absent_what_they_did_not_install() {
         let (memory, _ram, block) = needs!(memory_and_block(4));
         let stats = Stats::default();
         let error = install(&memory, &block, 0..2, Source::Copy(PAGE), &stats).unwrap_err();

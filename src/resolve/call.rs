@@ -4,9 +4,9 @@ use crate::error::{fail, Error, Result};
 use std::cell::{Cell, RefCell};
 
 thread_local! {
-    /// Bits: `INSIDE`, `FAILED`.
+    /// The bits `INSIDE` and `FAILED`.
     static STATE: Cell<u8> = const { Cell::new(0) };
-    /// The error of that install.
+    /// The error of the install that failed last.
     static ERROR: RefCell<Option<Error>> = const { RefCell::new(None) };
 }
 
@@ -60,12 +60,13 @@ pub fn callback<T>(call: impl FnOnce() -> T) -> T {
     call()
 }
 
-/// Is this thread inside a callback of the VMM?
+/// Is the calling thread inside a callback of the VMM?
 pub fn in_callback() -> bool {
     STATE.get() & INSIDE != 0
 }
 
-/// An install has failed. If a callback called for it, the callback's guard knows from now on.
+/// Notes that an install has failed. If a callback called for it, the callback's guard has the
+/// error.
 pub fn note_failure(error: &Error) {
     if in_callback() {
         STATE.set(STATE.get() | FAILED);

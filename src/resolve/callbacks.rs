@@ -1,5 +1,6 @@
-//! The VMM's callbacks, and their end. Calls take them for as long as they last, and the library's threads for as long as they run; when the VM is
-//! shut down they are taken away, and whichever of these is the last drops them, whatever handles are left. That is when the VMM's finalizer runs.
+//! The VMM's callbacks, and their end. A call uses them for as long as it lasts, a thread of the
+//! library for as long as it runs. Shutting down the VM takes them away; the last of their users
+//! drops them, whatever handles are left. That is when the VMM's finalizer runs.
 
 use super::Resolver;
 use crate::error::{fail, Result};
@@ -7,10 +8,10 @@ use arc_swap::{ArcSwapOption, Guard};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-/// The callbacks while they are there.
+/// The callbacks of a VM that is not shut down.
 pub struct Callbacks {
     resolver: Box<dyn Resolver>,
-    /// Dropped after the resolver: fields go in order.
+    /// Dropped after the resolver: fields are dropped in order.
     _end: Ending,
 }
 
@@ -36,36 +37,38 @@ impl Drop for Ending {
     }
 }
 
-/// Where a VM has its callbacks.
+/// The place where a VM has its callbacks.
 pub struct Holder {
     callbacks: ArcSwapOption<Callbacks>,
     end: Arc<End>,
 }
 
 impl Holder {
-    /// With callbacks.
+    /// A holder of callbacks.
     pub fn new(resolver: Box<dyn Resolver>) -> Holder {
         let end = Arc::<End>::default();
         let callbacks = Callbacks { resolver, _end: Ending(end.clone()) };
         Holder { callbacks: ArcSwapOption::from_pointee(callbacks), end }
     }
 
-    /// For one call; None when they were taken away. A guard and no count: vCPUs don't meet here.
+    /// The callbacks for one call; None once they were taken away. A guard, not a reference count:
+    /// vCPUs do not meet here.
     pub fn get(&self) -> Guard<Option<Arc<Callbacks>>> {
         self.callbacks.load()
     }
 
-    /// For as long as a thread of the library runs, which may use the VMM's memory in between calls, too.
+    /// The callbacks for a thread of the library, which may use the VMM's memory between calls,
+    /// too.
     pub fn keep(&self) -> Option<Arc<Callbacks>> {
         self.callbacks.load_full()
     }
 
-    /// Takes them away.
+    /// Takes the callbacks away. The last user drops them.
     pub fn take_away(&self) {
         drop(self.callbacks.swap(None));
     }
 
-    /// Waits until they were taken away and dropped; ETIMEDOUT if they aren't in time.
+    /// Waits until the callbacks were taken away and dropped; ETIMEDOUT if that takes longer.
     pub fn wait_for_end(&self, timeout: Option<Duration>) -> Result<()> {
         let End { is_over, changed } = &*self.end;
         let over = is_over.lock().unwrap_or_else(PoisonError::into_inner);

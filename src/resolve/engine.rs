@@ -1,4 +1,4 @@
-//! Faults are served here: one caller of many has the resolver fetch a page, the others wait for it.
+//! Serves faults: one caller has the resolver fetch the page, all others wait for it.
 
 use super::call::{callback, Callback};
 use super::callbacks::Holder;
@@ -24,44 +24,48 @@ use std::sync::atomic::{fence, AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// A strided run is fetched page by page before the vCPU goes on: for this long, so that a slow resolver doesn't hold it up.
+/// For how long a vCPU waits while the further pages of a strided run are fetched, one by one: a
+/// slow resolver must not hold it up.
 const STRIDED_AT_MOST: Duration = Duration::from_micros(200);
 
-/// What became of a resolver call.
+/// How a resolver call ended.
 enum Fetched {
     /// The fault is over.
     Ended(Outcome),
-    /// The page is announced.
+    /// The resolver has announced the page.
     Pending,
     /// The call was overtaken (see `calls`), or the VM was shut down: the fault begins again.
     Anew,
 }
 
-/// The memory of a VM together with who fills it.
+/// The memory of a VM, together with what fetches its pages.
 pub struct Engine {
     /// The memory.
     pub memory: Memory,
-    /// The vCPUs, as far as others request them.
+    /// The vCPUs, as far as other threads need them.
     pub seats: Seats,
     /// The resolver, until the VM is shut down.
     pub callbacks: Holder,
-    /// How many pages may be fetched together, the needed one included.
+    /// How many pages may be fetched together, the one that is needed included.
     pub readahead: u64,
-    /// Can the reader threads work?
+    /// Whether the reader threads can work.
     pub readers: Readers,
     shutdown: AtomicBool,
-    /// Pages whose last try for a host thread failed: how often in a row. Touched on failure only (see `is_failing`).
+    /// Pages whose last try for a host thread failed, and how often in a row. Touched after
+    /// failures only (see `failing_len`).
     failing: Mutex<HashMap<u64, u32>>,
     failing_len: AtomicUsize,
-    /// Who takes down what the guest needs; and whether there is one, which costs less to ask.
+    /// The recorder of the working set; `records` says whether there is one, which costs less to
+    /// read.
     recorder: ArcSwapOption<Recorder>,
     records: AtomicBool,
 }
 
 impl Engine {
-    /// `readahead`: how many pages may be fetched together, the needed one included.
+    /// An engine whose resolver calls ask for at most `readahead` pages, the one that is needed
+    /// included.
     pub fn new(memory: Memory, resolver: Box<dyn Resolver>, readahead: u64) -> Engine {
-        recheck_interval(); // reads the environment, which is not for a fault to do
+        recheck_interval(); // reads the environment, before a fault has to
         Engine {
             memory,
             seats: Seats::default(),
@@ -76,7 +80,8 @@ impl Engine {
         }
     }
 
-    /// No extent resolver calls; whoever waits goes with ESHUTDOWN. False if it was so already.
+    /// Ends resolver calls: none begins, and threads that wait leave with ESHUTDOWN. False if the
+    /// engine was shut down already.
     pub fn shut_down(&self) -> bool {
         let first = !self.shutdown.swap(true, SeqCst);
         fence(SeqCst); // with `check_begun`
@@ -85,8 +90,9 @@ impl Engine {
         first
     }
 
-    /// For calls that have begun something that `shut_down` and its callers end: registered memory, say, whose block is published. To be asked after
-    /// that: either the end sees what was begun, or the beginner sees the end here and undoes it.
+    /// For calls that have begun what `shut_down` and its callers end (such as registering memory
+    /// whose block is published). Called after the beginning: either the end has seen what was
+    /// begun, or this returns ESHUTDOWN and the caller undoes it.
     pub fn check_begun(&self) -> Result<()> {
         fence(SeqCst);
         if self.is_shut_down() {
@@ -95,18 +101,18 @@ impl Engine {
         Ok(())
     }
 
-    /// Was it shut down?
+    /// Was the engine shut down?
     pub fn is_shut_down(&self) -> bool {
         self.shutdown.load(SeqCst)
     }
 
-    /// Begins to record the working set anew, or ends it.
+    /// Begins to record the working set from scratch, or ends recording.
     pub fn record(&self, recorder: Option<Recorder>) {
         self.records.store(recorder.is_some(), SeqCst);
         self.recorder.store(recorder.map(Arc::new));
     }
 
-    /// Who records it.
+    /// The recorder of the working set, if it is being recorded.
     pub fn recorder(&self) -> Option<Arc<Recorder>> {
         self.recorder.load_full()
     }
@@ -118,7 +124,8 @@ impl Engine {
         }
     }
 
-    /// Serves one fault, and counts it. `slots` are those in which the caller found the page, not long ago.
+    /// Serves one fault, and counts it. `slots` are those in which the caller found the page a
+    /// moment ago.
     pub fn serve(&self, slots: &Slots, block: &Arc<Block>, page: u64, request: &FaultRequest<'_>) -> Result<Outcome> {
         let start = clock::nanoseconds();
         let stats = request.stats;
@@ -126,7 +133,7 @@ impl Engine {
             Origin::Vcpu(_) => stats.faults_vcpu.add(1),
             Origin::Host => stats.faults_host.add(1),
             Origin::Prefetch => stats.faults_prefetch.add(1),
-            Origin::Fill => {} // not through here
+            Origin::Fill => {} // is served by `serve_fill`
         }
         let outcome = self.resolve_page(slots, block, page, request);
         match outcome {
@@ -142,7 +149,7 @@ impl Engine {
         outcome
     }
 
-    /// The same for background fill: nobody waits, so that it is no fault to count.
+    /// Serves background fill, which is not counted as a fault: no thread waits for the page.
     pub fn serve_fill(&self, block: &Arc<Block>, page: u64, request: &FaultRequest<'_>) -> Result<Outcome> {
         self.resolve_page(&self.memory.slots(), block, page, request)
     }
@@ -210,11 +217,12 @@ impl Engine {
         }
     }
 
-    /// What to fetch with a page.
+    /// The pages to fetch with a page.
     fn plan(&self, slot: &Slot, page: u64, extent: Extent<'_>) -> Plan {
         match extent {
             Extent::UpTo { most, .. } => Plan { step: 1, count: most.max(1) },
-            // Somebody else has the runs only where two reader threads serve one vCPU, or host threads, at once.
+            // The runs are locked only where two reader threads serve one vCPU, or host threads, at
+            // once.
             Extent::Readahead(runs) if self.readahead > 1 => match runs.try_lock() {
                 Ok(mut runs) => runs.next(slot.block.hva_of(page) / slot.block.page, self.readahead),
                 Err(_) => Plan::ALONE,
@@ -223,8 +231,9 @@ impl Engine {
         }
     }
 
-    /// Has the resolver fetch a page that was claimed, and what is absent around it according to the plan. If that fails, the page alone: what
-    /// nobody has asked for must not cost the guest what it needs.
+    /// Has the resolver fetch a claimed page, and the absent pages around it that the plan names.
+    /// If that fails, it is called for the page alone: pages that no thread needs must not cost the
+    /// guest the one that it needs.
     fn fetch(
         &self,
         claim: &mut Claim<'_>,
@@ -267,7 +276,8 @@ impl Engine {
             (answer, why) = self.ask(block, page, &fault, request.stats);
         }
         if self.is_shut_down() {
-            // Whatever the resolver says: with its VM freed it could not do what it meant to.
+            // The answer does not count: without its VM, the resolver could not do what it meant
+            // to.
             return Ok(Fetched::Anew);
         }
         let fetched = self.conclude(claim, block, page, answer, why, &fault)?;
@@ -281,8 +291,8 @@ impl Engine {
         Ok(fetched)
     }
 
-    /// One call of the resolver, unless the page has become PRESENT in the meantime: the answer, and
-    /// with an errno the error of an install that the resolver called for.
+    /// Calls the resolver once, unless the page has become PRESENT in the meantime. Returns the
+    /// answer, and with an errno the error of an install that the resolver called for.
     fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> (Answer, Option<Error>) {
         if block.pages.get(page) == State::Present {
             return (Answer::Resolved, None);
@@ -297,7 +307,8 @@ impl Engine {
         }
     }
 
-    /// The further pages of a strided run: a call each, for as long as they are fetched quickly and nobody kicks. What fails stays absent.
+    /// Fetches the further pages of a strided run with a call each, until that takes too long or
+    /// the vCPU is kicked. A page that fails stays ABSENT.
     fn fetch_strided(&self, slot: &Slot, page: u64, request: &FaultRequest<'_>, plan: Plan) {
         let start = Instant::now();
         let prefetch = FaultRequest {
@@ -325,7 +336,7 @@ impl Engine {
         }
     }
 
-    /// What the answer means for the page that was claimed.
+    /// What the resolver's answer means for the claimed page.
     fn conclude(
         &self,
         claim: &mut Claim<'_>,
@@ -343,12 +354,12 @@ impl Engine {
                 Ok(Fetched::Ended(Outcome::Installed))
             }
             Answer::Pending => Ok(if claim.settle() { Fetched::Pending } else { Fetched::Anew }),
-            // Given up meanwhile (kvmfault_pages_lost), from which everything that the resolver could say follows.
+            // LOST meanwhile (kvmfault_pages_lost); all answers follow from that.
             _ if block.pages.get(page) == State::Lost => {
                 claim.settle();
                 Ok(Fetched::Ended(Outcome::Lost))
             }
-            // Fetched, and discarded since: the guest comes again if it still needs the page.
+            // Installed, and discarded since: the guest faults again if it still needs the page.
             Answer::Resolved | Answer::Failed(libc::EEXIST) if claim.is_overtaken_after_discards() => {
                 Ok(Fetched::Ended(Outcome::Installed))
             }
@@ -365,7 +376,7 @@ impl Engine {
                 })
             }
             Answer::Retry => Ok(Fetched::Ended(Outcome::Retry)),
-            // What it was asked for isn't there any extent.
+            // The slot that the resolver was called for no longer shows the page.
             Answer::Resolved | Answer::Failed(_) if !self.is_shown(block, page, fault) => {
                 let elsewhere = self.memory.slots().showing(block, page).is_some();
                 Ok(Fetched::Ended(if elsewhere { Outcome::Retry } else { Outcome::Gone }))
@@ -394,13 +405,13 @@ impl Engine {
         slots.numbered(fault.slot).is_some_and(|s| std::ptr::eq(&*s.block, block) && s.gpa_of(page) == fault.gpa)
     }
 
-    /// For a test of what faults must not wait for.
+    /// For a test of the locks that faults must not take.
     #[cfg(test)]
     pub fn hold_failing(&self) -> std::sync::MutexGuard<'_, HashMap<u64, u32>> {
         self.failing.lock().unwrap()
     }
 
-    /// Another failed try for a host thread at this page: which one in a row.
+    /// Counts a failed try for a host thread at this page. Returns the number in a row.
     pub(super) fn count_failure(&self, hva: u64) -> u32 {
         let Ok(mut failing) = self.failing.lock() else {
             return MAX_RETRIES;

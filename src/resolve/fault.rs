@@ -1,4 +1,4 @@
-//! The words of the room: a fault, who has it, what the resolver answers, and how it ends.
+//! The vocabulary: a fault, where it comes from, what the resolver answers, and how the fault ends.
 
 use super::readahead::Runs;
 use crate::kernel::abi::Access;
@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::time::Duration;
 
-/// Who needs the page.
+/// Where a fault comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
     /// A vCPU, by KVM's number.
@@ -28,116 +28,117 @@ pub struct Fault {
     pub slot: u32,
     /// The page's guest physical address.
     pub gpa: u64,
-    /// The page's size.
+    /// The page's size in bytes.
     pub len: u64,
-    /// The page in the VMM's mapping.
+    /// The page's address in the VMM's mapping.
     pub hva: u64,
-    /// What the kernel says of the access.
+    /// The access, as far as the kernel tells.
     pub access: Access,
-    /// Who needs it.
+    /// Where the fault comes from.
     pub origin: Origin,
-    /// What is welcome besides: guest addresses around the page.
+    /// Guest physical addresses around the page that the resolver may install with it.
     pub window: Range<u64>,
 }
 
-/// Who comes with a fault, and what for.
+/// A fault to be served.
 #[derive(Clone, Copy)]
 pub struct FaultRequest<'a> {
-    /// Who needs the page.
+    /// Where the fault comes from.
     pub origin: Origin,
-    /// What the kernel says of the access.
+    /// The access, as far as the kernel tells.
     pub access: Access,
-    /// Whoever waits if somebody else is bringing the page; without one nobody waits.
+    /// The thread that waits while another one fetches the page. None if the caller does not wait.
     pub waiter: Option<&'a dyn Waiter>,
-    /// Where it is counted.
+    /// The counters of the thread that has the fault.
     pub stats: &'a Stats,
-    /// What may be brought besides.
+    /// The pages that may be fetched with this one.
     pub extent: Extent<'a>,
 }
 
-/// What may be brought with a page.
+/// The pages that may be fetched with a page.
 #[derive(Clone, Copy)]
 pub enum Extent<'a> {
-    /// What the runs of these faults suggest.
+    /// Those that the runs of these faults suggest.
     Readahead(&'a Mutex<Runs>),
-    /// What follows.
+    /// Those that follow it.
     UpTo {
         /// The end, a page of the block.
         end: u64,
-        /// So many pages together, the needed one included.
+        /// The most pages together, the one that is needed included.
         most: u64,
     },
 }
 
 impl Extent<'_> {
-    /// Nothing.
+    /// The page and no other.
     pub const ONE_PAGE: Self = Extent::UpTo { end: 0, most: 1 };
 }
 
 /// What a resolver answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
-    /// Installed.
+    /// The page is installed.
     Resolved,
-    /// Somebody installs it later.
+    /// The page is installed later.
     Pending,
-    /// Nobody ever will.
+    /// The page can never be installed.
     Lost,
-    /// Ask again.
+    /// The resolver is to be called again.
     Retry,
-    /// A positive errno.
+    /// The resolver failed, with a positive errno.
     Failed(i32),
-    /// None of these.
+    /// A value that is no answer.
     Garbage(i32),
 }
 
-/// What the VMM provides.
+/// The callbacks that fetch pages.
 pub trait Resolver: Send + Sync {
-    /// Brings the page, or says why not.
+    /// Installs the page, or says why not.
     fn resolve(&self, fault: &Fault) -> Answer;
-    /// The library wrote guest memory for the guest; KVM's dirty log doesn't know.
+    /// The library wrote guest memory on behalf of the guest, which KVM's dirty log does not show.
     fn written(&self, _gpa: u64, _len: u64) {}
 }
 
 /// How a fault ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Our own call installed the page.
+    /// The call of this fault installed the page.
     Installed,
-    /// Somebody else's did while we waited.
+    /// Another call installed the page while this fault waited.
     Waited,
-    /// It was there already.
+    /// The page was PRESENT.
     WasPresent,
-    /// It can't be had.
+    /// The page is LOST.
     Lost,
     /// A kick or a signal ended the wait.
     Interrupted,
-    /// The resolver wants to be asked again.
+    /// The resolver asked to be called again.
     Retry,
-    /// Somebody else is at it, and we don't wait.
+    /// Another call fetches the page, and this caller does not wait.
     Elsewhere,
-    /// The resolver has it installed later, and we don't wait.
+    /// The resolver has announced the page, and this caller does not wait.
     Pending,
     /// The slot was deleted meanwhile.
     Gone,
 }
 
-/// Who waits, and when it must stop waiting.
+/// A thread that waits, and when it must stop waiting.
 pub trait Waiter {
-    /// Where a kick finds it.
+    /// Where a kick finds the thread.
     fn sleeper(&self) -> &Sleeper;
-    /// Is there a kick?
+    /// Must the thread stop waiting, for a kick?
     fn must_leave(&self) -> bool;
-    /// Was a signal that ended its wait a nudge (`Seat::nudge`), and so for nothing?
+    /// Was the signal that ended the wait a nudge (`Seat::nudge`), after which the thread may go on
+    /// waiting?
     fn was_nudged(&self) -> bool {
         false
     }
 }
 
-/// After so many KVMFAULT_RETRY in a row for one page the fault is an error.
+/// How often in a row a resolver may answer KVMFAULT_RETRY for one page; then the fault fails.
 pub const MAX_RETRIES: u32 = 1000;
 
-/// How long to wait before the n-th try in a row: doubling from 1 us to 10 ms.
+/// The pause before the n-th try in a row: doubling from 1 us to 10 ms.
 pub fn pause_before(retry: u32) -> Duration {
     Duration::from_micros(1 << retry.min(14)).min(Duration::from_millis(10))
 }

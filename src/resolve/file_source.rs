@@ -1,6 +1,6 @@
-//! The built-in resolver: guest memory in a snapshot file. Pages are copied straight from a mapping of
-//! the file, without a buffer between; holes are zero pages, without any I/O. A file that can't be mapped
-//! is read.
+//! The built-in resolver: guest memory in a snapshot file. Pages are copied straight from a mapping
+//! of the file, without a buffer between; holes are zero pages, without any I/O. A file that cannot
+//! be mapped is read.
 
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::{Mapping, PAGE};
@@ -10,14 +10,14 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 
-/// A piece of guest memory in the file.
+/// A range of guest memory, and its place in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileRange {
-    /// Guest physical address.
+    /// The guest physical address.
     pub gpa: u64,
-    /// Bytes.
+    /// The length in bytes.
     pub len: u64,
-    /// Where it begins in the file.
+    /// The offset in the file.
     pub offset: u64,
 }
 
@@ -26,17 +26,17 @@ pub struct FileRange {
 pub enum Bytes {
     /// At this address of this process.
     At(u64),
-    /// At this offset of the file, to be read (see `FileSource::read`).
+    /// At this offset of the file, for `FileSource::read`.
     InFile(u64),
-    /// Nowhere: zeros.
+    /// In a hole: they are zeros.
     Hole,
 }
 
-/// How the file's bytes are had.
+/// How the file's bytes are read.
 #[derive(Debug)]
 enum Access {
     Mapped(Mapping),
-    /// By pread(2): file systems without mmap, a process that may map no more.
+    /// By pread(2): for file systems without mmap, and processes that may map no more.
     Read(File),
 }
 
@@ -44,14 +44,14 @@ enum Access {
 #[derive(Debug)]
 pub struct FileSource {
     access: Access,
-    /// Data extents of the file, sorted; all else is holes.
+    /// The file's data extents, sorted; all else is holes.
     data: Vec<Range<u64>>,
-    /// Sorted by gpa.
+    /// The ranges, sorted by gpa.
     ranges: Vec<FileRange>,
 }
 
 impl FileSource {
-    /// Maps the file, which must stay as it is, or keeps it open. `fd` isn't needed afterwards.
+    /// Maps the file, which must not change, or keeps it open. `fd` is not needed afterwards.
     pub fn new(fd: RawFd, ranges: &[FileRange]) -> Result<FileSource> {
         let (file, size) = file::with_offsets(fd, "fd")?;
         let mut ranges = ranges.to_vec();
@@ -90,8 +90,8 @@ impl FileSource {
         Ok(FileSource { access, data, ranges })
     }
 
-    /// Has `install` install the page of `len` bytes at `gpa`, and what the file has of `window`, which holds the page.
-    /// What is not needed stays absent where it can't be had.
+    /// Calls `install` for the page of `len` bytes at `gpa`, and for the rest of `window`, which holds
+    /// the page, as far as the file has it. Only the page itself must be installed.
     pub fn resolve(
         &self,
         gpa: u64,
@@ -109,8 +109,8 @@ impl FileSource {
         Ok(())
     }
 
-    /// Has whole pages of `page` bytes installed from the start of a range on: one piece, all data or all hole. Returns
-    /// its length.
+    /// Calls `install` for one piece from the start of a range on: whole pages of `page` bytes, all
+    /// data or all hole. Returns the length of the piece.
     fn install_piece(
         &self,
         range: Range<u64>,
@@ -128,7 +128,7 @@ impl FileSource {
             _ => Ok(len),
         };
         let installed = match bytes {
-            // A page that can't be read fails the whole piece: the first one may be another.
+            // A page that cannot be read fails the whole piece, and need not be the first.
             Bytes::At(address) => match install(len, Source::Copy(address)) {
                 Err(e) if e.errno == libc::EFAULT && len > page => install(page, Source::Copy(address)),
                 other => other,
@@ -145,7 +145,7 @@ impl FileSource {
         })
     }
 
-    /// The longest piece from `gpa` on, up to `len` bytes, that is all data or all hole.
+    /// Finds the longest piece from `gpa` on, up to `len` bytes, that is all data or all hole.
     pub fn find(&self, gpa: u64, len: u64) -> Result<(Bytes, u64)> {
         let after = self.ranges.partition_point(|r| r.gpa <= gpa);
         let range = after.checked_sub(1).map(|n| &self.ranges[n]).filter(|r| gpa - r.gpa < r.len);
@@ -166,9 +166,9 @@ impl FileSource {
         })
     }
 
-    /// Reads what is at `offset`, which is for `gpa`, into a buffer of the thread's, and calls `work` with
-    /// as many whole pages of `page` bytes as could be read, up to `len` bytes: with one at least, or
-    /// there is an error.
+    /// Reads the bytes at `offset`, which belong to `gpa`, into a buffer of the thread, and calls
+    /// `work` with as many whole pages of `page` bytes as could be read, up to `len` bytes. Less
+    /// than one page is an error.
     pub fn read<R>(&self, gpa: u64, offset: u64, len: u64, page: u64, work: impl FnOnce(&[u8]) -> R) -> Result<R> {
         let Access::Read(file) = &self.access else { fail!(EINVAL, "the snapshot is mapped") };
         let len = len.min(buffer::USUAL.max(page));

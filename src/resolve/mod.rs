@@ -1,4 +1,5 @@
-//! Who brings a page: exactly one caller at a time, through the VMM's resolver; the others wait for it.
+//! How pages are fetched: exactly one caller at a time calls the VMM's resolver for a page, and all
+//! others wait for it.
 
 mod call;
 pub mod callbacks;

@@ -1,38 +1,42 @@
-//! Readahead: what a vCPU is going to need next, told from the faults that it has had. Runs of pages in either direction, also with a
-//! step between them, are recognised, several at a time; faults without a pattern ask for nothing more and cost a few comparisons.
+//! Readahead: predicts the pages that a vCPU needs next from the faults that it has had. Runs of
+//! pages in either direction, also with a step between them, are recognised, several at a time.
+//! Faults without a pattern predict nothing and cost a few comparisons.
 
 use crate::memory::slots::Slot;
 use std::ops::Range;
 
-/// So many runs are followed at once: a copy loop has two, a guest between two tasks a few more.
+/// The number of runs that are followed at once: a copy loop has two, a guest between two tasks a
+/// few more.
 const RUNS: usize = 8;
-/// How many pages a run asks for when it is recognised; twice as many each time it goes on.
+/// How many pages are fetched when a run is recognised; twice as many each time it goes on.
 const FIRST: u64 = 4;
-/// And so many faults that belong to none are remembered, to tell a step by.
+/// How many faults that belong to no run are remembered, to recognise a step.
 const STRAYS: usize = 16;
 /// Pages further apart than this are not taken for one run.
 const MAX_STEP: u64 = 4096;
 
-/// What to bring with a page.
+/// The pages to fetch together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Plan {
     /// From one page to the next, in pages; negative for a run that goes down.
     pub step: i64,
-    /// How many pages, the needed one included.
+    /// The number of pages, the one that is needed included.
     pub count: u64,
 }
 
 impl Plan {
-    /// The page and nothing more.
+    /// The page and no other.
     pub const ALONE: Plan = Plan { step: 1, count: 1 };
 
-    /// Neighbours, which one resolver call can bring together?
+    /// Are the pages neighbours, which one resolver call can fetch together?
     pub fn is_contiguous(&self) -> bool {
         self.step.unsigned_abs() == 1
     }
 
-    /// The pages of a contiguous plan, inside `bounds`, which hold `page`. It ends where a multiple of its length does: after the first few the
-    /// pieces are aligned, and KVM, which maps aligned groups of neighbours at once (PTE_PREFETCH_NUM in arch/x86/kvm/mmu), finds them whole.
+    /// The pages of a contiguous plan, inside `bounds`, which hold `page`. They end at a multiple
+    /// of the plan's length: after the first few, windows are aligned, so that KVM, which maps
+    /// aligned groups of neighbours at once (PTE_PREFETCH_NUM in arch/x86/kvm/mmu), finds whole
+    /// groups.
     pub fn around(&self, page: u64, bounds: Range<u64>) -> Range<u64> {
         match self.step {
             1 => page..bounds.end.min(page.saturating_add(self.count) / self.count * self.count),
@@ -40,14 +44,15 @@ impl Plan {
         }
     }
 
-    /// The further pages of a plan with a step, inside `bounds`, in the order in which they will be needed.
+    /// The further pages of a strided plan, inside `bounds`, in the order in which they will be
+    /// needed.
     pub fn beyond(self, page: u64, bounds: Range<u64>) -> impl Iterator<Item = u64> {
         let pages = (1..self.count).map_while(move |n| page.checked_add_signed(self.step.checked_mul(n as i64)?));
         pages.take_while(move |p| bounds.contains(p))
     }
 }
 
-/// The block's pages of a contiguous plan; aligned as the guest sees them.
+/// The block's pages of a contiguous plan, aligned as the guest sees them.
 pub fn window(slot: &Slot, page: u64, plan: &Plan) -> Range<u64> {
     let size = slot.block.page;
     let (first, end) = (slot.region.gpa / size, (slot.region.gpa + slot.region.len) / size);
@@ -60,14 +65,15 @@ struct Run {
     /// The page that faulted last; by address, so that runs in different blocks are different.
     last: u64,
     step: i64,
-    /// How many pages it asked for last; 0: no run.
+    /// How many pages were fetched last; 0 without a run.
     count: u64,
-    /// When.
+    /// The number of the fault that it last went on with.
     stamp: u64,
 }
 
 impl Run {
-    /// Does the fault go on where this run's pages end? Some of them may have been there already, or not have been brought.
+    /// Does the fault continue this run? Some of the run's pages may have been PRESENT already, or
+    /// may not have been fetched.
     fn goes_on_at(&self, page: u64) -> bool {
         let distance = page.wrapping_sub(self.last) as i64;
         self.count > 0
@@ -76,13 +82,13 @@ impl Run {
     }
 }
 
-/// The runs of one vCPU (or reader thread).
+/// The runs of one vCPU (or of the reader threads, for host threads).
 #[derive(Debug, Default)]
 pub struct Runs {
     runs: [Run; RUNS],
     /// The last faults that belonged to no run, in a ring.
     stray: [u64; STRAYS],
-    /// Faults so far.
+    /// The number of faults so far.
     clock: u64,
     last: Plan,
 }
@@ -94,12 +100,13 @@ impl Default for Plan {
 }
 
 impl Runs {
-    /// What `next` said last.
+    /// The plan that `next` returned last.
     pub fn last(&self) -> Plan {
         self.last
     }
 
-    /// A page is needed (by address, in pages): what else will be, `most` pages together at most.
+    /// Plans what to fetch with a page (by address, in pages) that is needed: at most `most` pages
+    /// together.
     pub fn next(&mut self, page: u64, most: u64) -> Plan {
         self.clock += 1;
         self.last = self.find(page, most).unwrap_or(Plan::ALONE);
@@ -118,7 +125,8 @@ impl Runs {
         Some(Plan { step: oldest.step, count: oldest.count })
     }
 
-    /// The step that leads here: from a neighbour, or over two strays in a row.
+    /// The step that leads to this page: from a neighbour, or over two earlier faults at the same
+    /// distance.
     fn step_to(&self, page: u64) -> Option<i64> {
         let steps = self.stray.iter().map(|before| page.wrapping_sub(*before) as i64);
         let leads_here = |&step: &i64| match step.unsigned_abs() {
@@ -134,7 +142,8 @@ impl Runs {
 mod tests {
     use super::*;
 
-    /// The faults of a guest that touches `pages` in this order, with all that is planned brought: (faults, pages brought).
+    /// The faults of a guest that touches `pages` in this order, with everything fetched that is
+    /// planned. Returns the numbers of faults and of pages fetched.
     fn replay(pages: impl IntoIterator<Item = u64>, most: u64) -> (u64, usize) {
         let (mut runs, mut present, mut faults) = (Runs::default(), std::collections::HashSet::new(), 0);
         for page in pages {
@@ -153,11 +162,11 @@ mod tests {
     }
 
     #[test]
-    fn runs_in_both_directions_are_brought_in_ever_larger_pieces() {
+    fn runs_in_both_directions_are_fetched_in_ever_larger_pieces() {
         // 1, then up to 4, 8, 16 .. 256; then 256 each.
         assert_eq!(replay(4096..8192, 256), (8 + 15, 4096));
         assert_eq!(replay((4096..8192).rev(), 256), (8 + 15, 4096));
-        // Wherever it begins, all but the first few are whole.
+        // Wherever a run begins, all windows but the first few are whole.
         for start in (4096..4352).step_by(7) {
             assert!(replay(start..start + 4096, 256).0 <= 8 + 16 + 1, "from {start}");
             assert!(replay((start..start + 4096).rev(), 256).0 <= 8 + 16 + 1, "down to {start}");
@@ -169,9 +178,9 @@ mod tests {
     #[test]
     fn steps_are_recognised() {
         for step in [2, 7, 64, 4096] {
-            let (faults, brought) = replay((0..1000).map(|n| (1 << 30) + n * step), 64);
+            let (faults, fetched) = replay((0..1000).map(|n| (1 << 30) + n * step), 64);
             assert!(faults < 30, "step {step}: {faults} faults");
-            assert!(brought < 1064, "step {step}: {brought} pages");
+            assert!(fetched < 1064, "step {step}: {fetched} pages");
             let (back, _) = replay((0..1000).map(|n| (1 << 30) - n * step), 64);
             assert_eq!(back, faults);
         }
@@ -190,12 +199,12 @@ mod tests {
         }
     }
 
-    /// A run that others have partly brought goes on where it faults next.
+    /// A run of which other calls have fetched a part goes on where it faults next.
     #[test]
     fn gaps_do_not_end_a_run() {
         let mut runs = Runs::default();
         assert_eq!([runs.next(100, 64), runs.next(101, 64)], [Plan::ALONE, Plan { step: 1, count: 4 }]);
-        assert_eq!(runs.next(103, 64), Plan { step: 1, count: 8 }, "only some of the window was brought");
+        assert_eq!(runs.next(103, 64), Plan { step: 1, count: 8 }, "only some of the window was fetched");
         assert_eq!(runs.next(119, 64), Plan { step: 1, count: 16 }, "what follows the window was there");
         assert_eq!(runs.next(119 + 33, 64), Plan::ALONE, "further away than that is something else");
     }
@@ -209,9 +218,9 @@ mod tests {
         });
         let pages: Vec<u64> = random.collect();
         let different: std::collections::HashSet<_> = pages.iter().collect();
-        let (faults, brought) = replay(pages.iter().copied(), 512);
-        assert!(brought - different.len() < different.len() / 50, "{brought} pages for {}", different.len());
-        assert!(faults as usize + brought / 50 >= different.len());
+        let (faults, fetched) = replay(pages.iter().copied(), 512);
+        assert!(fetched - different.len() < different.len() / 50, "{fetched} pages for {}", different.len());
+        assert!(faults as usize + fetched / 50 >= different.len());
     }
 
     #[test]

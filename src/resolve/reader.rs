@@ -1,5 +1,5 @@
-//! Reader threads: they serve what comes through the userfaultfd. That is every fault of the `userfaultfd` mechanism, and host
-//! accesses to absent memory in all of them.
+//! Reader threads: they serve the userfaultfd's messages. These are all faults of the `userfaultfd`
+//! mechanism, and host accesses to absent memory in every mechanism.
 
 use super::readahead::Runs;
 use super::seat::Notice;
@@ -20,25 +20,27 @@ use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{mpsc, Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// A page that may come without a wake-up, as its resolver failed: whoever waits in userfaultfd is woken at this time, faults again, and so asks
-/// anew.
+/// A page that may be installed without a wake-up, as its resolver call failed. At this time the
+/// threads that wait for it in userfaultfd are woken; they fault again, and so call the resolver
+/// again.
 struct DelayedWake {
     due: Instant,
     block: Arc<Block>,
     page: u64,
 }
 
-/// Can the reader threads read? A seccomp filter that came after them may refuse it. As long as one of them can, messages are served.
+/// Whether the reader threads can read: a seccomp filter that was installed later may refuse it.
+/// While one of them can, messages are served.
 #[derive(Default)]
 pub struct Readers {
     count: AtomicU32,
     unable: AtomicU32,
-    /// What the last one that became unable was told.
+    /// The error of the last thread that became unable to read.
     why: Mutex<Option<Error>>,
 }
 
 impl Readers {
-    /// An error if there are readers and none of them can read.
+    /// An error if there are reader threads and none of them can read.
     pub fn check(&self) -> Result<()> {
         if self.count.load(SeqCst) == 0 || self.unable.load(SeqCst) < self.count.load(SeqCst) {
             return Ok(());
@@ -50,7 +52,7 @@ impl Readers {
     }
 }
 
-/// What one reader knows of itself.
+/// Whether one reader thread can read.
 struct Ability<'a> {
     readers: &'a Readers,
     is_unable: bool,
@@ -73,17 +75,19 @@ impl Ability<'_> {
     }
 }
 
-/// Starts `count` threads that read until `stop` is raised; returns when they do. An error if they can't read.
+/// Starts `count` threads that read until `stop` is raised. Returns when they read, or an error if
+/// they cannot.
 pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
     let (ready, all) = mpsc::channel();
-    // A host thread's faults come to whichever reader is free: its runs are of all of them.
+    // A host thread's faults are read by any reader thread: all of them share the runs.
     let hosts = Arc::new(Mutex::default());
     for n in 0..count {
         let (engine, stop, hosts, ready) = (engine.clone(), stop.clone(), hosts.clone(), ready.clone());
         std::thread::Builder::new()
             .name(format!("kvmfault/{n}"))
             .spawn(move || {
-                // What arc-swap allocates for a thread that uses it for the first time is not for a fault to wait for.
+                // arc-swap allocates when a thread uses it for the first time: before a fault waits
+                // for it.
                 drop(engine.memory.slots());
                 calls::prepare_thread();
                 let callbacks = engine.callbacks.keep();
@@ -104,7 +108,7 @@ pub fn start(engine: &Arc<Engine>, stop: &Arc<Flag>, count: u32) -> Result<()> {
 
 fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
     signal::block_all();
-    // Where two want a page at once one may be put here: faults allocate nothing.
+    // Two threads that want one page at once may add to this: faults must not allocate.
     let mut delayed: Vec<DelayedWake> = Vec::with_capacity(256);
     let mut strays = Strays::new(Instant::now());
     let mut ability = Ability { readers: &engine.readers, is_unable: false };
@@ -113,7 +117,7 @@ fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
         let timeout = due.map(|due| due.saturating_duration_since(Instant::now()));
         let [readable, stopped] = match poll([engine.memory.uffd.as_raw_fd(), stop.as_raw_fd()], timeout) {
             Ok(ready) => ready,
-            // Refused, perhaps by a seccomp filter: then it looks by reading, again and wake.
+            // Refused, perhaps by a seccomp filter: the thread polls by reading.
             Err(_) => {
                 pause(POLL_FALLBACK);
                 [true, engine.is_shut_down()]
@@ -133,7 +137,8 @@ fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
         }
         match next {
             Ok(Some(message)) => {
-                // A panic here would leave a thread of the VMM asleep for ever. The page was given back on the way out.
+                // After a panic a thread of the VMM would sleep for ever. The claim has made the
+                // page ABSENT again.
                 let served =
                     catch_unwind(AssertUnwindSafe(|| serve(engine, &message, hosts, &mut delayed, &mut strays)));
                 if served.is_err() {
@@ -150,8 +155,8 @@ fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
             }
             Ok(None) => {} // another reader was faster
             Err(e) if e.errno == libc::EINTR => {}
-            // A thread waits for a page, and which one is in the message. vCPUs are told, each time until it is served; a host thread that sleeps
-            // can't be told anything.
+            // A thread waits for a page that the message would name. vCPUs are notified, each time
+            // until their fault is served; a host thread that sleeps cannot be notified.
             Err(e) => {
                 ability.has_failed(e);
                 if let Err(error) = engine.readers.check() {
@@ -163,10 +168,10 @@ fn read(engine: &Engine, stop: &Flag, hosts: &Mutex<Runs>) {
     }
 }
 
-/// So often a reader looks that can't poll.
+/// How often a reader thread tries to read that cannot poll.
 const POLL_FALLBACK: Duration = Duration::from_millis(1);
 
-/// So often a reader tries that can't read.
+/// How often a reader thread tries to read that could not.
 const READ_RETRY: Duration = Duration::from_millis(100);
 
 fn notify_all(engine: &Engine, error: &Error) {
@@ -178,7 +183,7 @@ fn wake_due(engine: &Engine, delayed: &mut Vec<DelayedWake>) {
     delayed.retain(|wake| {
         if wake.due <= now {
             let _ = discard::wake_sleepers(&engine.memory, &wake.block, &(wake.page..wake.page + 1));
-            // It has come by another way, and nobody may ever ask for it wake.
+            // The page was installed by another way, and perhaps no thread will touch it again.
             if wake.block.pages.get(wake.page) != State::Absent {
                 engine.forget_failure(wake.block.hva_of(wake.page));
             }
@@ -196,7 +201,7 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, delayed: &mut 
     drop(slots);
     let seat = message.thread.and_then(|t| engine.seats.of_thread(t));
     let turn = seat.map_or(0, |seat| seat.turn());
-    // A vCPU's thread may also fault as a host thread, in a device model; what it touches is the same page either way.
+    // A vCPU's thread may also fault as a host thread, in a device model; both need the same page.
     let origin = seat.as_ref().map_or(Origin::Host, |seat| Origin::Vcpu(seat.number));
     let request = FaultRequest {
         origin,
@@ -214,7 +219,7 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, delayed: &mut 
         }
         Ok(Outcome::Lost) => {
             let _ = lose::show_lost_again(&engine.memory, &block, page);
-            // Markers tell it where the kernel has them.
+            // Where the kernel has markers, they tell the vCPU.
             if engine.memory.uffd.features() & FEATURE_POISON == 0 {
                 if let Some(seat) = &seat {
                     seat.notify(turn, Notice::Lost(hva));
@@ -235,15 +240,17 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, delayed: &mut 
                 return;
             }
         }
-        // No slot shows the page: it was deleted, perhaps to be created anew in another shape (KVMFAULT_MEMSLOT_KEEP).
+        // No slot shows the page: it was deleted, perhaps to be created again in another shape
+        // (KVMFAULT_MEMSLOT_KEEP).
         Ok(Outcome::Gone) => {
             delayed.push(DelayedWake { due: Instant::now() + Duration::from_millis(10), block, page });
             return;
         }
-        // Somebody brings the page, and the kernel wakes with it. But here it has come already: it woke others, was unmapped before it was booked,
-        // and comes no more.
+        // Another call fetches the page, and installing it wakes its waiters. But a minor fault
+        // says that its bytes are there: that wake-up has happened, the page was unmapped before
+        // its state changed, and no other wake-up follows.
         Ok(Outcome::Elsewhere) if message.minor => {
-            // One wake-up is for all who sleep there.
+            // One wake-up is enough for all threads that sleep there.
             if !delayed.iter().any(|wake| wake.page == page && Arc::ptr_eq(&wake.block, &block)) {
                 delayed.push(DelayedWake { due: Instant::now() + Duration::from_millis(10), block, page });
             }
@@ -255,7 +262,8 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, delayed: &mut 
     let Some(error) = failed else {
         return engine.forget_failure(hva);
     };
-    // A host thread has no error to return: it waits on, and the resolver is asked again, less and less often.
+    // A host thread has no error to return: it waits, and the resolver is called again, less and
+    // less often.
     let tries = engine.count_failure(hva);
     let pause = Duration::from_millis(1 << tries.min(10)).min(Duration::from_secs(1));
     delayed.push(DelayedWake { due: Instant::now() + pause, block, page });
@@ -264,7 +272,7 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, delayed: &mut 
     }
 }
 
-/// A PRESENT page that isn't mapped where it was touched.
+/// Maps a PRESENT page in the mapping where it was touched.
 fn map_where_touched(engine: &Engine, block: &Block, page: u64, touched: u64) -> Result<()> {
     let in_vmm = touched.wrapping_sub(block.hva) < block.len;
     match block.alias_of(page) {

@@ -1,4 +1,5 @@
-//! A vCPU as others see it: readers that have bad notice for it, and whoever kicks it.
+//! What other threads know of a vCPU: readers that notify it of a failed fault, and threads that
+//! kick it.
 
 use super::readahead::Runs;
 use super::Waiter;
@@ -17,22 +18,22 @@ use std::sync::atomic::{
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// What a reader thread has to notify a vCPU.
+/// What a reader thread notifies a vCPU of.
 #[derive(Debug, Clone)]
 pub enum Notice {
-    /// Its fault failed.
+    /// The vCPU's fault failed.
     Failed(Error),
-    /// The page at this address of the VMM's mapping is lost.
+    /// The page at this address of the VMM's mapping is LOST.
     Lost(u64),
 }
 
-/// One vCPU. A seat is never freed (it is less than a kilobyte, and vCPUs are few): a kick may come from a signal handler at any time,
-/// also when the vCPU has just gone.
+/// One vCPU. A seat is never freed (it takes less than a kilobyte, and vCPUs are few): a kick may
+/// come from a signal handler at any time, even when the vCPU has just been freed.
 #[derive(Debug)]
 pub struct Seat {
     /// KVM's number.
     pub number: i32,
-    /// The byte of its kvm_run that keeps KVM_RUN from beginning.
+    /// The byte of its kvm_run that keeps KVM_RUN from entering the guest.
     pub immediate_exit: ImmediateExit,
     /// Its thread; 0 while it has none.
     pub thread: AtomicI32,
@@ -40,27 +41,30 @@ pub struct Seat {
     pub sleeper: Sleeper,
     /// Its counters.
     pub stats: Stats,
-    /// The runs that its faults form. It has one fault at a time, whoever serves it: nobody meets here.
+    /// The runs that its faults form. It has one fault at a time, so that the lock is free.
     pub runs: Mutex<Runs>,
-    /// Where its last fault was, in the VMM's mapping: for whoever fills memory in the background. Bit 0 is set when it has been served.
+    /// Where its last fault was, in the VMM's mapping, for background fill. Bit 0 is set once the
+    /// fault was served.
     fault: AtomicU64,
     /// The signal that ends KVM_RUN.
     pub signal: i32,
-    /// The signal runs a handler, so it may be over before KVM_RUN begins: `immediate_exit` must be set too.
+    /// The signal runs a handler, which may be over before KVM_RUN begins: `immediate_exit` must be
+    /// set, too.
     pub by_handler: bool,
-    /// Kicks so far; the vCPU remembers how many it has acknowledged_kicks.
+    /// The number of kicks, and how many of them the vCPU has acknowledged.
     kicks: AtomicU32,
     acknowledged_kicks: AtomicU32,
-    /// Nudges so far, and those that the vCPU has acknowledged_kicks: see `nudge`.
+    /// The number of nudges, and how many of them the vCPU has acknowledged (see `nudge`).
     nudges: AtomicU32,
     acknowledged_nudges: AtomicU32,
-    /// Kicks, notice and nudges under way: whoever is at it may yet write to kvm_run and send the
+    /// Kicks, notices and nudges under way: their threads may yet write to kvm_run and send the
     /// signal. See `Interrupting`.
     interrupting: AtomicU32,
-    /// SIGBUS as the VMM's handler saw it: address, and code + 1 (0 = none).
+    /// SIGBUS as the VMM's handler saw it: the address, and the code plus one (0 for none).
     bus_address: AtomicU64,
     bus_code: AtomicI32,
-    /// The block whose memory the vCPU's thread touches at the moment (its address), or 0: see `touch`.
+    /// The address of the block whose memory the vCPU's thread touches at the moment, or 0 (see
+    /// `touch`).
     touched: AtomicUsize,
     turn: AtomicU32,
     has_notice: AtomicBool,
@@ -94,13 +98,13 @@ impl Seat {
         }
     }
 
-    /// It has a fault here, until what this returns is dropped.
+    /// Notes that the vCPU has a fault here, until the result is dropped.
     pub fn begin_fault(&self, hva: u64) -> FaultUnderWay<'_> {
         self.fault.store(hva & !SERVED, Relaxed);
         FaultUnderWay(self)
     }
 
-    /// Is it waiting for a page to be brought?
+    /// Is the vCPU waiting for a page?
     pub fn is_waiting(&self) -> bool {
         self.fault.load(Relaxed) & SERVED == 0
     }
@@ -110,24 +114,25 @@ impl Seat {
         Some(self.fault.load(Relaxed) & !SERVED).filter(|&hva| hva != 0)
     }
 
-    /// Makes the vCPU's loop return, wherever it is: async-signal-safe, and never lost. The count goes first: whoever looks after
-    /// it sees the kick. A vCPU about to enter KVM_RUN has the signal pending (blocked outside KVM_RUN), or `immediate_exit` set. Returns 0, or why
-    /// the signal could not be sent.
+    /// Makes the vCPU's loop return, wherever it is: async-signal-safe, and never lost. The count
+    /// changes first, so that a loop that checks later sees the kick. A vCPU about to enter KVM_RUN
+    /// has the signal pending (blocked outside KVM_RUN), or `immediate_exit` set. Returns 0, or the
+    /// errno of sending the signal.
     pub fn kick(&self) -> i32 {
         let _under_way = Interrupting::begin(self);
         self.kicks.fetch_add(1, SeqCst);
         self.interrupt()
     }
 
-    /// A kick's effect without the kick: the loop looks around.
+    /// Makes the loop check what it has to acknowledge.
     fn interrupt(&self) -> i32 {
         if self.by_handler {
             self.immediate_exit.raise();
         }
         WAITS.wake_sleeper(&self.sleeper);
         let thread = self.thread.load(SeqCst);
-        // By handler `immediate_exit` is enough for a thread that is here and not in KVM_RUN; and from the handler of the kick signal
-        // itself, the signal would come for ever.
+        // By handler, `immediate_exit` is enough for the calling thread itself, which is not in
+        // KVM_RUN. From the handler of the kick signal, the signal would be sent for ever.
         let is_here = self.by_handler && thread == thread::id();
         match thread != 0 && !is_here {
             true => signal::send(thread, self.signal),
@@ -135,10 +140,10 @@ impl Seat {
         }
     }
 
-    /// Makes the vCPU leave KVM_RUN for a moment, if it is there; its loop goes back by itself, and
-    /// the VMM sees nothing of it. By mask the signal stays pending outside KVM_RUN, and one that
-    /// announces nothing is passed over as ever. By handler nothing is left of the signal, so the
-    /// count says what it was.
+    /// Makes the vCPU leave KVM_RUN for a moment, if it is there. Its loop enters KVM_RUN again,
+    /// and the VMM does not see it. By mask the signal stays pending outside KVM_RUN, and the loop
+    /// ignores a signal without a kick or a notice. By handler the signal leaves no trace, so that
+    /// it is counted.
     pub fn nudge(&self) {
         let _under_way = Interrupting::begin(self);
         let thread = self.thread();
@@ -148,8 +153,8 @@ impl Seat {
         }
     }
 
-    /// Were there nudges that the loop hasn't acknowledged_kicks? The handler has run for each of them when this
-    /// returns. On the vCPU's thread.
+    /// Acknowledges nudges; false if there were none. When this returns, the handler has run for
+    /// each of them. On the vCPU's thread.
     pub fn acknowledge_nudges(&self) -> bool {
         let nudges = self.nudges.load(SeqCst);
         if !self.by_handler || nudges == self.acknowledged_nudges.load(SeqCst) {
@@ -165,10 +170,13 @@ impl Seat {
         self.thread.load(SeqCst)
     }
 
-    /// What ends the next KVM_RUN is there if the loop has something to see, and not otherwise. On the vCPU's thread.
+    /// Ensures that the next KVM_RUN ends at once if the loop has something to acknowledge, and
+    /// only then. On the vCPU's thread.
     ///
-    /// By handler, the byte follows from the counts: others add to these first and raise the byte then, so here it is lowered first and the counts
-    /// are looked at once more. By mask, the signal may have been taken together with one of another vCPU of this thread.
+    /// By handler, the byte follows from the counts: other threads change the counts first and
+    /// raise the byte then, so that here it is lowered first and the counts are read again after
+    /// that. By mask, the signal may have been taken together with that of another vCPU of this
+    /// thread.
     #[inline]
     pub fn refresh(&self) {
         if self.has_something_to_report() || self.by_handler && self.immediate_exit.is_raised() {
@@ -190,13 +198,14 @@ impl Seat {
         }
     }
 
-    /// Is there something that the loop has to see?
+    /// Is there something that the loop has to acknowledge?
     fn has_something_to_report(&self) -> bool {
         self.is_kicked() || self.has_notice()
     }
 
-    /// What the loop has just acknowledged_kicks is over, so that it isn't acknowledged_kicks once more: whoever brought it has sent its signal, and the signal is taken.
-    /// On the vCPU's thread.
+    /// Ends what the loop has just acknowledged, so that it is not seen twice: the threads that
+    /// interrupted the vCPU have sent their signals, and the signals are taken. On the vCPU's
+    /// thread.
     fn settle(&self) {
         if self.wait_for_signals() && !self.by_handler {
             while matches!(signal::take(SignalSet::of(&[self.signal])), Ok(Some(_))) {}
@@ -204,8 +213,8 @@ impl Seat {
         self.refresh();
     }
 
-    /// Waits until all that are interrupting the vCPU have sent their signals; by handler, until it
-    /// has run for them. False if that takes too long.
+    /// Waits until all threads that interrupt the vCPU have sent their signals, and by handler
+    /// until it has run for them. False if that takes too long.
     fn wait_for_signals(&self) -> bool {
         let deadline = Instant::now() + SIGNAL_TIMEOUT;
         let are_sent = self.wait_for_interrupters(|| Instant::now() > deadline);
@@ -215,7 +224,8 @@ impl Seat {
         are_sent
     }
 
-    /// Waits until all that are interrupting the vCPU are done; false if `enough` says so first.
+    /// Waits until all threads that interrupt the vCPU are done; false if `enough` returns true
+    /// first.
     fn wait_for_interrupters(&self, enough: impl Fn() -> bool) -> bool {
         let mut backoff = Backoff::default();
         while self.interrupting.load(SeqCst) > 0 {
@@ -227,9 +237,10 @@ impl Seat {
         true
     }
 
-    /// The vCPU's thread is about to touch a block's memory by itself, and not in a pass of the block's gates:
-    /// such an access may wait for a page, and discards don't wait for it. None if the block is gone. A block
-    /// that goes before what this returns is dropped waits for that. One at a time.
+    /// Notes that the vCPU's thread touches a block's memory, until the result is dropped, outside of
+    /// the block's gates: such an access may wait for a page, and discards must not wait for it. None
+    /// if the block is gone. A block that is retired meanwhile waits for the result to be dropped.
+    /// The vCPU touches one block at a time.
     pub fn touch(&self, block: &Block) -> Option<Touching<'_>> {
         self.touched.store(address_of(block), SeqCst);
         let touching = Touching(self);
@@ -241,25 +252,26 @@ impl Seat {
         self.touched.load(SeqCst) == address_of(block)
     }
 
-    /// The vCPU is about to go, and its kvm_run with it. When this returns no kick is under way that knows either, and none will be: its signal was
-    /// sent or never will be.
+    /// Ends interruptions before the vCPU and its kvm_run go away. When this returns, no kick is
+    /// under way that knows either of them, and none will be: each has sent its signal or never
+    /// will.
     pub fn detach(&self) {
         self.immediate_exit.detach();
         self.thread.store(0, SeqCst);
         self.wait_for_interrupters(|| false);
     }
 
-    /// Are both the same vCPU? By KVM's number, or where that isn't known by the kvm_run.
+    /// Are both the same vCPU? By KVM's number, or where that is not known by the kvm_run.
     fn is_same(&self, other: &Seat) -> bool {
         self.number >= 0 && self.number == other.number || self.immediate_exit.is_same(&other.immediate_exit)
     }
 
-    /// Is there a kick that the loop hasn't reported?
+    /// Is there a kick that the loop has not acknowledged?
     pub fn is_kicked(&self) -> bool {
         self.kicks.load(SeqCst) != self.acknowledged_kicks.load(SeqCst)
     }
 
-    /// The loop reports all kicks so far, as one. True if there was any.
+    /// Acknowledges all kicks so far, as one. True if there was any.
     pub fn acknowledge_kicks(&self) -> bool {
         if !self.is_kicked() {
             return false;
@@ -273,8 +285,9 @@ impl Seat {
         fresh > 0
     }
 
-    /// Called in the VMM's SIGBUS handler: async-signal-safe. False if the same is noted already: a signal that comes again before the loop
-    /// has acknowledged_kicks it is not KVM's, but of a thread that touches broken memory itself, and would do so for ever.
+    /// Notes a SIGBUS, in the VMM's handler: async-signal-safe. False if the same one is noted
+    /// already: then it is not KVM's, but of a thread that touches broken memory itself, and would
+    /// do so for ever.
     pub fn note_bus(&self, code: i32, address: u64) -> bool {
         let code = code.wrapping_add(1);
         if self.bus_code.load(SeqCst) == code && self.bus_address.load(SeqCst) == address {
@@ -285,26 +298,28 @@ impl Seat {
         true
     }
 
-    /// KVM_RUN ended for something else: the guest comes to what is broken again.
+    /// Forgets a SIGBUS, as KVM_RUN ended for another reason: the guest will touch the broken page
+    /// again.
     pub fn forget_bus(&self) {
         if self.bus_code.load(SeqCst) != 0 {
             self.bus_code.store(0, SeqCst);
         }
     }
 
-    /// The SIGBUS that the handler saw: code and address.
+    /// Takes the SIGBUS that the handler noted: code and address.
     pub fn take_bus(&self) -> Option<(i32, u64)> {
         let code = self.bus_code.swap(0, SeqCst);
         (code != 0).then(|| (code.wrapping_sub(1), self.bus_address.load(SeqCst)))
     }
 
-    /// Which of its runs the vCPU is in; for `notify`.
+    /// The number of the run that the vCPU is in, for `notify`.
     pub fn turn(&self) -> u32 {
         self.turn.load(SeqCst)
     }
 
-    /// Tells the vCPU something of a fault that it had in this turn, and makes its loop look. Later than that it is no notice: the vCPU has
-    /// left that fault, and if it comes to the page again the resolver is asked again.
+    /// Notifies the vCPU of a fault that it had in this turn, and makes its loop check. In a later
+    /// turn this does nothing: the vCPU has left that fault, and the resolver is called again if
+    /// the vCPU touches the page again.
     pub fn notify(&self, turn: u32, notice: Notice) {
         let _under_way = Interrupting::begin(self);
         if let Ok(mut slot) = self.notice.lock() {
@@ -317,7 +332,7 @@ impl Seat {
         self.interrupt();
     }
 
-    /// The vCPU leaves the faults that it had.
+    /// Begins a new turn: the vCPU leaves the faults that it had.
     pub fn next_turn(&self) {
         let had_notice = match self.notice.lock() {
             Ok(mut slot) => {
@@ -332,7 +347,7 @@ impl Seat {
         }
     }
 
-    /// What it was told.
+    /// Takes the notice, if there is one.
     #[inline]
     pub fn take_notice(&self) -> Option<Notice> {
         match self.has_notice() {
@@ -349,7 +364,7 @@ impl Seat {
         notice
     }
 
-    /// Is there something to take?
+    /// Is there a notice to take?
     pub fn has_notice(&self) -> bool {
         self.has_notice.load(SeqCst)
     }
@@ -357,11 +372,11 @@ impl Seat {
 
 const SERVED: u64 = 1;
 
-/// So long the loop waits for whoever interrupts it and was itself interrupted in the middle. After that its signal may come late, and ends a
-/// KVM_RUN or a wait for nothing.
+/// How long the loop waits for a thread that was itself interrupted while it interrupts the vCPU.
+/// After that its signal may come late, and end a KVM_RUN or a wait without a reason.
 const SIGNAL_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// Somebody who is interrupting a vCPU.
+/// A thread that is interrupting a vCPU.
 struct Interrupting<'a>(&'a Seat);
 
 impl Interrupting<'_> {
@@ -417,12 +432,13 @@ impl Waiter for Seat {
 #[derive(Default)]
 pub struct Seats {
     seats: ArcSwap<Vec<&'static Seat>>,
-    /// Those that are gone. Their counters still count: a reader may be about to book a fault of theirs.
+    /// Seats of vCPUs that were freed. Their counters still count: a reader may be about to count a
+    /// fault of theirs.
     gone: ArcSwap<Vec<&'static Seat>>,
 }
 
 impl Seats {
-    /// Adds one, unless its vCPU has one already.
+    /// Adds a seat; false if its vCPU has one already.
     pub fn add(&self, seat: &'static Seat) -> bool {
         let mut is_new = true;
         self.seats.rcu(|seats| {
@@ -435,27 +451,27 @@ impl Seats {
         is_new
     }
 
-    /// Removes one; its counts stay.
+    /// Removes a seat; its counts stay.
     pub fn remove(&self, seat: &'static Seat) {
         self.gone.rcu(|gone| gone.iter().copied().chain([seat]).collect::<Vec<_>>());
         self.seats.rcu(|seats| seats.iter().copied().filter(|s| !std::ptr::eq(*s, seat)).collect::<Vec<_>>());
     }
 
-    /// The one whose thread this is.
+    /// The seat of the vCPU whose thread this is.
     pub fn of_thread(&self, thread: i32) -> Option<&'static Seat> {
         self.seats.load().iter().find(|s| s.thread.load(SeqCst) == thread).copied()
     }
 
-    /// Adds up the counters of all that are here or gone.
+    /// Adds up the counters of all seats, those of freed vCPUs included.
     pub fn count(&self, sum: &Stats) {
-        // In this order: a seat that leaves meanwhile is in both, and counted once.
+        // In this order: a seat that leaves meanwhile is in both lists, and counted once.
         let here = self.all();
         let gone = self.gone.load();
         let left = gone.iter().filter(|g| !here.iter().any(|h| std::ptr::eq(*h, **g)));
         here.iter().chain(left).for_each(|seat| sum.absorb(&seat.stats));
     }
 
-    /// All of them now.
+    /// All seats at this moment.
     pub fn all(&self) -> Arc<Vec<&'static Seat>> {
         self.seats.load_full()
     }

@@ -1,6 +1,8 @@
-//! Messages of the userfaultfd for an address that is in no block. Their threads sleep, and nothing else will wake them: the memory may be
-//! registered and its slot not published yet (or never, if setting it fails), or its slot has just been deleted. They are woken after a pause. If the
-//! memory is still registered they fault again, and by then the block is known, or the next pause is longer.
+//! Messages of the userfaultfd for an address that is in no block. Their threads sleep, and nothing
+//! else would wake them: the memory may be registered and its slot not yet published (or never, if
+//! setting it fails), or its slot has just been deleted. They are woken after a pause. If the
+//! memory is still registered they fault again; by then the block is known, or the next pause is
+//! longer.
 
 use crate::kernel::mem::PAGE;
 use crate::kernel::uffd::Uffd;
@@ -10,7 +12,8 @@ use std::time::{Duration, Instant};
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const MAX_PAUSE: Duration = Duration::from_millis(100);
 
-/// The strays of one reader thread. However many there are, they are one range: what is woken in between for nothing faults again.
+/// The strays of one reader thread, all in one range: waking pages in between that have no sleepers
+/// does nothing.
 pub struct Strays {
     pages: Option<Range<u64>>,
     due: Instant,
@@ -18,18 +21,18 @@ pub struct Strays {
 }
 
 impl Strays {
-    /// None yet.
+    /// No strays.
     pub fn new(now: Instant) -> Strays {
         Strays { pages: None, due: now, pause: FIRST_PAUSE }
     }
 
-    /// A thread sleeps at this address.
+    /// Adds the address at which a thread sleeps.
     pub fn keep(&mut self, hva: u64, now: Instant) {
         let page = hva / PAGE * PAGE;
         match &mut self.pages {
             Some(pages) => *pages = pages.start.min(page)..pages.end.max(page + PAGE),
             None => {
-                // One that comes soon after the last were woken has mostly come again.
+                // A stray that comes soon after the last were woken is mostly one of them again.
                 let again = now < self.due + 2 * self.pause;
                 self.pause = if again { (self.pause * 2).min(MAX_PAUSE) } else { FIRST_PAUSE };
                 self.pages = Some(page..page + PAGE);
@@ -43,7 +46,7 @@ impl Strays {
         self.pages.as_ref().map(|_| self.due)
     }
 
-    /// Wakes them if it is time.
+    /// Wakes the threads if it is time.
     pub fn wake_due(&mut self, uffd: &Uffd, now: Instant) {
         if self.due <= now {
             if let Some(pages) = self.pages.take() {

@@ -1,4 +1,5 @@
-//! The working set of a guest: which pages it needed, in which order, recorded in one run and brought first in the next.
+//! The working set of a guest: which pages it needed, and in which order; recorded in one run, and
+//! fetched first in the next.
 //!
 //! The file, all numbers little-endian:
 //!
@@ -12,8 +13,9 @@
 //! | 32 | 8 | number of records |
 //! | 40 | | the records |
 //!
-//! A record is what one fault brought: three unsigned LEB128 numbers, namely how far its first page is from the end of the record before (in pages of 4 KiB,
-//! zigzag), how many pages it has, and microseconds since the record before.
+//! A record has the pages of one fault, as three unsigned LEB128 numbers: the distance of its first
+//! page from the end of the record before (in pages of 4 KiB, zigzag), its number of pages, and
+//! microseconds since the record before.
 
 use crate::error::{fail, Error, Result};
 use crate::kernel::mem::{Mapping, PAGE};
@@ -28,14 +30,15 @@ const MAGIC: &[u8; 8] = b"KVMFWSET";
 const VERSION: u32 = 1;
 const HEADER: usize = 40;
 
-/// Faults that one thread's log holds; memory is taken only for those that there are (16 bytes each).
+/// How many faults one log holds. Its memory is taken as faults come (16 bytes each).
 const MOST: u64 = 1 << 20;
 /// The most pages of a record: what fits beside an address.
 const MOST_PAGES: u64 = PAGE;
-/// So many records, in the order of time, are brought in the order of addresses: neighbours together.
+/// How many records, in the order of time, are fetched in the order of addresses, neighbours
+/// together.
 const TOGETHER: usize = 1024;
 
-/// Faults as they come; each thread has a log of its own, so that vCPUs don't meet.
+/// Records faults. Threads have logs of their own, so that vCPUs do not meet.
 #[derive(Debug)]
 pub struct Recorder {
     begin: Instant,
@@ -44,19 +47,20 @@ pub struct Recorder {
 
 #[derive(Debug)]
 struct Log {
-    /// Two words each: address and number of pages less one; nanoseconds since the beginning, plus one.
+    /// Two words for each fault: the address, with the number of pages less one; and nanoseconds
+    /// since the beginning, plus one.
     words: Mapping,
     len: AtomicU64,
 }
 
 impl Recorder {
-    /// An empty one.
+    /// A recorder without faults.
     pub fn new() -> Result<Recorder> {
         let log = |_| Ok(Log { words: Mapping::anonymous(MOST * 16)?, len: AtomicU64::new(0) });
         Ok(Recorder { begin: Instant::now(), logs: (0..SHARDS).map(log).collect::<Result<_>>()? })
     }
 
-    /// These pages were needed, or expected to be, and have come.
+    /// Notes pages that were needed, or predicted, and have been fetched.
     pub fn note(&self, block: &Block, pages: &Range<u64>) {
         let log = &self.logs[shard()];
         let time = self.begin.elapsed().as_nanos() as u64 + 1;
@@ -74,9 +78,10 @@ impl Recorder {
         }
     }
 
-    /// What was recorded, in the order of time, by guest address; memory that is in no slot any more is left out.
+    /// What was recorded, in the order of time, by guest address, without memory that is in no slot
+    /// any more.
     pub fn records(&self, slots: &Slots) -> Result<Vec<Record>> {
-        // A log may grow meanwhile; what is beyond its room comes too late.
+        // A log may grow meanwhile, and its length may exceed its room.
         let lens: Vec<_> = self.logs.iter().map(|log| log.len.load(Relaxed).min(MOST) as usize).collect();
         let mut found: Vec<(u64, u64)> = room_for(lens.iter().sum(), "faults")?;
         for (log, len) in self.logs.iter().zip(lens) {
@@ -90,7 +95,8 @@ impl Recorder {
             let slot = slots.showing(block, page)?;
             Some(Record { gpa: slot.gpa_of(page), pages: count, us: (time - 1) / 1000 })
         };
-        // Pages that were dropped and needed again come to more than there are: the first are what counts.
+        // Pages that were dropped and needed again may make more records than there are pages: the
+        // first ones count.
         let most = found.len().min(most_records(Shape::of(slots)) as usize);
         let mut records = room_for(most, "records")?;
         records.extend(found.into_iter().filter_map(record).take(most));
@@ -98,45 +104,46 @@ impl Recorder {
     }
 }
 
-/// Records that a working set of such memory has at most: one for each page that it could need.
+/// The most records that a working set of such memory has: one for each page.
 pub fn most_records(shape: Shape) -> u64 {
     shape.bytes / PAGE
 }
 
-/// Bytes that its file has at most: a number takes ten.
+/// The most bytes that the file of such memory has: a number takes at most ten.
 pub fn longest_file(shape: Shape) -> u64 {
     HEADER as u64 + most_records(shape).saturating_mul(30)
 }
 
-/// What one fault brought.
+/// The pages of one fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Record {
-    /// Guest address of the first page.
+    /// The guest physical address of the first page.
     pub gpa: u64,
-    /// How many pages of 4 KiB.
+    /// The number of pages of 4 KiB.
     pub pages: u64,
     /// Microseconds since recording began.
     pub us: u64,
 }
 
-/// What must be the same where a working set is used as where it was recorded.
+/// What must be equal in the VM that was recorded and in the VM that uses the working set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// Bytes of guest memory.
+    /// The bytes of guest memory.
     pub bytes: u64,
-    /// Where it ends.
+    /// Where guest memory ends.
     pub end: u64,
 }
 
 impl Shape {
-    /// Of these slots.
+    /// The shape of the memory in these slots.
     pub fn of(slots: &Slots) -> Shape {
         let bytes = slots.iter().map(|s| s.region.len).sum();
         Shape { bytes, end: slots.iter().map(|s| s.region.gpa + s.region.len).max().unwrap_or(0) }
     }
 }
 
-/// Memory for so many of them, or an error with ENOMEM: a failing allocation would end the process.
+/// A vector with room for `count` items; ENOMEM if there is no memory for it, as a failing
+/// allocation would abort the process.
 fn room_for<T>(count: usize, what: &str) -> Result<Vec<T>> {
     let mut list = Vec::new();
     let room = list.try_reserve_exact(count);
@@ -144,9 +151,9 @@ fn room_for<T>(count: usize, what: &str) -> Result<Vec<T>> {
     Ok(list)
 }
 
-/// The file's bytes.
+/// Writes the bytes of the file.
 pub fn encode(shape: Shape, records: &[Record]) -> Result<Vec<u8>> {
-    // Three numbers of at most ten bytes each; what isn't touched costs nothing.
+    // Three numbers of at most ten bytes each; memory that is not touched costs nothing.
     let mut body = room_for(32 + 30 * records.len(), "bytes")?;
     for word in [shape.bytes, shape.end, records.len() as u64] {
         body.extend(word.to_le_bytes());
@@ -168,7 +175,8 @@ pub fn encode(shape: Shape, records: &[Record]) -> Result<Vec<u8>> {
     Ok(file)
 }
 
-/// The records of a file, for a VM of this shape; an error with EINVAL says what is wrong with it.
+/// Reads the records of a file, for a VM of this shape. An error with EINVAL says what is wrong
+/// with the file.
 pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
     let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|n| file[at + n]));
     if file.len() < HEADER || &file[..8] != MAGIC {
@@ -192,7 +200,7 @@ pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
             shape.end
         );
     }
-    // The checksum tells accidents, not intent: nothing below trusts what it reads.
+    // The checksum detects accidents, not intent: nothing below trusts what it reads.
     let mut rest = &file[HEADER..];
     let (count, most) = (word(32), most_records(shape));
     if count > most {
@@ -219,7 +227,8 @@ pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
     Ok(records)
 }
 
-/// Guest addresses in the order in which to bring them: that of time, but neighbours together.
+/// Guest addresses in the order in which to fetch them: the order of time, with neighbours
+/// together.
 pub fn plan(records: &[Record]) -> Result<Vec<Range<u64>>> {
     let mut plan: Vec<Range<u64>> = room_for(records.len(), "records")?;
     for group in records.chunks(TOGETHER) {
@@ -236,7 +245,7 @@ pub fn plan(records: &[Record]) -> Result<Vec<Range<u64>>> {
     Ok(plan)
 }
 
-/// Unsigned LEB128.
+/// Writes an unsigned LEB128 number.
 fn put(to: &mut Vec<u8>, mut number: u64) {
     while number >= 0x80 {
         to.push(number as u8 | 0x80);
@@ -245,7 +254,7 @@ fn put(to: &mut Vec<u8>, mut number: u64) {
     to.push(number as u8);
 }
 
-/// The next number; None if there is none, or it doesn't fit.
+/// Reads the next number; None if there is none, or it does not fit.
 fn get(from: &mut &[u8]) -> Option<u64> {
     let mut number = 0;
     for shift in (0..64).step_by(7) {
@@ -260,7 +269,7 @@ fn get(from: &mut &[u8]) -> Option<u64> {
     None
 }
 
-/// Says which file an error is about.
+/// Says in an error which file it is about.
 pub fn about_the_file(error: Error) -> Error {
     Error::new(error.errno, format!("working_set_fd: the file {}", error.message))
 }
@@ -281,7 +290,7 @@ mod tests {
         let file = encode(SHAPE, &some()).unwrap();
         assert_eq!(decode(&file, SHAPE).unwrap(), some());
         assert_eq!(decode(&encode(SHAPE, &[]).unwrap(), SHAPE).unwrap(), []);
-        // A sequential run costs four bytes a fault at most.
+        // A sequential run takes at most four bytes a fault.
         let run: Vec<_> = (0..1000).map(|n| Record { gpa: n * 64 * PAGE, pages: 64, us: n * 100 }).collect();
         assert!(encode(SHAPE, &run).unwrap().len() <= HEADER + 4 * run.len());
     }
@@ -312,7 +321,7 @@ mod tests {
         assert!(decode(&file, Shape { end: 6 << 30, ..SHAPE }).unwrap_err().message.contains("another VM"));
     }
 
-    /// A right checksum over nonsense.
+    /// Nonsense with a correct checksum.
     #[test]
     fn nonsense_is_refused() {
         let sealed = |records: u64, body: &[u8]| {
@@ -342,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_brought_together() {
+    fn neighbours_are_fetched_together() {
         let page = |n: u64| Record { gpa: n * PAGE, pages: 1, us: 0 };
         let early: Vec<_> = [9, 3, 4, 8, 3].map(page).to_vec();
         assert_eq!(plan(&early).unwrap(), [3 * PAGE..5 * PAGE, 8 * PAGE..10 * PAGE]);
@@ -353,7 +362,8 @@ mod tests {
         assert_eq!(plan(&long).unwrap(), [0..pages, pages..pages + PAGE, 5000 * PAGE..5001 * PAGE]);
     }
 
-    /// Files with the right checksum that are random, or cut, mutated and lengthened: no panic, and nothing is taken that the VM's memory doesn't warrant.
+    /// Random files, and files that were cut, mutated or extended, all with a correct checksum:
+    /// none causes a panic, and no more memory is taken than the VM's size warrants.
     #[test]
     fn any_file_is_read_or_refused() {
         let shape = Shape { bytes: 1 << 20, end: 5 << 20 };

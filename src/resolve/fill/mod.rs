@@ -1,4 +1,5 @@
-//! Background fill: threads that bring what the guest hasn't asked for yet, through the VMM's resolver, until nothing is absent.
+//! Background fill: threads that fetch pages through the VMM's resolver before the guest needs
+//! them, until no page is absent.
 
 mod order;
 mod pace;
@@ -24,56 +25,57 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ord
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-/// Fill threads have this nice value: the guest's threads come first.
+/// The nice value of fill threads: the guest's threads come first.
 const NICE: i32 = 10;
 
-/// What a fill is to do.
+/// The parameters of a fill.
 pub struct Options {
-    /// Threads.
+    /// The number of threads.
     pub threads: u32,
-    /// Most pages that the resolver is asked for together.
+    /// The most pages in one resolver call.
     pub batch: u64,
-    /// 0: no limit.
+    /// The most bytes a second; 0 for no limit.
     pub bytes_per_second: u64,
-    /// Nothing outside of it is brought or counted.
+    /// The memory that is fetched and counted.
     pub scope: Scope,
-    /// What comes first: addresses in the VMM's mapping.
+    /// What to fetch first: addresses in the VMM's mapping.
     pub first: Vec<Range<u64>>,
-    /// And nothing else.
+    /// Fetches `first` only.
     pub only_first: bool,
     /// How often `report` is called.
     pub interval: Duration,
-    /// What to do when nothing is absent any more.
+    /// What to do when no page is absent any more.
     pub finish: Box<Finish>,
 }
 
-/// Told how it goes.
+/// The callback for progress reports.
 pub type Report = dyn Fn(&Progress) + Send;
 
-/// EBUSY if something is absent again. It may ask now and then whether it is to stop.
+/// The callback at the end; EBUSY if a page is absent again. Its argument says whether the fill is
+/// to stop.
 pub type Finish = dyn Fn(&dyn Fn() -> bool) -> Result<()> + Send + Sync;
 
-/// How it goes.
+/// The progress of a fill.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Pages that were absent when it began.
+    /// Pages that were absent when the fill began.
     pub total: u64,
     /// Pages that are absent now.
     pub left: u64,
     /// Tries that failed.
     pub failed: u64,
-    /// That came since the last report, whoever brought them.
+    /// Bytes a second that were installed since the last report, by the fill or otherwise.
     pub bytes_per_second: u64,
-    /// Until nothing is absent, at this rate; None if it can't be told.
+    /// The time until no page is absent, at this rate; None if it cannot be told.
     pub eta: Option<Duration>,
-    /// What was to come first is there, or was tried.
+    /// What is fetched first is PRESENT, or was tried.
     pub first_done: bool,
-    /// It is over.
+    /// The fill is over.
     pub ended: bool,
-    /// It is paused.
+    /// The fill is paused.
     pub paused: bool,
-    /// Threads that are in a resolver call, or on their way to one. None while it is paused: none
-    /// will be.
+    /// Threads that are in a resolver call, or about to enter one. 0 in a pause means that no call
+    /// is under way and none begins.
     pub calling: u32,
 }
 
@@ -86,21 +88,21 @@ pub struct Fill {
     limit: Limit,
     pause: Pause,
     stop: AtomicBool,
-    /// Pages that were absent when it began, and their bytes.
+    /// Pages that were absent when the fill began, and their bytes.
     total: u64,
     total_bytes: u64,
-    /// What comes first, for `Ends::first`.
+    /// What is fetched first, for `Ends::first`.
     first: Vec<Range<u64>>,
     failed: AtomicU64,
-    /// Tries without success in a row, of all threads.
+    /// Tries in a row that failed, of all threads.
     failures_in_a_row: AtomicU32,
-    /// Threads that are in the middle of a piece; of one that comes first.
+    /// Threads that have a piece; and threads that have a piece of what is fetched first.
     busy: AtomicU32,
     busy_first: AtomicU32,
-    /// Threads that are in a resolver call, or on their way to one.
+    /// Threads that are in a resolver call, or about to enter one.
     calling: AtomicU32,
     last_error: Mutex<Option<Error>>,
-    /// The end, and that what comes first is there.
+    /// Whether the fill is over, and whether what is fetched first is PRESENT.
     state: Mutex<Ends>,
     changed: Condvar,
 }
@@ -112,7 +114,7 @@ struct Ends {
 }
 
 impl Fill {
-    /// Starts the threads. `report` is dropped after its last call, whoever has the fill then.
+    /// Starts the threads. `report` is dropped after its last call.
     pub fn start(engine: &Arc<Engine>, mut options: Options, report: Box<Report>) -> Result<Arc<Fill>> {
         let mut report = Some(report);
         let first = std::mem::take(&mut options.first);
@@ -139,14 +141,15 @@ impl Fill {
             changed: Condvar::new(),
             options,
         });
-        // Threads begin when all of them are there: one that can't be started must leave none that calls anything.
+        // The threads begin when all of them exist: if one cannot be started, the others must call
+        // nothing.
         let mut threads = Vec::new();
         let gate = Arc::new(Gate::default());
         for n in 0..fill.options.threads {
             let (mine, callbacks, report) = (fill.clone(), engine.callbacks.keep(), report.take());
             let waits_at = gate.clone();
             let work = move || {
-                // Dropped last of the two: a VM isn't over while this thread may be at its memory.
+                // Dropped after the fill: the VM is not over while this thread may use its memory.
                 let _callbacks = callbacks;
                 let _guard = EndOnPanic(&mine);
                 signal::block_all();
@@ -172,32 +175,33 @@ impl Fill {
         Ok(fill)
     }
 
-    /// Asks it to stop; waits for nothing. A resolver call that is under way ends when it ends.
+    /// Asks the threads to stop, without waiting. A resolver call that is under way is not
+    /// interrupted.
     pub fn stop(&self) {
         self.stop.store(true, SeqCst);
         self.pause.wake();
     }
 
-    /// Begins no more resolver calls until `resume`; waits for nothing.
+    /// Lets no resolver call begin until `resume`, without waiting.
     pub fn pause(&self) {
         self.pause.ask();
     }
 
-    /// Goes on where it was.
+    /// Ends a pause.
     pub fn resume(&self) {
-        // What failed before may work now: that is what pauses are for.
+        // What failed before the pause may work now.
         if self.pause.is_asked() {
             self.failures_in_a_row.store(0, SeqCst);
         }
         self.pause.end();
     }
 
-    /// The engine was shut down: threads that wait for the end of a pause go, too.
+    /// Ends a pause because the engine was shut down.
     pub fn note_shutdown(&self) {
         self.pause.wake();
     }
 
-    /// Waits for the end, or only for what comes first. ETIMEDOUT if it isn't there in time.
+    /// Waits for the end, or with `first` for what is fetched first. ETIMEDOUT after `timeout`.
     pub fn wait(&self, first: bool, timeout: Option<Duration>) -> Result<()> {
         let poisoned = || Error::new(libc::ENOTRECOVERABLE, "a fill thread panicked (see stderr)");
         let not_yet = |ends: &mut Ends| !(ends.all.is_some() || first && ends.first);
@@ -213,22 +217,22 @@ impl Fill {
         }
     }
 
-    /// Is it over?
+    /// Is the fill over?
     pub fn has_ended(&self) -> bool {
         self.state.lock().map_or(true, |ends| ends.all.is_some())
     }
 
-    /// How it goes; the rate is the average.
+    /// The progress of the fill, with the average rate.
     pub fn status(&self) -> Progress {
         self.progress(self.begin, self.total)
     }
 
-    /// Pages that are absent now, or being brought.
+    /// Pages that are ABSENT or RESOLVING.
     fn left(&self) -> u64 {
         left_of(&self.options.scope, &self.engine.memory.slots())
     }
 
-    /// How it goes; the rate is that since `since`, when so many pages were absent.
+    /// The progress of the fill, with the rate since `since`, when `left_then` pages were absent.
     fn progress(&self, since: Instant, left_then: u64) -> Progress {
         let left = self.left();
         let page = self.total_bytes as f64 / self.total.max(1) as f64;
@@ -261,7 +265,7 @@ impl Fill {
     }
 }
 
-/// Pages that are absent, or being brought.
+/// Pages of a scope that are ABSENT or RESOLVING.
 fn left_of(scope: &Scope, slots: &Slots) -> u64 {
     scope.count(slots, State::Absent) + scope.count(slots, State::Resolving)
 }

@@ -1,4 +1,5 @@
-//! What a fill brings next: first what it was given, then what follows the vCPUs' latest faults, then everything from the lowest address up.
+//! The order in which a fill fetches pages: first what it was given, then the memory behind each
+//! vCPU's latest fault, then everything from the lowest address up.
 
 use super::scope::Scope;
 use crate::memory::block::Block;
@@ -8,22 +9,22 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// After a fault so much of the memory behind it comes first.
+/// How much of the memory behind a fault is fetched before the rest.
 const NEIGHBOURHOOD: u64 = 2 << 20;
 
-/// Pages of a block that are absent, as far as could be seen.
+/// Pages of a block that were absent a moment ago.
 #[derive(Debug)]
 pub struct Piece {
-    /// The memory.
+    /// The block.
     pub block: Arc<Block>,
-    /// Its pages.
+    /// The pages.
     pub pages: Range<u64>,
-    /// Of what comes before all else.
+    /// Do they belong to what is fetched before all else?
     pub is_first: bool,
 }
 
 impl Piece {
-    /// Its length.
+    /// The length in bytes.
     pub fn bytes(&self) -> u64 {
         (self.pages.end - self.pages.start) * self.block.page
     }
@@ -32,28 +33,28 @@ impl Piece {
 /// The order of one fill. Its threads take turns with it.
 #[derive(Debug, Default)]
 pub struct Order {
-    /// What comes before all else: addresses in the VMM's mapping.
+    /// What is fetched before all else: addresses in the VMM's mapping.
     first: VecDeque<Range<u64>>,
-    /// What follows the faults that were looked at last.
+    /// The memory behind the latest faults.
     near: VecDeque<Range<u64>>,
-    /// The faults that were looked at, by vCPU.
+    /// The latest fault of each vCPU that was looked at.
     seen: Vec<u64>,
-    /// All below this address has been looked at in this pass.
+    /// This pass has looked at everything below this address.
     at: u64,
-    /// Nothing but what comes first.
+    /// Nothing but `first` is fetched.
     only_first: bool,
-    /// Nothing outside of it.
+    /// Nothing outside of it is fetched.
     scope: Scope,
 }
 
 impl Order {
-    /// `first` are addresses in the VMM's mapping; with `only` there is nothing else. What is
-    /// outside of `scope` is left out.
+    /// An order in which `first`, addresses in the VMM's mapping, comes first; with `only` nothing
+    /// else follows. What is outside of `scope` is left out.
     pub fn new(first: Vec<Range<u64>>, only: bool, scope: Scope) -> Order {
         Order { first: first.into(), only_first: only, scope, ..Order::default() }
     }
 
-    /// The next absent pages, up to `most` of them; None at the end of the pass.
+    /// The next absent pages, at most `most` of them; None at the end of the pass.
     pub fn next(&mut self, memory: &Memory, seats: &Seats, most: u64) -> Option<Piece> {
         if let Some(piece) = take(&mut self.first, &self.scope, memory, most) {
             return Some(Piece { is_first: true, ..piece });
@@ -65,12 +66,12 @@ impl Order {
         take(&mut self.near, &self.scope, memory, most).or_else(|| self.sweep(memory, most))
     }
 
-    /// Has everything that comes first been taken?
+    /// Was all that comes first taken?
     pub fn is_past_first(&self) -> bool {
         self.first.is_empty()
     }
 
-    /// Another pass over what is still absent.
+    /// Begins another pass over what is still absent.
     pub fn start_again(&mut self) {
         self.at = 0;
     }
@@ -82,7 +83,7 @@ impl Order {
             if let Some(hva) = seat.last_fault().filter(|hva| hva != seen) {
                 *seen = hva;
                 self.near.push_front(hva..hva.saturating_add(NEIGHBOURHOOD));
-                // The latest of each vCPU is what counts.
+                // Only the latest fault of each vCPU counts.
                 self.near.truncate(seats.len());
             }
         }
@@ -100,7 +101,7 @@ impl Order {
     }
 }
 
-/// The first absent pages of the ranges, which lose what was looked at.
+/// The first absent pages of the ranges. What was looked at is removed from them.
 fn take(ranges: &mut VecDeque<Range<u64>>, scope: &Scope, memory: &Memory, most: u64) -> Option<Piece> {
     let slots = memory.slots();
     while let Some(range) = ranges.front_mut() {
@@ -199,7 +200,7 @@ mod tests {
         assert_eq!(next(), A..A + 256 * PAGE, "one fault of each vCPU, the latest");
     }
 
-    /// Neither the sweep, nor a fault, nor what is given comes out of it.
+    /// Neither the sweep, nor a fault, nor what is given leads out of the scope.
     #[test]
     fn nothing_outside_of_the_scope() {
         let (memory, seats) = (needs!(memory()), Seats::default());

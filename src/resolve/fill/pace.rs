@@ -1,29 +1,30 @@
-//! How fast a fill goes: no faster than it may, and behind the guest's own faults.
+//! The rate of a fill: within its limit, and behind the guest's own faults.
 
 use crate::resolve::seat::Seats;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// While vCPUs have faults of their own a fill waits this long for each of its pieces, and no longer: it must come to an end as well.
+/// How long a fill waits before each of its pieces while vCPUs have faults. No longer, as the fill
+/// must end, too.
 const GIVE_WAY: Duration = Duration::from_millis(2);
-/// So it looks for them.
+/// How often a fill checks whether vCPUs still wait.
 const LOOK: Duration = Duration::from_micros(50);
 
 /// A limit of bytes a second, for all threads of a fill together.
 #[derive(Debug)]
 pub struct Limit {
     bytes_per_second: u64,
-    /// When what was allowed so far is used up.
+    /// When the bytes that were allowed so far are used up.
     until: Mutex<Instant>,
 }
 
 impl Limit {
-    /// 0: none.
+    /// A limit; 0 for none.
     pub fn new(bytes_per_second: u64) -> Limit {
         Limit { bytes_per_second, until: Mutex::new(Instant::now()) }
     }
 
-    /// How long to wait before so many bytes more. They count as used.
+    /// How long to wait before `bytes` more, which count as used.
     pub fn delay(&self, bytes: u64) -> Duration {
         if self.bytes_per_second == 0 {
             return Duration::ZERO;
@@ -35,8 +36,8 @@ impl Limit {
         begin - now
     }
 
-    /// So many bytes of what `delay` was asked for were not brought. They are asked for anew when
-    /// they are: a wait that was cut short, or a pause, allows nothing more afterwards.
+    /// Takes back bytes of `delay` that were not fetched. `delay` is called again when they are:
+    /// after a wait that was cut short, or a pause, no more is allowed than before.
     pub fn give_back(&self, bytes: u64) {
         if self.bytes_per_second == 0 {
             return;
@@ -82,7 +83,7 @@ mod tests {
         assert_eq!(limit.delay(100 << 20), Duration::ZERO);
         limit.give_back(99 << 20);
         assert!(limit.delay(1 << 20) <= Duration::from_secs(1), "one second is used up");
-        // Two are used up, and given back three times over: there is no credit from that.
+        // Two seconds are used up, and given back three times over, which gives no credit.
         (0..3).for_each(|_| limit.give_back(2 << 20));
         assert_eq!(limit.delay(1 << 20), Duration::ZERO);
         assert!(limit.delay(1) + begin.elapsed() >= Duration::from_secs(1));
@@ -94,7 +95,7 @@ mod tests {
         let seats = Seats::default();
         let seat: &'static Seat = Box::leak(Box::new(Seat::new(0, ImmediateExit::none(), libc::SIGURG, false)));
         seats.add(seat);
-        // The shortest of many: a busy machine lets each of them take long.
+        // The shortest of many: on a busy machine each of them may take long.
         let waits = || {
             let wait = || {
                 let begin = Instant::now();

@@ -4,40 +4,41 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// A pause that may be asked for, and ended, from any thread.
+/// A pause, which any thread may ask for and end.
 #[derive(Debug, Default)]
 pub struct Pause {
     asked: AtomicBool,
-    /// Held by a thread between its look at what it waits for and its sleep; so no wake-up is lost.
+    /// Held by a thread between checking what it waits for and sleeping, so that no wake-up is
+    /// lost.
     looking: Mutex<()>,
     changed: Condvar,
 }
 
 impl Pause {
-    /// From now on threads are to wait.
+    /// Begins the pause: threads wait from now on.
     pub fn ask(&self) {
         self.asked.store(true, SeqCst);
     }
 
-    /// Threads go on.
+    /// Ends the pause.
     pub fn end(&self) {
         self.asked.store(false, SeqCst);
         self.wake();
     }
 
-    /// Are threads to wait?
+    /// Is there a pause?
     pub fn is_asked(&self) -> bool {
         self.asked.load(SeqCst)
     }
 
-    /// Has waiting threads look again: what ends a wait besides the end of the pause has changed.
+    /// Wakes waiting threads to check `is_over` again.
     pub fn wake(&self) {
         drop(self.look());
         self.changed.notify_all();
     }
 
-    /// Waits for the end of the pause, or until `is_over`, whose changes `wake` tells; no longer
-    /// than to `until`.
+    /// Waits for the end of the pause, until `is_over` (`wake` tells of its changes), or until the
+    /// time `until`.
     pub fn wait(&self, until: Option<Instant>, is_over: impl Fn() -> bool) {
         let mut looking = self.look();
         while self.is_asked() && !is_over() {

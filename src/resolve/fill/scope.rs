@@ -1,4 +1,4 @@
-//! What a fill covers: all memory, or a part of it.
+//! The memory that a fill covers: all of it, or a part.
 
 use crate::memory::block::Block;
 use crate::memory::pages::State;
@@ -20,8 +20,8 @@ impl Default for Scope {
 }
 
 impl Scope {
-    /// These addresses, in any order; those that are given twice (two slots may show the same
-    /// memory) count once.
+    /// A scope of these addresses, in any order. Addresses that are given twice (two slots may show
+    /// the same memory) count once.
     pub fn of(mut ranges: Vec<Range<u64>>) -> Scope {
         ranges.sort_by_key(|range| range.start);
         ranges.dedup_by(|next, last| {
@@ -34,20 +34,20 @@ impl Scope {
         Scope { ranges }
     }
 
-    /// What of a range of addresses is in it, from the lowest up.
+    /// The parts of a range of addresses that are in the scope, from the lowest up.
     pub fn within(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
         let first = self.ranges.partition_point(|r| r.end <= range.start);
         let touched = self.ranges[first..].iter().take_while(move |r| r.start < range.end);
         touched.map(move |r| r.start.max(range.start)..r.end.min(range.end))
     }
 
-    /// Its pages, block by block.
+    /// The pages in the scope, block by block.
     pub fn pages<'a>(&'a self, slots: &'a Slots) -> impl Iterator<Item = (&'a Arc<Block>, Range<u64>)> {
         let of_block = |b: &'a Arc<Block>| self.within(b.hva..b.hva + b.len).map(move |range| (b, b.pages_in(&range)));
         slots.blocks().flat_map(of_block)
     }
 
-    /// How many of its pages are in a state.
+    /// The number of pages in the scope that are in a state.
     pub fn count(&self, slots: &Slots, state: State) -> u64 {
         self.pages(slots).map(|(block, pages)| block.pages.count(pages, state)).sum()
     }

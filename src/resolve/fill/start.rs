@@ -24,7 +24,7 @@ impl Gate {
     }
 }
 
-/// Should a thread panic, nobody must wait for it.
+/// Ends the fill if a thread panics, so that no thread waits for it.
 pub struct EndOnPanic<'a>(pub &'a Fill);
 
 impl Drop for EndOnPanic<'_> {

@@ -14,17 +14,18 @@ use std::sync::atomic::{Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// So many pages that a resolver has announced (KVMFAULT_PENDING) may be outstanding for each thread.
+/// The most pages of each thread that a resolver has announced (KVMFAULT_PENDING) and not
+/// installed.
 const MAX_PENDING: usize = 64;
-/// A thread that has nothing to do looks again after this time; so it sees soon that it is to stop.
+/// How long a thread with nothing to do sleeps, and so how soon it sees that it is to stop.
 const IDLE_PAUSE: Duration = Duration::from_millis(1);
-/// The pause after tries without success grows to this.
+/// The longest pause after tries that failed.
 const MAX_PAUSE: Duration = Duration::from_millis(10);
-/// So many tries in a row that failed are the end: the resolver is dead.
+/// After this many failed tries in a row the fill fails: the resolver is dead.
 const MAX_FAILURES: u32 = 1000;
 
 impl Fill {
-    /// The first thread: works like the others, and besides reports, and sees the end.
+    /// The first thread: works like the others, and also reports, and ends the fill.
     pub(super) fn lead(&self, report: &Report) {
         let mut worker = Worker::default();
         let (mut reported, mut left_then) = (Instant::now(), self.total);
@@ -49,13 +50,13 @@ impl Fill {
             if self.work(&mut worker) {
                 continue;
             }
-            // What was announced and withdrawn is asked for again, whatever is still to come.
+            // Pages that were announced and withdrawn are fetched again, whatever else is left.
             let now = self.engine.memory.withdrawn.load(Relaxed);
             if std::mem::replace(&mut withdrawn, now) != now {
                 self.order.lock().map(|mut order| order.start_again()).unwrap_or_default();
                 continue;
             }
-            // The pass is over as soon as the others are done with what they have.
+            // The pass is over once the other threads are done with their pieces.
             if self.busy.load(SeqCst) > 0 || worker.has_pending() {
                 std::thread::sleep(IDLE_PAUSE);
                 continue;
@@ -78,7 +79,8 @@ impl Fill {
         report(&self.progress(reported, left_then));
     }
 
-    /// At the end of a pass, the `idle`-th in a row after which no less was left: is that the end?
+    /// The result of the fill, if it ends with this pass: the `idle`-th in a row after which no
+    /// fewer pages were left.
     fn result_of_pass(&self, left: u64, idle: u32) -> Option<Result<()>> {
         if self.options.only_first {
             self.note_first();
@@ -88,7 +90,7 @@ impl Fill {
             return match (self.options.finish)(&|| self.is_stopped()) {
                 // A page was discarded meanwhile.
                 Err(e) if e.errno == libc::EBUSY => None,
-                // Whether it was stopped or the VM freed, `lead` says.
+                // `lead` tells whether the fill was stopped or the VM freed.
                 Err(_) if self.is_stopped() => None,
                 result => Some(result),
             };
@@ -100,7 +102,7 @@ impl Fill {
         (is_over && !is_coming).then(|| Err(self.why(left)))
     }
 
-    /// Why so many pages are left.
+    /// The error that says why `left` pages are left.
     fn why(&self, left: u64) -> Error {
         let error = self.last_error.lock().ok().and_then(|mut error| error.take());
         let error = error.unwrap_or(Error::new(libc::ELOOP, "the resolver asks for retries without end"));
@@ -118,7 +120,7 @@ impl Fill {
         }
     }
 
-    /// False if a pause or the end came before the time was over.
+    /// Sleeps; false if a pause or the end of the fill came first.
     fn sleep(&self, time: Duration) -> bool {
         let until = Instant::now() + time;
         while !self.is_stopped() && !self.pause.is_asked() {
@@ -130,7 +132,7 @@ impl Fill {
         false
     }
 
-    /// Brings one piece; false if there is none now.
+    /// Fetches one piece; false if there is none now.
     fn work(&self, worker: &mut Worker) -> bool {
         if worker.is_full() {
             return false;
@@ -150,8 +152,8 @@ impl Fill {
         let is_time = self.sleep(self.limit.delay(piece.bytes()));
         let rest = if is_time { self.fetch(&piece, worker) } else { Some(piece.pages.start) };
         if let Some(rest) = rest {
-            // The thread is still busy with it: no other thread takes its pages, and
-            // without them what comes first isn't there.
+            // The thread still counts as busy with it: no other thread takes these pages, and what
+            // is fetched first is not complete without them.
             piece.pages.start = rest;
             self.limit.give_back(piece.bytes());
             worker.rest = Some(piece);
@@ -169,7 +171,8 @@ impl Fill {
         Some(piece)
     }
 
-    /// Is what comes first there? Nobody has a piece of it in worker, and no page of it is announced.
+    /// Notes when what is fetched first is complete: no thread has a piece of it, and no page of it
+    /// is announced.
     fn note_first(&self) {
         let is_taken =
             || self.order.lock().is_ok_and(|order| order.is_past_first() && self.busy_first.load(SeqCst) == 0);
@@ -191,8 +194,8 @@ impl Fill {
         }
     }
 
-    /// One page, and what comes with it; None while the fill is paused. A thread counts itself as
-    /// calling before it looks whether it may call. So a caller of `pause` that sees none calling
+    /// Fetches one page, and those around it; None while the fill is paused. A thread counts itself
+    /// as calling before it checks whether it may call: a caller of `pause` that sees none calling
     /// afterwards has seen the last call.
     fn call(&self, block: &Arc<Block>, page: u64, request: &FaultRequest<'_>) -> Option<Result<Outcome>> {
         self.calling.fetch_add(1, SeqCst);
@@ -201,7 +204,7 @@ impl Fill {
         answer
     }
 
-    /// Brings the pages of a piece; if a pause comes in between: the page that is next.
+    /// Fetches the pages of a piece. If a pause begins, returns the page that is next.
     fn fetch(&self, piece: &Piece, worker: &mut Worker) -> Option<u64> {
         let stats = self.engine.memory.stats.here();
         let (block, end) = (&piece.block, piece.pages.end);
@@ -215,7 +218,8 @@ impl Fill {
             let Some(answer) = self.call(block, next, &request) else { return Some(next) };
             page = next + 1;
             match answer {
-                // The resolver has been told the whole piece; what it doesn't fetch is for the next pass.
+                // The resolver was told the whole piece; what it does not install is fetched in the
+                // next pass.
                 Ok(Outcome::Pending) => {
                     worker.remember(block, next);
                     return None;
@@ -241,12 +245,12 @@ impl Fill {
     }
 }
 
-/// What one thread has in worker.
+/// The state of one thread.
 #[derive(Default)]
 struct Worker {
-    /// Pages that were announced.
+    /// Pages that the resolver has announced.
     pending: VecDeque<(Arc<Block>, u64)>,
-    /// What of its piece was not brought when a pause came.
+    /// The rest of its piece, which was not fetched when a pause began.
     rest: Option<Piece>,
 }
 
