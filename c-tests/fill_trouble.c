@@ -89,7 +89,7 @@ static void failing(void)
 	t.answer = -EREMOTEIO;
 	struct kvmfault_fill *fill = filling_start(&t, NULL);
 	struct kvmfault_fill_progress progress = KVMFAULT_FILL_PROGRESS_INIT;
-	REFUSED(kvmfault_fill_wait(fill, 60000), EREMOTEIO, "could not be brought");
+	REFUSED(kvmfault_fill_wait(fill, 60000), EREMOTEIO, "could not be fetched");
 	OK(kvmfault_fill_status(fill, &progress));
 	EQUAL("ended", progress.ended, 1);
 	EQUAL("pages left", progress.pages_left, bad);
@@ -175,7 +175,7 @@ static void dead_resolver(void)
 	machine_set_slot(&m, &ram, RAM_SLOT, RAM_GPA);
 	fill_options.threads = 4;
 	OK(kvmfault_fill_start(m.library, &fill_options, &fill));
-	REFUSED(kvmfault_fill_wait(fill, 30000), ECONNRESET, "could not be brought");
+	REFUSED(kvmfault_fill_wait(fill, 30000), ECONNRESET, "could not be fetched");
 	kvmfault_fill_free(fill);
 	CHECK(calls < 20000, "%lu calls", calls);
 	EQUAL("absent pages", kvmfault_pages_absent(m.library), ram.len / PAGE);

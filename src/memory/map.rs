@@ -110,7 +110,7 @@ pub(super) fn map_in_alias(memory: &Memory, block: &Block, run: Range<u64>, empt
                         continue;
                     }
                     Step::Exists => {
-                        fail!(EBUSY, "the page at hva {:#x} is dropped as fast as it comes", block.hva_of(page))
+                        fail!(EBUSY, "the page at hva {:#x} is dropped as fast as it is installed", block.hva_of(page))
                     }
                     step => step,
                 }

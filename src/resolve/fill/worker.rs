@@ -106,7 +106,7 @@ impl Fill {
     fn why(&self, left: u64) -> Error {
         let error = self.last_error.lock().ok().and_then(|mut error| error.take());
         let error = error.unwrap_or(Error::new(libc::ELOOP, "the resolver asks for retries without end"));
-        error.context(format!("{left} pages could not be brought"))
+        error.context(format!("{left} pages could not be fetched"))
     }
 
     pub(super) fn follow(&self) {
