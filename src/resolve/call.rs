@@ -31,10 +31,10 @@ impl Callback {
     /// Why an install failed that this callback called for, if that was with this errno. The errno
     /// is all that a resolver can return.
     #[cold]
-    pub fn failure(&self, errno: i32) -> Option<Error> {
+    pub fn failure(&self, errno: i32) -> Option<Box<Error>> {
         match STATE.get() & FAILED {
             0 => None,
-            _ => ERROR.take().filter(|error| error.errno == errno),
+            _ => ERROR.take().filter(|error| error.errno == errno).map(Box::new),
         }
     }
 }
@@ -98,7 +98,7 @@ mod tests {
         let call = Callback::enter();
         assert_eq!(call.failure(libc::EIO), None, "it was before this call");
         note_failure(&error(libc::EIO));
-        assert_eq!(call.failure(libc::EIO), Some(error(libc::EIO)));
+        assert_eq!(call.failure(libc::EIO), Some(Box::new(error(libc::EIO))));
         note_failure(&error(libc::EIO));
         assert_eq!(call.failure(libc::EINVAL), None, "the resolver returned another errno");
         note_failure(&error(libc::EFAULT));

@@ -293,7 +293,7 @@ impl Engine {
 
     /// Calls the resolver once, unless the page has become PRESENT in the meantime. Returns the
     /// answer, and with an errno the error of an install that the resolver called for.
-    fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> (Answer, Option<Error>) {
+    fn ask(&self, block: &Block, page: u64, fault: &Fault, stats: &Stats) -> (Answer, Option<Box<Error>>) {
         if block.pages.get(page) == State::Present {
             return (Answer::Resolved, None);
         }
@@ -343,7 +343,7 @@ impl Engine {
         block: &Block,
         page: u64,
         answer: Answer,
-        why: Option<Error>,
+        why: Option<Box<Error>>,
         fault: &Fault,
     ) -> Result<Fetched> {
         let is_present = block.pages.get(page) == State::Present;
