@@ -8,8 +8,6 @@ mod boundary;
 pub mod errors;
 pub mod fill;
 mod finalizer;
-#[cfg(test)]
-mod layout;
 pub mod memslots;
 pub mod pages;
 pub mod probe;

@@ -19,6 +19,9 @@ pub unsafe trait Versioned: Copy {
     const INIT: Self;
     /// Where each field begins and ends, in order; without `size`.
     const FIELDS: &'static [(usize, usize)];
+    /// Their names.
+    #[cfg(test)]
+    const NAMES: &'static [&'static str];
 }
 
 /// No structure of ours is longer than this; a larger size is a missing initialiser.
@@ -136,6 +139,8 @@ macro_rules! versioned {
                 let Self { size: _, $($field),* } = &Self::INIT;
                 &[$((std::mem::offset_of!(Self, $field), std::mem::offset_of!(Self, $field) + size_of_val($field))),*]
             };
+            #[cfg(test)]
+            const NAMES: &'static [&'static str] = &[$(stringify!($field)),*];
         }
     };
 }
@@ -281,6 +286,31 @@ mod tests {
         check::<kvmfault_file_range>("range");
         check::<kvmfault_fill_options>("options");
         check::<kvmfault_fill_progress>("progress");
+    }
+
+    /// src/capi/layout.txt records the ABI: the alignment and size of each structure, and the offset
+    /// and size of each field. tests/layout.rs compares C's layout with it.
+    #[test]
+    fn the_layout_is_the_recorded_one() {
+        fn lines<T: Versioned>(name: &str) -> String {
+            let mut lines = format!("{name}. {} {}\n", align_of::<T>(), size_of::<T>());
+            lines += &format!("{name}.size 0 {}\n", size_of::<usize>());
+            for (field, (start, end)) in T::NAMES.iter().zip(T::FIELDS) {
+                lines += &format!("{name}.{field} {start} {}\n", end - start);
+            }
+            lines
+        }
+        let mut fresh = String::new();
+        macro_rules! add {
+            ($($type:ident)*) => { $(fresh += &lines::<$type>(stringify!($type));)* };
+        }
+        add!(kvmfault_fault kvmfault_vm_options kvmfault_memslot kvmfault_region kvmfault_vcpu_options);
+        add!(kvmfault_memory_error_info kvmfault_probe kvmfault_stats kvmfault_file_range kvmfault_fill_options);
+        add!(kvmfault_fill_progress);
+        let recorded = include_str!("layout.txt");
+        let new: Vec<_> = fresh.lines().filter(|line| !recorded.lines().any(|known| known == *line)).collect();
+        let gone: Vec<_> = recorded.lines().filter(|line| !fresh.lines().any(|here| here == *line)).collect();
+        assert!(new.is_empty() && gone.is_empty(), "not recorded: {new:#?}; recorded, and not so: {gone:#?}");
     }
 
     #[test]
