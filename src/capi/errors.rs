@@ -1,4 +1,4 @@
-//! Errors.
+//! Errors: the message that goes with a -errno.
 
 use std::cell::UnsafeCell;
 use std::ffi::c_char;
@@ -9,10 +9,16 @@ thread_local! {
     static MESSAGE: UnsafeCell<[u8; MESSAGE_LEN]> = const { UnsafeCell::new([0; MESSAGE_LEN]) };
 }
 
-/// The message of the last call that failed in this thread; "" if none has. It says in English which argument or system call is to blame,
-/// and where possible what to do. Its text is for people: programs look at the -errno.
+/// The message of the last call that failed in this thread. It names, in English, the argument or
+/// the system call at fault and, where possible, what to do about it. The text is for people and
+/// may change in any version: programs go by the -errno. The functions for signal handlers
+/// (`kvmfault_vcpu_kick`, `kvmfault_vcpu_on_sigbus`) leave no message.
 ///
-/// The string is valid until the next failing call in this thread, or the thread's end. Never NULL. Any thread.
+/// Returns: a string, never NULL; "" if no call has failed in this thread.
+/// Threads: any.
+/// Callbacks: allowed.
+/// Lifetime: the string is valid until the next call that fails in this thread, or the thread's
+///   end.
 #[no_mangle]
 pub extern "C" fn kvmfault_last_error() -> *const c_char {
     MESSAGE.try_with(|message| message.get().cast_const().cast()).unwrap_or(c"".as_ptr())

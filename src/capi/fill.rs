@@ -1,4 +1,4 @@
-//! Background fill.
+//! Background fill: resolving what is absent while the guest runs.
 
 use super::boundary::{clear_out, not_in_callback, put, with, Handle, Opaque};
 use super::finalizer::Finalizer;
@@ -12,56 +12,63 @@ use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// `kvmfault_fill_options.flags`: memory stays as it is when nothing is absent any more, for a VMM that goes on to discard pages and have them
-/// brought again.
+/// In `kvmfault_fill_options.flags`: memory stays as it is when no page is absent any more, for a
+/// VMM that goes on to discard pages and to have them fetched again.
 pub const KVMFAULT_FILL_KEEP_ARMED: u32 = 1 << 0;
 
-/// `kvmfault_fill_options.flags`: huge pages are not recovered at the end.
+/// In `kvmfault_fill_options.flags`: don't recover huge pages at the end (MADV_COLLAPSE).
 pub const KVMFAULT_FILL_NO_COLLAPSE: u32 = 1 << 1;
 
-/// `kvmfault_fill_options.flags`: bring the working set, and leave the rest absent.
+/// In `kvmfault_fill_options.flags`: resolve the working set only, and leave the other pages
+/// absent.
 pub const KVMFAULT_FILL_WORKING_SET_ONLY: u32 = 1 << 2;
 
-/// A background fill. Opaque. What takes it `const` may be called from any thread.
+/// A background fill. Opaque.
 pub struct kvmfault_fill {
     _private: [u8; 0],
 }
 
-/// How a fill goes.
+/// Progress of a fill. Start from KVMFAULT_FILL_PROGRESS_INIT.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct kvmfault_fill_progress {
-    /// Set by KVMFAULT_FILL_PROGRESS_INIT; in the callback, sizeof(struct kvmfault_fill_progress) as the library knows it.
+    /// Set by KVMFAULT_FILL_PROGRESS_INIT; in the callback, sizeof(struct kvmfault_fill_progress)
+    /// as the library knows it.
     pub size: usize,
-    /// Pages that were absent when it began; of the fill's range, if it has one (`options.len`).
+    /// Pages of the fill's range that were absent when it began; of all memory, if it has no range.
     pub pages_total: u64,
-    /// Pages that are absent now; of the fill's range, if it has one.
+    /// Pages of the fill's range that are absent now; of all memory, if it has no range.
     pub pages_left: u64,
-    /// Calls of the resolver that failed. The pages are tried again.
+    /// Calls of the resolver that failed. Their pages are tried again.
     pub failures: u64,
-    /// At which rate memory came since the last report, whoever brought it.
+    /// Rate at which pages became present since the last report, whichever thread installed them;
+    /// in `kvmfault_fill_status`, since the fill began, pauses included.
     pub bytes_per_second: u64,
-    /// Milliseconds until nothing is absent, at this rate; -1 if that can't be told.
+    /// Milliseconds until no page is absent, at this rate; -1 if not known.
     pub eta_ms: i64,
-    /// 1 when the working set is there (or none was given).
+    /// 1 if the working set is present, or none was given.
     pub working_set_done: u32,
-    /// 1 when the fill is over, one way or another: `kvmfault_fill_wait` tells which.
+    /// 1 if the fill is over, in whichever way: `kvmfault_fill_wait` tells.
     pub ended: u32,
-    /// 1 between `kvmfault_fill_pause` and `kvmfault_fill_resume`; 0 when the fill is over.
+    /// 1 between `kvmfault_fill_pause` and `kvmfault_fill_resume`; 0 if the fill is over.
     pub paused: u32,
-    /// Threads of the fill that are in a call of the resolver, or on their way to one. When this is
-    /// 0 and `paused` 1, no call is under way for the fill, and none begins before
+    /// Threads of the fill that are in a call of the resolver, or about to make one. If this is 0
+    /// and `paused` is 1, no call is under way for the fill, and none begins before
     /// `kvmfault_fill_resume`. Pages that the resolver has announced (KVMFAULT_PENDING) may still
-    /// be on their way.
+    /// be outstanding.
     pub threads_calling: u32,
 }
 
-/// Told how a fill goes, every `interval_ms` and at the end, on a thread of the library. It may call what a resolver may, and the functions on
-/// fills except `_start` and `_wait`. `progress` lives during the call.
+/// Fill progress callback: called every `interval_ms` and at the end. `progress` is valid during
+/// the call.
+///
+/// Threads: one of the library's.
+/// Callbacks: those that say "allowed".
 pub type kvmfault_fill_callback =
     Option<unsafe extern "C" fn(opaque: *mut c_void, progress: *const kvmfault_fill_progress)>;
 
-/// What `kvmfault_fill_start` needs. Start from KVMFAULT_FILL_OPTIONS_INIT; all of it is optional.
+/// What `kvmfault_fill_start` needs; every field is optional. Start from
+/// KVMFAULT_FILL_OPTIONS_INIT.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct kvmfault_fill_options {
@@ -71,9 +78,10 @@ pub struct kvmfault_fill_options {
     pub threads: u32,
     /// Most pages in the window of one resolver call, 1 to 4096; 0 means 64.
     pub batch: u32,
-    /// A limit for all threads together; 0: none. Pages that the guest's own faults bring don't count.
+    /// Rate limit for all threads together; 0 means none. Pages of the guest's own faults don't
+    /// count.
     pub bytes_per_second: u64,
-    /// NULL, or told how it goes.
+    /// NULL, or the progress callback.
     pub progress: kvmfault_fill_callback,
     /// First argument of the callback.
     pub opaque: *mut c_void,
@@ -83,23 +91,24 @@ pub struct kvmfault_fill_options {
     pub interval_ms: u32,
     /// KVMFAULT_FILL_* bits.
     pub flags: u32,
-    /// -1, or a file that `kvmfault_working_set_save` wrote: those pages come first, in the order in which they were needed. A file that is
-    /// damaged, of another version, or of a VM with other memory is refused with -EINVAL and the reason; start without it then.
+    /// -1, or a file that `kvmfault_working_set_save` wrote: its pages are resolved first, in the
+    /// order in which they were needed then. A file that is damaged, of another version, or of a VM
+    /// with other memory is refused with -EINVAL and the reason; start without it then.
     pub working_set_fd: c_int,
     /// Must be 0.
     pub reserved: u32,
-    /// With `len`: the memory to fill, [gpa, gpa + len), guest physical, in bytes. The range may
-    /// span several slots, and holes between them; what is in no slot is skipped. Both are
-    /// multiples of 4096; a range that begins or ends in hugetlb memory does so between two pages
-    /// of it. An address that several address spaces have memory at is that of the first of them,
-    /// as for `kvmfault_pages_state`. It is the memory that is there when the fill starts: what
-    /// slots show later isn't added, and a slot that is deleted is left out. 0 if `len` is 0.
+    /// With `len`: the guest physical range to fill, [gpa, gpa + len). It may span slots and holes
+    /// between them; what is in no slot is skipped. Both are multiples of 4096; in hugetlb memory a
+    /// range begins and ends between two pages. An address at which several address spaces have
+    /// memory means the first of them, as for `kvmfault_pages_state`. The fill is for the memory
+    /// that is there when it starts: memory that slots show later isn't added, and a slot that is
+    /// deleted is left out. Must be 0 if `len` is 0.
     pub gpa: u64,
-    /// Length of the range; 0: all memory. Nothing outside of the range is brought, also not by the
-    /// working set (its pages outside are left out) or by what follows the vCPUs' faults. Memory
-    /// that is shown at a second address, too, may be asked for there. At the end of a fill with a
-    /// range memory stays as it is, as with KVMFAULT_FILL_KEEP_ARMED, whatever the range holds:
-    /// when the last of them is over, a fill without a range makes the memory ordinary.
+    /// Length of the range in bytes; 0 means all memory. Nothing outside of the range is resolved:
+    /// pages of the working set outside of it are left out. Memory that is shown at a second
+    /// address, too, may be asked for there. At the end of a fill with a range memory stays as with
+    /// KVMFAULT_FILL_KEEP_ARMED, whatever the range holds: after the last of them, a fill without a
+    /// range makes the memory ordinary.
     pub len: u64,
 }
 
@@ -144,22 +153,33 @@ fn progress_of(progress: &Progress) -> kvmfault_fill_progress {
     }
 }
 
-/// Starts to bring all absent pages (or those of a range: `options.gpa`, `options.len`) in the
-/// background, while the guest runs: threads of the library call the VM's resolver, with
-/// KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. What follows the vCPUs' latest faults comes first; a fault of the guest's own
-/// goes before the fill. A resolver may install the window or a part of it; it is asked again for the rest. A page that it announces
-/// (KVMFAULT_PENDING) is waited for, with up to 64 windows a thread under way.
+/// Starts to resolve all absent pages, or those of a range (`options.gpa`, `options.len`), in the
+/// background while the guest runs: threads of the library call the VM's resolver, with
+/// KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. Pages behind the vCPUs' latest
+/// faults come first, and a fault of the guest's own takes precedence. A resolver may install the
+/// window or a part of it; it is called again for the rest. The fill waits for announced pages
+/// (KVMFAULT_PENDING), with up to 64 windows outstanding a thread.
 ///
-/// When nothing is absent any more the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED or
-/// a range is given): fast-only flags and traps are
-/// taken away, userfaultfd is unregistered, and huge pages are recovered (MADV_COLLAPSE), so that the guest runs as if its memory had never been
-/// absent. `kvmfault_pages_discard` then fails with -EBUSY (`kvmfault_pages_give_back` works on), and a slot that is set anew on that memory is an ordinary one, until
+/// When no page is absent any more, the memory becomes ordinary (unless KVMFAULT_FILL_KEEP_ARMED or
+/// a range is given): fast-only flags and markers are removed, userfaultfd is unregistered, and
+/// huge pages are recovered (MADV_COLLAPSE, Linux 6.1), so that the guest runs as if its memory had
+/// never been absent. Then `kvmfault_pages_discard` fails with -EBUSY (`kvmfault_pages_give_back`
+/// still works), and a slot that is set anew on that memory is an ordinary one, until
 /// `kvmfault_memslot_set_fast_only(.., 1)`. Memory with lost pages stays as it is.
 ///
-/// On success *fill is the new handle, to be freed with `kvmfault_fill_free`; on an error it is NULL, and `finalizer` is not called. Errors: -EINVAL
-/// (an argument; the message names it), -ENOENT (no slot holds any of the range), -EBUSY (a fill of
-/// this VM is under way), -EOPNOTSUPP (KVMFAULT_VM_EXTERNAL_UFFD), -EAGAIN (no thread can be
-/// started), -EBADF. Any thread; not from callbacks.
+/// Returns: 0, and *fill is the new handle; on an error *fill is NULL, and `finalizer` is not
+///   called.
+/// Errors:
+///   -EINVAL: an argument; the message names it.
+///   -ENOENT: no slot holds any of the range.
+///   -EBUSY: a fill of this VM is under way.
+///   -EOPNOTSUPP: the VM has KVMFAULT_VM_EXTERNAL_UFFD.
+///   -EAGAIN: no thread can be started.
+///   -EBADF: `working_set_fd` is closed.
+/// Threads: any.
+/// Callbacks: refused with -EDEADLK.
+/// Lifetime: free it with `kvmfault_fill_free`, before or after the VM. `options` may go when this
+///   returns, `opaque` when the finalizer has run.
 ///
 /// # Safety
 /// The pointers are NULL or valid, and the callbacks are as the header says.
@@ -206,15 +226,21 @@ pub unsafe extern "C" fn kvmfault_fill_start(
     })
 }
 
-/// Waits for the end of a fill, `timeout_ms` milliseconds at most (negative: for as long as it takes).
+/// Waits for the end of a fill, `timeout_ms` milliseconds at most; a negative value means without
+/// limit.
 ///
-/// Returns 0: nothing is absent any more, the memory is ordinary, and no resolver call is under way for it (a thread may have been on its way while
-/// the last pages came): what the resolver reads from can be put away. With a range,
-/// KVMFAULT_FILL_KEEP_ARMED or _WORKING_SET_ONLY only that it was brought. -ETIMEDOUT: not yet, and
-/// not while the fill is paused (`kvmfault_fill_pause`). -ECANCELED: it was stopped. -ESHUTDOWN:
-/// the VM was freed. Else
-/// the error of the resolver that kept the rest from being brought; those pages are absent as before, and another fill may be started. Any thread,
-/// several at once too; not from callbacks.
+/// Returns: 0: no page is absent any more, the memory is ordinary, and no resolver call is under
+///   way for it (a thread may have been in one while the last pages arrived): what the resolver
+///   reads from may go. With a range, KVMFAULT_FILL_KEEP_ARMED or KVMFAULT_FILL_WORKING_SET_ONLY:
+///   that part has been resolved, no more.
+/// Errors:
+///   -ETIMEDOUT: not yet; while it is paused, a fill doesn't end (`kvmfault_fill_pause`).
+///   -ECANCELED: it was stopped.
+///   -ESHUTDOWN: the VM was freed.
+///   The -errno of the resolver that kept the other pages from being installed: they are absent as
+///     before, and another fill may be started.
+/// Threads: any, several at once too.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `fill` is NULL or a handle of this library.
@@ -227,8 +253,15 @@ pub unsafe extern "C" fn kvmfault_fill_wait(fill: *const kvmfault_fill, timeout_
     })
 }
 
-/// The same, but waits only until the working set is there (`options.working_set_fd`): a good time to start the guest. Pages of it that the
-/// resolver failed for are not waited for.
+/// Waits until the working set (`options.working_set_fd`) is present, which is a good time to start
+/// the guest. `timeout_ms` is as for `kvmfault_fill_wait`. Pages of it for which the resolver
+/// failed are not waited for.
+///
+/// Returns: 0: the working set is present.
+/// Errors:
+///   Those of `kvmfault_fill_wait`.
+/// Threads: any, several at once too.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `fill` is NULL or a handle of this library.
@@ -241,8 +274,13 @@ pub unsafe extern "C" fn kvmfault_fill_wait_working_set(fill: *const kvmfault_fi
     })
 }
 
-/// How a fill goes; the rate is the average since it began, pauses included. Any thread, also in
-/// callbacks.
+/// Tells the progress of a fill.
+///
+/// Returns: 0, and *progress is filled in.
+/// Errors:
+///   -EINVAL: `progress` is NULL, or its size is wrong.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// The pointers are NULL or valid.
@@ -258,19 +296,20 @@ pub unsafe extern "C" fn kvmfault_fill_status(
     })
 }
 
-/// Pauses a fill, and waits for nothing: a resolver call that is under way ends when it ends, and
-/// what it brings is there; no further one begins for the fill until `kvmfault_fill_resume`.
+/// Pauses a fill, without waiting: a resolver call that is under way ends in its own time, and what
+/// it installs is present; no further one begins for the fill until `kvmfault_fill_resume`.
 /// `kvmfault_fill_status` tells when the last one has ended (`threads_calling` is 0). The guest's
-/// own faults are served as ever.
+/// own faults are served as always. The fill's threads sleep.
 ///
-/// A fill that is paused doesn't end by itself, also if other threads bring what is absent:
-/// `kvmfault_fill_wait` goes on waiting, to its timeout. (If nothing was absent any more before
-/// this call, the end, and memory that becomes ordinary, may be on their way.) Reports go on to
-/// come, with `paused` set. Stopping and freeing it, and freeing or closing the VM, end it as ever.
-/// Its threads sleep.
+/// A fill doesn't end by itself while it is paused, not even if other threads install what is
+/// absent: `kvmfault_fill_wait` waits on, to its timeout. (If no page was absent before this call,
+/// the end may be under way, and memory may become ordinary.) Reports continue, with `paused` set.
+/// Stopping and freeing the fill, and freeing or closing the VM, end it as always.
 ///
-/// Returns 0, also if the fill is paused already or over; -EINVAL (NULL), -EBADF. Any thread, also
-/// in callbacks.
+/// Returns: 0, also if the fill is paused already or over.
+/// Errors: common errors only.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// `fill` is NULL or a handle of this library.
@@ -282,13 +321,14 @@ pub unsafe extern "C" fn kvmfault_fill_pause(fill: *const kvmfault_fill) -> c_in
     })
 }
 
-/// Has a fill that is paused go on where it was. One call is enough, however often
-/// `kvmfault_fill_pause` was called. `options.bytes_per_second` counts from now on: time in which
-/// nothing came allows no more later. Pages for which the resolver failed before are tried again
-/// before the fill gives up for them.
+/// Resumes a paused fill where it was. One call is enough, however often `kvmfault_fill_pause` was
+/// called. `options.bytes_per_second` counts from now on: the pause earns no higher rate. Pages for
+/// which the resolver failed before are tried again before the fill gives up on them.
 ///
-/// Returns 0, also if the fill isn't paused or is over; -EINVAL (NULL), -EBADF. Any thread, also in
-/// callbacks.
+/// Returns: 0, also if the fill isn't paused or is over.
+/// Errors: common errors only.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// `fill` is NULL or a handle of this library.
@@ -300,8 +340,14 @@ pub unsafe extern "C" fn kvmfault_fill_resume(fill: *const kvmfault_fill) -> c_i
     })
 }
 
-/// Asks a fill to stop, and waits for nothing: a resolver call that is under way ends when it ends. Nothing is lost: what was not brought is absent as
-/// before, and another fill may be started when this one has ended (`kvmfault_fill_wait` tells). Any thread, also in callbacks.
+/// Asks a fill to stop, without waiting: a resolver call that is under way ends in its own time.
+/// Pages that were not installed are absent as before, and another fill may be started when this
+/// one has ended (`kvmfault_fill_wait` tells).
+///
+/// Returns: 0.
+/// Errors: common errors only.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// `fill` is NULL or a handle of this library.
@@ -313,10 +359,13 @@ pub unsafe extern "C" fn kvmfault_fill_stop(fill: *const kvmfault_fill) -> c_int
     })
 }
 
-/// Stops a fill, if it isn't over, and gives its handle back. NULL is allowed. Waits for nothing; until a resolver call that is under way has ended
-/// another fill is refused (-EBUSY). Any thread, also from callbacks.
+/// Stops a fill if it isn't over, and frees the handle, without waiting. NULL is allowed. Until a
+/// resolver call that is under way has ended, another fill is refused (-EBUSY).
 ///
-/// The finalizer doesn't wait for this call: it runs when the last call of `progress` (with `ended` set) has returned.
+/// Threads: any.
+/// Callbacks: allowed.
+/// Lifetime: `opaque` stays until the finalizer has run. It doesn't wait for this call: it runs
+///   when the last call of `progress` (with `ended` set) has returned.
 ///
 /// # Safety
 /// `fill` is NULL or a handle of this library.

@@ -1,4 +1,4 @@
-//! Memslots.
+//! Memslots: guest memory, as KVM_SET_USER_MEMORY_REGION knows it.
 
 use super::boundary::{not_in_callback, with};
 use super::structs::{self, Out};
@@ -8,39 +8,46 @@ use crate::kernel::host_memory::HostMemory;
 use crate::vm::memslots::{MemoryKind, SlotRequest};
 use std::ffi::{c_int, c_void};
 
-/// What a memslot's memory is; the library checks it against /proc/self/maps. AUTO accepts whatever it finds.
+/// In `kvmfault_memslot.memory`: whatever /proc/self/maps says that the memory is.
 pub const KVMFAULT_MEMORY_AUTO: c_int = 0;
 
-/// Private anonymous memory (MAP_PRIVATE | MAP_ANONYMOUS), 4 KiB pages or transparent huge pages.
+/// In `kvmfault_memslot.memory`: private anonymous memory (MAP_PRIVATE | MAP_ANONYMOUS), of 4 KiB
+/// pages or transparent huge pages.
 pub const KVMFAULT_MEMORY_ANON: c_int = 1;
 
-/// Shared memory: memfd, a file in tmpfs, or MAP_SHARED | MAP_ANONYMOUS.
+/// In `kvmfault_memslot.memory`: shared memory (memfd, a file in tmpfs, MAP_SHARED |
+/// MAP_ANONYMOUS).
 pub const KVMFAULT_MEMORY_SHARED: c_int = 2;
 
-/// hugetlb memory, private or shared.
+/// In `kvmfault_memslot.memory`: hugetlb memory, private or shared.
 pub const KVMFAULT_MEMORY_HUGETLB: c_int = 3;
 
-/// `kvmfault_memslot.flags`: nothing but vCPUs touches absent pages of this memory: no thread of the VMM, no system call,
-/// no device, no vhost. Lets `poison-trap` work on private anonymous memory. A host access to an absent page then ends in
-/// SIGBUS (threads) or EFAULT (system calls) instead of waiting.
+/// In `kvmfault_memslot.flags`: only vCPUs touch absent pages of this memory: no thread of the VMM,
+/// no system call, no device, no vhost. This lets `poison-trap` work on private anonymous memory.
+/// An access by this process to an absent page raises SIGBUS (a thread) or is EFAULT (a system
+/// call) and doesn't wait.
 pub const KVMFAULT_MEMSLOT_VCPU_ONLY: u32 = 1 << 0;
 
-/// `kvmfault_memslot.flags`: all pages are present at the start (a post-copy destination after its pre-copy phase);
-/// `kvmfault_pages_discard` makes absent those that are to be fetched. A page that is present and has nothing in it (a hole of the file, private memory
-/// that was never touched, a page that was given back) reads as zeros, for the guest, this process and KVM.
+/// In `kvmfault_memslot.flags`: all pages are present at the start, as at the destination of a
+/// post-copy after its pre-copy phase; `kvmfault_pages_discard` then makes absent those that are to
+/// be fetched. A page that is present and has no memory (a hole of the file, private memory that
+/// was never touched, a page that was given back) reads as zeros, for the guest, this process and
+/// KVM.
 pub const KVMFAULT_MEMSLOT_PRESENT: u32 = 1 << 1;
 
-/// `kvmfault_memslot.flags`, when deleting (`len` 0): keep the page states of the memory and stay registered with
-/// userfaultfd, for a VMM that deletes a slot to create it anew in another shape. Ends with `kvmfault_vm_free`, or with
-/// deleting a slot of the same memory without this flag. While no slot shows the memory, the VMM's threads and system calls wait at absent pages, and
-/// the resolver isn't called for them.
+/// In `kvmfault_memslot.flags`, for deleting (`len` 0): keep the page states of the memory and stay
+/// registered with userfaultfd, for a VMM that deletes a slot to create it anew in another shape.
+/// Ends with `kvmfault_vm_free`, or with deleting a slot of the same memory without this flag.
+/// While no slot shows the memory, threads and system calls of this process that touch absent pages
+/// wait, and the resolver isn't called for them.
 pub const KVMFAULT_MEMSLOT_KEEP: u32 = 1 << 2;
 
-/// `kvmfault_memslot.flags`: start with the fast path off, as if `kvmfault_memslot_set_fast_only(vm, slot, 0)` had been called.
+/// In `kvmfault_memslot.flags`: start with the fast path off, as after
+/// `kvmfault_memslot_set_fast_only(vm, slot, 0)`.
 pub const KVMFAULT_MEMSLOT_SLOW: u32 = 1 << 3;
 
-/// A memslot: what KVM_SET_USER_MEMORY_REGION takes, and what the library has to know of the memory. Start from
-/// KVMFAULT_MEMSLOT_INIT.
+/// A memslot: what KVM_SET_USER_MEMORY_REGION takes, and what the library has to know about the
+/// memory. Start from KVMFAULT_MEMSLOT_INIT.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct kvmfault_memslot {
@@ -48,37 +55,47 @@ pub struct kvmfault_memslot {
     pub size: usize,
     /// KVM's number of the memslot: id in bits 0-15, address space in bits 16-31.
     pub slot: u32,
-    /// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY or 0. The fast-only flag is the library's to set. (With `poison-trap` the kernel does not
-    /// tell where in read-only slots a fault is: the first fault brings all that is absent in them.)
+    /// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY or 0; the fast-only flag is set by the library.
+    /// (With `poison-trap` the kernel doesn't tell where in a read-only slot a fault is: the first
+    /// fault resolves all absent pages in it.)
     pub kvm_flags: u32,
-    /// Guest physical address of the first byte; aligned to the memory's page size.
+    /// Guest physical address of the first byte; a multiple of the memory's page size.
     pub gpa: u64,
     /// Length in bytes, a multiple of the memory's page size. 0 deletes the slot.
     pub len: u64,
-    /// The memory in this process: mapped, readable and writable, of one kind throughout, in one mapping or several side by side. It must
-    /// stay mapped, and must not be mapped over, until the slot is deleted. Accesses through this mapping bring absent pages: loads and stores, and
-    /// system calls that are given its addresses. Nothing else does: another process that maps the memory (a vhost-user backend), a second mapping
-    /// in this one, and I/O on `fd` read zeros in absent pages, and what they write there is lost when the page comes. `kvmfault_pages_resolve`
-    /// beforehand makes them right.
-    pub hva: *mut c_void,
-    /// NULL, or the start of the larger block of host memory (QEMU's RAMBlock) that the slot is a window of. Page states
-    /// belong to the block: slots that overlap in host memory must name the same block (the same `hva` and `len` is the
-    /// block where this is NULL).
-    pub block_hva: *mut c_void,
-    /// Length in bytes of that block.
-    pub block_len: u64,
-    /// KVMFAULT_MEMORY_*. Where /proc/self/maps can't be read (a chroot without /proc, Landlock) it is taken at its word, as far as system calls don't tell
-    /// otherwise, and must not be AUTO for memory in several mappings side by side; that the memory is readable and writable is not checked there.
-    pub memory: c_int,
-    /// The descriptor that the memory is a shared mapping of, or -1. `poison-trap` on shared hugetlb memory needs it
-    /// (the kernel can't duplicate such a mapping without; memory of several files is opened anew instead, which needs /proc, and
-    /// CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN). Where /proc/self/maps can't be read it is also needed for any hugetlb memory, and for shared memory that is
-    /// several mappings (of this one file) side by side; it is taken at its word then. Duplicated where it is used: it may be closed afterwards.
+    /// Address of the memory in this process: mapped, readable and writable, of one kind
+    /// throughout, in one mapping or in several that adjoin. It must stay mapped, and must not be
+    /// mapped over, until the slot is deleted.
     ///
-    /// pread, pwrite, sendfile, splice and copy_file_range on it don't see that a page is absent: they read zeros, and what they write is lost when
-    /// the page comes. Call `kvmfault_pages_resolve` for the range first.
+    /// Loads, stores and system calls that use addresses of this mapping resolve absent pages. No
+    /// other access does: another process that maps the memory (a vhost-user backend), a second
+    /// mapping in this process, and I/O on `fd` read zeros in absent pages, and what they write is
+    /// lost when the page is installed. Call `kvmfault_pages_resolve` for the range before such an
+    /// access.
+    pub hva: *mut c_void,
+    /// NULL, or the start of the larger block of memory (QEMU's RAMBlock) of which the slot shows a
+    /// part. Page states belong to the block: slots that overlap in this process's memory must name
+    /// the same block. NULL means that `hva` and `len` are the block.
+    pub block_hva: *mut c_void,
+    /// Length of that block in bytes; 0 if `block_hva` is NULL.
+    pub block_len: u64,
+    /// KVMFAULT_MEMORY_*. The library compares it with /proc/self/maps. If that can't be read (a
+    /// chroot without /proc, Landlock), this value is believed as far as no system call contradicts
+    /// it, and must not be AUTO for memory in several adjoining mappings; that the memory is
+    /// readable and writable is then not checked.
+    pub memory: c_int,
+    /// The descriptor that the memory is a shared mapping of, or -1. Needed by `poison-trap` for
+    /// shared hugetlb memory, of which the kernel can't duplicate a mapping (memory of several
+    /// files is opened anew instead, which needs /proc and CAP_CHECKPOINT_RESTORE or
+    /// CAP_SYS_ADMIN). Also needed, if /proc/self/maps can't be read, for any hugetlb memory and
+    /// for shared memory in several adjoining mappings (of this one file); it is believed then.
+    /// Duplicated where it is used: the VMM may close its own.
+    ///
+    /// pread(2), pwrite(2), sendfile(2), splice(2) and copy_file_range(2) on this descriptor don't
+    /// notice absent pages: they read zeros, and what they write is lost when the page is
+    /// installed. Call `kvmfault_pages_resolve` for the range first.
     pub fd: c_int,
-    /// Where in that file `block_hva` (or `hva` without a block) begins, in bytes.
+    /// Offset in that file, in bytes, at which `block_hva` (or `hva`, without a block) begins.
     pub fd_offset: u64,
     /// KVMFAULT_MEMSLOT_* bits.
     pub flags: u32,
@@ -86,7 +103,8 @@ pub struct kvmfault_memslot {
     pub reserved: u32,
 }
 
-/// What a VMM that does its own ioctl passes to KVM (`kvmfault_memslot_prepare`). Start from KVMFAULT_REGION_INIT.
+/// What a VMM that does its own ioctl passes to KVM (`kvmfault_memslot_prepare`). Start from
+/// KVMFAULT_REGION_INIT.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct kvmfault_region {
@@ -94,72 +112,70 @@ pub struct kvmfault_region {
     pub size: usize,
     /// 1: KVM_SET_USER_MEMORY_REGION is enough. 2: KVM_SET_USER_MEMORY_REGION2 is needed.
     pub ioctl_version: u32,
-    /// As in the memslot.
+    /// `slot` of the memslot.
     pub slot: u32,
-    /// KVM's flags: the memslot's own and the fast-only flag.
+    /// Flags for KVM: the memslot's own and the fast-only flag.
     pub flags: u32,
     /// Always 0.
     pub reserved: u32,
-    /// As in the memslot.
+    /// `gpa` of the memslot.
     pub guest_phys_addr: u64,
-    /// As in the memslot; 0 deletes.
+    /// `len` of the memslot; 0 deletes.
     pub memory_size: u64,
-    /// The address to give to KVM: the memslot's `hva`, or the library's private alias of it. The alias is a mapping for itself: what the VMM
-    /// does to its own (mprotect, a userfaultfd's write protection) doesn't stop vCPUs there, also when nothing is absent any more.
-    /// A VMM that needs that deletes the slot, and sets it with its own address without the library.
+    /// Address for KVM: the memslot's `hva`, or that of the library's private mapping of the same
+    /// memory. What the VMM does to its own mapping (mprotect(2), write protection by a
+    /// userfaultfd) doesn't stop vCPUs in that private mapping, also when no page is absent any
+    /// more. A VMM that needs to stop them deletes the slot and sets it with its own address,
+    /// without the library.
     pub userspace_addr: u64,
-    /// For the KVM Userfault ABI: goes to the field of that name; otherwise 0.
+    /// With the KVM Userfault ABI: goes to the field of that name in the ioctl's argument.
+    /// Otherwise 0.
     pub userfault_bitmap: u64,
 }
 
-/// Creates, moves or deletes (`len` 0) a memslot, and tells KVM (KVM_SET_USER_MEMORY_REGION or _REGION2). All its pages are absent at
-/// the start, unless KVMFAULT_MEMSLOT_PRESENT is given or the memory is known from another slot. What shared memory holds all the same
-/// (preallocated, used before) nobody sees until `kvmfault_pages_map` shows it; `kvmfault_pages_install` replaces it.
+/// Creates, moves or deletes (`len` 0) a memslot and tells KVM (KVM_SET_USER_MEMORY_REGION or
+/// _REGION2). All of its pages are absent at the start, unless KVMFAULT_MEMSLOT_PRESENT is given or
+/// another slot shows the same memory already. If shared memory has content at that time (it was
+/// preallocated, or used before), neither the guest nor this process sees it until
+/// `kvmfault_pages_map` shows it; `kvmfault_pages_install` replaces it. Deleting a slot wakes the
+/// threads that wait for its pages; memory that no other slot shows becomes ordinary memory, in
+/// which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP).
 ///
-/// Threads may touch the memory while this is under way: they wait for their pages as ever, and the resolver may be called for these before this
-/// has returned.
+/// Threads may touch the memory during the call: they wait for their pages as always, and the
+/// resolver may be called for these pages before the call has returned.
 ///
-/// KVM's ioctl waits for each vCPU that is in the middle of a fault inside KVM_RUN, also of one
-/// that sleeps there for a page (`userfaultfd`; a slot whose fast path is off). So that this call,
-/// deleting and `kvmfault_memslot_set_fast_only` don't wait for the source of the page, the vCPUs
-/// are made to leave KVM_RUN for a moment when the ioctl has taken 10 ms: by their kick signal,
-/// which is no kick and which the VMM doesn't see (see `kvmfault_vcpu_options.kick_signal`). Two
-/// limits. Before Linux 6.2, and wherever the vCPU sleeps in a copy that KVM makes (an instruction
-/// that it emulates: all of CPL 0 on a KVM without hardware virtualisation), the call waits until
-/// the page is brought or lost; in such a copy the vCPU's thread uses a CPU meanwhile. And a VMM
-/// that does the ioctl itself (`kvmfault_memslot_prepare`) waits likewise: it kicks its vCPUs and
-/// keeps them out of KVM_RUN until the ioctl has returned, or does the ioctl on a thread that may
-/// wait.
+/// KVM's ioctl waits for each vCPU that is in the middle of a fault inside KVM_RUN, also for one
+/// that sleeps there for a page (`userfaultfd`, or a slot whose fast path is off). So that this
+/// function and `kvmfault_memslot_set_fast_only` don't wait until the page is supplied, the library
+/// makes the vCPUs leave KVM_RUN for a moment once the ioctl has taken 10 ms: it sends their kick
+/// signal, which doesn't count as a kick and which the VMM doesn't see (see
+/// `kvmfault_vcpu_options.kick_signal`). There are two limits. Before Linux 6.2, and if the vCPU
+/// sleeps in a copy that KVM makes for an emulated instruction (all of CPL 0 on a KVM without
+/// hardware virtualization), the call waits until the page is installed or lost; during such a copy
+/// the vCPU's thread uses a CPU. And a VMM that does the ioctl itself (`kvmfault_memslot_prepare`)
+/// waits likewise: it kicks its vCPUs and keeps them out of KVM_RUN until the ioctl has returned,
+/// or does the ioctl on a thread that may wait.
 ///
-/// On an error nothing has changed. Deleting a slot wakes whoever waits for its pages; memory that no other slot shows becomes ordinary
-/// memory again, in which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP). With `block_hva` that is all of the block's memory, when
-/// the last slot that shows a part of it is deleted.
+/// Private memory of a deleted slot can be set again once it has been dropped (MADV_DONTNEED) and
+/// if no thread touches it until this function has returned. A thread that waited for a page of the
+/// deleted slot continues after the deleting call has returned, and reads a page of zeros, which is
+/// content (-EEXIST): wait for such threads before dropping the memory.
 ///
-/// When a slot has been deleted, or replaced by one on other memory, the library no longer touches that memory: the VMM
-/// may unmap it or use it for something else as soon as this call has returned. The call waits for
-/// threads that are inside a system call on that memory, in `kvmfault_vcpu_run` or in a call on its
-/// pages; later ones do nothing (-ENOENT). What remains for the VMM to do:
-///
-/// - A resolver call for one of the pages may still be under way, or begin just now. The library
-///   refuses its installs with -ENOENT, but what the resolver itself writes at `fault->hva` or to the
-///   memory's file is not the library's.
-/// - An install whose source doesn't answer is waited for one second. It can't reach the memory
-///   unless that is registered with a userfaultfd again. Setting a slot there is -EBUSY until the
-///   install has ended; with a userfaultfd of its own the VMM waits until the install has returned.
-/// - A vCPU inside KVM_RUN uses the memory until KVM knows that the slot is gone: with
-///   `kvmfault_memslot_prepare`, until the VMM's own ioctl has returned.
-///
-/// Private memory of a deleted slot can be set again when it has been dropped (MADV_DONTNEED) and no
-/// thread touches it until this has returned. A thread that waited for a page of the deleted slot
-/// goes on after the deleting call has returned: what it reads then is a page of zeros, which is
-/// content (-EEXIST). So wait for such threads before the memory is dropped.
-///
-/// Errors: -EINVAL (an argument; the message names it), -EEXIST (the guest range overlaps another slot, or there is content already that
-/// can't be hidden: in private memory, in memory that is locked, and in any before Linux 5.14), -EFAULT and -EACCES (hva isn't mapped, or
-/// not readable and writable), -EBADF (`fd` is closed), -EBUSY (the memory is registered with another userfaultfd, or an install that
-/// began under an earlier slot has not ended there), -ENOENT (deleting what
-/// is not set), -EOPNOTSUPP (the forced mechanism can't serve this memory), -ESHUTDOWN (the VM was freed meanwhile), the errno of reader
-/// threads that can't read (see `kvmfault_vm_new`), or KVM's errno. Any thread; calls take turns; not from callbacks.
+/// Returns: 0. On an error nothing has changed.
+/// Errors:
+///   -EINVAL: an argument; the message names it.
+///   -EEXIST: the guest range overlaps another slot; or the memory has content that can't be
+///     hidden: in private memory, in locked memory, and in any memory before Linux 5.14.
+///   -EFAULT, -EACCES: `hva` isn't mapped, or isn't readable and writable.
+///   -EBADF: `fd` is closed.
+///   -EBUSY: the memory is registered with another userfaultfd.
+///   -ENOENT: the slot to delete is not set.
+///   -EOPNOTSUPP: the forced mechanism can't serve this memory.
+///   -ESHUTDOWN: the VM was freed meanwhile.
+///   The errno of reader threads that can't read (see `kvmfault_vm_new`), or KVM's errno.
+/// Threads: any; calls take turns.
+/// Callbacks: refused with -EDEADLK.
+/// Lifetime: the memory stays mapped until the slot is deleted. `slot` may go when this returns.
 ///
 /// # Safety
 /// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.
@@ -173,10 +189,17 @@ pub unsafe extern "C" fn kvmfault_memslot_set(vm: *const kvmfault_vm, slot: *con
     })
 }
 
-/// The same for a VMM that does its own ioctl: registers the slot and fills in *region with what KVM is to be told. From then on the
-/// library takes the slot for set. To delete (also before a slot is set anew on other memory): first KVM, then this with `len` 0. If the VMM's ioctl fails, undo with `len` 0.
+/// Registers a memslot as `kvmfault_memslot_set` does, for a VMM that does the ioctl itself: fills
+/// in *region with what to pass to KVM. From then on the library regards the slot as set. If the
+/// VMM's ioctl fails, call this with `len` 0 to undo. To delete a slot, also before it is set anew
+/// on other memory: first tell KVM, then call this with `len` 0.
 ///
-/// Errors as `kvmfault_memslot_set`. Any thread; calls take turns; not from callbacks.
+/// Returns: 0. On an error nothing has changed.
+/// Errors:
+///   Those of `kvmfault_memslot_set`, KVM's errno for the ioctl excepted.
+/// Threads: any; calls take turns.
+/// Callbacks: refused with -EDEADLK.
+/// Lifetime: as for `kvmfault_memslot_set`.
 ///
 /// # Safety
 /// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.
@@ -250,19 +273,26 @@ unsafe fn request(slot: &kvmfault_memslot) -> Result<SlotRequest> {
     })
 }
 
-/// Turns the fast path of a slot on (1) or off (0) while vCPUs run, as post-copy does when it begins and ends. Off, absent pages are still
-/// brought, by classic userfaultfd. `slot` is KVM's number (address space in bits 16-31). With the mechanism `userfaultfd` there is no
-/// fast path, and this does nothing.
+/// Turns the fast path of a slot on (1) or off (0) while vCPUs run, as post-copy does when it
+/// begins and ends. While it is off, classic userfaultfd serves absent pages. `slot` is KVM's
+/// number (address space in bits 16-31). The mechanism `userfaultfd` has no fast path: this does
+/// nothing. vCPUs that sleep for a page don't delay the call, with the limits that
+/// `kvmfault_memslot_set` names.
 ///
-/// With KVMFAULT_VM_EXTERNAL_UFFD, off is the end of a post-copy: when this has returned 0, no thread is in a resolver call any more for a page of
-/// the slot's memory that is there (one may have been on its way while the last pages came); if all are, what the resolver looks at can be put
-/// away. So don't hold a lock that the resolver takes. -EBUSY: a page is missing (`poison-trap` only), or such a call has not returned for ten
-/// seconds (the fast path is off then; call again).
+/// With KVMFAULT_VM_EXTERNAL_UFFD, 0 ends a post-copy: when this has returned 0, no thread is in a
+/// resolver call for a page of the slot's memory that is present (one may have been under way while
+/// the last pages arrived); if all are present, what the resolver uses may go. So the caller must
+/// not hold a lock that the resolver takes.
 ///
-/// A vCPU that sleeps for a page doesn't hold it up, with the limits that `kvmfault_memslot_set`
-/// names.
-///
-/// Errors: -ENOENT (no such slot), -EINVAL (`on`), or KVM's errno. Any thread; calls take turns; not from callbacks.
+/// Returns: 0.
+/// Errors:
+///   -ENOENT: `slot` is not set.
+///   -EINVAL: `on` is neither 0 nor 1.
+///   -EBUSY: with KVMFAULT_VM_EXTERNAL_UFFD, a page is missing (`poison-trap`); or a resolver call
+///     has not returned for ten seconds (the fast path is off then; call again).
+///   KVM's errno.
+/// Threads: any; calls take turns.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
@@ -277,7 +307,13 @@ pub unsafe extern "C" fn kvmfault_memslot_set_fast_only(vm: *const kvmfault_vm, 
     })
 }
 
-/// The mechanism of one slot: KVMFAULT_MECHANISM_*, or -ENOENT. Any thread.
+/// The mechanism that serves one slot. `slot` is KVM's number.
+///
+/// Returns: KVMFAULT_MECHANISM_*, never AUTO.
+/// Errors:
+///   -ENOENT: `slot` is not set.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.

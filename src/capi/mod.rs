@@ -1,5 +1,8 @@
-//! The C surface: checks what comes from C, converts it, and keeps panics in. No logic. The header is made from here by cbindgen, a group of
-//! functions from each file: the comments of exported items are its documentation.
+//! The C surface: checks what comes from C, converts it, and keeps panics in. No logic.
+//!
+//! The header is made from here (tests/header.rs): each public file is a group of it, with the
+//! file's constants, structures and functions in the file's order, and their comments word for
+//! word. `overview.h` is its beginning. Write for a C developer there.
 
 #![allow(non_camel_case_types)]
 #![allow(dead_code, reason = "some constants are for C programs only")]

@@ -1,4 +1,9 @@
-//! Probe: what works here.
+//! Probe: which mechanisms work on this machine, for programs and for people.
+//!
+//! A mechanism is the way in which a vCPU's fault reaches the library. docs/choosing-a-mechanism.md
+//! compares them. A positive KVM_CHECK_EXTENSION proves nothing here, because numbers of the
+//! memslot flag's capabilities collide with those of mainline Linux: the library tries each one in
+//! a scratch VM.
 
 use super::boundary::{enter, not_in_callback};
 use super::structs::Out;
@@ -10,45 +15,50 @@ use crate::mechanism::{report::Report, MECHANISMS};
 use std::ffi::{c_char, c_int};
 use std::os::fd::RawFd;
 
-/// What the mechanism is chosen by (`kvmfault_vm_options.mechanism`) and what `kvmfault_vm_mechanism` returns.
-/// AUTO takes, for each memslot, the first of the others that works for it, in this order.
+/// For `kvmfault_vm_options.mechanism` only: for each memslot, the first of the following
+/// mechanisms that works for it, in the order of their numbers.
 pub const KVMFAULT_MECHANISM_AUTO: c_int = 0;
 
-/// A KVM memslot flag makes KVM_RUN exit with the faulting address. Needs a kernel that carries one of the revisions of the flag.
+/// A memslot flag makes KVM_RUN exit with the faulting address. Needs a kernel that carries one of
+/// the revisions of that flag; mainline Linux, up to 7.3, has none (docs/kernel.md).
 pub const KVMFAULT_MECHANISM_MEMSLOT_FLAG: c_int = 1;
 
-/// UFFDIO_POISON markers make KVM send SIGBUS to the vCPU thread. Any Linux from 6.6.
+/// UFFDIO_POISON markers in a mapping for KVM alone: KVM sends SIGBUS to the vCPU's thread. Any
+/// Linux from 6.6.
 pub const KVMFAULT_MECHANISM_POISON_TRAP: c_int = 2;
 
-/// Classic userfaultfd: reader threads of the library serve the faults. Any Linux from 4.11.
+/// Classic userfaultfd: reader threads of the library serve the faults, while the vCPU sleeps in
+/// the kernel. Any Linux from 4.11.
 pub const KVMFAULT_MECHANISM_USERFAULTFD: c_int = 3;
 
-/// `kvmfault_probe.mechanisms_*`: bit (1 << KVMFAULT_MECHANISM_x) is set where x works.
+/// Size in bytes of `kvmfault_probe.abi`, the terminating 0 included.
 pub const KVMFAULT_PROBE_ABI_LEN: usize = 32;
 
-/// Which mechanisms work here. Start from KVMFAULT_PROBE_INIT.
+/// What works on this machine. Start from KVMFAULT_PROBE_INIT.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct kvmfault_probe {
     /// Set by KVMFAULT_PROBE_INIT.
     pub size: usize,
-    /// Bit (1 << KVMFAULT_MECHANISM_x) is set where x works for private anonymous memory (for `poison-trap`:
-    /// with KVMFAULT_MEMSLOT_VCPU_ONLY).
+    /// Private anonymous memory: bit (1 << KVMFAULT_MECHANISM_x) is set if mechanism x works for it
+    /// (of `poison-trap`: with KVMFAULT_MEMSLOT_VCPU_ONLY).
     pub mechanisms_anon: u32,
-    /// The same for shared memory.
+    /// Shared memory (memfd, tmpfs): the same bits.
     pub mechanisms_shared: u32,
-    /// The same for shared hugetlb memory.
+    /// Shared hugetlb memory: the same bits.
     pub mechanisms_hugetlb: u32,
     /// Always 0.
     pub reserved: u32,
-    /// UFFD_FEATURE_* bits that this process can have; 0 if it can't open a userfaultfd.
+    /// UFFD_FEATURE_* bits that a userfaultfd of this process has; 0 if it can't open one.
     pub uffd_features: u64,
-    /// The ABI of the memslot flag that was proven in a scratch VM, or an empty string.
+    /// Revision of the memslot flag that was proven in a scratch VM ("v2", "v7" and so on); "" if
+    /// none was.
     pub abi: [c_char; KVMFAULT_PROBE_ABI_LEN],
-    /// 1 if KVM_PRE_FAULT_MEMORY is there.
+    /// 1 if KVM has KVM_PRE_FAULT_MEMORY, else 0.
     pub pre_fault_memory: u32,
-    /// 1 if KVM maps guest memory by two-dimensional paging (EPT, NPT) as far as can be told, 0 if it shadows page tables: then
-    /// KVM reads the guest's page tables itself, and with `poison-trap` they must be present before the guest uses them.
+    /// 1 if KVM maps guest memory by two-dimensional paging (EPT, NPT). 0 if KVM shadows the
+    /// guest's page tables, or if /sys/module/kvm_intel or kvm_amd can't be read: KVM then reads
+    /// these tables itself, and with `poison-trap` they must be present before the guest uses them.
     pub two_dimensional_paging: u32,
 }
 
@@ -61,11 +71,17 @@ fn report(kvm_fd: RawFd) -> Result<Report> {
     Ok(Report::new(&system))
 }
 
-/// Which mechanisms work here, for programs. `kvm_fd` is an open /dev/kvm, or -1 to open it. Asks the kernel by doing: it makes scratch
-/// VMs and takes some milliseconds. Any thread; not from callbacks.
+/// Finds out which mechanisms work here, by trying them in scratch VMs. Takes some milliseconds.
+/// `kvm_fd` is an open /dev/kvm, or -1 to open it.
 ///
-/// Returns 0; -EINVAL or -EBADF (the message names the argument), or the errno of opening /dev/kvm. A mechanism that doesn't work is no
-/// error: its bit is not set, and `kvmfault_explain` says why.
+/// Returns: 0. A mechanism that doesn't work is no error: its bit is not set, and
+///   `kvmfault_explain` says why.
+/// Errors:
+///   -EINVAL: `kvm_fd` is not /dev/kvm; `probe` is NULL, or its size is wrong.
+///   -EBADF: `kvm_fd` is closed.
+///   The errno of opening /dev/kvm (`kvm_fd` is -1).
+/// Threads: any.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `probe` is NULL or valid.
@@ -104,9 +120,17 @@ pub unsafe extern "C" fn kvmfault_probe(kvm_fd: c_int, probe: *mut kvmfault_prob
     })
 }
 
-/// The same for people: every path that was tried for KVM and userfaultfd, why it failed, and what to do. Like snprintf(3): writes at most
-/// `size` bytes with the terminating 0, and returns the length of the whole text without it (call with NULL and 0 to learn it). Any thread;
-/// not from callbacks. Errors as `kvmfault_probe`; -EINVAL if `buf` is NULL and `size` isn't 0.
+/// Writes for people what `kvmfault_probe` found out: every way to KVM and to userfaultfd that was
+/// tried, why it failed, and what to do about it. Like snprintf(3), it writes at most `size` bytes
+/// with the terminating 0, and a call with NULL and 0 tells the length.
+///
+/// Returns: the length in bytes of the whole text, without the terminating 0.
+/// Errors:
+///   -EINVAL: `buf` is NULL and `size` is not 0; `kvm_fd` is not /dev/kvm.
+///   -EBADF: `kvm_fd` is closed.
+///   The errno of opening /dev/kvm (`kvm_fd` is -1).
+/// Threads: any.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `buf` has room for `size` bytes, or is NULL.

@@ -11,7 +11,7 @@ use crate::memory::source::Source;
 use crate::resolve::file_source::{FileRange, FileSource};
 use std::ffi::{c_int, c_void};
 
-/// The built-in resolver's state: a snapshot file. Opaque.
+/// A snapshot file that guest memory is restored from. Opaque.
 pub struct kvmfault_file_source {
     _private: [u8; 0],
 }
@@ -22,11 +22,11 @@ pub struct kvmfault_file_source {
 pub struct kvmfault_file_range {
     /// Set by KVMFAULT_FILE_RANGE_INIT.
     pub size: usize,
-    /// Guest physical address, 4096-aligned.
+    /// Guest physical address; a multiple of 4096.
     pub gpa: u64,
-    /// Length in bytes, 4096-aligned.
+    /// Length in bytes; a multiple of 4096.
     pub len: u64,
-    /// Where it begins in the file, 4096-aligned.
+    /// Offset in the file in bytes; a multiple of 4096.
     pub offset: u64,
 }
 
@@ -39,22 +39,9 @@ impl Opaque for kvmfault_file_source {
 /// Most ranges that a source takes.
 const MOST_RANGES: usize = 4096;
 
-/// Opens a snapshot: `count` ranges of guest memory (all with the same `size`) in `fd`, a regular file
-/// or a block device. Holes of a file are zero pages, without any I/O; a block device has no holes.
-/// The file must not change while the source lives; the descriptor may be closed at once. It is used
-/// as it is given: no path is opened, and no permission but the descriptor's own is needed. Where it
-/// can't be opened anew (no /proc, no permission) the search for holes moves its file position, which
-/// is back where it was when this returns: no other thread or process may use the position meanwhile.
-///
-/// The file is mapped. Where mmap(2) fails, whatever the reason (a file system without it, or a limit
-/// of the process such as RLIMIT_AS), the source keeps a duplicate of the descriptor and reads pages
-/// with pread(2) into a buffer of each thread that serves faults: of 1 MiB, or of one page of the
-/// guest's memory if that is larger. That is one more copy, and one more system call for each MiB or
-/// piece of the file. What has no bytes at offsets is refused: a pipe, a socket, a directory, a
-/// character device.
-///
-/// A page whose bytes can't be read stays absent, and its fault ends with an error: -EIO for a file
-/// that is shorter than it was, or pread's. Use the source as the resolver:
+/// Opens a snapshot: `count` ranges of guest memory (1 to 4096, all with the same `size`) in `fd`,
+/// a regular file or a block device. Holes of a file are pages of zeros, without any I/O; a block
+/// device has no holes. To use the source as the resolver of a VM:
 ///
 ///     struct kvmfault_file_source *source;
 ///     kvmfault_file_source_new(fd, &range, 1, &source);
@@ -62,11 +49,35 @@ const MOST_RANGES: usize = 4096;
 ///     options.opaque = source;
 ///     options.finalizer = kvmfault_file_source_finalize;
 ///
-/// On success *source is the new handle; on an error it is NULL. Errors: -EINVAL (the message names it; `fd` has no bytes at offsets), -EBADF (`fd` is closed), -EACCES (it
-/// is not open for reading), -ENOMEM. Any thread.
+/// `fd` is used as it is given: no path is opened, and no permission but its own is needed. If it
+/// can't be opened anew (no /proc, no permission), the search for holes moves its file position,
+/// which is restored before this returns: no other thread or process may use the position
+/// meanwhile.
+///
+/// The file is mapped. If mmap(2) fails, whatever the reason (a file system without it, or a limit
+/// of the process such as RLIMIT_AS), the source keeps a duplicate of `fd` and reads pages with
+/// pread(2) into a buffer of each thread that serves faults: of 1 MiB, or of one page of the
+/// guest's memory if that is larger. That costs one more copy, and one more system call for each
+/// MiB or piece of the file. What has no bytes at offsets is refused: a pipe, a socket, a
+/// directory, a character device.
+///
+/// A page whose bytes can't be read stays absent, and its fault ends with an error: -EIO if the
+/// file is shorter than it was, or pread's errno.
+///
+/// Returns: 0, and *source is the new handle; on an error *source is NULL.
+/// Errors:
+///   -EINVAL: an argument, which the message names; or `fd` has no bytes at offsets.
+///   -EBADF: `fd` is closed.
+///   -EACCES: `fd` is not open for reading.
+///   -ENOMEM: no memory.
+/// Threads: any.
+/// Callbacks: allowed.
+/// Lifetime: free it with `kvmfault_file_source_free`, or give `kvmfault_file_source_finalize` to
+///   the VM. `fd` may be closed when this returns; the file must not change while the source lives.
 ///
 /// # Safety
-/// The pointers are NULL or valid; `ranges` holds `count` elements, each of the size that the first one states.
+/// The pointers are NULL or valid; `ranges` holds `count` elements, each of the size that the first
+/// one states.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_file_source_new(
     fd: c_int,
@@ -86,8 +97,18 @@ pub unsafe extern "C" fn kvmfault_file_source_new(
     })
 }
 
-/// The resolver of a snapshot file, for `kvmfault_vm_options.resolver`; `opaque` is the source. Installs the readahead window as far as the file
-/// has it. Also callable from a resolver of the VMM's own, for part of its memory.
+/// The resolver of a snapshot file, for `kvmfault_vm_options.resolver`; `opaque` is the source.
+/// Installs the readahead window as far as the file has it. A resolver of the VMM's own may call it
+/// for part of its memory.
+///
+/// Returns: KVMFAULT_RESOLVED, as a resolver does.
+/// Errors:
+///   -EIO: the page's bytes can't be read.
+///   -EINVAL: `fault` is not one page inside its window, or no range of the source holds the page
+///     in one piece.
+///   The errno of pread(2), or of `kvmfault_pages_install`.
+/// Threads: any.
+/// Callbacks: allowed; it is a resolver.
 ///
 /// # Safety
 /// As any resolver: called by the library, or with what it was called with.
@@ -140,7 +161,11 @@ fn checked(fault: kvmfault_fault) -> Result<kvmfault_fault> {
     Ok(fault)
 }
 
-/// Frees a source; for `kvmfault_vm_options.finalizer`. The same as `kvmfault_file_source_free`, with a finalizer's argument.
+/// Frees a source, as a finalizer for `kvmfault_vm_options.finalizer`; `opaque` is the source. For
+/// the rest it is `kvmfault_file_source_free`.
+///
+/// Threads: any.
+/// Callbacks: allowed; it is a finalizer.
 ///
 /// # Safety
 /// `opaque` is NULL or a source.
@@ -150,6 +175,11 @@ pub unsafe extern "C" fn kvmfault_file_source_finalize(opaque: *mut c_void) {
 }
 
 /// Frees a source that no VM owns. NULL is allowed.
+///
+/// Threads: any.
+/// Callbacks: allowed.
+/// Lifetime: calls of `kvmfault_file_source_resolve` that are under way finish with it; later ones
+///   return -EBADF.
 ///
 /// # Safety
 /// `source` is NULL or a handle of this library.

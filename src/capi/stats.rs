@@ -1,4 +1,4 @@
-//! Statistics.
+//! Statistics: counters of a VM and of a vCPU.
 
 use super::boundary::with;
 use super::structs::Out;
@@ -10,23 +10,24 @@ use std::ffi::c_int;
 /// Number of buckets of `kvmfault_stats.latency_us_log2`.
 pub const KVMFAULT_LATENCY_BUCKETS: usize = 32;
 
-/// Counters of a VM or a vCPU, since its creation. Start from KVMFAULT_STATS_INIT.
+/// Counters of a VM or a vCPU since its handle was made. Start from KVMFAULT_STATS_INIT.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct kvmfault_stats {
     /// Set by KVMFAULT_STATS_INIT.
     pub size: usize,
-    /// Faults of vCPUs, however they arrived.
+    /// Faults of vCPUs, by whichever mechanism they arrived.
     pub faults_vcpu: u64,
-    /// Faults of host threads and system calls.
+    /// Faults of threads and system calls of this process.
     pub faults_host: u64,
-    /// Pages asked for by `kvmfault_pages_resolve` that were not present.
+    /// Pages that `kvmfault_pages_resolve` was called for and that were not present.
     pub faults_prefetch: u64,
     /// Calls of the resolver: for faults, and for pages of strided runs ahead of them.
     pub resolver_calls: u64,
-    /// Faults that ended with the page installed by their own resolver call.
+    /// Faults whose own resolver call installed the page.
     pub outcome_resolved: u64,
-    /// Faults that waited for somebody else's call (or a PENDING page).
+    /// Faults that waited for another thread's resolver call, or for an announced page
+    /// (KVMFAULT_PENDING).
     pub outcome_waited: u64,
     /// Faults on pages that were present already and only had to be mapped.
     pub outcome_mapped: u64,
@@ -34,9 +35,9 @@ pub struct kvmfault_stats {
     pub outcome_lost: u64,
     /// Faults that ended in an error.
     pub outcome_failed: u64,
-    /// Faults left by a kick or a signal.
+    /// Faults that a kick or a signal interrupted.
     pub outcome_interrupted: u64,
-    /// Faults that a resolver's KVMFAULT_RETRY sent back.
+    /// Faults that ended with the resolver's KVMFAULT_RETRY.
     pub outcome_retried: u64,
     /// Pages installed by copying.
     pub pages_copied: u64,
@@ -44,35 +45,44 @@ pub struct kvmfault_stats {
     pub pages_zeroed: u64,
     /// Pages installed from the page cache.
     pub pages_mapped: u64,
-    /// Pages made absent again (`kvmfault_pages_discard`).
+    /// Pages that `kvmfault_pages_discard` made absent.
     pub pages_discarded: u64,
-    /// Installs tried again because the address space was changing (EAGAIN).
+    /// Installs repeated because the address space was changing (EAGAIN).
     pub retries_again: u64,
-    /// Installs that found the page there already (EEXIST).
+    /// Installs that found the page installed already (EEXIST).
     pub retries_exist: u64,
-    /// In-slot MMIO reads completed.
+    /// Reads completed for KVM's emulator (KVM_EXIT_MMIO inside a memslot).
     pub mmio_reads: u64,
-    /// In-slot MMIO writes completed.
+    /// Writes completed for KVM's emulator (KVM_EXIT_MMIO inside a memslot).
     pub mmio_writes: u64,
-    /// Kicks seen by `run` or `handle_exit`.
+    /// Kicks that `kvmfault_vcpu_run` or `kvmfault_vcpu_handle_exit` has seen.
     pub kicks: u64,
-    /// Faults by service time: bucket 0 below 1 us, bucket n from 2^(n-1) us up to 2^n us.
+    /// Faults by service time: bucket 0 is below 1 us, bucket n is from 2^(n-1) us to below 2^n us.
     pub latency_us_log2: [u64; KVMFAULT_LATENCY_BUCKETS],
-    /// Pages that resolvers were asked for by readahead, besides those that were needed.
+    /// Pages that readahead asked resolvers for, besides those that were needed.
     pub ahead_asked: u64,
-    /// Of them, those for which the resolver failed; each is still absent, or came by a fault of its own.
+    /// Pages that readahead asked resolvers for, and for which the resolver failed: each is still
+    /// absent, or was resolved by a fault of its own.
     pub ahead_failed: u64,
-    /// Pages that were present and had nothing in them when they were touched: holes of memory that was set with KVMFAULT_MEMSLOT_PRESENT, pages
-    /// that were given back (`kvmfault_pages_give_back`), and pages that the VMM took away without telling the library. They read as zeros. Without
-    /// that flag any number above `pages_given_back` means that the VMM has lost pages by a madvise(2) or fallocate(2) of its own. (With
-    /// `memslot-flag` KVM's own fault may fill such a page uncounted.)
+    /// Pages that were present and had no memory when they were touched: holes of memory that was
+    /// set with KVMFAULT_MEMSLOT_PRESENT, pages that were given back (`kvmfault_pages_give_back`),
+    /// and pages that the VMM took away without telling the library. They read as zeros. Without
+    /// that flag, a number above `pages_given_back` means that the VMM has lost pages by a
+    /// madvise(2) or fallocate(2) of its own. (With `memslot-flag`, KVM's own fault may supply such
+    /// a page, which is then not counted.)
     pub pages_empty: u64,
-    /// Pages given back by `kvmfault_pages_give_back`; each time they are.
+    /// Pages given back by `kvmfault_pages_give_back`; a page counts each time.
     pub pages_given_back: u64,
 }
 
-/// The counters of a VM: the sum over its vCPUs, its reader threads, and calls from outside. Any thread, also in callbacks; -EINVAL for a
-/// bad `stats`.
+/// Reads the counters of a VM: the sum over its vCPUs, its reader threads, and other threads'
+/// calls.
+///
+/// Returns: 0, and *stats is filled in.
+/// Errors:
+///   -EINVAL: `stats` is NULL, or its size is wrong.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// The pointers are NULL or valid.
@@ -85,7 +95,13 @@ pub unsafe extern "C" fn kvmfault_vm_stats(vm: *const kvmfault_vm, stats: *mut k
     })
 }
 
-/// The counters of a vCPU. Any thread, also in callbacks; -EINVAL for a bad `stats`.
+/// Reads the counters of a vCPU.
+///
+/// Returns: 0, and *stats is filled in.
+/// Errors:
+///   -EINVAL: `stats` is NULL, or its size is wrong.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// The pointers are NULL or valid.

@@ -1,4 +1,8 @@
-//! vCPUs.
+//! vCPU: running the guest, its signals, kicks, and memory errors.
+//!
+//! A VMM either calls `kvmfault_vcpu_run` instead of KVM_RUN, or keeps its own loop: it calls
+//! KVM_RUN itself and then `kvmfault_vcpu_handle_exit`, with `kvmfault_vcpu_resume` before each
+//! KVM_RUN. All of these belong to the thread that runs the vCPU.
 
 use super::boundary::{clear_out, enter, not_in_callback, put, with, Handle, Opaque};
 use super::structs::{self, Out};
@@ -10,23 +14,27 @@ use std::ffi::{c_int, c_void};
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 
-/// `kvmfault_vcpu_options.sigbus`: SIGBUS and the kick signal are blocked in the vCPU's thread and let through only inside
-/// KVM_RUN (KVM_SET_SIGNAL_MASK), where they end the run and are fetched with sigtimedwait(2). No signal handler is needed.
+/// In `kvmfault_vcpu_options.sigbus`: SIGBUS and the kick signal are blocked in the vCPU's thread
+/// and let through only inside KVM_RUN (KVM_SET_SIGNAL_MASK), where they end the run; the library
+/// then fetches them with sigtimedwait(2). No signal handler is needed.
 pub const KVMFAULT_SIGBUS_BY_MASK: c_int = 0;
 
-/// `kvmfault_vcpu_options.sigbus`: the VMM has a SIGBUS handler that calls `kvmfault_vcpu_on_sigbus`, and a handler
-/// (doing nothing is enough) for the kick signal. Neither may be blocked in the vCPU's thread.
+/// In `kvmfault_vcpu_options.sigbus`: the VMM has a SIGBUS handler that calls
+/// `kvmfault_vcpu_on_sigbus`, and a handler for the kick signal (doing nothing is enough). Neither
+/// signal may be blocked in the vCPU's thread.
 ///
-/// kvm_run->immediate_exit is then shared: the library has bit 1 (the value 2) for its own kicks, and a VMM that kicks by itself writes 1. It may write
-/// 0 at any time before `kvmfault_vcpu_run` or `kvmfault_vcpu_resume`, which set the library's bit again where it is due; between one of these and
-/// KVM_RUN, or with a loop of its own without KVMFAULT_VCPU_RESUMES, it clears bit 0 only.
+/// kvm_run->immediate_exit is then shared: the library uses bit 1 (the value 2) for its own kicks,
+/// and a VMM that kicks by itself writes 1. The VMM may write 0 at any time before
+/// `kvmfault_vcpu_run` or `kvmfault_vcpu_resume`, which set the library's bit again if it is due.
+/// Between one of these and KVM_RUN, or in a loop of its own without KVMFAULT_VCPU_RESUMES, it
+/// clears bit 0 only.
 pub const KVMFAULT_SIGBUS_BY_HANDLER: c_int = 1;
 
-/// `kvmfault_vcpu_options.flags`: the VMM has its own loop and calls `kvmfault_vcpu_resume` before each KVM_RUN.
+/// In `kvmfault_vcpu_options.flags`: the VMM has its own loop and calls `kvmfault_vcpu_resume`
+/// before each KVM_RUN.
 pub const KVMFAULT_VCPU_RESUMES: u32 = 1 << 0;
 
-/// A vCPU of such a VM. Opaque. `run` and `handle_exit` belong to the vCPU's thread; what takes it `const` may be called
-/// from any thread.
+/// A vCPU of a VM that the library is attached to. Opaque.
 pub struct kvmfault_vcpu {
     _private: [u8; 0],
 }
@@ -37,46 +45,53 @@ pub struct kvmfault_vcpu {
 pub struct kvmfault_vcpu_options {
     /// Set by KVMFAULT_VCPU_OPTIONS_INIT.
     pub size: usize,
-    /// The vCPU (KVM_CREATE_VCPU). Duplicated.
+    /// The vCPU (KVM_CREATE_VCPU). Duplicated: the VMM may close its own.
     pub fd: c_int,
     /// KVMFAULT_SIGBUS_BY_MASK or KVMFAULT_SIGBUS_BY_HANDLER.
     pub sigbus: c_int,
-    /// The vCPU's struct kvm_run, mapped by the VMM for as long as the handle lives; NULL: the library maps it.
+    /// The vCPU's struct kvm_run, mapped by the VMM for as long as the handle lives. NULL: the
+    /// library maps it.
     pub run: *mut c_void,
-    /// The signal that `kvmfault_vcpu_kick` sends to the vCPU's thread; the library's alone in that thread.
-    /// 0 means SIGURG (by mask); by handler it must be given, and the handler runs for the library's own purposes too, so that system calls
-    /// of the thread may end with EINTR without a kick (SA_RESTART avoids that). It shouldn't set `immediate_exit`.
+    /// The signal that `kvmfault_vcpu_kick` sends to the vCPU's thread, for the library alone in
+    /// that thread. 0 means SIGURG (by mask only). By handler it must be given; the library also
+    /// sends it for purposes of its own, so system calls of the thread may end with EINTR without a
+    /// kick, unless the handler has SA_RESTART. The handler should not set `immediate_exit`.
     pub kick_signal: c_int,
     /// KVMFAULT_VCPU_* bits.
     pub flags: u32,
 }
 
-/// What `kvmfault_vcpu_handle_exit` returns: the exit was the library's; call KVM_RUN again.
+/// Returned by `kvmfault_vcpu_handle_exit`: the library has served the exit; call KVM_RUN again.
 pub const KVMFAULT_HANDLED: c_int = 0;
 
-/// The exit is the VMM's: look at kvm_run (or at KVM_RUN's errno) as if the library were not there.
+/// Returned by the functions that run a vCPU: the exit is the VMM's. Look at kvm_run, or at
+/// KVM_RUN's errno, as without the library.
 pub const KVMFAULT_PASS: c_int = 1;
 
-/// A kick or a signal ended the run; kvm_run holds no exit.
+/// Returned by the functions that run a vCPU: a kick or a signal ended the run; kvm_run holds no
+/// exit.
 pub const KVMFAULT_INTERRUPTED: c_int = 2;
 
-/// The guest touched memory that is lost (KVMFAULT_LOST) or broken (hardware): `kvmfault_vcpu_memory_error` tells which.
+/// Returned by the functions that run a vCPU: the guest touched memory that is lost (KVMFAULT_LOST)
+/// or broken (hardware); `kvmfault_vcpu_memory_error` tells where.
 pub const KVMFAULT_MEMORY_ERROR: c_int = 3;
 
-/// The memory error that ended a run with KVMFAULT_MEMORY_ERROR. Start from KVMFAULT_MEMORY_ERROR_INFO_INIT.
+/// The memory error that ended a run with KVMFAULT_MEMORY_ERROR. Start from
+/// KVMFAULT_MEMORY_ERROR_INFO_INIT.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct kvmfault_memory_error_info {
     /// Set by KVMFAULT_MEMORY_ERROR_INFO_INIT.
     pub size: usize,
-    /// Guest physical address, or UINT64_MAX if the address lies in no memslot of the library, or (lost pages before Linux 6.6, more than
-    /// one) is not known.
+    /// Guest physical address. UINT64_MAX if the address is in no memslot of the library, or is not
+    /// known (before Linux 6.6, if more than one page is lost).
     pub gpa: u64,
-    /// The address in this process.
+    /// Address in this process.
     pub hva: *mut c_void,
-    /// Bytes concerned: the page.
+    /// Length in bytes of what is concerned: the page.
     pub len: u64,
-    /// 1: the page is LOST, as the VMM said. 0: the kernel reported a broken page (hwpoison) that was PRESENT.
+    /// 1: the VMM has marked the page lost. 0: the kernel reported a broken page (hwpoison) that
+    /// was present.
     pub lost: c_int,
     /// Always 0.
     pub reserved: u32,
@@ -95,22 +110,36 @@ impl Opaque for kvmfault_vcpu {
     }
 }
 
-/// Takes a vCPU into the library's care. Call it on the thread that runs the vCPU: with KVMFAULT_SIGBUS_BY_MASK it blocks SIGBUS and the
-/// kick signal there until `kvmfault_vcpu_free` is called there, and sets the vCPU's KVM_SET_SIGNAL_MASK to the rest of the
-/// thread's mask. (A vCPU may move: the first `kvmfault_vcpu_run` on another thread sets that one up too. A thread that it leaves keeps the signals
-/// blocked, unless the vCPU is freed there.) KVM_SET_SIGNAL_MASK waits while the vCPU is inside KVM_RUN on another thread.
+/// Attaches to a vCPU. Call it on the thread that runs the vCPU, after its registers and CPUID are
+/// set. With KVMFAULT_SIGBUS_BY_MASK it blocks SIGBUS and the kick signal in that thread until
+/// `kvmfault_vcpu_free` is called there, and sets the vCPU's KVM_SET_SIGNAL_MASK to the rest of the
+/// thread's mask; KVM_SET_SIGNAL_MASK waits while the vCPU is inside KVM_RUN on another thread. A
+/// vCPU may move to another thread: the first `kvmfault_vcpu_run` there sets that one up. The
+/// thread that it leaves keeps the signals blocked, unless the vCPU is freed there. Nothing of the
+/// VM or of its other vCPUs changes.
 ///
-/// On success *vcpu is the new handle; on an error it is NULL. Not from callbacks. Nothing of the VM or of its other vCPUs is changed or asked.
+/// `options->fd` must be a vCPU of the VM of `vm`. KVM can't be asked, so this is not checked. A
+/// vCPU of another VM does no harm, but its guest finds `vm`'s memory where `vm` has a memslot and
+/// its own VM has none; its other exits are passed to the VMM.
 ///
-/// `options->fd` must be a vCPU of the VM that `vm` was made for. KVM has no way to ask, so this isn't checked. A vCPU of another VM does no harm, but
-/// its guest finds `vm`'s memory where `vm` has a memslot and its own VM has none; its other exits are passed.
-///
-/// Errors: -EINVAL (an argument; the message names it), -EBADF (`fd` is closed, or `vm` was freed), -EEXIST (the vCPU has a handle already), -E2BIG
-/// (see `size`), or the errno of a system call that the message names: of tgkill, rt_sigtimedwait and rt_sigprocmask, which vCPUs' signals need, if
-/// a seccomp filter refuses one (docs/seccomp.md lists them). After an error signals and masks are as they were.
+/// Returns: 0, and *vcpu is the new handle; on an error *vcpu is NULL, and signals and masks are as
+///   before.
+/// Errors:
+///   -EINVAL: an argument; the message names it.
+///   -EBADF: `fd` is closed.
+///   -EEXIST: the vCPU has a handle already.
+///   -E2BIG: `options` has values that this version doesn't know.
+///   The errno of a system call, which the message names: also of tgkill, rt_sigtimedwait and
+///     rt_sigprocmask, which a vCPU's signals need, if a seccomp filter refuses one
+///     (docs/seccomp.md).
+/// Threads: the vCPU's.
+/// Callbacks: refused with -EDEADLK.
+/// Lifetime: free it with `kvmfault_vcpu_free`, before or after the VM. `options->run` stays mapped
+///   until then; `options` may go when this returns.
 ///
 /// # Safety
-/// The pointers are NULL or valid; `options->run` is NULL or the vCPU's kvm_run, mapped for as long as the handle lives.
+/// The pointers are NULL or valid; `options->run` is NULL or the vCPU's kvm_run, mapped for as long
+/// as the handle lives.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_vcpu_new(
     vm: *const kvmfault_vm,
@@ -151,10 +180,20 @@ pub unsafe extern "C" fn kvmfault_vcpu_new(
     })
 }
 
-/// Gives a vCPU back. With KVMFAULT_SIGBUS_BY_MASK the vCPU has no KVM_SET_SIGNAL_MASK after it, and on its own thread what was blocked there is
-/// unblocked, unless another vCPU of the thread needs it; on any other thread the vCPU's own keeps it blocked. Waits for kicks that are under way. NULL is allowed; a handle that was freed before is left
-/// alone. Not while `run` is under way elsewhere: kick it out first (if you do, it is freed when that call returns). If the vCPU is to run on
-/// without the library, not in the middle of an access that KVM emulates: see `kvmfault_vcpu_run`. A new handle of the vCPU takes such an access over.
+/// Detaches from a vCPU and frees the handle. NULL is allowed; a handle that was freed before is
+/// left alone. With KVMFAULT_SIGBUS_BY_MASK the vCPU has no KVM_SET_SIGNAL_MASK afterwards. On the
+/// vCPU's own thread the signals are unblocked, unless another vCPU of the thread needs them
+/// blocked; on any other thread they stay blocked in the vCPU's. Waits for kicks that are under
+/// way.
+///
+/// Not while `kvmfault_vcpu_run` is under way on another thread: kick it out first. (Otherwise the
+/// handle is freed when that call returns.) If the vCPU is to run on without the library, not in
+/// the middle of an access that KVM emulates: see `kvmfault_vcpu_run`. A new handle for the vCPU
+/// takes over such an access.
+///
+/// Threads: any; best the vCPU's.
+/// Callbacks: allowed.
+/// Lifetime: `kvmfault_vcpu_options.run` may be unmapped afterwards.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -163,34 +202,49 @@ pub unsafe extern "C" fn kvmfault_vcpu_free(vcpu: *mut kvmfault_vcpu) {
     Handle::free("kvmfault_vcpu_free", vcpu, |_| {});
 }
 
-/// Runs the guest (KVM_RUN) and serves its faults until there is something for the VMM: KVMFAULT_PASS (an exit in kvm_run),
-/// KVMFAULT_INTERRUPTED (a kick, a signal that the VMM handles, or by mask a SIGBUS that a process sent),
-/// KVMFAULT_MEMORY_ERROR, or -errno. Never KVMFAULT_HANDLED. On the
-/// vCPU's thread; not from callbacks.
+/// Runs the guest (KVM_RUN) and serves its faults until there is something for the VMM.
 ///
-/// With `poison-trap`, what KVM itself writes for a guest fails quietly on an absent page. So the areas of the wall clock, kvmclock, steal time, PV EOI
-/// and async page faults, and where system management mode saves the registers, are brought before the first KVM_RUN, as the vCPU's MSRs are
-/// then. Those that a guest names later it has mostly written to before; for others there is KVMFAULT_VM_FILTER_MSRS.
-/// So are the guest's page tables for what RSI and RDI point to, then and after each exit to a device: for the memory of a string instruction
-/// (INS, OUTS, MOVS) KVM walks them itself, and takes an absent one for a page that the guest hasn't mapped. Not known in time is
-/// what the first word of an OUTS needs that the guest hasn't touched before. The registers must be set before the first call; in PAE
-/// mode the first table is read anew then if it was absent (KVM_SET_SREGS reads it, and says nothing).
+/// With `poison-trap`, what KVM itself accesses for a guest fails quietly on an absent page. So
+/// before the first KVM_RUN this resolves the areas of the wall clock, kvmclock, steal time, PV EOI
+/// and async page faults, and the one where system management mode saves the registers, as the
+/// vCPU's MSRs name them then. Areas that a guest registers later have mostly been written to
+/// before; for the others there is KVMFAULT_VM_FILTER_MSRS. It also resolves the guest's page
+/// tables for what RSI and RDI point to, then and after each exit to a device: for the memory of a
+/// string instruction (INS, OUTS, MOVS) KVM walks them itself, and takes an absent table for a page
+/// that the guest hasn't mapped. What the first word of an OUTS needs cannot be known in advance,
+/// if the guest hasn't touched it before. The registers must be set before the first call; in PAE
+/// mode the first table is then read anew if it was absent (KVM_SET_SREGS reads it and reports
+/// nothing).
 ///
-/// INTERRUPTED, an error or MEMORY_ERROR may leave the vCPU in the middle of an access that KVM emulates, or of a filtered write to an MSR. Then
-/// kvm_run->exit_reason is KVM_EXIT_MMIO or KVM_EXIT_X86_WRMSR, until the next call has finished it; the VMM leaves that exit in kvm_run alone. It
-/// outlives the handle: one that is made anew for the vCPU finishes it in its first call of this or of `kvmfault_vcpu_resume`. Before the vCPU's state is
-/// saved, migrated or reset, or the vCPU runs without the library, do as KVM's documentation says for KVM_EXIT_MMIO: set kvm_run->immediate_exit and
-/// call this until the exit reason is neither. If the page won't come, `kvmfault_pages_lost` gives it up.
+/// INTERRUPTED, MEMORY_ERROR or an error may leave the vCPU in the middle of an access that KVM
+/// emulates, or of a filtered write to an MSR. kvm_run->exit_reason is then KVM_EXIT_MMIO or
+/// KVM_EXIT_X86_WRMSR until the next call has finished it, and the VMM leaves that exit alone. This
+/// state outlives the handle: a new one for the vCPU finishes the access in its first call of this
+/// or of `kvmfault_vcpu_resume`. Before the vCPU's state is saved, migrated or reset, or the vCPU
+/// runs without the library, do what Documentation/virt/kvm/api.rst says for KVM_EXIT_MMIO: set
+/// kvm_run->immediate_exit and call this until the exit reason is neither. If the page will not be
+/// supplied, mark it with `kvmfault_pages_lost`.
 ///
-/// KVMFAULT_MEMORY_ERROR: `kvmfault_vcpu_memory_error` tells where. The next call repeats the access: if the page was discarded meanwhile
-/// (`kvmfault_pages_discard`) the resolver is asked anew, and the guest gets its bytes. If the page is lost or broken still, an access of native code is
-/// told again, but one that KVM emulates is given up in the second call: the guest reads ones, what it wrote is dropped, and a machine check that the
-/// VMM has injected is delivered then.
+/// After MEMORY_ERROR the next call repeats the access. If the page was discarded meanwhile
+/// (`kvmfault_pages_discard`), the resolver is called anew and the guest gets its bytes. If the
+/// page is still lost or broken, an access by native code is reported again, but one that KVM
+/// emulates is given up in the second call: the guest reads ones, what it wrote is dropped, and a
+/// machine check that the VMM has injected is then delivered.
 ///
-/// Errors: what the resolver returned; -EPROTO (the resolver broke its contract); -EFAULT (KVM could not access a slot's host
-/// memory, and did not say where); -ELOOP (a page faults again and again without progress); -ESHUTDOWN (the VM was freed); -EBUSY (another
-/// thread is in this vCPU's functions); or the errno of KVM_RUN, or of a system call that the message names (refused by a seccomp filter; to
-/// reader threads, too). After an error the vCPU can be run again: the guest repeats the access.
+/// Returns: KVMFAULT_PASS (an exit in kvm_run), KVMFAULT_INTERRUPTED (a kick, or a signal that the
+///   VMM handles) or KVMFAULT_MEMORY_ERROR; never KVMFAULT_HANDLED. After an error the vCPU can be
+///   run again: the guest repeats the access.
+/// Errors:
+///   The resolver's -errno.
+///   -EPROTO: the resolver has broken its contract.
+///   -EFAULT: KVM can't access a slot's memory in this process and doesn't say where.
+///   -ELOOP: a page faults again and again without progress; the message names it.
+///   -ESHUTDOWN: the VM was freed.
+///   -EBUSY: another thread is in this vCPU's functions.
+///   The errno of KVM_RUN, or of a system call that the message names, also one of reader threads
+///     (refused by a seccomp filter).
+/// Threads: the vCPU's.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -202,18 +256,24 @@ pub unsafe extern "C" fn kvmfault_vcpu_run(vcpu: *mut kvmfault_vcpu) -> c_int {
     })
 }
 
-/// For a VMM with its own loop: what KVM_RUN's return means. `ret` is 0 or more if KVM_RUN succeeded, else -errno (-1 is taken as "see
-/// errno", so that ioctl's own result may be passed). Call it after each KVM_RUN, on the same thread, before anything that changes errno.
+/// For a VMM with its own loop: serves what KVM_RUN has returned with. `ret` is 0 or more if
+/// KVM_RUN succeeded, else -errno; -1 means that the errno is in errno, so that ioctl's own result
+/// can be passed. Call it after each KVM_RUN, before anything that changes errno.
 ///
-/// Returns KVMFAULT_HANDLED (the fault is served: KVM_RUN again), KVMFAULT_PASS (the VMM's: exits in kvm_run, or KVM_RUN's own errno),
-/// KVMFAULT_INTERRUPTED, KVMFAULT_MEMORY_ERROR, or -errno as `kvmfault_vcpu_run`. With KVMFAULT_VCPU_RESUMES see `kvmfault_vcpu_resume`. Not
-/// from callbacks.
+/// After an error and after KVMFAULT_MEMORY_ERROR, a VMM that continues all the same calls
+/// `kvmfault_vcpu_resume` until it returns KVMFAULT_HANDLED, and only then KVM_RUN, also without
+/// KVMFAULT_VCPU_RESUMES. The guest may be in the middle of an access that KVM emulates: KVM_RUN
+/// alone would give it wrong bytes (ones, after a memory error), or lose what it wrote. The same
+/// applies to the first KVM_RUN with a handle for a vCPU that was left so.
 ///
-/// After an error and after KVMFAULT_MEMORY_ERROR, a VMM that goes on all the same calls `kvmfault_vcpu_resume` until it returns KVMFAULT_HANDLED, and
-/// KVM_RUN only then, also without KVMFAULT_VCPU_RESUMES: the guest may be in the middle of an access that KVM emulates, and KVM_RUN alone would give
-/// it wrong bytes (ones, after a memory error), or lose what it wrote. The same holds for the first KVM_RUN of a handle made for a vCPU that was left so.
-///
-/// -EBUSY: another thread is in this vCPU's functions. Nothing was looked at: call this again with the same `ret`, before KVM_RUN.
+/// Returns: KVMFAULT_HANDLED (the fault is served: call KVM_RUN again), KVMFAULT_PASS (an exit in
+///   kvm_run, or KVM_RUN's own errno), KVMFAULT_INTERRUPTED or KVMFAULT_MEMORY_ERROR.
+/// Errors:
+///   -EBUSY: another thread is in this vCPU's functions. Nothing was looked at: before KVM_RUN,
+///     call this again with the same result, as -errno (errno itself may have changed).
+///   The others of `kvmfault_vcpu_run`, except KVM_RUN's own errno.
+/// Threads: the vCPU's.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -231,10 +291,17 @@ pub unsafe extern "C" fn kvmfault_vcpu_handle_exit(vcpu: *mut kvmfault_vcpu, ret
     })
 }
 
-/// For a VMM with its own loop and KVMFAULT_VCPU_RESUMES: call it before each KVM_RUN. It finishes an access of the guest that KVM emulates
-/// (or a filtered write to an MSR) and that an INTERRUPTED left in the middle; KVM_RUN without that would give the guest wrong bytes. (Without the flag such waits are not
-/// interrupted.) And it brings what `kvmfault_vcpu_run` brings before KVM_RUN; without the flag that is the VMM's to do
-/// (`kvmfault_vcpu_resolve`). Returns KVMFAULT_HANDLED if KVM_RUN may be called, or else as `kvmfault_vcpu_handle_exit`.
+/// For a VMM with its own loop and KVMFAULT_VCPU_RESUMES: call it before each KVM_RUN. It finishes
+/// an access of the guest that KVM emulates, or a filtered write to an MSR, that a
+/// KVMFAULT_INTERRUPTED left in the middle: KVM_RUN alone would give the guest wrong bytes.
+/// (Without the flag such waits are not interrupted.) It also resolves what `kvmfault_vcpu_run`
+/// resolves before KVM_RUN; without the flag the VMM does that itself (`kvmfault_vcpu_resolve`).
+///
+/// Returns: KVMFAULT_HANDLED: KVM_RUN may be called. Else as `kvmfault_vcpu_handle_exit`.
+/// Errors:
+///   Those of `kvmfault_vcpu_handle_exit`. After -EBUSY call it again, before KVM_RUN.
+/// Threads: the vCPU's.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -246,10 +313,18 @@ pub unsafe extern "C" fn kvmfault_vcpu_resume(vcpu: *mut kvmfault_vcpu) -> c_int
     })
 }
 
-/// With KVMFAULT_SIGBUS_BY_HANDLER: tells the library of a SIGBUS, from the VMM's handler on the vCPU's thread. Returns 1 if the next
-/// `run` or `handle_exit` will see to it, 0 if the signal is none of KVM's for a vCPU (its code is not BUS_MCEERR_AR; or it is the same as one
-/// that neither has seen yet: the thread touches broken memory itself, and would so for ever) and is the VMM's to handle, -EINVAL, -EBADF or -ECHILD for
-/// a bad handle. `code` and `address` are si_code and si_addr of the handler's siginfo_t. Async-signal-safe; leaves errno alone.
+/// With KVMFAULT_SIGBUS_BY_HANDLER: reports a SIGBUS from the VMM's handler to the library. `code`
+/// and `address` are si_code and si_addr of the handler's siginfo_t. Async-signal-safe; leaves
+/// errno alone.
+///
+/// Returns: 1: the next `kvmfault_vcpu_run` or `kvmfault_vcpu_handle_exit` deals with it. 0: the
+///   signal is the VMM's to handle: its code is not BUS_MCEERR_AR; or it repeats one that neither
+///   of these functions has seen yet, because the thread itself touches broken memory and would do
+///   so for ever.
+/// Errors:
+///   -EINVAL, -EBADF, -ECHILD: a bad handle, as for every function.
+/// Threads: the vCPU's, in a signal handler.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -266,18 +341,29 @@ pub unsafe extern "C" fn kvmfault_vcpu_on_sigbus(
     (code == libc::BUS_MCEERR_AR && seat.note_bus(code, address as u64)).into()
 }
 
-/// Makes `run` or `handle_exit` of this vCPU return KVMFAULT_INTERRUPTED once, wherever the vCPU is: in the guest, in KVM_RUN, waiting for
-/// a page, or about to enter. Never lost; kicks that come before one is seen count as one. Any thread, any signal handler (that of the kick
-/// signal, too), also in callbacks: async-signal-safe, and leaves errno alone. Returns 0, -EINVAL (NULL), -EBADF (freed), -ECHILD, or the errno of tgkill(2)
-/// (-EPERM where a seccomp filter refuses it): then the kick is seen when the loop looks next.
+/// Makes `kvmfault_vcpu_run` or `kvmfault_vcpu_handle_exit` of this vCPU return
+/// KVMFAULT_INTERRUPTED once, wherever the vCPU is: in the guest, in KVM_RUN, waiting for a page,
+/// or about to enter. A kick is never lost; several that come before one is seen count as one.
+/// Async-signal-safe; leaves errno alone. May race with `kvmfault_vcpu_free`, which waits for kicks
+/// that are under way; with KVMFAULT_SIGBUS_BY_MASK no kick signal is pending afterwards, so the
+/// signal needs no handler.
 ///
-/// May race with `kvmfault_vcpu_free`, which waits for kicks that are under way. With KVMFAULT_SIGBUS_BY_MASK no kick signal is left when it
-/// returns, so the signal needs no handler.
+/// Three limits:
+/// - A resolver that runs on the vCPU's thread is not interrupted, not even inside a system call
+///   that reads from a source which doesn't answer (by mask the signal is blocked there). A
+///   resolver that must be interruptible reads with a timeout or returns KVMFAULT_PENDING.
+/// - With `userfaultfd` a vCPU whose access KVM emulates (CPL 0 on a KVM without hardware
+///   virtualization) sleeps inside KVM's copy until its page is installed.
+/// - Before Linux 6.2 a vCPU that sleeps in classic userfaultfd is not interrupted either, and
+///   doesn't learn that its resolver has failed, until its page is installed.
 ///
-/// Three limits: a resolver that runs on the vCPU's thread is not interrupted, also not where it hangs in the kernel because the source that it reads
-/// doesn't answer (the signal is blocked there by mask; a resolver that must be left reads with a timeout, or answers KVMFAULT_PENDING); with `userfaultfd` a vCPU whose access KVM emulates (CPL 0
-/// on a KVM without hardware virtualisation) sleeps inside KVM's copy until its page comes; and before Linux 6.2 a vCPU that sleeps in
-/// classic userfaultfd is not either, nor told of its resolver's failure, until its page comes.
+/// Returns: 0.
+/// Errors:
+///   The errno of tgkill(2) (-EPERM if a seccomp filter refuses it). The kick is then seen when the
+///     loop next looks for kicks.
+///   -EINVAL, -EBADF, -ECHILD: a bad handle, as for every function.
+/// Threads: any, and any signal handler, that of the kick signal included.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -295,11 +381,19 @@ pub unsafe extern "C" fn kvmfault_vcpu_kick(vcpu: *const kvmfault_vcpu) -> c_int
     -failed
 }
 
-/// For a VMM with its own loop: brings the pages that hold [gpa, gpa + len), through the resolver, on the vCPU's thread, as if the guest had touched
-/// them; a kick ends the wait. For what KVM itself accesses outside of guest instructions, see `kvmfault_pages_resolve`. Address space 0; the range is rounded outwards to pages, and may span slots.
+/// For a VMM with its own loop: resolves the pages that hold [gpa, gpa + len) on the vCPU's thread,
+/// as if the guest had touched them; a kick ends the wait. For what KVM accesses outside of guest
+/// instructions, see `kvmfault_pages_resolve`. The range is in address space 0, is rounded outwards
+/// to pages, and may span slots.
 ///
-/// Returns KVMFAULT_HANDLED when all are present, KVMFAULT_INTERRUPTED (call it again), KVMFAULT_MEMORY_ERROR, or -errno as `kvmfault_vcpu_run`;
-/// -ENOENT if a page is in no slot, -EINVAL for `len`. Not from callbacks.
+/// Returns: KVMFAULT_HANDLED: all pages are present. KVMFAULT_INTERRUPTED: call it again.
+///   KVMFAULT_MEMORY_ERROR: a page is lost.
+/// Errors:
+///   -ENOENT: a page is in no slot.
+///   -EINVAL: `len` is 0 or too large.
+///   The others of `kvmfault_vcpu_run`, except KVM_RUN's own errno.
+/// Threads: the vCPU's.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `vcpu` is NULL or a handle of this library.
@@ -311,7 +405,14 @@ pub unsafe extern "C" fn kvmfault_vcpu_resolve(vcpu: *mut kvmfault_vcpu, gpa: u6
     })
 }
 
-/// Tells of the last memory error of `run`, `handle_exit`, `resume` or `resolve`: 0, or -ENODATA if there was none. Any thread; it doesn't wait.
+/// Describes the last KVMFAULT_MEMORY_ERROR that a function of this vCPU returned. Doesn't wait.
+///
+/// Returns: 0, and *info is filled in.
+/// Errors:
+///   -ENODATA: there was no memory error.
+///   -EINVAL: `info` is NULL, or its size is wrong.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// The pointers are NULL or valid.

@@ -1,4 +1,4 @@
-//! VM.
+//! VM: attaching the library to a VM of KVM's, and detaching it.
 
 use super::boundary::{clear_out, enter, not_in_callback, put, with, with_wide, Handle, Opaque};
 use super::finalizer::Finalizer;
@@ -14,41 +14,54 @@ use std::sync::atomic::{AtomicPtr, Ordering::SeqCst};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// `kvmfault_vm_options.flags`: after serving a vCPU's fault, call KVM_PRE_FAULT_MEMORY (Linux 6.11, x86 with EPT or NPT) for the page and for
-/// what the resolver installed behind it in the readahead window: one system call instead of a guest exit a page.
+/// In `kvmfault_vm_options.flags`: after a vCPU's fault, call KVM_PRE_FAULT_MEMORY (Linux 6.11, x86
+/// with EPT or NPT) for the page and for what the resolver installed behind it in the readahead
+/// window. One system call then replaces a guest exit a page.
 ///
-/// Only for a VMM that changes no memslot of the VM (through the library or by itself) while a vCPU with absent pages runs: all kernels
-/// to 7.3 may then retry inside that call without end, and with it the change of memslots waits.
+/// Only for a VMM that changes no memslot of the VM, through the library or by itself, while a vCPU
+/// with absent pages runs: in kernels up to 7.3 the call may then retry without end
+/// (kvm_tdp_map_page), and the change of memslots waits for it.
 pub const KVMFAULT_VM_PRE_FAULT: u64 = 1 << 0;
 
-/// `kvmfault_vm_options.flags`: the VMM has a userfaultfd of its own on its memory and serves all faults there with it, as QEMU's post-copy
-/// does; the library serves vCPUs only, and spares them that way. It registers, installs and drops nothing in the VMM's mappings, has no reader
-/// threads, and learns from the VMM what is there: `kvmfault_pages_missing`, `kvmfault_pages_arrived`. Memory that no mechanism can take
-/// away from userfaultfd (private memory with `poison-trap`) is refused with -EOPNOTSUPP: leave its slots as they are, and the VMM's
-/// userfaultfd serves vCPUs there too. `kvmfault_vm_new` fails with -EOPNOTSUPP where this is so of all memory.
+/// In `kvmfault_vm_options.flags`: the VMM has a userfaultfd of its own on its memory and serves
+/// all faults there, as QEMU's post-copy does; the library serves vCPUs only, which then don't go
+/// through that userfaultfd. The library registers, installs and drops nothing in the VMM's
+/// mappings and has no reader threads: the VMM tells it what is there, by `kvmfault_pages_missing`
+/// and `kvmfault_pages_arrived`.
 ///
-/// The resolver asks for the page and returns KVMFAULT_PENDING (or calls `kvmfault_pages_arrived` and returns KVMFAULT_RESOLVED).
-/// `kvmfault_memslot_set_fast_only(vm, slot, 0)`, for each slot, is the end of it: with `poison-trap` it needs all pages there.
+/// The resolver requests the page and returns KVMFAULT_PENDING, or calls `kvmfault_pages_arrived`
+/// and returns KVMFAULT_RESOLVED. When post-copy is over, call `kvmfault_memslot_set_fast_only(vm,
+/// slot, 0)` for each slot; with `poison-trap` all pages must be present by then.
+///
+/// Memory that no mechanism can take away from userfaultfd (private memory with `poison-trap`) is
+/// refused with -EOPNOTSUPP: leave such slots as they are, and the VMM's userfaultfd goes on
+/// serving vCPUs there. `kvmfault_vm_new` fails with -EOPNOTSUPP if that is so of all kinds of
+/// memory.
 pub const KVMFAULT_VM_EXTERNAL_UFFD: u64 = 1 << 1;
 
-/// `kvmfault_vm_options.flags`: areas that a guest names while it runs come too. A guest tells KVM by MSRs (0x4b564d00 to 0x4b564d04) where to write
-/// the wall clock, kvmclock, steal time, async page faults and PV EOI; with `poison-trap` KVM's write fails quietly on an absent page, and the
-/// guest reads old time. That can be when a guest that was restored brings a CPU online or wakes from suspend, and has not touched the page since.
+/// In `kvmfault_vm_options.flags`: also resolve areas that the guest registers at run time. A guest
+/// writes MSRs (0x4b564d00 to 0x4b564d04, Documentation/virt/kvm/x86/msr.rst) to tell KVM where to
+/// write the wall clock, kvmclock, steal time, async page faults and PV EOI. With `poison-trap`
+/// such a write by KVM fails quietly on an absent page, and the guest reads old values: for example
+/// when a restored guest brings a CPU online, or wakes from suspend, and hasn't touched the page
+/// since.
 ///
-/// With this flag, and where `poison-trap` is in use, the library sets the VM's MSR filter (KVM_X86_SET_MSR_FILTER, with
-/// KVM_CAP_X86_USER_SPACE_MSR) for writes to those, and `kvmfault_vcpu_run` and `kvmfault_vcpu_handle_exit` serve the exits (KVM_EXIT_X86_WRMSR):
-/// they bring the page and set the MSR. `kvmfault_vm_free` takes the filter away. For a VMM with no MSR filter of its own, which KVM would forget; one
-/// that has one adds those MSRs, and at such an exit calls `kvmfault_vcpu_resolve` for the area, and KVM_SET_MSRS. Linux 5.10.
+/// With this flag, and if `poison-trap` is in use, the library sets the VM's MSR filter
+/// (KVM_X86_SET_MSR_FILTER and KVM_CAP_X86_USER_SPACE_MSR, Linux 5.10) for writes to those MSRs;
+/// `kvmfault_vcpu_run` and `kvmfault_vcpu_handle_exit` serve the exits (KVM_EXIT_X86_WRMSR): they
+/// resolve the page and set the MSR. `kvmfault_vm_free` removes the filter. KVM has one filter a
+/// VM, so this is for a VMM without one of its own; a VMM that has one adds those MSRs to it and,
+/// at such an exit, calls `kvmfault_vcpu_resolve` for the area and then KVM_SET_MSRS.
 ///
-/// Setting it, and taking it away, waits as a change of memslots does for a vCPU that sleeps in KVM for a page which only a userfaultfd of the
-/// VMM's own brings.
+/// Setting and removing the filter may wait for a vCPU that sleeps inside KVM for a page which only
+/// a userfaultfd of the VMM's own supplies, as a change of memslots does.
 pub const KVMFAULT_VM_FILTER_MSRS: u64 = 1 << 2;
 
-/// `kvmfault_vm_enable`: KVM's memory-fault exits, by whatever way the kernel's ABI enables them.
+/// For `kvmfault_vm_enable`: KVM's memory-fault exits, in whichever way the kernel's ABI enables
+/// them.
 pub const KVMFAULT_CAP_FAULT_EXITS: u64 = 1 << 0;
 
-/// A VM whose memory the library looks after. Opaque. Functions that take it `const` may be called from any thread at any
-/// time, also concurrently.
+/// A VM whose memory the library manages. Opaque.
 pub struct kvmfault_vm {
     _private: [u8; 0],
 }
@@ -59,37 +72,43 @@ pub struct kvmfault_vm {
 pub struct kvmfault_vm_options {
     /// Set by KVMFAULT_VM_OPTIONS_INIT.
     pub size: usize,
-    /// An open /dev/kvm. Duplicated, like the other descriptors: the VMM may close its own at any time.
+    /// An open /dev/kvm. Duplicated, like the other descriptors: the VMM may close its own at any
+    /// time.
     pub kvm_fd: c_int,
     /// The VM (KVM_CREATE_VM). The duplicate keeps the VM alive until `kvmfault_vm_free`.
     pub vm_fd: c_int,
-    /// KVMFAULT_MECHANISM_*. Anything but AUTO is forced: `kvmfault_vm_new` or `kvmfault_memslot_set` fails with
-    /// -EOPNOTSUPP, and the reason in `kvmfault_last_error`, where it can't work.
+    /// KVMFAULT_MECHANISM_*. Any but AUTO is forced: where it can't work, `kvmfault_vm_new` or
+    /// `kvmfault_memslot_set` fails with -EOPNOTSUPP, and `kvmfault_last_error` has the reason.
     pub mechanism: c_int,
-    /// -1: the library opens a userfaultfd. Or an open /dev/userfaultfd (Linux 6.1), which another process may have passed: one is made from it. Or a
-    /// userfaultfd that this process opened, before it gave up the privileges for it: one of another process, or of before a fork, can't work, as it
-    /// serves the memory of its creator. Its UFFDIO_API may have been done (without events, and without UFFD_FEATURE_SIGBUS) or not. O_NONBLOCK is set on it.
+    /// -1: the library opens a userfaultfd. Or an open /dev/userfaultfd (Linux 6.1), also one
+    /// passed by another process, from which the library makes a userfaultfd. Or a userfaultfd that
+    /// this process opened, for example before it gave up the privilege: one from another process,
+    /// or from before a fork, can't work, because it serves the memory of its creator. UFFDIO_API
+    /// may have been called on it (without events and without UFFD_FEATURE_SIGBUS) or not.
+    /// O_NONBLOCK is set on it.
     pub uffd: c_int,
-    /// NULL, or the name of an ABI of the memslot flag ("v2", "v3", "v4", "v7", "userfault-v3") to use without asking
-    /// KVM_CHECK_EXTENSION, for a kernel with numbers of its own. It is still proven in a scratch VM:
-    /// -EOPNOTSUPP where the kernel doesn't behave so.
+    /// NULL, or the revision of the memslot flag to use ("v2", "v3", "v4", "v7", "userfault-v3")
+    /// without asking KVM_CHECK_EXTENSION: for a kernel with capability numbers of its own. It is
+    /// still proven in a scratch VM; -EOPNOTSUPP if the kernel behaves otherwise.
     pub abi: *const c_char,
-    /// Called for every page that is needed and absent. Required.
+    /// Called for each page that is needed and absent. Required.
     pub resolver: kvmfault_resolver,
     /// First argument of the callbacks.
     pub opaque: *mut c_void,
-    /// NULL, or frees `opaque`. If `kvmfault_vm_new` fails it is not called: `opaque` is still the caller's.
+    /// NULL, or frees `opaque`. Not called if `kvmfault_vm_new` fails: `opaque` is the caller's
+    /// then.
     pub finalizer: kvmfault_finalizer,
-    /// NULL, or see `kvmfault_written`.
+    /// NULL, or reports writes by the library: see `kvmfault_written`.
     pub written: kvmfault_written,
-    /// Threads that read the userfaultfd, 1 to 64; 0 means 1 (2 for a forced `userfaultfd` mechanism). 0 with KVMFAULT_VM_EXTERNAL_UFFD, which has
-    /// no such threads (else -EINVAL).
+    /// Threads that read the userfaultfd, 1 to 64. 0 means 1 (2 if `userfaultfd` is forced). With
+    /// KVMFAULT_VM_EXTERNAL_UFFD there are none, and any value but 0 is -EINVAL.
     pub reader_threads: u32,
-    /// Readahead: so many pages, 1 to 4096, may be in the window of one resolver call; 0 means 1, no readahead. The window adapts itself, for each vCPU:
-    /// faults in a row, up or down, get 4 pages, then 8, and so on up to this; faults without a pattern get their page and nothing more. Where
-    /// faults are a constant step apart the resolver is called, on the same thread, for the pages that will follow as well (with
-    /// KVMFAULT_ORIGIN_PREFETCH, and for 200 us at most unless it answers KVMFAULT_PENDING). 64 is a good value for memory and files, more where a
-    /// call is slow.
+    /// Most pages in the window of one resolver call, 1 to 4096. 0 means 1: no readahead. The
+    /// window adapts to each vCPU: faults in sequence, upwards or downwards, get 4 pages, then 8,
+    /// and so on up to this limit; faults without a pattern get their page alone. If faults are a
+    /// constant step apart, the resolver is also called, on the same thread, for the pages expected
+    /// next (with KVMFAULT_ORIGIN_PREFETCH; for 200 us at most, unless it returns
+    /// KVMFAULT_PENDING). 64 is a good value for memory and files, more if a call is slow.
     pub readahead: u32,
     /// KVMFAULT_VM_* bits.
     pub flags: u64,
@@ -165,17 +184,30 @@ impl Resolver for Callbacks {
     }
 }
 
-/// Takes a VM into the library's care: finds out what this kernel can do, opens a userfaultfd and starts the reader threads. Memory comes
-/// with `kvmfault_memslot_set` or `_prepare`, vCPUs with `kvmfault_vcpu_new`.
+/// Attaches to a VM: finds out what this kernel can do, opens a userfaultfd and starts the reader
+/// threads. `kvmfault_memslot_set` or `_prepare` then adds memory, and `kvmfault_vcpu_new` adds
+/// vCPUs.
 ///
-/// On success *vm is the new handle, to be freed with `kvmfault_vm_free`; on an error it is NULL. Not from callbacks.
+/// A new process needs a new handle: in a child of fork(2) this one is refused (see *fork* at the
+/// top of this file). In a jail (chroot, Landlock, a user namespace, no /proc) pass open
+/// descriptors in `options`; a seccomp filter must allow the system calls of docs/seccomp.md. If
+/// such a filter later refuses read(2) to all reader threads, then while a page is waited for, the
+/// calls that run vCPUs return its errno, and `kvmfault_memslot_set` refuses new memory with it; a
+/// thread of the VMM that sleeps for a page can't be told.
 ///
-/// Errors: -EINVAL (an argument; the message names it), -EBADF (a descriptor is closed), -EPERM or -EACCES (userfaultfd isn't
-/// permitted: `kvmfault_explain` says what to do; or a seccomp filter refuses read(2) to the reader threads), -EOPNOTSUPP (the forced mechanism or ABI
-/// can't work here), -E2BIG (see `size`).
-///
-/// Should a seccomp filter refuse read(2) to all reader threads later, calls that run vCPUs return its errno while a thread waits for a page, and
-/// `kvmfault_memslot_set` refuses new memory with it; a host thread that sleeps can't be told (docs/seccomp.md).
+/// Returns: 0, and *vm is the new handle; on an error *vm is NULL.
+/// Errors:
+///   -EINVAL: an argument; the message names it.
+///   -EBADF: a descriptor is closed.
+///   -EPERM, -EACCES: userfaultfd isn't permitted (`kvmfault_explain` says what would permit it),
+///     or a seccomp filter refuses read(2) to the reader threads.
+///   -EOPNOTSUPP: the forced mechanism or revision of the flag can't work here.
+///   -E2BIG: `options` has values that this version doesn't know.
+///   Another errno of a system call, which the message names.
+/// Threads: any.
+/// Callbacks: refused with -EDEADLK.
+/// Lifetime: free it with `kvmfault_vm_close` or `kvmfault_vm_free`. `options` may go when this
+///   returns.
 ///
 /// # Safety
 /// The pointers are NULL or valid, and the callbacks are as the header says.
@@ -232,24 +264,30 @@ fn string(pointer: *const c_char, name: &str) -> Result<Option<String>> {
     }
 }
 
-/// Gives the VM back. NULL is allowed; a handle that was freed before is left alone (and `kvmfault_last_error` says so).
+/// Detaches from a VM and frees the handle, without waiting for anything (but see
+/// KVMFAULT_VM_FILTER_MSRS). NULL is allowed. A handle that was freed before is left alone;
+/// `kvmfault_last_error` then says so.
 ///
-/// Waits for nothing (but see KVMFAULT_VM_FILTER_MSRS): vCPUs inside `kvmfault_vcpu_run` return -ESHUTDOWN, whoever waits for a page goes, and resolver calls under way end
-/// when they end. The finalizer runs after the last of them, on the thread where that is, whatever handles are left; only then may `opaque` go
-/// (`kvmfault_vm_close` waits for it). From a resolver: after that resolver has returned. vCPU and fill handles stay valid and return -ESHUTDOWN;
-/// free them too, before or after.
+/// `kvmfault_vcpu_run` returns -ESHUTDOWN on every vCPU, threads that wait for a page are woken,
+/// and resolver calls that are under way end in their own time. The finalizer runs after the last
+/// of them. Calls on the VM that other threads are in return -ESHUTDOWN if they can't be finished,
+/// and what they have begun (setting a slot, say) is undone; calls from a callback that is under
+/// way return -ESHUTDOWN as well. Calls that begin later return -EBADF.
 ///
-/// Calls on the VM that are under way in other threads return -ESHUTDOWN if they can't be finished; what they have begun (a slot that is being set,
-/// say) is undone. A callback that is under way gets -ESHUTDOWN from each call on its VM, too. Calls that begin later on other threads return
-/// -EBADF, as on any freed handle.
+/// Call it when the guest has stopped, or after deleting the slots. Afterwards absent pages are no
+/// longer resolved: they read as zeros, and private ones that `poison-trap` has marked raise SIGBUS
+/// until they are unmapped. Slots of KVM's that use the library's mapping lose their memory; the
+/// addresses of that mapping stay reserved and inaccessible for the life of the process, so that a
+/// guest that still runs gets an error and never sees what is mapped there next. If the slots were
+/// deleted before, nothing stays reserved.
 ///
-/// The memory of its slots must stay mapped until then too, and until calls of the VMM's own have returned, those of its vCPUs among them: an
-/// install under way writes to it.
-///
-/// Free it when the guest has stopped, or after deleting the slots: absent pages are no longer brought (private ones that `poison-trap`
-/// has marked stay SIGBUS until they are unmapped), and KVM's slots that use the library's private alias lose their memory. Their addresses stay
-/// taken, inaccessible, for as long as the process lives, so that a guest that runs on gets an error and never what is mapped there next; where the
-/// slots were deleted before, nothing is kept. Any thread; also from callbacks.
+/// Threads: any.
+/// Callbacks: allowed; from a resolver, the finalizer runs after that resolver has returned.
+/// Lifetime: `opaque` must stay until the finalizer has run. The slots' memory must stay mapped
+///   until then too, and until calls of the VMM's own have returned, those of its vCPUs among them:
+///   an install that is under way writes to it. vCPU and fill handles stay valid, and their
+///   functions return -ESHUTDOWN; free them too, before or after. To wait for the end, use
+///   `kvmfault_vm_close`.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
@@ -258,16 +296,24 @@ pub unsafe extern "C" fn kvmfault_vm_free(vm: *mut kvmfault_vm) {
     Handle::free("kvmfault_vm_free", vm, Vm::shut_down);
 }
 
-/// As `kvmfault_vm_free`, and waits until it is over, `timeout_ms` milliseconds at most (negative: for as long as it takes): no callback of the VM
-/// is under way, none will come, the finalizer has run, and no thread of the library uses the slots' memory any more. Then `opaque` may go, and the
-/// memory too once the VMM's own calls have returned (a vCPU's `kvmfault_vcpu_run` does so with -ESHUTDOWN).
+/// Detaches from a VM as `kvmfault_vm_free` does, waits until that is over, and then frees the
+/// handle. Over means: no callback of the VM is under way and none will come, the finalizer has
+/// run, and no thread of the library uses the slots' memory. Waits `timeout_ms` milliseconds at
+/// most; a negative value means without limit.
 ///
-/// It waits for nothing but resolver calls that are under way, so don't hold a lock that the resolver takes. Pages that were announced
-/// (KVMFAULT_PENDING) are not waited for.
+/// It waits for resolver calls that are under way and for nothing else, so the caller must not hold
+/// a lock that the resolver takes. It doesn't wait for announced pages (KVMFAULT_PENDING).
 ///
-/// Returns 0: `vm` is freed. -ETIMEDOUT: the VM is shut down, and a callback has not returned yet; the handle is still there, calls on it return
-/// -ESHUTDOWN (deleting slots and statistics still work), and this may be called again, or `kvmfault_vm_free`. -EDEADLK: from a callback; nothing
-/// has changed. -EINVAL (NULL), -EBADF. Any thread.
+/// Returns: 0, and `vm` is freed.
+/// Errors:
+///   -ETIMEDOUT: the VM is shut down, but a callback has not returned. The handle still exists; its
+///     functions return -ESHUTDOWN, except that slots can be deleted and statistics read. Call this
+///     again, or `kvmfault_vm_free`.
+///   -EDEADLK: called in a callback; nothing has changed.
+/// Threads: any.
+/// Callbacks: refused with -EDEADLK.
+/// Lifetime: after 0 `opaque` may go, and the slots' memory too once the VMM's own calls have
+///   returned (`kvmfault_vcpu_run` returns -ESHUTDOWN).
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
@@ -285,8 +331,13 @@ pub unsafe extern "C" fn kvmfault_vm_close(vm: *mut kvmfault_vm, timeout_ms: i64
     closed
 }
 
-/// The mechanism in use: KVMFAULT_MECHANISM_*, never AUTO. With AUTO it is what shared memory gets; `kvmfault_memslot_mechanism` tells
-/// of a single slot. Else -EBADF or -EINVAL. Any thread.
+/// The mechanism in use. With KVMFAULT_MECHANISM_AUTO it is the one that shared memory gets;
+/// `kvmfault_memslot_mechanism` tells that of one slot.
+///
+/// Returns: KVMFAULT_MECHANISM_*, never AUTO.
+/// Errors: common errors only.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
@@ -295,13 +346,23 @@ pub unsafe extern "C" fn kvmfault_vm_mechanism(vm: *const kvmfault_vm) -> c_int 
     with("kvmfault_vm_mechanism", vm, |vm| Ok(vm.mechanism().number()))
 }
 
-/// Can the mechanism that `kvmfault_vm_mechanism` tells serve the guest of this vCPU, as far as its CPUID says? For a VMM that has another way:
-/// nothing else asks. With `poison-trap`, KVM must not access the guest's memory itself, which fails quietly on an absent page; it does so where it
-/// has no EPT or NPT, and for guests with nested virtualization or with Hyper-V or Xen enlightenments. (kvmclock, steal time, PV EOI and async
-/// page faults are no obstacle: see `kvmfault_vcpu_run`.) `vcpu_fd` is a vCPU on which KVM_SET_CPUID2 was called. Its CPUID is
-/// read (KVM_GET_CPUID2), which waits while the vCPU is inside KVM_RUN: ask before it runs.
+/// Checks by the CPUID of a vCPU whether the mechanism that `kvmfault_vm_mechanism` tells can serve
+/// its guest. For a VMM that has another way to serve it: nothing else in the library asks. With
+/// `poison-trap` KVM must not access the guest's memory by itself, which fails quietly on an absent
+/// page. KVM does so if it has no EPT or NPT, and for guests with nested virtualization or with
+/// Hyper-V or Xen enlightenments. (kvmclock, steal time, PV EOI and async page faults are no
+/// obstacle: see `kvmfault_vcpu_run`.)
 ///
-/// Returns 0; -EOPNOTSUPP, and `kvmfault_last_error` says why; -EINVAL or -EBADF for `vm` or `vcpu_fd`. Any thread, also in callbacks.
+/// `vcpu_fd` is a vCPU on which KVM_SET_CPUID2 was called. KVM_GET_CPUID2 waits while that vCPU is
+/// inside KVM_RUN: call this before it runs.
+///
+/// Returns: 0: it can.
+/// Errors:
+///   -EOPNOTSUPP: it can't; `kvmfault_last_error` says why.
+///   -EINVAL: `vcpu_fd` is not a vCPU.
+///   -EBADF: `vcpu_fd` is closed.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
@@ -310,9 +371,14 @@ pub unsafe extern "C" fn kvmfault_vm_check_guest(vm: *const kvmfault_vm, vcpu_fd
     with("kvmfault_vm_check_guest", vm, |vm| vm.check_guest(vcpu_fd).map(|()| 0))
 }
 
-/// An address of this process that the kernel named (si_addr of a SIGBUS for broken hardware, say) as one of the VMM's own mapping: KVM may
-/// know the memory by the library's private alias, of which the VMM knows nothing. NULL if it is in no slot's memory, or `vm` is no VM. Any
-/// thread, also in callbacks.
+/// Translates an address of this process that the kernel reported (si_addr of a SIGBUS for broken
+/// hardware, say) into the VMM's own mapping. KVM may know the memory by a mapping of the
+/// library's, which the VMM has never seen.
+///
+/// Returns: the address in the VMM's mapping. NULL if `address` is in no slot's memory, and for a
+///   handle that is NULL, freed or the parent process's.
+/// Threads: any.
+/// Callbacks: allowed.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library. `address` is only compared.
@@ -325,11 +391,17 @@ pub unsafe extern "C" fn kvmfault_vm_address(vm: *const kvmfault_vm, address: *c
     found.max(0) as *mut c_void
 }
 
-/// Enables what KVM's ABI wants enabled before the fast-only flag works; best before the first vCPU runs (KVM's maintainers ask
-/// for fault information from the start). Slots enable it as well when they are first set, so calling this is optional. `caps` is a set of
-/// KVMFAULT_CAP_* bits, or 0 for all. Does nothing for mechanisms that need nothing.
+/// Enables what KVM's ABI wants enabled before its fault exits work. Optional: setting a slot does
+/// it as well. Best called before the first vCPU runs, because KVM's maintainers ask for fault
+/// information from the start. Does nothing for mechanisms that need nothing. `caps` is a set of
+/// KVMFAULT_CAP_* bits, or 0 for all.
 ///
-/// Returns 0; -EINVAL for unknown bits, or the errno of KVM_ENABLE_CAP. Any thread; not from callbacks.
+/// Returns: 0.
+/// Errors:
+///   -EINVAL: `caps` has unknown bits.
+///   The errno of KVM_ENABLE_CAP.
+/// Threads: any.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.

@@ -1,14 +1,21 @@
-//! Working set.
+//! Working set: recording which pages a guest needs, to fetch them first the next time.
 
 use super::boundary::{not_in_callback, with};
 use super::vm::kvmfault_vm;
 use crate::error::fail;
 use std::ffi::c_int;
 
-/// Records which pages are needed from now on, in which order: 1 begins anew, 0 ends it and forgets. Pages that readahead brings along are taken
-/// down too, what a fill brings isn't. Each thread has room for a million faults; what comes after is left out. A fault costs a few nanoseconds more.
+/// Starts (1) or ends (0) recording which pages are needed, in order. Starting drops what was
+/// recorded before, and so does ending. Readahead pages are recorded; background-fill pages are
+/// not. Each thread has room for a million faults; further ones are not recorded. Recording costs a
+/// few nanoseconds a fault.
 ///
-/// Returns 0; -EINVAL (`on`), -ENOMEM. Any thread; not from callbacks.
+/// Returns: 0.
+/// Errors:
+///   -EINVAL: `on` is neither 0 nor 1.
+///   -ENOMEM: no memory.
+/// Threads: any.
+/// Callbacks: refused with -EDEADLK.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
@@ -23,11 +30,20 @@ pub unsafe extern "C" fn kvmfault_working_set_record(vm: *const kvmfault_vm, on:
     })
 }
 
-/// Writes what was recorded until now to the regular file `fd`, over what is in it, for `kvmfault_fill_options.working_set_fd` of the next restore
-/// of the same snapshot; a few bytes a fault. Recording goes on.
+/// Writes what was recorded so far to the regular file `fd`, replacing its content, for
+/// `kvmfault_fill_options.working_set_fd` of the next restore of the same snapshot. Takes a few
+/// bytes a fault. Recording continues.
 ///
-/// Returns 0; -ENODATA if nothing is being recorded; -EBADF, -EINVAL (`fd`), -EACCES (`fd` is not open for writing), or the errno of writing, with an incomplete file that will be refused.
-/// Any thread; not from callbacks.
+/// Returns: 0.
+/// Errors:
+///   -ENODATA: no recording is under way.
+///   -EBADF: `fd` is closed.
+///   -EINVAL: `fd` is not a regular file.
+///   -EACCES: `fd` is not open for writing.
+///   The errno of writing; the file is then incomplete, and will be refused.
+/// Threads: any.
+/// Callbacks: refused with -EDEADLK.
+/// Lifetime: `fd` may be closed when this returns.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
