@@ -1,4 +1,4 @@
-//! What every entry does: no panic gets out, handles are checked, errors get a message.
+//! What every entry does: it keeps panics in, checks handles, and keeps the messages of errors.
 
 use super::errors::set_message;
 use super::vcpu::kvmfault_vcpu;
@@ -17,10 +17,10 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::Arc;
 
-/// For tests: the entry of this name panics.
+/// For tests: the name of the entry that panics.
 static PANIC_IN: Lazy<Option<String>> = Lazy::new(|| std::env::var("KVMFAULT_TEST_PANIC").ok());
 
-/// -errno and the thread's message.
+/// Sets the thread's message, and gives -errno.
 pub fn complain(error: &Error) -> c_int {
     set_message(&error.message);
     -error.errno.clamp(1, 4095)
@@ -48,7 +48,7 @@ fn guarded(name: &str, poison: impl FnOnce(), body: impl FnOnce() -> Result<i64>
     }
 }
 
-/// An entry without a handle.
+/// Runs the body of an entry that takes no handle.
 pub fn enter(name: &str, body: impl FnOnce() -> Result<c_int>) -> c_int {
     guarded(name, || {}, || body().map(i64::from)) as c_int
 }
@@ -57,45 +57,49 @@ const FREED: u64 = 0x6b76_6d66_6672_6565; // "kvmffree"
 /// Beside a magic number: an earlier call panicked.
 const POISONED: u64 = 1 << 63;
 
-/// What an opaque pointer points to. Never freed itself: using or freeing a handle after it was freed is an error, not a crash.
+/// What an opaque pointer points to. It is never freed: a call with a handle that was freed is an
+/// error, not a crash.
 #[repr(C)]
 pub struct Handle<T> {
-    /// [`Opaque::MAGIC`], perhaps with [`POISONED`], or [`FREED`]; first, so that a handle of another type is recognised too.
+    /// [`Opaque::MAGIC`], perhaps with [`POISONED`], or [`FREED`]. The first field, so that a
+    /// handle of another type is recognised, too.
     magic: AtomicU64,
     process: Process,
     inner: ArcSwapOption<T>,
-    /// Of a vCPU.
+    /// What signal handlers use, for a vCPU.
     seat: OnceCell<&'static Seat>,
-    /// The one made before; keeps leak checkers from calling handles lost.
+    /// Address of the handle that was made before this one. It keeps leak checkers from reporting
+    /// handles as lost.
     before: usize,
 }
 
-/// The handle made last. No lock: a forked child could find it taken for ever.
+/// The handle that was made last. There is no lock: a forked child could find it taken for ever.
 static LAST: AtomicUsize = AtomicUsize::new(0);
 
-/// What is behind an opaque C type.
+/// An opaque C type and what is behind it.
 pub trait Opaque {
-    /// The Rust type.
+    /// The Rust type behind it.
     type Inner;
-    /// What messages call the argument.
+    /// Name of the argument in messages.
     const NAME: &'static str;
-    /// What tells a live handle of this type from all else.
+    /// Distinguishes a live handle of this type from anything else.
     const MAGIC: u64;
-    /// The VMM's callbacks get this handle, and may be under way when it is freed.
+    /// The VMM's callbacks get this handle, and one may be under way when it is freed.
     const HAS_CALLBACKS: bool = false;
-    /// Was the VM that it belongs to freed?
+    /// Whether the VM that it belongs to was freed.
     fn has_ended(_inner: &Self::Inner) -> bool {
         false
     }
 
-    /// Descriptors that a forked child has copies of, and shouldn't keep once it has freed the handle.
+    /// Descriptors of which a forked child has copies, to be closed when the child frees the
+    /// handle.
     fn descriptors(_: &Self::Inner) -> Vec<RawFd> {
         Vec::new()
     }
 }
 
 impl<T> Handle<T> {
-    /// A handle for C.
+    /// Makes a handle for C.
     pub fn expose<O: Opaque<Inner = T>>(inner: T) -> *mut O {
         Handle::expose_with(inner, OnceCell::new())
     }
@@ -109,14 +113,15 @@ impl<T> Handle<T> {
             before: 0,
         }));
         let _ = LAST.fetch_update(SeqCst, SeqCst, |before| {
-            // SAFETY: nobody else knows the handle yet.
+            // SAFETY: no other thread knows the handle yet.
             unsafe { (*handle).before = before };
             Some(handle as usize)
         });
         handle.cast()
     }
 
-    /// What a pointer from C points to: a handle, whatever its state, or something that at least can be read.
+    /// Looks at what a pointer from C points to: a handle in any state, or something that can at
+    /// least be read.
     fn look<'a, O: Opaque<Inner = T>>(pointer: *const O) -> Result<&'a Handle<T>> {
         let handle = pointer.cast::<Handle<T>>();
         if handle.is_null() {
@@ -125,12 +130,13 @@ impl<T> Handle<T> {
         if !handle.is_aligned() {
             fail!(EBADF, "{}: {handle:p} is not a handle of this library", O::NAME);
         }
-        // SAFETY: not NULL and aligned; handles are never freed, so whatever this library gave out can be read. Other pointers are
-        // beyond what can be checked, as with free(3); most are caught by the magic number.
+        // SAFETY: not NULL and aligned. Handles are never freed, so each that this library gave out
+        // can be read. Other pointers can't be checked, as with free(3); the magic number catches
+        // most of them.
         Ok(unsafe { &*handle })
     }
 
-    /// The handle behind a pointer from C, alive and of this process.
+    /// Finds the handle behind a pointer from C; it is alive, and of this process.
     fn find<'a, O: Opaque<Inner = T>>(pointer: *const O) -> Result<&'a Handle<T>> {
         let handle = Handle::look(pointer)?;
         match handle.magic.load(SeqCst) {
@@ -139,7 +145,7 @@ impl<T> Handle<T> {
         }
     }
 
-    /// Why a handle can't be used.
+    /// Says why a handle can't be used.
     #[cold]
     fn refusal<O: Opaque<Inner = T>>(&self, magic: u64) -> Error {
         let name = O::NAME;
@@ -156,13 +162,13 @@ impl<T> Handle<T> {
         Error::new(errno, why)
     }
 
-    /// Only freeing is left.
+    /// Allows nothing but freeing from now on.
     fn poison<O: Opaque<Inner = T>>(&self) {
         let _ = self.magic.compare_exchange(O::MAGIC, O::MAGIC | POISONED, SeqCst, SeqCst);
     }
 
-    /// Frees a handle: what it held is dropped when the last call that uses it ends. NULL is nothing; a second time is an error that only
-    /// `kvmfault_last_error` tells.
+    /// Frees a handle. What it held is dropped when the last call that uses it ends. For NULL it
+    /// does nothing. A second call is an error, which only `kvmfault_last_error` reports.
     pub fn free<O: Opaque<Inner = T>>(name: &str, pointer: *mut O, last_words: impl FnOnce(&T)) {
         if pointer.is_null() || Handle::leave(pointer.cast_const()) {
             return;
@@ -181,8 +187,8 @@ impl<T> Handle<T> {
         });
     }
 
-    /// Frees the parent's handle in a forked child: nothing that is shared is touched, and nothing waits for what the parent's other threads held.
-    /// False in the parent.
+    /// In a forked child, frees a handle of the parent's: touches nothing that is shared, and waits
+    /// for no lock of the parent's other threads. Gives false if this is no such child.
     fn leave<O: Opaque<Inner = T>>(pointer: *const O) -> bool {
         let Ok(handle) = Handle::look(pointer) else { return false };
         if handle.magic.load(SeqCst) & !POISONED != O::MAGIC || handle.process.is_here() {
@@ -190,7 +196,8 @@ impl<T> Handle<T> {
         }
         if handle.magic.swap(FREED, SeqCst) != FREED {
             if let Some(inner) = handle.inner.load().as_ref() {
-                // SAFETY: this is a child; what is behind a freed handle is not used again, and is not dropped: `inner` stays where it is.
+                // SAFETY: this is a child. What is behind a freed handle is not used again and is
+                // not dropped: `inner` stays where it is.
                 unsafe { close_copies(&O::descriptors(inner)) };
             }
         }
@@ -199,13 +206,14 @@ impl<T> Handle<T> {
 }
 
 impl Handle<Vcpu> {
-    /// A vCPU's handle, which signal handlers can use too.
+    /// Makes the handle of a vCPU, which signal handlers can use, too.
     pub fn expose_vcpu(vcpu: Vcpu) -> *mut kvmfault_vcpu {
         let seat = OnceCell::with_value(vcpu.seat());
         Handle::expose_with(vcpu, seat)
     }
 
-    /// For signal handlers: the vCPU's seat, without taking part in anything that can block or allocate; or -errno. Seats are never freed.
+    /// For signal handlers: the vCPU's seat, found without anything that can block or allocate; or
+    /// -errno. Seats are never freed.
     pub fn seat_of(pointer: *const kvmfault_vcpu) -> std::result::Result<&'static Seat, c_int> {
         let handle = pointer.cast::<Handle<Vcpu>>();
         if handle.is_null() {
@@ -224,18 +232,18 @@ impl Handle<Vcpu> {
     }
 }
 
-/// An entry on a handle.
+/// Runs the body of an entry that takes a handle.
 pub fn with<O: Opaque>(name: &str, pointer: *const O, body: impl FnOnce(&Arc<O::Inner>) -> Result<c_int>) -> c_int {
     with_wide(name, pointer, |inner| body(inner).map(i64::from)) as c_int
 }
 
-/// An entry on a handle with a 64-bit result.
+/// Runs the body of an entry that takes a handle and has a 64-bit result.
 pub fn with_wide<O: Opaque>(name: &str, pointer: *const O, body: impl FnOnce(&Arc<O::Inner>) -> Result<i64>) -> i64 {
     let handle = match Handle::find(pointer) {
         Ok(handle) => handle,
         Err(error) => return complain(&error).into(),
     };
-    // A guard and no count: callbacks of all vCPUs come through here.
+    // A guard, not a reference count: the callbacks of all vCPUs come through here.
     guarded(
         name,
         || handle.poison::<O>(),
@@ -246,7 +254,7 @@ pub fn with_wide<O: Opaque>(name: &str, pointer: *const O, body: impl FnOnce(&Ar
     )
 }
 
-/// A handle that was freed. A callback of a VM can't know that its VM was, and isn't to blame.
+/// The error for a handle that was freed. A callback of the VM can't know, and isn't to blame.
 fn freed<O: Opaque>() -> Error {
     if O::HAS_CALLBACKS && crate::resolve::in_callback() {
         return Error::new(libc::ESHUTDOWN, format!("{}: was freed while this callback was under way", O::NAME));
@@ -254,7 +262,8 @@ fn freed<O: Opaque>() -> Error {
     Error::new(libc::EBADF, format!("{}: this handle was freed", O::NAME))
 }
 
-/// What failed because the VM was freed meanwhile says so, whatever failed first. Wrong arguments stay what they are.
+/// Reports a failure whose cause is that the VM was freed meanwhile as -ESHUTDOWN, whatever failed
+/// first. An error in the arguments stays what it is.
 fn explain<O: Opaque>(inner: &O::Inner, error: Error) -> Error {
     const STAYS: [i32; 5] = [libc::EINVAL, libc::E2BIG, libc::EDEADLK, libc::ETIMEDOUT, libc::ESHUTDOWN];
     if STAYS.contains(&error.errno) || !O::has_ended(inner) {
@@ -273,7 +282,7 @@ pub fn clear_out<T>(out: *mut *mut T, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Gives a new handle to C.
+/// Puts a new handle into its place.
 pub fn put<T>(out: *mut *mut T, handle: *mut T) {
     // SAFETY: `clear_out` has checked it.
     unsafe { out.write_unaligned(handle) };

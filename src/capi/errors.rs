@@ -31,7 +31,8 @@ pub fn set_message(text: &str) {
         while !text.is_char_boundary(len) {
             len -= 1;
         }
-        // SAFETY: the buffer is this thread's, and no reference to it lasts longer than this block; `len` + 1 bytes fit.
+        // SAFETY: the buffer is this thread's, and no reference to it outlives this block; `len` +
+        // 1 bytes fit.
         unsafe {
             let buffer = message.get().cast::<u8>();
             std::ptr::copy_nonoverlapping(text.as_ptr(), buffer, len);

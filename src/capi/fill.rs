@@ -118,21 +118,22 @@ impl Opaque for kvmfault_fill {
     const MAGIC: u64 = 0x6b76_6d66_6669_6c6c; // "kvmffill"
 }
 
-/// The VMM's callback, and what it is called with.
+/// The VMM's progress callback, and what it is called with.
 struct Reporter {
     progress: kvmfault_fill_callback,
     opaque: *mut c_void,
     _finalizer: Finalizer,
 }
 
-// SAFETY: the header says that `progress` is called from a thread of the library, with this opaque pointer.
+// SAFETY: the header says that a thread of the library calls `progress`, with this opaque pointer.
 unsafe impl Send for Reporter {}
 
 impl Reporter {
     fn report(&self, progress: &Progress) {
         if let Some(callback) = self.progress {
             let progress = progress_of(progress);
-            // SAFETY: the VMM's function, called as the header says; `progress` lives during the call.
+            // SAFETY: the VMM's function, called as the header says; `progress` lives during the
+            // call.
             crate::resolve::callback(|| unsafe { callback(self.opaque, &progress) });
         }
     }

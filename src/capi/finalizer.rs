@@ -1,16 +1,16 @@
-//! The VMM's finalizers: called once, when nothing of the library uses `opaque` any more, and not at all where the call that would have made the object
-//! failed.
+//! The VMM's finalizers. Each is called once, when the library no longer uses `opaque`; and not at
+//! all if the call that was to make the object failed.
 
 use super::resolver::kvmfault_finalizer;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
 use std::sync::Arc;
 
-/// Whether the object exists is not known yet.
+/// It is not known yet whether the object will exist.
 const OPEN: u8 = 0;
-/// It does: the finalizer runs when the last user is gone.
+/// The object exists: the finalizer runs when the last user is gone.
 const ARMED: u8 = 1;
-/// The last user went before that was known.
+/// The last user went before it was known whether the object will exist.
 const UNUSED: u8 = 2;
 
 #[derive(Clone, Copy)]
@@ -20,10 +20,11 @@ struct Call {
 }
 
 impl Call {
-    /// As a callback: on whichever thread this is, also in the middle of a call of the VMM's.
+    /// Calls the finalizer as a callback, on the current thread, which may be in the middle of a
+    /// call of the VMM's.
     fn run(self) {
         if let Some(finalizer) = self.finalizer {
-            // SAFETY: the VMM's function; nothing of ours uses `opaque` any more.
+            // SAFETY: the VMM's function; nothing in the library uses `opaque` any more.
             crate::resolve::callback(|| unsafe { finalizer(self.opaque) });
         }
     }
@@ -42,7 +43,7 @@ pub struct Arm {
 }
 
 impl Finalizer {
-    /// Not armed yet.
+    /// Makes the two halves; the finalizer is not armed yet.
     pub fn new(finalizer: kvmfault_finalizer, opaque: *mut c_void) -> (Finalizer, Arm) {
         let (call, state) = (Call { finalizer, opaque }, Arc::new(AtomicU8::new(OPEN)));
         (Finalizer { call, state: state.clone() }, Arm { call, state })
@@ -58,10 +59,10 @@ impl Drop for Finalizer {
 }
 
 impl Arm {
-    /// The object exists.
+    /// Arms the finalizer: the object exists.
     pub fn arm(self) {
         if self.state.swap(ARMED, SeqCst) == UNUSED {
-            // What used it is over already: a fill may be, before its caller knows of it.
+            // Its user is gone already: a fill may end before its caller knows of it.
             self.call.run();
         }
     }

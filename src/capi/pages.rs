@@ -81,7 +81,7 @@ pub unsafe extern "C" fn kvmfault_pages_install(
         }
         match (src as u64).checked_add(len) {
             None => fail!(EINVAL, "len: src {src:p} plus {len:#x} wraps around"),
-            // A `len` that is far too long is for the check of the guest's range.
+            // A `len` that is far too long is left to the check of the guest's range.
             Some(end) if end > ADDRESSES && len <= ADDRESSES => {
                 fail!(EFAULT, "src: {src:p} is no address of a process")
             }

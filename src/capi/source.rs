@@ -36,7 +36,7 @@ impl Opaque for kvmfault_file_source {
     const MAGIC: u64 = 0x6b76_6d66_7372_6365; // "kvmfsrce"
 }
 
-/// Most ranges that a source takes.
+/// The largest number of ranges that a source takes.
 const MOST_RANGES: usize = 4096;
 
 /// Opens a snapshot: `count` ranges of guest memory (1 to 4096, all with the same `size`) in `fd`,
@@ -142,7 +142,7 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
     })
 }
 
-/// A fault as the library passes it. A resolver of the VMM's own may pass one of its own making.
+/// Checks a fault: a resolver of the VMM's own may pass one that it has made itself.
 fn checked(fault: kvmfault_fault) -> Result<kvmfault_fault> {
     let kvmfault_fault { gpa, len, window_gpa, window_len, .. } = fault;
     if len < PAGE || !len.is_power_of_two() {

@@ -114,7 +114,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_stats(vcpu: *const kvmfault_vcpu, stats: 
     })
 }
 
-/// Counters as C sees them.
+/// Converts counters for C.
 pub fn stats_of(stats: &Stats) -> kvmfault_stats {
     kvmfault_stats {
         size: 0,

@@ -1,4 +1,5 @@
-//! Structures from C, by the size that they state: read once, and no further than that; a shorter one ends where a field ends.
+//! Structures from C, by the size that they state. Each is read once, and no further than that
+//! size; a shorter one ends where a field ends.
 
 use super::fill::{kvmfault_fill_options, kvmfault_fill_progress};
 use super::memslots::{kvmfault_memslot, kvmfault_region};
@@ -15,28 +16,32 @@ use crate::error::{fail, Error, Result};
 /// # Safety
 /// `repr(C)`, a `usize` first, and every bit pattern of the rest valid.
 pub unsafe trait Versioned: Copy {
-    /// What the header's initialiser gives, and what a shorter structure from C has in the fields that it lacks.
+    /// The values of the header's initialiser, which a shorter structure from C has in the fields
+    /// that it lacks.
     const INIT: Self;
-    /// Where each field begins and ends, in order; without `size`.
+    /// Where each field begins and ends, in order, `size` excepted.
     const FIELDS: &'static [(usize, usize)];
-    /// Their names.
+    /// Names of the fields, in the order of `FIELDS`.
     #[cfg(test)]
     const NAMES: &'static [&'static str];
 }
 
-/// No structure of ours is longer than this; a larger size is a missing initialiser.
+/// No structure of the library is longer; a larger size means that the initialiser is missing.
 const LONGEST: usize = 4096;
 
-/// The size word of a structure from C. A caller that goes by the result never reads the word again: another thread may change it.
+/// Reads the size word of a structure from C. A caller that relies on the result never reads the
+/// word again: another thread may change it.
 fn stated_size<T: Versioned>(pointer: *const T, name: &str) -> Result<usize> {
     if pointer.is_null() {
         fail!(EINVAL, "{name}: is NULL");
     }
-    // SAFETY: not NULL; the header says that the structure begins with its size. Unaligned is fine here.
+    // SAFETY: not NULL; the header says that the structure begins with its size. It may be
+    // unaligned.
     Ok(unsafe { pointer.cast::<usize>().read_unaligned() })
 }
 
-/// Is this a size that some version's initialiser gives? One that cuts a field in half isn't: half a pointer is an address of something else.
+/// Checks that a size is one that some version's initialiser gives. A size that cuts a field in
+/// half isn't: half a pointer is an address of something else.
 fn check_size<T: Versioned>(size: usize, name: &str) -> Result<()> {
     if size == size_of::<T>() {
         return Ok(());
@@ -50,19 +55,21 @@ fn check_size<T: Versioned>(size: usize, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Reads a structure from C: shorter ones get the initial values for the rest; longer ones must be zero beyond what is known.
+/// Reads a structure from C. A shorter one gets initial values for the rest; a longer one must be
+/// zero beyond what is known.
 pub fn read<T: Versioned>(pointer: *const T, name: &str) -> Result<T> {
     let size = stated_size(pointer, name)?;
     check_size::<T>(size, name)?;
     read_sized(pointer, size, name)
 }
 
-/// Reads `size` bytes of a structure; the size has been checked.
+/// Reads `size` bytes of a structure, after the size was checked.
 fn read_sized<T: Versioned>(pointer: *const T, size: usize, name: &str) -> Result<T> {
     let mut value = T::INIT;
     let known = size.min(size_of::<T>());
-    // SAFETY: C says that `size` bytes are there; `known` fit into the value, of which every bit pattern is valid (see the trait), and
-    // which begins with its size: the one that was checked.
+    // SAFETY: C says that `size` bytes are there. `known` bytes fit into the value, of which every
+    // bit pattern is valid (see the trait) and which begins with its size: the one that was
+    // checked.
     let has_more = unsafe {
         let from = pointer.cast::<u8>();
         std::ptr::copy_nonoverlapping(from, (&raw mut value).cast::<u8>(), known);
@@ -75,8 +82,8 @@ fn read_sized<T: Versioned>(pointer: *const T, size: usize, name: &str) -> Resul
     Ok(value)
 }
 
-/// Reads an array of `count` structures, each of the size that the first one states. Of an element nothing but its size is read before that
-/// is known to be the same.
+/// Reads an array of `count` structures, each of the size that the first one states. Of each
+/// element only the size is read until it is known to be the same.
 pub fn read_array<T: Versioned>(pointer: *const T, count: usize, name: &str) -> Result<Vec<T>> {
     let stride = stated_size(pointer, &format!("{name}[0]"))?;
     check_size::<T>(stride, &format!("{name}[0]"))?;
@@ -94,25 +101,26 @@ pub fn read_array<T: Versioned>(pointer: *const T, count: usize, name: &str) -> 
     Ok(values)
 }
 
-/// An output structure of C's, whose size was checked before anything was done.
+/// An output structure of C's. Its size is checked before anything is done.
 pub struct Out<T> {
     pointer: *mut T,
     size: usize,
 }
 
 impl<T: Versioned> Out<T> {
-    /// Checks it.
+    /// Checks the size.
     pub fn new(pointer: *mut T, name: &str) -> Result<Out<T>> {
         let size = stated_size(pointer, name)?;
         check_size::<T>(size, name)?;
         Ok(Out { pointer, size })
     }
 
-    /// Fills it in, as much as C has room for; what C has beyond it becomes zero.
+    /// Fills the structure in as far as C has room. What C has beyond it becomes zero.
     pub fn write(self, value: &T) {
         let known = self.size.min(size_of::<T>());
-        let skip = size_of::<usize>(); // the caller's size stays
-                                       // SAFETY: C says that `size` bytes are there; `known` are in the value.
+        // The caller's size stays.
+        let skip = size_of::<usize>();
+        // SAFETY: C says that `size` bytes are there; `known` are in the value.
         unsafe {
             let (to, from) = (self.pointer.cast::<u8>(), (&raw const *value).cast::<u8>());
             std::ptr::copy_nonoverlapping(from.add(skip), to.add(skip), known - skip);
@@ -121,7 +129,7 @@ impl<T: Versioned> Out<T> {
     }
 }
 
-/// All fields in order, and the initial values of those that are not 0.
+/// Implements `Versioned`, from all fields in order and the initial values of those that are not 0.
 macro_rules! versioned {
     ($type:ident { $($field:ident),* } $($init:ident: $value:expr),*) => {
         // SAFETY: repr(C), size first; integers and (nullable) pointers only.
@@ -135,7 +143,7 @@ macro_rules! versioned {
                 init
             };
             const FIELDS: &'static [(usize, usize)] = {
-                // The pattern names every field: one that is forgotten here doesn't compile.
+                // The pattern names every field: a list that lacks one doesn't compile.
                 let Self { size: _, $($field),* } = &Self::INIT;
                 &[$((std::mem::offset_of!(Self, $field), std::mem::offset_of!(Self, $field) + size_of_val($field))),*]
             };
@@ -251,7 +259,8 @@ mod tests {
         assert!(read::<kvmfault_file_range>(std::ptr::null(), "range").unwrap_err().message.contains("NULL"));
     }
 
-    /// Of every structure: with each size that is too short or ends in a field EINVAL, else what is read is what there is.
+    /// For every structure: a size that is too short or ends inside a field is EINVAL; any other is
+    /// read as far as it goes.
     #[test]
     fn a_size_ends_where_a_field_ends() {
         fn check<T: Versioned>(name: &str) {
@@ -288,8 +297,8 @@ mod tests {
         check::<kvmfault_fill_progress>("progress");
     }
 
-    /// src/capi/layout.txt records the ABI: the alignment and size of each structure, and the offset
-    /// and size of each field. tests/layout.rs compares C's layout with it.
+    /// src/capi/layout.txt records the ABI: the alignment and size of each structure, and the
+    /// offset and size of each field. tests/layout.rs compares C's layout with it.
     #[test]
     fn the_layout_is_the_recorded_one() {
         fn lines<T: Versioned>(name: &str) -> String {

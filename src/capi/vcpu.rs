@@ -281,7 +281,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_run(vcpu: *mut kvmfault_vcpu) -> c_int {
 pub unsafe extern "C" fn kvmfault_vcpu_handle_exit(vcpu: *mut kvmfault_vcpu, ret: c_int) -> c_int {
     let errno = match ret {
         0.. => None,
-        // v2 of the flag fails with EPERM, which is 1: then both readings agree.
+        // Revision v2 of the flag fails with EPERM, which is 1: both readings of -1 agree then.
         -1 => Some(std::io::Error::last_os_error().raw_os_error().filter(|&e| e != 0).unwrap_or(libc::EPERM)),
         _ => Some(ret.wrapping_neg()),
     };

@@ -128,17 +128,17 @@ impl Opaque for kvmfault_vm {
     }
 }
 
-/// The VMM's callbacks.
+/// The VMM's callbacks, and what they are called with.
 struct Callbacks {
     resolver: unsafe extern "C" fn(*mut c_void, *mut kvmfault_vm, *const kvmfault_fault) -> c_int,
     opaque: *mut c_void,
     written: kvmfault_written,
-    /// The handle that callbacks get; set before the first fault can come.
+    /// The handle that callbacks get. It is set before the first fault can come.
     vm: Arc<AtomicPtr<kvmfault_vm>>,
     _finalizer: Finalizer,
 }
 
-// SAFETY: the header says that the callbacks are called from several threads, with this opaque pointer.
+// SAFETY: the header says that several threads call the callbacks, with this opaque pointer.
 unsafe impl Send for Callbacks {}
 
 // SAFETY: as above.
@@ -252,7 +252,7 @@ pub unsafe extern "C" fn kvmfault_vm_new(options: *const kvmfault_vm_options, vm
     })
 }
 
-/// A string from C; None if NULL.
+/// Reads a string from C; None if it is NULL.
 fn string(pointer: *const c_char, name: &str) -> Result<Option<String>> {
     if pointer.is_null() {
         return Ok(None);
