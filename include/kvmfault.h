@@ -154,7 +154,7 @@
  *
  * Handles are opaque, and freeing NULL does nothing. A call with a handle that was freed returns
  * -EBADF and is not undefined behaviour: its memory is never used for anything else, which costs
- * the process 64 bytes for each handle that it ever makes (a vCPU: about 1 KiB). A pointer that
+ * the process 64 bytes for each handle that it ever makes (a vCPU: 1.2 KiB). A pointer that
  * never was a handle is not always recognised.
  *
  * Fork. A handle works in the process that made it. In a child of fork(2) its functions return

@@ -1,5 +1,6 @@
-//! `include/kvmfault.h` is made from src/capi: a group of functions from each file, with its constants and structures, in the
-//! order of the file. cbindgen translates the items; what stands around them is put there here.
+//! `include/kvmfault.h` is made from src/capi: a group of functions from each file, with its
+//! constants and structures, in the order of the file, under the file's comments. cbindgen
+//! translates the declarations, and this puts together the rest.
 //! `KVMFAULT_WRITE_HEADER=1` (make header) writes the file; otherwise it is compared.
 
 use std::collections::BTreeMap;
@@ -44,8 +45,9 @@ struct Group {
 }
 
 impl Group {
-    /// The file's `//!` comment is "Title: in a few words.", an empty line, and the text. What the items and the fields of
-    /// structures have for comments goes into `comments`: cbindgen would take the indentation away.
+    /// The file's `//!` comment is "Title: in a few words.", an empty line, and the text. The
+    /// comments of items and of structures' fields go into `comments`: from cbindgen they would
+    /// come without their indentation.
     fn read(file: &str, comments: &mut Comments) -> Group {
         let source = source(&format!("{file}.rs"));
         let top: Vec<_> = source.lines().map_while(|line| text_of_comment(line, "//!")).collect();
@@ -89,7 +91,8 @@ fn for_c(comment: &[String]) -> Vec<String> {
     lines
 }
 
-/// The C name that a line of Rust defines; a function's with "()", as one has the name of a structure.
+/// The C name that a line of Rust defines. A function's ends in "()": one has the name of a
+/// structure.
 fn name_of_rust_item(line: &str) -> Option<String> {
     let kinds = ["pub const ", "pub struct ", "pub type ", "pub extern \"C\" fn ", "pub unsafe extern \"C\" fn "];
     let rest = kinds.iter().find_map(|kind| line.strip_prefix(kind))?;

@@ -1,11 +1,13 @@
-//! A C compiler with the header lays out the structures as src/capi/layout.txt records them. src/capi/structs.rs compares
-//! Rust's layout with the same file, which is the record of the ABI: a line is only ever added.
+//! A C compiler with the header lays out the structures as src/capi/layout.txt records them.
+//! src/capi/structs.rs compares Rust's layout with the same file. It is the record of the ABI:
+//! lines are only ever added.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// (offset, size) by "structure.field"; a structure itself is "structure." with its alignment and size.
+/// (offset, size) by "structure.field". A structure itself is "structure.", with its alignment and
+/// size.
 type Layout = BTreeMap<String, (usize, usize)>;
 
 fn parse(text: &str) -> Layout {

@@ -287,3 +287,16 @@ pub fn put<T>(out: *mut *mut T, handle: *mut T) {
     // SAFETY: `clear_out` has checked it.
     unsafe { out.write_unaligned(handle) };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// src/capi/overview.h states these sizes.
+    #[test]
+    fn what_a_handle_costs_for_good() {
+        assert!(size_of::<Handle<crate::vm::Vm>>() <= 64);
+        let vcpu = size_of::<Handle<Vcpu>>() + size_of::<Seat>();
+        assert!((1024..=1280).contains(&vcpu), "{vcpu}");
+    }
+}
