@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0
  *
- * The header as a program of strict C99 and of strict C++11 sees it (header_cxx11.cc includes this file): every initialiser,
- * in a definition and on the heap; twice included; and the library that was linked is the one that was compiled against.
+ * The header as a program of strict C99 and of strict C++11 sees it (header_cxx11.cc includes this
+ * file): every initialiser, in a definition and on the heap; included twice; and the library that
+ * is linked is the one that was compiled against.
  */
 #include <kvmfault.h>
 #include <kvmfault.h>
@@ -48,6 +49,8 @@ int main(void)
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
 	struct kvmfault_file_range range = KVMFAULT_FILE_RANGE_INIT;
+	struct kvmfault_fill_options fill = KVMFAULT_FILL_OPTIONS_INIT;
+	struct kvmfault_fill_progress progress = KVMFAULT_FILL_PROGRESS_INIT;
 	struct kvmfault_vm *vm = NULL;
 	char version[32];
 
@@ -65,6 +68,10 @@ int main(void)
 	CHECK_ZERO_BUT_SIZE(probe);
 	CHECK_ZERO_BUT_SIZE(stats);
 	CHECK_ZERO_BUT_SIZE(range);
+	CHECK(fill.working_set_fd == -1);
+	fill.working_set_fd = 0;
+	CHECK_ZERO_BUT_SIZE(fill);
+	CHECK_ZERO_BUT_SIZE(progress);
 	CHECK(sizeof(probe.abi) == KVMFAULT_PROBE_ABI_LEN);
 	CHECK(sizeof(stats.latency_us_log2) == KVMFAULT_LATENCY_BUCKETS * sizeof(uint64_t));
 
