@@ -316,3 +316,22 @@ fn every_function_has_its_sections() {
         assert_eq!(has("Errors:"), can_fail, "{name}: Errors, of functions that return -errno");
     }
 }
+
+/// What the comments say of callbacks is what the functions do.
+#[test]
+fn what_is_refused_in_callbacks_is_said() {
+    let mut comments = Comments::new();
+    for file in GROUPS {
+        let group = Group::read(file, &mut comments);
+        let source = source(&format!("{file}.rs"));
+        for name in group.items.iter().filter_map(|name| name.strip_suffix("()")) {
+            let (_, body) = source.split_once(&format!(" fn {name}(")).expect("the function");
+            let (body, _) = body.split_once("\n}").expect("the function's end");
+            let is_refused = body.contains("not_in_callback(");
+            let callbacks = comments[&format!("{name}()")].iter().find(|line| line.starts_with("Callbacks:"));
+            let said = callbacks.unwrap_or_else(|| panic!("{name}: no Callbacks"));
+            let expected = if is_refused { "Callbacks: refused with -EDEADLK." } else { "Callbacks: allowed" };
+            assert!(said.starts_with(expected), "{name}: \"{said}\", but it does: {expected}");
+        }
+    }
+}

@@ -407,6 +407,6 @@ pub unsafe extern "C" fn kvmfault_pages_bitmap(
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_pages_absent(vm: *const kvmfault_vm) -> i64 {
     with_wide("kvmfault_pages_absent", vm, |vm| -> Result<i64> {
-        i64::try_from(vm.absent()).map_err(|_| Error::new(libc::EOVERFLOW, "more pages than fit"))
+        i64::try_from(vm.absent()).map_err(|_| Error::new(libc::EOVERFLOW, "the number of pages doesn't fit"))
     })
 }

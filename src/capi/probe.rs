@@ -63,7 +63,6 @@ pub struct kvmfault_probe {
 }
 
 fn report(kvm_fd: RawFd) -> Result<Report> {
-    not_in_callback("probing")?;
     let system = match kvm_fd {
         -1 => SystemFd::open()?,
         fd => SystemFd::duplicate(fd, "kvm_fd")?,
@@ -89,6 +88,7 @@ fn report(kvm_fd: RawFd) -> Result<Report> {
 pub unsafe extern "C" fn kvmfault_probe(kvm_fd: c_int, probe: *mut kvmfault_probe) -> c_int {
     enter("kvmfault_probe", || {
         let out = Out::new(probe, "probe")?;
+        not_in_callback("kvmfault_probe")?;
         let report = report(kvm_fd)?;
         let works = |kind| {
             let bit = |n: usize| {
@@ -140,6 +140,7 @@ pub unsafe extern "C" fn kvmfault_explain(kvm_fd: c_int, buf: *mut c_char, size:
         if buf.is_null() && size != 0 {
             fail!(EINVAL, "buf: is NULL");
         }
+        not_in_callback("kvmfault_explain")?;
         let text = report(kvm_fd)?.explain();
         if size > 0 {
             let len = text.len().min(size - 1);

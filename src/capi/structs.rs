@@ -77,7 +77,7 @@ fn read_sized<T: Versioned>(pointer: *const T, size: usize, name: &str) -> Resul
         (known..size).any(|at| from.add(at).read() != 0)
     };
     if has_more {
-        fail!(E2BIG, "{name}.size: is {size}, and beyond the {known} bytes that this version knows there are values");
+        fail!(E2BIG, "{name}.size: is {size}, with values beyond the {known} bytes that this version knows");
     }
     Ok(value)
 }
