@@ -104,8 +104,9 @@ pub unsafe extern "C" fn kvmfault_file_source_new(
 /// Returns: KVMFAULT_RESOLVED, as a resolver does.
 /// Errors:
 ///   -EIO: the page's bytes can't be read.
-///   -EINVAL: `fault` is not one page inside its window, or no range of the source holds the page
-///     in one piece.
+///   -ENXIO: no range of the source holds the page.
+///   -EINVAL: `fault` is not one page inside its window, or the file doesn't have the page in one
+///     piece.
 ///   The errno of pread(2), or of `kvmfault_pages_install`.
 /// Threads: any.
 /// Callbacks: allowed; it is a resolver.
