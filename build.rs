@@ -1,4 +1,5 @@
-//! Gives the cdylib the SONAME that rustc leaves out. The installed library gets its own from the Makefile, with a symbol map.
+//! Gives the cdylib the SONAME that rustc leaves out. The installed library gets its SONAME, and a
+//! symbol map, from the Makefile.
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!(

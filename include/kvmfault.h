@@ -1854,7 +1854,7 @@ static inline struct kvmfault_fill_options kvmfault_fill_options_initial_(void)
 /*
  * Starts to resolve all absent pages, or those of a range (`options.gpa`, `options.len`), in the
  * background while the guest runs: threads of the library call the VM's resolver, with
- * KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. Pages behind the vCPUs' latest
+ * KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. Pages after the vCPUs' latest
  * faults come first, and a fault of the guest's own takes precedence. A resolver may install the
  * window or a part of it; it is called again for the rest. The fill waits for announced pages
  * (KVMFAULT_PENDING), with up to 64 windows outstanding a thread.
@@ -1874,7 +1874,7 @@ static inline struct kvmfault_fill_options kvmfault_fill_options_initial_(void)
  *   -EBUSY: a fill of this VM is under way.
  *   -EOPNOTSUPP: the VM has KVMFAULT_VM_EXTERNAL_UFFD.
  *   -EAGAIN: no thread can be started.
- *   -EBADF: `working_set_fd` is closed.
+ *   -EBADF, -EACCES: `working_set_fd` is closed, or not open for reading.
  * Threads: any.
  * Callbacks: refused with -EDEADLK.
  * Lifetime: free it with `kvmfault_fill_free`, before or after the VM. `options` may go when this
@@ -1975,8 +1975,8 @@ int kvmfault_fill_stop(const struct kvmfault_fill *fill);
  *
  * Threads: any.
  * Callbacks: allowed.
- * Lifetime: `opaque` stays until the finalizer has run. It doesn't wait for this call: it runs
- *   when the last call of `progress` (with `ended` set) has returned.
+ * Lifetime: `opaque` stays until the finalizer has run, which is when the last call of `progress`
+ *   (with `ended` set) has returned: the finalizer doesn't wait for this function.
  */
 void kvmfault_fill_free(struct kvmfault_fill *fill);
 

@@ -4,7 +4,7 @@ fn text(path: &str) -> String {
     std::fs::read_to_string(format!("{}/{path}", env!("CARGO_MANIFEST_DIR"))).unwrap()
 }
 
-/// Those without a handle.
+/// Functions that take no handle.
 const FREE: [&str; 7] = [
     "kvmfault_last_error",
     "kvmfault_version",
@@ -12,7 +12,7 @@ const FREE: [&str; 7] = [
     "kvmfault_probe",
     "kvmfault_explain",
     "kvmfault_vm_new",
-    // Of a file source; it is kvmfault_file_source_free with another argument.
+    // As kvmfault_file_source_free, which is tried, with an argument of another type.
     "kvmfault_file_source_finalize",
 ];
 

@@ -21,7 +21,7 @@ use std::sync::Arc;
 static PANIC_IN: Lazy<Option<String>> = Lazy::new(|| std::env::var("KVMFAULT_TEST_PANIC").ok());
 
 /// Sets the thread's message, and gives -errno.
-pub fn complain(error: &Error) -> c_int {
+pub fn failed_with(error: &Error) -> c_int {
     set_message(&error.message);
     -error.errno.clamp(1, 4095)
 }
@@ -36,10 +36,10 @@ fn guarded(name: &str, poison: impl FnOnce(), body: impl FnOnce() -> Result<i64>
     }));
     match result {
         Ok(Ok(value)) => value,
-        Ok(Err(error)) => complain(&error).into(),
+        Ok(Err(error)) => failed_with(&error).into(),
         Err(_) => {
             poison();
-            complain(&Error::new(
+            failed_with(&Error::new(
                 libc::ENOTRECOVERABLE,
                 format!("{name}: a bug in libkvmfault: it panicked (see stderr)"),
             ))
@@ -122,7 +122,7 @@ impl<T> Handle<T> {
 
     /// Looks at what a pointer from C points to: a handle in any state, or something that can at
     /// least be read.
-    fn look<'a, O: Opaque<Inner = T>>(pointer: *const O) -> Result<&'a Handle<T>> {
+    fn at<'a, O: Opaque<Inner = T>>(pointer: *const O) -> Result<&'a Handle<T>> {
         let handle = pointer.cast::<Handle<T>>();
         if handle.is_null() {
             fail!(EINVAL, "{}: is NULL", O::NAME);
@@ -138,7 +138,7 @@ impl<T> Handle<T> {
 
     /// Finds the handle behind a pointer from C; it is alive, and of this process.
     fn find<'a, O: Opaque<Inner = T>>(pointer: *const O) -> Result<&'a Handle<T>> {
-        let handle = Handle::look(pointer)?;
+        let handle = Handle::at(pointer)?;
         match handle.magic.load(SeqCst) {
             magic if magic == O::MAGIC && handle.process.is_here() => Ok(handle),
             magic => Err(handle.refusal::<O>(magic)),
@@ -169,19 +169,19 @@ impl<T> Handle<T> {
 
     /// Frees a handle. What it held is dropped when the last call that uses it ends. For NULL it
     /// does nothing. A second call is an error, which only `kvmfault_last_error` reports.
-    pub fn free<O: Opaque<Inner = T>>(name: &str, pointer: *mut O, last_words: impl FnOnce(&T)) {
-        if pointer.is_null() || Handle::leave(pointer.cast_const()) {
+    pub fn free<O: Opaque<Inner = T>>(name: &str, pointer: *mut O, before_drop: impl FnOnce(&T)) {
+        if pointer.is_null() || Handle::forget_in_child(pointer.cast_const()) {
             return;
         }
         enter(name, || {
-            let handle = Handle::look(pointer.cast_const())?;
+            let handle = Handle::at(pointer.cast_const())?;
             let alive = |&magic: &u64| magic & !POISONED == O::MAGIC;
             let freed = handle.magic.fetch_update(SeqCst, SeqCst, |magic| Some(FREED).filter(|_| alive(&magic)));
             if let Err(magic) = freed {
                 return Err(handle.refusal::<O>(magic));
             }
             if let Some(inner) = handle.inner.swap(None) {
-                last_words(&inner);
+                before_drop(&inner);
             }
             Ok(0)
         });
@@ -189,8 +189,8 @@ impl<T> Handle<T> {
 
     /// In a forked child, frees a handle of the parent's: touches nothing that is shared, and waits
     /// for no lock of the parent's other threads. Gives false if this is no such child.
-    fn leave<O: Opaque<Inner = T>>(pointer: *const O) -> bool {
-        let Ok(handle) = Handle::look(pointer) else { return false };
+    fn forget_in_child<O: Opaque<Inner = T>>(pointer: *const O) -> bool {
+        let Ok(handle) = Handle::at(pointer) else { return false };
         if handle.magic.load(SeqCst) & !POISONED != O::MAGIC || handle.process.is_here() {
             return false;
         }
@@ -222,7 +222,7 @@ impl Handle<Vcpu> {
         if !handle.is_aligned() {
             return Err(-libc::EBADF);
         }
-        // SAFETY: as in `look`.
+        // SAFETY: as in `at`.
         let handle = unsafe { &*handle };
         match handle.magic.load(SeqCst) {
             magic if magic & !POISONED != kvmfault_vcpu::MAGIC => Err(-libc::EBADF),
@@ -241,14 +241,14 @@ pub fn with<O: Opaque>(name: &str, pointer: *const O, body: impl FnOnce(&Arc<O::
 pub fn with_wide<O: Opaque>(name: &str, pointer: *const O, body: impl FnOnce(&Arc<O::Inner>) -> Result<i64>) -> i64 {
     let handle = match Handle::find(pointer) {
         Ok(handle) => handle,
-        Err(error) => return complain(&error).into(),
+        Err(error) => return failed_with(&error).into(),
     };
     // A guard, not a reference count: the callbacks of all vCPUs come through here.
     guarded(
         name,
         || handle.poison::<O>(),
         || match handle.inner.load().as_ref() {
-            Some(inner) => body(inner).map_err(|e| explain::<O>(inner, e)),
+            Some(inner) => body(inner).map_err(|e| as_shutdown::<O>(inner, e)),
             None => Err(freed::<O>()),
         },
     )
@@ -264,7 +264,7 @@ fn freed<O: Opaque>() -> Error {
 
 /// Reports a failure whose cause is that the VM was freed meanwhile as -ESHUTDOWN, whatever failed
 /// first. An error in the arguments stays what it is.
-fn explain<O: Opaque>(inner: &O::Inner, error: Error) -> Error {
+fn as_shutdown<O: Opaque>(inner: &O::Inner, error: Error) -> Error {
     const STAYS: [i32; 5] = [libc::EINVAL, libc::E2BIG, libc::EDEADLK, libc::ETIMEDOUT, libc::ESHUTDOWN];
     if STAYS.contains(&error.errno) || !O::has_ended(inner) {
         return error;

@@ -156,7 +156,7 @@ fn progress_of(progress: &Progress) -> kvmfault_fill_progress {
 
 /// Starts to resolve all absent pages, or those of a range (`options.gpa`, `options.len`), in the
 /// background while the guest runs: threads of the library call the VM's resolver, with
-/// KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. Pages behind the vCPUs' latest
+/// KVMFAULT_ORIGIN_FILL, for windows of up to `options.batch` pages. Pages after the vCPUs' latest
 /// faults come first, and a fault of the guest's own takes precedence. A resolver may install the
 /// window or a part of it; it is called again for the rest. The fill waits for announced pages
 /// (KVMFAULT_PENDING), with up to 64 windows outstanding a thread.
@@ -176,7 +176,7 @@ fn progress_of(progress: &Progress) -> kvmfault_fill_progress {
 ///   -EBUSY: a fill of this VM is under way.
 ///   -EOPNOTSUPP: the VM has KVMFAULT_VM_EXTERNAL_UFFD.
 ///   -EAGAIN: no thread can be started.
-///   -EBADF: `working_set_fd` is closed.
+///   -EBADF, -EACCES: `working_set_fd` is closed, or not open for reading.
 /// Threads: any.
 /// Callbacks: refused with -EDEADLK.
 /// Lifetime: free it with `kvmfault_fill_free`, before or after the VM. `options` may go when this
@@ -365,8 +365,8 @@ pub unsafe extern "C" fn kvmfault_fill_stop(fill: *const kvmfault_fill) -> c_int
 ///
 /// Threads: any.
 /// Callbacks: allowed.
-/// Lifetime: `opaque` stays until the finalizer has run. It doesn't wait for this call: it runs
-///   when the last call of `progress` (with `ended` set) has returned.
+/// Lifetime: `opaque` stays until the finalizer has run, which is when the last call of `progress`
+///   (with `ended` set) has returned: the finalizer doesn't wait for this function.
 ///
 /// # Safety
 /// `fill` is NULL or a handle of this library.
