@@ -265,14 +265,15 @@ const char *kvmfault_last_error(void);
 #define KVMFAULT_MECHANISM_MEMSLOT_FLAG 1
 
 /*
- * UFFDIO_POISON markers in a mapping for KVM alone: KVM sends SIGBUS to the vCPU's thread. Any
- * Linux from 6.6.
+ * UFFDIO_POISON markers (Documentation/admin-guide/mm/userfaultfd.rst) in a mapping for KVM alone:
+ * at a marked page KVM sends SIGBUS with BUS_MCEERR_AR to the vCPU's thread
+ * (kvm_send_hwpoison_signal), as for broken memory. Any Linux from 6.6.
  */
 #define KVMFAULT_MECHANISM_POISON_TRAP 2
 
 /*
- * Classic userfaultfd: reader threads of the library serve the faults, while the vCPU sleeps in
- * the kernel. Any Linux from 4.11.
+ * Classic userfaultfd (userfaultfd(2)): reader threads of the library serve the faults, while the
+ * vCPU sleeps in the kernel. Any Linux from 4.11.
  */
 #define KVMFAULT_MECHANISM_USERFAULTFD 3
 
@@ -655,8 +656,8 @@ static inline struct kvmfault_vm_options kvmfault_vm_options_initial_(void)
  *   Another errno of a system call, which the message names.
  * Threads: any.
  * Callbacks: refused with -EDEADLK.
- * Lifetime: free it with `kvmfault_vm_close` or `kvmfault_vm_free`. `options` may go when this
- *   returns.
+ * Lifetime: free it with `kvmfault_vm_close` or `kvmfault_vm_free`. `options` need not outlive the
+ *   call.
  */
 int kvmfault_vm_new(const struct kvmfault_vm_options *options, struct kvmfault_vm **vm);
 
@@ -705,8 +706,8 @@ void kvmfault_vm_free(struct kvmfault_vm *vm);
  *   -EDEADLK: called in a callback; nothing has changed.
  * Threads: any.
  * Callbacks: refused with -EDEADLK.
- * Lifetime: after 0 `opaque` may go, and the slots' memory too once the VMM's own calls have
- *   returned (`kvmfault_vcpu_run` returns -ESHUTDOWN).
+ * Lifetime: after 0 `opaque` may be freed, and the slots' memory may be unmapped once the VMM's
+ *   own calls have returned (`kvmfault_vcpu_run` returns -ESHUTDOWN).
  */
 int kvmfault_vm_close(struct kvmfault_vm *vm, int64_t timeout_ms);
 
@@ -961,15 +962,16 @@ static inline struct kvmfault_region kvmfault_region_initial_(void)
  * Threads may touch the memory during the call: they wait for their pages as always, and the
  * resolver may be called for these pages before the call has returned.
  *
- * KVM's ioctl waits for each vCPU that is in the middle of a fault inside KVM_RUN, also for one
- * that sleeps there for a page (`userfaultfd`, or a slot whose fast path is off). So that this
- * function and `kvmfault_memslot_set_fast_only` don't wait until the page is supplied, the library
- * makes the vCPUs leave KVM_RUN for a moment once the ioctl has taken 10 ms: it sends their kick
- * signal, which doesn't count as a kick and which the VMM doesn't see (see
- * `kvmfault_vcpu_options.kick_signal`). There are two limits. Before Linux 6.2, and if the vCPU
- * sleeps in a copy that KVM makes for an emulated instruction (all of CPL 0 on a KVM without
- * hardware virtualization), the call waits until the page is installed or lost; during such a copy
- * the vCPU's thread uses a CPU. And a VMM that does the ioctl itself (`kvmfault_memslot_prepare`)
+ * KVM's ioctl waits (synchronize_srcu in kvm_swap_active_memslots) for each vCPU that is in the
+ * middle of a fault inside KVM_RUN, also for one that sleeps there for a page (`userfaultfd`, or a
+ * slot whose fast path is off). So that this function and `kvmfault_memslot_set_fast_only` don't
+ * wait until the page is supplied, the library makes the vCPUs leave KVM_RUN for a moment once the
+ * ioctl has taken 10 ms: it sends their kick signal, which doesn't count as a kick and which the
+ * VMM doesn't see (see `kvmfault_vcpu_options.kick_signal`). There are two limits. Before Linux
+ * 6.2 (whose KVM lets a signal interrupt a fault), and in any kernel if the vCPU sleeps in a copy
+ * that KVM makes for an emulated instruction (all of CPL 0 on a KVM without hardware
+ * virtualization), the call waits until the page is installed or lost; during such a copy the
+ * vCPU's thread uses a CPU. And a VMM that does the ioctl itself (`kvmfault_memslot_prepare`)
  * waits likewise: it kicks its vCPUs and keeps them out of KVM_RUN until the ioctl has returned,
  * or does the ioctl on a thread that may wait.
  *
@@ -992,7 +994,7 @@ static inline struct kvmfault_region kvmfault_region_initial_(void)
  *   The errno of reader threads that can't read (see `kvmfault_vm_new`), or KVM's errno.
  * Threads: any; calls take turns.
  * Callbacks: refused with -EDEADLK.
- * Lifetime: the memory stays mapped until the slot is deleted. `slot` may go when this returns.
+ * Lifetime: the memory stays mapped until the slot is deleted. `slot` need not outlive the call.
  */
 int kvmfault_memslot_set(const struct kvmfault_vm *vm, const struct kvmfault_memslot *slot);
 
@@ -1022,8 +1024,8 @@ int kvmfault_memslot_prepare(const struct kvmfault_vm *vm,
  *
  * With KVMFAULT_VM_EXTERNAL_UFFD, 0 ends a post-copy: when this has returned 0, no thread is in a
  * resolver call for a page of the slot's memory that is present (one may have been under way while
- * the last pages arrived); if all are present, what the resolver uses may go. So the caller must
- * not hold a lock that the resolver takes.
+ * the last pages arrived); if all are present, what the resolver uses may be freed. So the caller
+ * must not hold a lock that the resolver takes.
  *
  * Returns: 0.
  * Errors:
@@ -1112,7 +1114,7 @@ int kvmfault_memslot_mechanism(const struct kvmfault_vm *vm, uint32_t slot);
  *   -ESHUTDOWN: the VM was freed meanwhile.
  * Threads: any.
  * Callbacks: allowed.
- * Lifetime: `src` may go when this returns.
+ * Lifetime: `src` need not outlive the call.
  */
 int kvmfault_pages_install(const struct kvmfault_vm *vm,
                            uint64_t gpa,
@@ -1523,7 +1525,7 @@ static inline struct kvmfault_memory_error_info kvmfault_memory_error_info_initi
  * Threads: the vCPU's.
  * Callbacks: refused with -EDEADLK.
  * Lifetime: free it with `kvmfault_vcpu_free`, before or after the VM. `options->run` stays mapped
- *   until then; `options` may go when this returns.
+ *   until then; `options` need not outlive the call.
  */
 int kvmfault_vcpu_new(const struct kvmfault_vm *vm,
                       const struct kvmfault_vcpu_options *options,
@@ -1877,8 +1879,8 @@ static inline struct kvmfault_fill_options kvmfault_fill_options_initial_(void)
  *   -EBADF, -EACCES: `working_set_fd` is closed, or not open for reading.
  * Threads: any.
  * Callbacks: refused with -EDEADLK.
- * Lifetime: free it with `kvmfault_fill_free`, before or after the VM. `options` may go when this
- *   returns, `opaque` when the finalizer has run.
+ * Lifetime: free it with `kvmfault_fill_free`, before or after the VM. `options` need not outlive
+ *   the call; `opaque` stays until the finalizer has run.
  */
 int kvmfault_fill_start(const struct kvmfault_vm *vm,
                         const struct kvmfault_fill_options *options,
@@ -1890,8 +1892,8 @@ int kvmfault_fill_start(const struct kvmfault_vm *vm,
  *
  * Returns: 0: no page is absent any more, the memory is ordinary, and no resolver call is under
  *   way for it (a thread may have been in one while the last pages arrived): what the resolver
- *   reads from may go. With a range, KVMFAULT_FILL_KEEP_ARMED or KVMFAULT_FILL_WORKING_SET_ONLY:
- *   that part has been resolved, no more.
+ *   reads from may be closed. With a range, KVMFAULT_FILL_KEEP_ARMED or
+ *   KVMFAULT_FILL_WORKING_SET_ONLY: that part has been resolved, no more.
  * Errors:
  *   -ETIMEDOUT: not yet; while it is paused, a fill doesn't end (`kvmfault_fill_pause`).
  *   -ECANCELED: it was stopped.

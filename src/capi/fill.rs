@@ -179,8 +179,8 @@ fn progress_of(progress: &Progress) -> kvmfault_fill_progress {
 ///   -EBADF, -EACCES: `working_set_fd` is closed, or not open for reading.
 /// Threads: any.
 /// Callbacks: refused with -EDEADLK.
-/// Lifetime: free it with `kvmfault_fill_free`, before or after the VM. `options` may go when this
-///   returns, `opaque` when the finalizer has run.
+/// Lifetime: free it with `kvmfault_fill_free`, before or after the VM. `options` need not outlive
+///   the call; `opaque` stays until the finalizer has run.
 ///
 /// # Safety
 /// The pointers are NULL or valid, and the callbacks are as the header says.
@@ -232,8 +232,8 @@ pub unsafe extern "C" fn kvmfault_fill_start(
 ///
 /// Returns: 0: no page is absent any more, the memory is ordinary, and no resolver call is under
 ///   way for it (a thread may have been in one while the last pages arrived): what the resolver
-///   reads from may go. With a range, KVMFAULT_FILL_KEEP_ARMED or KVMFAULT_FILL_WORKING_SET_ONLY:
-///   that part has been resolved, no more.
+///   reads from may be closed. With a range, KVMFAULT_FILL_KEEP_ARMED or
+///   KVMFAULT_FILL_WORKING_SET_ONLY: that part has been resolved, no more.
 /// Errors:
 ///   -ETIMEDOUT: not yet; while it is paused, a fill doesn't end (`kvmfault_fill_pause`).
 ///   -ECANCELED: it was stopped.

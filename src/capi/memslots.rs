@@ -144,15 +144,16 @@ pub struct kvmfault_region {
 /// Threads may touch the memory during the call: they wait for their pages as always, and the
 /// resolver may be called for these pages before the call has returned.
 ///
-/// KVM's ioctl waits for each vCPU that is in the middle of a fault inside KVM_RUN, also for one
-/// that sleeps there for a page (`userfaultfd`, or a slot whose fast path is off). So that this
-/// function and `kvmfault_memslot_set_fast_only` don't wait until the page is supplied, the library
-/// makes the vCPUs leave KVM_RUN for a moment once the ioctl has taken 10 ms: it sends their kick
-/// signal, which doesn't count as a kick and which the VMM doesn't see (see
-/// `kvmfault_vcpu_options.kick_signal`). There are two limits. Before Linux 6.2, and if the vCPU
-/// sleeps in a copy that KVM makes for an emulated instruction (all of CPL 0 on a KVM without
-/// hardware virtualization), the call waits until the page is installed or lost; during such a copy
-/// the vCPU's thread uses a CPU. And a VMM that does the ioctl itself (`kvmfault_memslot_prepare`)
+/// KVM's ioctl waits (synchronize_srcu in kvm_swap_active_memslots) for each vCPU that is in the
+/// middle of a fault inside KVM_RUN, also for one that sleeps there for a page (`userfaultfd`, or a
+/// slot whose fast path is off). So that this function and `kvmfault_memslot_set_fast_only` don't
+/// wait until the page is supplied, the library makes the vCPUs leave KVM_RUN for a moment once the
+/// ioctl has taken 10 ms: it sends their kick signal, which doesn't count as a kick and which the
+/// VMM doesn't see (see `kvmfault_vcpu_options.kick_signal`). There are two limits. Before Linux
+/// 6.2 (whose KVM lets a signal interrupt a fault), and in any kernel if the vCPU sleeps in a copy
+/// that KVM makes for an emulated instruction (all of CPL 0 on a KVM without hardware
+/// virtualization), the call waits until the page is installed or lost; during such a copy the
+/// vCPU's thread uses a CPU. And a VMM that does the ioctl itself (`kvmfault_memslot_prepare`)
 /// waits likewise: it kicks its vCPUs and keeps them out of KVM_RUN until the ioctl has returned,
 /// or does the ioctl on a thread that may wait.
 ///
@@ -175,7 +176,7 @@ pub struct kvmfault_region {
 ///   The errno of reader threads that can't read (see `kvmfault_vm_new`), or KVM's errno.
 /// Threads: any; calls take turns.
 /// Callbacks: refused with -EDEADLK.
-/// Lifetime: the memory stays mapped until the slot is deleted. `slot` may go when this returns.
+/// Lifetime: the memory stays mapped until the slot is deleted. `slot` need not outlive the call.
 ///
 /// # Safety
 /// The pointers are NULL or valid; the slot's memory stays mapped while the slot is set.
@@ -281,8 +282,8 @@ unsafe fn request(slot: &kvmfault_memslot) -> Result<SlotRequest> {
 ///
 /// With KVMFAULT_VM_EXTERNAL_UFFD, 0 ends a post-copy: when this has returned 0, no thread is in a
 /// resolver call for a page of the slot's memory that is present (one may have been under way while
-/// the last pages arrived); if all are present, what the resolver uses may go. So the caller must
-/// not hold a lock that the resolver takes.
+/// the last pages arrived); if all are present, what the resolver uses may be freed. So the caller
+/// must not hold a lock that the resolver takes.
 ///
 /// Returns: 0.
 /// Errors:

@@ -64,7 +64,7 @@ pub const KVMFAULT_STATE_LOST: u32 = 1 << 3;
 ///   -ESHUTDOWN: the VM was freed meanwhile.
 /// Threads: any.
 /// Callbacks: allowed.
-/// Lifetime: `src` may go when this returns.
+/// Lifetime: `src` need not outlive the call.
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library. `src` needs no checks of ours: the kernel reads it.

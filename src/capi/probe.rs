@@ -23,12 +23,13 @@ pub const KVMFAULT_MECHANISM_AUTO: c_int = 0;
 /// the revisions of that flag; mainline Linux, up to 7.3, has none (docs/kernel.md).
 pub const KVMFAULT_MECHANISM_MEMSLOT_FLAG: c_int = 1;
 
-/// UFFDIO_POISON markers in a mapping for KVM alone: KVM sends SIGBUS to the vCPU's thread. Any
-/// Linux from 6.6.
+/// UFFDIO_POISON markers (Documentation/admin-guide/mm/userfaultfd.rst) in a mapping for KVM alone:
+/// at a marked page KVM sends SIGBUS with BUS_MCEERR_AR to the vCPU's thread
+/// (kvm_send_hwpoison_signal), as for broken memory. Any Linux from 6.6.
 pub const KVMFAULT_MECHANISM_POISON_TRAP: c_int = 2;
 
-/// Classic userfaultfd: reader threads of the library serve the faults, while the vCPU sleeps in
-/// the kernel. Any Linux from 4.11.
+/// Classic userfaultfd (userfaultfd(2)): reader threads of the library serve the faults, while the
+/// vCPU sleeps in the kernel. Any Linux from 4.11.
 pub const KVMFAULT_MECHANISM_USERFAULTFD: c_int = 3;
 
 /// Size in bytes of `kvmfault_probe.abi`, the terminating 0 included.

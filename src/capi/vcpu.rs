@@ -135,7 +135,7 @@ impl Opaque for kvmfault_vcpu {
 /// Threads: the vCPU's.
 /// Callbacks: refused with -EDEADLK.
 /// Lifetime: free it with `kvmfault_vcpu_free`, before or after the VM. `options->run` stays mapped
-///   until then; `options` may go when this returns.
+///   until then; `options` need not outlive the call.
 ///
 /// # Safety
 /// The pointers are NULL or valid; `options->run` is NULL or the vCPU's kvm_run, mapped for as long

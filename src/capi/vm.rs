@@ -206,8 +206,8 @@ impl Resolver for Callbacks {
 ///   Another errno of a system call, which the message names.
 /// Threads: any.
 /// Callbacks: refused with -EDEADLK.
-/// Lifetime: free it with `kvmfault_vm_close` or `kvmfault_vm_free`. `options` may go when this
-///   returns.
+/// Lifetime: free it with `kvmfault_vm_close` or `kvmfault_vm_free`. `options` need not outlive the
+///   call.
 ///
 /// # Safety
 /// The pointers are NULL or valid, and the callbacks are as the header says.
@@ -312,8 +312,8 @@ pub unsafe extern "C" fn kvmfault_vm_free(vm: *mut kvmfault_vm) {
 ///   -EDEADLK: called in a callback; nothing has changed.
 /// Threads: any.
 /// Callbacks: refused with -EDEADLK.
-/// Lifetime: after 0 `opaque` may go, and the slots' memory too once the VMM's own calls have
-///   returned (`kvmfault_vcpu_run` returns -ESHUTDOWN).
+/// Lifetime: after 0 `opaque` may be freed, and the slots' memory may be unmapped once the VMM's
+///   own calls have returned (`kvmfault_vcpu_run` returns -ESHUTDOWN).
 ///
 /// # Safety
 /// `vm` is NULL or a handle of this library.
