@@ -957,7 +957,8 @@ static inline struct kvmfault_region kvmfault_region_initial_(void)
  * preallocated, or used before), neither the guest nor this process sees it until
  * `kvmfault_pages_map` shows it; `kvmfault_pages_install` replaces it. Deleting a slot wakes the
  * threads that wait for its pages; memory that no other slot shows becomes ordinary memory, in
- * which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP).
+ * which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP). With `block_hva` that is all of
+ * the block's memory, when the last slot that shows a part of it is deleted.
  *
  * Threads may touch the memory during the call: they wait for their pages as always, and the
  * resolver may be called for these pages before the call has returned.
@@ -975,6 +976,21 @@ static inline struct kvmfault_region kvmfault_region_initial_(void)
  * waits likewise: it kicks its vCPUs and keeps them out of KVM_RUN until the ioctl has returned,
  * or does the ioctl on a thread that may wait.
  *
+ * When a slot has been deleted, or replaced by one on other memory, the library no longer touches
+ * that memory: the VMM may unmap it or use it for something else as soon as this call has
+ * returned. The call waits for threads that are inside a system call on that memory, in
+ * `kvmfault_vcpu_run` or in a call on its pages; later ones do nothing (-ENOENT). Three things
+ * remain for the VMM to observe:
+ * - A resolver call for one of the pages may still be under way, or just begin. The library
+ *   refuses its installs with -ENOENT, but can't prevent what the resolver itself writes at
+ *   `fault->hva` or to the memory's file.
+ * - An install whose source doesn't answer is waited for one second. It can't reach the memory
+ *   unless that is registered with a userfaultfd again. Setting a slot there is -EBUSY until the
+ *   install has ended; with a userfaultfd of its own, the VMM waits until the install has
+ *   returned.
+ * - A vCPU inside KVM_RUN uses the memory until KVM knows that the slot is gone: with
+ *   `kvmfault_memslot_prepare`, until the VMM's own ioctl has returned.
+ *
  * Private memory of a deleted slot can be set again once it has been dropped (MADV_DONTNEED) and
  * if no thread touches it until this function has returned. A thread that waited for a page of the
  * deleted slot continues after the deleting call has returned, and reads a page of zeros, which is
@@ -987,7 +1003,8 @@ static inline struct kvmfault_region kvmfault_region_initial_(void)
  *     hidden: in private memory, in locked memory, and in any memory before Linux 5.14.
  *   -EFAULT, -EACCES: `hva` isn't mapped, or isn't readable and writable.
  *   -EBADF: `fd` is closed.
- *   -EBUSY: the memory is registered with another userfaultfd.
+ *   -EBUSY: the memory is registered with another userfaultfd, or an install that began under an
+ *     earlier slot has not ended there.
  *   -ENOENT: the slot to delete is not set.
  *   -EOPNOTSUPP: the forced mechanism can't serve this memory.
  *   -ESHUTDOWN: the VM was freed meanwhile.
@@ -1103,7 +1120,7 @@ int kvmfault_memslot_mechanism(const struct kvmfault_vm *vm, uint32_t slot);
  *   error the pages that were installed before it stay installed.
  * Errors:
  *   -EEXIST: all pages were present already; nothing has changed.
- *   -ENOENT: `gpa` is in no slot.
+ *   -ENOENT: `gpa` is in no slot, or the slot was deleted meanwhile.
  *   -EINVAL: `gpa` or `len` is no multiple of the page size, `len` is 0, the range goes beyond the
  *     slot's end, or `src` is NULL.
  *   -EFAULT: `src` can't be read, or is guest memory that isn't present itself (a page that is
@@ -1579,9 +1596,9 @@ void kvmfault_vcpu_free(struct kvmfault_vcpu *vcpu);
  * emulates is given up in the second call: the guest reads ones, what it wrote is dropped, and a
  * machine check that the VMM has injected is then delivered.
  *
- * Returns: KVMFAULT_PASS (an exit in kvm_run), KVMFAULT_INTERRUPTED (a kick, or a signal that the
- *   VMM handles) or KVMFAULT_MEMORY_ERROR; never KVMFAULT_HANDLED. After an error the vCPU can be
- *   run again: the guest repeats the access.
+ * Returns: KVMFAULT_PASS (an exit in kvm_run), KVMFAULT_INTERRUPTED (a kick; a signal that the VMM
+ *   handles; or, by mask, a SIGBUS that a process sent) or KVMFAULT_MEMORY_ERROR; never
+ *   KVMFAULT_HANDLED. After an error the vCPU can be run again: the guest repeats the access.
  * Errors:
  *   The resolver's -errno.
  *   -EPROTO: the resolver has broken its contract.

@@ -139,7 +139,8 @@ pub struct kvmfault_region {
 /// preallocated, or used before), neither the guest nor this process sees it until
 /// `kvmfault_pages_map` shows it; `kvmfault_pages_install` replaces it. Deleting a slot wakes the
 /// threads that wait for its pages; memory that no other slot shows becomes ordinary memory, in
-/// which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP).
+/// which absent pages read as zeros (see KVMFAULT_MEMSLOT_KEEP). With `block_hva` that is all of
+/// the block's memory, when the last slot that shows a part of it is deleted.
 ///
 /// Threads may touch the memory during the call: they wait for their pages as always, and the
 /// resolver may be called for these pages before the call has returned.
@@ -157,6 +158,21 @@ pub struct kvmfault_region {
 /// waits likewise: it kicks its vCPUs and keeps them out of KVM_RUN until the ioctl has returned,
 /// or does the ioctl on a thread that may wait.
 ///
+/// When a slot has been deleted, or replaced by one on other memory, the library no longer touches
+/// that memory: the VMM may unmap it or use it for something else as soon as this call has
+/// returned. The call waits for threads that are inside a system call on that memory, in
+/// `kvmfault_vcpu_run` or in a call on its pages; later ones do nothing (-ENOENT). Three things
+/// remain for the VMM to observe:
+/// - A resolver call for one of the pages may still be under way, or just begin. The library
+///   refuses its installs with -ENOENT, but can't prevent what the resolver itself writes at
+///   `fault->hva` or to the memory's file.
+/// - An install whose source doesn't answer is waited for one second. It can't reach the memory
+///   unless that is registered with a userfaultfd again. Setting a slot there is -EBUSY until the
+///   install has ended; with a userfaultfd of its own, the VMM waits until the install has
+///   returned.
+/// - A vCPU inside KVM_RUN uses the memory until KVM knows that the slot is gone: with
+///   `kvmfault_memslot_prepare`, until the VMM's own ioctl has returned.
+///
 /// Private memory of a deleted slot can be set again once it has been dropped (MADV_DONTNEED) and
 /// if no thread touches it until this function has returned. A thread that waited for a page of the
 /// deleted slot continues after the deleting call has returned, and reads a page of zeros, which is
@@ -169,7 +185,8 @@ pub struct kvmfault_region {
 ///     hidden: in private memory, in locked memory, and in any memory before Linux 5.14.
 ///   -EFAULT, -EACCES: `hva` isn't mapped, or isn't readable and writable.
 ///   -EBADF: `fd` is closed.
-///   -EBUSY: the memory is registered with another userfaultfd.
+///   -EBUSY: the memory is registered with another userfaultfd, or an install that began under an
+///     earlier slot has not ended there.
 ///   -ENOENT: the slot to delete is not set.
 ///   -EOPNOTSUPP: the forced mechanism can't serve this memory.
 ///   -ESHUTDOWN: the VM was freed meanwhile.

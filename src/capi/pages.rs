@@ -53,7 +53,7 @@ pub const KVMFAULT_STATE_LOST: u32 = 1 << 3;
 ///   error the pages that were installed before it stay installed.
 /// Errors:
 ///   -EEXIST: all pages were present already; nothing has changed.
-///   -ENOENT: `gpa` is in no slot.
+///   -ENOENT: `gpa` is in no slot, or the slot was deleted meanwhile.
 ///   -EINVAL: `gpa` or `len` is no multiple of the page size, `len` is 0, the range goes beyond the
 ///     slot's end, or `src` is NULL.
 ///   -EFAULT: `src` can't be read, or is guest memory that isn't present itself (a page that is

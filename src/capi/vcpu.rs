@@ -231,9 +231,9 @@ pub unsafe extern "C" fn kvmfault_vcpu_free(vcpu: *mut kvmfault_vcpu) {
 /// emulates is given up in the second call: the guest reads ones, what it wrote is dropped, and a
 /// machine check that the VMM has injected is then delivered.
 ///
-/// Returns: KVMFAULT_PASS (an exit in kvm_run), KVMFAULT_INTERRUPTED (a kick, or a signal that the
-///   VMM handles) or KVMFAULT_MEMORY_ERROR; never KVMFAULT_HANDLED. After an error the vCPU can be
-///   run again: the guest repeats the access.
+/// Returns: KVMFAULT_PASS (an exit in kvm_run), KVMFAULT_INTERRUPTED (a kick; a signal that the VMM
+///   handles; or, by mask, a SIGBUS that a process sent) or KVMFAULT_MEMORY_ERROR; never
+///   KVMFAULT_HANDLED. After an error the vCPU can be run again: the guest repeats the access.
 /// Errors:
 ///   The resolver's -errno.
 ///   -EPROTO: the resolver has broken its contract.
