@@ -272,7 +272,7 @@ fn as_shutdown<O: Opaque>(inner: &O::Inner, error: Error) -> Error {
     Error::new(libc::ESHUTDOWN, format!("the VM was freed meanwhile ({error})"))
 }
 
-/// Checks where a new handle goes, and makes it NULL.
+/// Checks the place for a new handle, and sets it to NULL.
 pub fn clear_out<T>(out: *mut *mut T, name: &str) -> Result<()> {
     if out.is_null() {
         fail!(EINVAL, "{name}: is NULL");

@@ -125,7 +125,8 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
             fail!(EINVAL, "vm: is NULL");
         }
         let install = |gpa, len, from: Source| {
-            // SAFETY: the VM that the library passed to the resolver; what the source has is copied by the kernel.
+            // SAFETY: `vm` is what the library passed to the resolver; the kernel copies what the
+            // source has.
             let result = unsafe {
                 match from {
                     Source::Copy(address) => kvmfault_pages_install(vm, gpa, address as *const c_void, len),
