@@ -6,7 +6,7 @@ use super::resolver::{kvmfault_fault, KVMFAULT_RESOLVED};
 use super::structs;
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
-use crate::kernel::mem::PAGE;
+use crate::kernel::page::page_size;
 use crate::memory::source::Source;
 use crate::resolve::file_source::{FileRange, FileSource};
 use std::ffi::{c_int, c_void};
@@ -147,8 +147,8 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
 /// Checks a fault: a resolver of the VMM's own may pass one that it has made itself.
 fn checked(fault: kvmfault_fault) -> Result<kvmfault_fault> {
     let kvmfault_fault { gpa, len, window_gpa, window_len, .. } = fault;
-    if len < PAGE || !len.is_power_of_two() {
-        fail!(EINVAL, "fault->len: {len:#x} is not a power of two from 4096 on");
+    if len < page_size() || !len.is_power_of_two() {
+        fail!(EINVAL, "fault->len: {len:#x} is not a power of two from {} on", page_size());
     }
     if gpa % len != 0 || gpa.checked_add(len).is_none() {
         fail!(EINVAL, "fault->gpa: {gpa:#x} is not the address of a page of {len:#x} bytes");

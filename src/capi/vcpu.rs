@@ -9,6 +9,7 @@ use super::structs::{self, Out};
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::kvm::Run;
+use crate::kernel::page::page_size;
 use crate::vcpu::{Exit, Options, Sigbus, Vcpu};
 use std::ffi::{c_int, c_void};
 use std::os::fd::RawFd;
@@ -161,7 +162,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_new(
             KVMFAULT_SIGBUS_BY_HANDLER => Sigbus::ByHandler,
             other => fail!(EINVAL, "options.sigbus: {other} is not a KVMFAULT_SIGBUS_*"),
         };
-        if options.run as usize % 4096 != 0 {
+        if options.run as u64 % page_size() != 0 {
             fail!(EINVAL, "options.run: {:p} is not the start of a mapping", options.run);
         }
         let made = Vcpu::new(

@@ -12,11 +12,6 @@ use std::sync::atomic::AtomicU64;
 
 pub use super::arch::ADDRESSES;
 
-/// The page size on x86-64, for callers that don't ask `page_size` yet.
-pub const PAGE: u64 = 4096;
-/// The size of transparent huge pages on x86-64, for callers that don't ask `huge_page_size` yet.
-pub const HUGE_PAGE: u64 = 2 << 20;
-
 const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 /// A mapping that this library made; unmapped on drop. None is locked, whatever the process does

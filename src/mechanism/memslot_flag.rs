@@ -4,7 +4,8 @@
 use super::{vmm_mode, BlockRequest, Host, Mechanism};
 use crate::error::{fail, Result};
 use crate::kernel::kvm::Region;
-use crate::kernel::mem::{advise, Kind, PAGE};
+use crate::kernel::mem::{advise, Kind};
+use crate::kernel::page::page_size;
 use crate::kernel::uffd::Registration;
 use crate::memory::block::{Block, Shape};
 use crate::memory::slots::Slot;
@@ -30,7 +31,7 @@ impl Mechanism for MemslotFlag {
         if abi.no_readonly && request.readonly {
             fail!(EOPNOTSUPP, "the flag of {} does not work together with KVM_MEM_READONLY", abi.name);
         }
-        if abi.bitmap && request.offset % (8 * PAGE) != 0 {
+        if abi.bitmap && request.offset % (8 * page_size()) != 0 {
             fail!(EOPNOTSUPP, "with {} a slot must begin at a multiple of 32 KiB in its block", abi.name);
         }
         Ok(())

@@ -4,7 +4,8 @@ use super::gates::GATE_PAGES;
 use super::pages::{Pages, State};
 use super::phase::{AtomicPhase, Phase};
 use crate::error::Result;
-use crate::kernel::mem::{Kind, Mapping, PAGE};
+use crate::kernel::mem::{Kind, Mapping};
+use crate::kernel::page::page_size;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -56,7 +57,9 @@ impl Block {
         let Shape { hva, len, page, kind, mechanism } = shape;
         let pages = Pages::new(len / page)?;
         let bitmap = match bitmap {
-            true => Some(Mapping::anonymous((len / PAGE).div_ceil(64).wrapping_mul(8).next_multiple_of(PAGE))?),
+            true => Some(Mapping::anonymous(
+                (len / page_size()).div_ceil(64).wrapping_mul(8).next_multiple_of(page_size()),
+            )?),
             false => None,
         };
         if present {
@@ -81,7 +84,7 @@ impl Block {
 
     /// Allows pages to be PRESENT before they are mapped in the alias.
     pub fn with_deferral(mut self) -> Result<Block> {
-        let deferred = Mapping::anonymous((self.pages.len().div_ceil(64) * 8).next_multiple_of(PAGE))?;
+        let deferred = Mapping::anonymous((self.pages.len().div_ceil(64) * 8).next_multiple_of(page_size()))?;
         self.deferred = Some(deferred);
         Ok(self)
     }
@@ -179,7 +182,7 @@ impl Block {
 
     /// The address in KVM Userfault's bitmap that belongs to a byte offset; 0 without a bitmap.
     pub fn bitmap_at(&self, offset: u64) -> u64 {
-        self.bitmap.as_ref().map_or(0, |b| b.address() + offset / PAGE / 8)
+        self.bitmap.as_ref().map_or(0, |b| b.address() + offset / page_size() / 8)
     }
 
     /// Sets (`exits`) or clears the bits of pages in KVM's bitmap, before the pages become absent
@@ -187,7 +190,7 @@ impl Block {
     pub fn set_exits(&self, pages: Range<u64>, exits: bool) {
         let Some(bitmap) = &self.bitmap else { return };
         let words = bitmap.atomics();
-        let per_page = self.page / PAGE;
+        let per_page = self.page / page_size();
         let mut bit = pages.start * per_page;
         let end = pages.end * per_page;
         while bit < end {
@@ -232,7 +235,7 @@ mod tests {
         assert!(words[..8].iter().all(|&w| w == !0) && words[8..16].iter().all(|&w| w == 0));
         block.set_exits(1..2, true);
         assert_eq!(block.bitmap_at(2 << 20), block.bitmap.as_ref().unwrap().address() + 64);
-        let shape = Shape { hva: 0x1000, len: 0x10_0000, page: PAGE, kind: Kind::Anon, mechanism: 0 };
+        let shape = Shape { hva: 0x1000, len: 0x10_0000, page: page_size(), kind: Kind::Anon, mechanism: 0 };
         let block = Block::new(shape, None, true, false).unwrap();
         block.set_exits(60..70, false);
         assert_eq!(block.bitmap.as_ref().unwrap().atomics()[0].load(Ordering::Relaxed), (1 << 60) - 1);
@@ -241,7 +244,7 @@ mod tests {
 
     #[test]
     fn deferred_pages_are_taken_once_and_in_runs() {
-        let shape = Shape { hva: 0x1000, len: 200 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+        let shape = Shape { hva: 0x1000, len: 200 * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
         let block = Block::new(shape, None, false, true).unwrap();
         assert!(!block.defer(3) && block.take_deferred_runs(0..200).count() == 0, "not with every block");
         let block = block.with_deferral().unwrap();
@@ -257,9 +260,9 @@ mod tests {
 
     #[test]
     fn addresses_of_both_mappings_name_the_same_page() {
-        let alias = Mapping::anonymous(4 * PAGE).unwrap();
+        let alias = Mapping::anonymous(4 * page_size()).unwrap();
         let at = alias.address();
-        let shape = Shape { hva: 0x1000, len: 4 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+        let shape = Shape { hva: 0x1000, len: 4 * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
         let block = Block::new(shape, Some(alias), false, true).unwrap();
         assert_eq!((block.page_at(0x3abc), block.page_at(at + 0x2abc)), (Some(2), Some(2)));
         assert_eq!((block.page_at(0xfff), block.page_at(0x5000)), (None, None));
@@ -270,15 +273,16 @@ mod tests {
     fn what_kvm_has_an_address_of_stays_there_inaccessible() {
         use crate::kernel::mem::{mappings, read};
         for in_kvm in [true, false] {
-            let alias = Mapping::anonymous(4 * PAGE).unwrap();
+            let alias = Mapping::anonymous(4 * page_size()).unwrap();
             let at = alias.address();
-            let shape = Shape { hva: 0x1000, len: 4 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+            let shape =
+                Shape { hva: 0x1000, len: 4 * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
             let block = Block::new(shape, Some(alias), true, false).unwrap();
             let bitmap = block.bitmap_at(0);
             block.in_kvm.store(in_kvm, Ordering::SeqCst);
             drop(block);
             if in_kvm {
-                for (start, len) in [(at, 4 * PAGE), (bitmap, PAGE)] {
+                for (start, len) in [(at, 4 * page_size()), (bitmap, page_size())] {
                     assert!(mappings(start, len).is_ok(), "something else may come there");
                     assert_eq!(read(start, &mut [0]).unwrap_err().errno, libc::EFAULT);
                 }

@@ -273,7 +273,8 @@ pub fn wait_for_calls(block: &Block, enough: impl Fn(u64) -> Option<Error>) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::mem::{Kind, Mapping, PAGE};
+    use crate::kernel::mem::{Kind, Mapping};
+    use crate::kernel::page::page_size;
     use crate::kernel::uffd::{Mode, Uffd};
     use crate::memory::block::Shape;
     use crate::memory::install::install;
@@ -287,9 +288,10 @@ mod tests {
 
     fn memory_and_block() -> Result<(Memory, Mapping, Block)> {
         let memory = Memory::new(Uffd::open()?, false);
-        let ram = Mapping::anonymous(PAGES * PAGE)?;
-        memory.uffd.register(ram.address(), PAGES * PAGE, Mode::default())?;
-        let shape = Shape { hva: ram.address(), len: PAGES * PAGE, page: PAGE, kind: Kind::Anon, mechanism: 0 };
+        let ram = Mapping::anonymous(PAGES * page_size())?;
+        memory.uffd.register(ram.address(), PAGES * page_size(), Mode::default())?;
+        let shape =
+            Shape { hva: ram.address(), len: PAGES * page_size(), page: page_size(), kind: Kind::Anon, mechanism: 0 };
         let block = Block::new(shape, None, false, false)?;
         Ok((memory, ram, block))
     }
@@ -303,7 +305,7 @@ mod tests {
         let (stop, most, calls, overtaken) =
             (AtomicBool::new(false), AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
         let inside: Vec<_> = (0..PAGES).map(|_| AtomicU32::new(0)).collect();
-        let bytes = Mapping::anonymous(PAGE).unwrap();
+        let bytes = Mapping::anonymous(page_size()).unwrap();
         let source = Source::Copy(bytes.address());
         std::thread::scope(|scope| {
             for seed in 0..3u64 {

@@ -159,7 +159,8 @@ fn publish(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::mem::{self, Mapping, PAGE};
+    use crate::kernel::mem::{self, Mapping};
+    use crate::kernel::page::page_size;
     use crate::memory::lose;
     use crate::memory::map::map_in_vmm;
     use crate::memory::testing::{byte, memory_and_block};
@@ -170,12 +171,12 @@ mod tests {
     fn present_pages_are_skipped_and_keep_their_bytes() {
         let (memory, ram, block) = needs!(memory_and_block(1030));
         let stats = Stats::default();
-        let bytes = Mapping::anonymous(1030 * PAGE).unwrap();
-        mem::write(bytes.address(), &[1; 1030 * PAGE as usize]).unwrap();
+        let bytes = Mapping::anonymous(1030 * page_size()).unwrap();
+        mem::write(bytes.address(), &vec![1; 1030 * page_size() as usize]).unwrap();
         assert_eq!(install(&memory, &block, 600..601, Source::Zero, &stats), Ok(1));
         assert_eq!(install(&memory, &block, 0..1030, Source::Copy(bytes.address()), &stats), Ok(1029));
         assert_eq!(install(&memory, &block, 0..1030, Source::Copy(bytes.address()), &stats), Ok(0));
-        assert_eq!((byte(ram.address() + 600 * PAGE), byte(ram.address() + 601 * PAGE)), (0, 1));
+        assert_eq!((byte(ram.address() + 600 * page_size()), byte(ram.address() + 601 * page_size())), (0, 1));
         assert_eq!((stats.pages_copied.get(), stats.pages_zeroed.get()), (1029, 1));
     }
 
@@ -185,11 +186,11 @@ mod tests {
         if memory.uffd.features() & crate::kernel::uffd::FEATURE_POISON == 0 {
             return eprintln!("skipped: the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
         }
-        memory.uffd.poison(ram.address(), 4 * PAGE, PAGE).unwrap();
+        memory.uffd.poison(ram.address(), 4 * page_size(), page_size()).unwrap();
         block.phase.mark();
         assert_eq!(mem::read(ram.address(), &mut [0]).unwrap_err().errno, libc::EFAULT);
         assert_eq!(install(&memory, &block, 0..4, Source::Zero, &Stats::default()), Ok(4));
-        assert_eq!(byte(ram.address() + 3 * PAGE), 0);
+        assert_eq!(byte(ram.address() + 3 * page_size()), 0);
     }
 
     /// The memory of a block that is gone is the VMM's: no call changes it.
@@ -208,7 +209,7 @@ mod tests {
         assert_eq!(errno(given_back.map(|()| 0)), Err(libc::ENOENT));
         block.pages.make_present(1);
         map_in_vmm(&memory, &block, 1, &stats).unwrap();
-        assert_eq!(mem::resident(ram.address(), 2 * PAGE), Ok(vec![true, false]));
+        assert_eq!(mem::resident(ram.address(), 2 * page_size()), Ok(vec![true, false]));
         assert_eq!(byte(ram.address()), 7);
     }
 
@@ -240,8 +241,8 @@ mod tests {
         if memory.uffd.features() & crate::kernel::uffd::FEATURE_POISON == 0 {
             return eprintln!("skipped: the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
         }
-        let bytes = Mapping::anonymous(PAGE).unwrap();
-        mem::write(bytes.address(), &[1; PAGE as usize]).unwrap();
+        let bytes = Mapping::anonymous(page_size()).unwrap();
+        mem::write(bytes.address(), &vec![1; page_size() as usize]).unwrap();
         let (stats, stop) = (Stats::default(), AtomicBool::new(false));
         let (mut lost, mut came, mut wrong) = (0, 0, 0);
         std::thread::scope(|scope| {
@@ -279,7 +280,7 @@ mod tests {
         if memory.uffd.features() & crate::kernel::uffd::FEATURE_POISON == 0 {
             return eprintln!("skipped: the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
         }
-        let bytes = Mapping::anonymous(PAGE).unwrap();
+        let bytes = Mapping::anonymous(page_size()).unwrap();
         let (stats, round, done, mut wrong, mut lost) = (Stats::default(), AtomicU32::new(0), AtomicU32::new(0), 0, 0);
         const END: u32 = u32::MAX;
         let begin = Instant::now();
@@ -308,7 +309,7 @@ mod tests {
                 }
                 if block.pages.get(0) == State::Lost {
                     lost += 1;
-                    wrong += (memory.uffd.poison(block.hva, PAGE, PAGE) != Ok(Step::Exists)) as u32;
+                    wrong += (memory.uffd.poison(block.hva, page_size(), page_size()) != Ok(Step::Exists)) as u32;
                 }
                 let _ = discard::discard(&memory, &block, 0..1, &stats);
             }
@@ -322,7 +323,7 @@ mod tests {
     fn errors_leave_absent_what_they_did_not_install() {
         let (memory, _ram, block) = needs!(memory_and_block(4));
         let stats = Stats::default();
-        let error = install(&memory, &block, 0..2, Source::Copy(PAGE), &stats).unwrap_err();
+        let error = install(&memory, &block, 0..2, Source::Copy(page_size()), &stats).unwrap_err();
         assert_eq!(error.errno, libc::EFAULT);
         assert!(error.message.starts_with("src:"), "{error}");
         assert_eq!(block.pages.get(0), State::Absent);

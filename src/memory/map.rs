@@ -146,7 +146,8 @@ fn zero_hole(memory: &Memory, block: &Block, at: u64, stats: &Stats) -> Result<S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::mem::{Mapping, PAGE};
+    use crate::kernel::mem::Mapping;
+    use crate::kernel::page::page_size;
     use crate::kernel::uffd::{Mode, Uffd};
     use crate::memory::block::Shape;
     use crate::memory::install::install;
@@ -159,13 +160,14 @@ mod tests {
     fn what_was_discarded_meanwhile_is_not_mapped() {
         let (anon_memory, _ram, anon) = needs!(memory_and_block(2));
         let memory = Memory::new(Uffd::open().unwrap(), false);
-        let file = crate::kernel::file::tests::shared(2 * PAGE);
-        let ram = Mapping::shared(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 2 * PAGE, true).unwrap();
-        memory.uffd.register(ram.address(), 2 * PAGE, Mode::default()).unwrap();
-        let shape = Shape { hva: ram.address(), len: 2 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+        let file = crate::kernel::file::tests::shared(2 * page_size());
+        let ram = Mapping::shared(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 2 * page_size(), true).unwrap();
+        memory.uffd.register(ram.address(), 2 * page_size(), Mode::default()).unwrap();
+        let shape =
+            Shape { hva: ram.address(), len: 2 * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
         let shared = Block::new(shape, None, false, false).unwrap();
-        let bytes = Mapping::anonymous(PAGE).unwrap();
-        mem::write(bytes.address(), &[1; PAGE as usize]).unwrap();
+        let bytes = Mapping::anonymous(page_size()).unwrap();
+        mem::write(bytes.address(), &vec![1; page_size() as usize]).unwrap();
         for (memory, block) in [(&anon_memory, &anon), (&memory, &shared)] {
             let stats = Stats::default();
             map_in_vmm(memory, block, 0, &stats).unwrap();

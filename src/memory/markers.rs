@@ -7,7 +7,8 @@ use super::pause::BoundedBackoff;
 use super::runs::{gate_groups, runs};
 use super::Memory;
 use crate::error::{fail, Result};
-use crate::kernel::mem::{self, advise, Kind, MADV_DONTNEED_LOCKED, PAGE};
+use crate::kernel::mem::{self, advise, Kind, MADV_DONTNEED_LOCKED};
+use crate::kernel::page::page_size;
 use crate::kernel::thread;
 use crate::kernel::uffd::Step;
 use std::ops::Range;
@@ -41,7 +42,7 @@ pub fn mark(memory: &Memory, block: &Block) -> Result<()> {
 fn mark_holes(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
     let (hva, len) = (block.hva_of(group.start), (group.end - group.start) * block.page);
     let resident = mem::resident(hva, len)?;
-    let is_empty = |page: u64| !resident[((page - group.start) * (block.page / PAGE)) as usize];
+    let is_empty = |page: u64| !resident[((page - group.start) * (block.page / page_size())) as usize];
     let take = |page| block.pages.get(page) == State::Present && is_empty(page) && block.defer(page);
     let mut empty = runs(group.clone(), take);
     empty.try_for_each(|run| {

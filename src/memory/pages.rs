@@ -9,7 +9,8 @@
 //! ```
 
 use crate::error::Result;
-use crate::kernel::mem::{Mapping, PAGE};
+use crate::kernel::mem::Mapping;
+use crate::kernel::page::page_size;
 use std::sync::atomic::Ordering::SeqCst;
 
 /// The state of a page.
@@ -52,7 +53,7 @@ impl Pages {
     /// `len` absent pages.
     pub fn new(len: u64) -> Result<Pages> {
         let bytes = len.div_ceil(PER_WORD) * 8;
-        Ok(Pages { words: Mapping::anonymous(bytes.next_multiple_of(PAGE))?, len })
+        Ok(Pages { words: Mapping::anonymous(bytes.next_multiple_of(page_size()))?, len })
     }
 
     /// The number of pages.
@@ -258,8 +259,8 @@ mod tests {
     /// The promise of the header: 64 MiB at most for 1 TiB.
     #[test]
     fn a_terabyte_costs_64_mib() {
-        let pages = Pages::new((1 << 40) / PAGE).unwrap();
+        let pages = Pages::new((1 << 40) / page_size()).unwrap();
         assert_eq!(pages.words.atomics().len() * 8, 64 << 20);
-        assert_eq!(pages.get((1 << 40) / PAGE - 1), State::Absent);
+        assert_eq!(pages.get((1 << 40) / page_size() - 1), State::Absent);
     }
 }

@@ -224,7 +224,8 @@ impl Slots {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::mem::{Kind, PAGE};
+    use crate::kernel::mem::Kind;
+    use crate::kernel::page::page_size;
     use crate::memory::block::Shape;
 
     fn slot(number: u32, gpa: u64, block: &Arc<Block>, offset: u64, len: u64) -> Slot {
@@ -233,21 +234,21 @@ mod tests {
     }
 
     fn block(hva: u64, pages: u64) -> Arc<Block> {
-        let shape = Shape { hva, len: pages * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+        let shape = Shape { hva, len: pages * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
         Arc::new(Block::new(shape, None, false, false).unwrap())
     }
 
     #[test]
     fn two_slots_on_one_host_range_share_page_states() {
         let ram = block(0x10_0000, 16);
-        let whole = slot(0, 0x4000_0000, &ram, 0, 16 * PAGE);
-        let part = slot(1 << 16, 0, &ram, 4 * PAGE, 8 * PAGE);
+        let whole = slot(0, 0x4000_0000, &ram, 0, 16 * page_size());
+        let part = slot(1 << 16, 0, &ram, 4 * page_size(), 8 * page_size());
         let slots = Slots::default().with(whole, false).with(part, false);
         assert_eq!(slots.at(0, 0x4000_5000).unwrap().page_of(0x4000_5000), 5);
         assert_eq!(slots.at(1, 0x1000).unwrap().page_of(0x1000), 5);
-        assert!(slots.at(0, 0x1000).is_none() && slots.at(1, 8 * PAGE).is_none());
+        assert!(slots.at(0, 0x1000).is_none() && slots.at(1, 8 * page_size()).is_none());
         assert_eq!(slots.at_any(0x1000).unwrap().region.slot, 1 << 16);
-        assert_eq!(slots.at_kvm_hva(0x10_0000 + 15 * PAGE).unwrap().region.slot, 0);
+        assert_eq!(slots.at_kvm_hva(0x10_0000 + 15 * page_size()).unwrap().region.slot, 0);
         assert_eq!((slots.absent(), slots.lost().0), (16, 0));
         ram.pages.change(9, State::Absent, State::Lost).unwrap();
         assert!(matches!(slots.lost(), (1, Some((_, 9)))));
@@ -262,10 +263,10 @@ mod tests {
     fn a_range_is_cut_where_slots_begin_and_end() {
         let ram = block(0x10_0000, 16);
         let slots = Slots::default()
-            .with(slot(0, 0x1_0000, &ram, 0, 4 * PAGE), false)
-            .with(slot(1, 0x1_4000, &ram, 4 * PAGE, 4 * PAGE), false)
-            .with(slot(2, 0x2_0000, &ram, 8 * PAGE, 4 * PAGE), false)
-            .with(slot(1 << 16, 0x1_2000, &ram, 0, 16 * PAGE), false);
+            .with(slot(0, 0x1_0000, &ram, 0, 4 * page_size()), false)
+            .with(slot(1, 0x1_4000, &ram, 4 * page_size(), 4 * page_size()), false)
+            .with(slot(2, 0x2_0000, &ram, 8 * page_size(), 4 * page_size()), false)
+            .with(slot(1 << 16, 0x1_2000, &ram, 0, 16 * page_size()), false);
         let parts = |start, end| -> Vec<_> {
             let parts = slots.parts_of(start..end).into_iter();
             parts.map(|(slot, part)| (slot.region.slot, part.start, part.end)).collect()
@@ -290,8 +291,8 @@ mod tests {
     #[test]
     fn overlap_is_within_an_address_space() {
         let ram = block(0x10_0000, 16);
-        let slots = Slots::default().with(slot(3, 0x1000, &ram, 0, 4 * PAGE), false);
-        let region = |slot, gpa| Region { slot, gpa, len: PAGE, ..Default::default() };
+        let slots = Slots::default().with(slot(3, 0x1000, &ram, 0, 4 * page_size()), false);
+        let region = |slot, gpa| Region { slot, gpa, len: page_size(), ..Default::default() };
         assert!(slots.overlapping(&region(4, 0x4000)).is_some());
         assert!(slots.overlapping(&region(4, 0x5000)).is_none());
         assert!(slots.overlapping(&region(3, 0x4000)).is_none(), "a slot may move over itself");

@@ -3,7 +3,8 @@
 use super::block::Block;
 use super::Memory;
 use crate::error::{Error, Result};
-use crate::kernel::mem::{self, Kind, Mapping, HUGE_PAGE, PAGE};
+use crate::kernel::mem::{self, Kind, Mapping};
+use crate::kernel::page::{huge_page_size, page_size};
 use crate::kernel::uffd::Step;
 use once_cell::sync::OnceCell;
 use std::cell::Cell;
@@ -38,7 +39,8 @@ static ZEROS: [OnceCell<Mapping>; 2] = [const { OnceCell::new() }; 2];
 /// A mapping of zeros for at least one page of this size, and its length. It is tried again after
 /// an error.
 fn zeros(page: u64) -> Result<(&'static Mapping, u64)> {
-    let (zeros, len) = if page <= HUGE_PAGE { (&ZEROS[0], HUGE_PAGE) } else { (&ZEROS[1], page.max(1 << 30)) };
+    let (zeros, len) =
+        if page <= huge_page_size() { (&ZEROS[0], huge_page_size()) } else { (&ZEROS[1], page.max(1 << 30)) };
     Ok((zeros.get_or_try_init(|| Mapping::zeros(len))?, len))
 }
 
@@ -56,8 +58,8 @@ pub(super) fn populate(bytes: u64, len: u64) {
     let end = bytes.saturating_add(len);
     let (from, to) = POPULATED.get();
     if bytes < from || end > to {
-        let start = bytes & !(PAGE - 1);
-        let _ = mem::advise(start, end.next_multiple_of(PAGE) - start, libc::MADV_POPULATE_READ, "");
+        let start = bytes & !(page_size() - 1);
+        let _ = mem::advise(start, end.next_multiple_of(page_size()) - start, libc::MADV_POPULATE_READ, "");
         POPULATED.set((bytes, end));
     }
 }
@@ -95,7 +97,7 @@ pub(super) fn zero(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<
 fn explain(error: Error, block: &Block, hva: u64) -> Error {
     let why = match error.errno {
         libc::ENOENT => "the memory is no longer mapped as it was when its slot was set",
-        libc::ENOMEM | libc::ENOSPC if block.page > PAGE => "the huge page pool is empty (vm.nr_hugepages)",
+        libc::ENOMEM | libc::ENOSPC if block.page > page_size() => "the huge page pool is empty (vm.nr_hugepages)",
         _ => return error.context(format!("installing the page at hva {hva:#x}")),
     };
     error.context(format!("installing the page at hva {hva:#x}: {why}"))

@@ -3,15 +3,17 @@
 use super::block::{Block, Shape};
 use super::Memory;
 use crate::error::Result;
-use crate::kernel::mem::{self, Kind, Mapping, PAGE};
+use crate::kernel::mem::{self, Kind, Mapping};
+use crate::kernel::page::page_size;
 use crate::kernel::uffd::{Mode, Uffd};
 
 /// Private memory with a number of absent pages.
 pub fn memory_and_block(pages: u64) -> Result<(Memory, Mapping, Block)> {
     let memory = Memory::new(Uffd::open()?, false);
-    let ram = Mapping::anonymous(pages * PAGE).unwrap();
-    memory.uffd.register(ram.address(), pages * PAGE, Mode::default()).unwrap();
-    let shape = Shape { hva: ram.address(), len: pages * PAGE, page: PAGE, kind: Kind::Anon, mechanism: 0 };
+    let ram = Mapping::anonymous(pages * page_size()).unwrap();
+    memory.uffd.register(ram.address(), pages * page_size(), Mode::default()).unwrap();
+    let shape =
+        Shape { hva: ram.address(), len: pages * page_size(), page: page_size(), kind: Kind::Anon, mechanism: 0 };
     let block = Block::new(shape, None, false, false).unwrap();
     Ok((memory, ram, block))
 }

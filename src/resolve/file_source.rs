@@ -3,7 +3,8 @@
 //! be mapped is read.
 
 use crate::error::{fail, Error, Result};
-use crate::kernel::mem::{Mapping, PAGE};
+use crate::kernel::mem::Mapping;
+use crate::kernel::page::page_size;
 use crate::kernel::{buffer, file};
 use crate::memory::source::Source;
 use std::fs::File;
@@ -57,13 +58,14 @@ impl FileSource {
         let mut ranges = ranges.to_vec();
         ranges.sort_by_key(|r| r.gpa);
         for r in &ranges {
-            if r.len == 0 || (r.gpa | r.len | r.offset) % PAGE != 0 {
+            if r.len == 0 || (r.gpa | r.len | r.offset) % page_size() != 0 {
                 fail!(
                     EINVAL,
-                    "ranges: gpa {:#x}, len {:#x} and offset {:#x} must be multiples of 4096, and len not 0",
+                    "ranges: gpa {:#x}, len {:#x} and offset {:#x} must be multiples of {}, and len not 0",
                     r.gpa,
                     r.len,
-                    r.offset
+                    r.offset,
+                    page_size()
                 );
             }
             if r.offset.checked_add(r.len).is_none_or(|end| end > size) || r.gpa.checked_add(r.len).is_none() {
@@ -188,7 +190,7 @@ impl FileSource {
 fn extents(file: &File, size: u64) -> Result<Vec<Range<u64>>> {
     let mut data: Vec<Range<u64>> = Vec::new();
     for piece in file::data(file, size)? {
-        let (first, last) = (piece.start / PAGE * PAGE, piece.end.next_multiple_of(PAGE));
+        let (first, last) = (piece.start / page_size() * page_size(), piece.end.next_multiple_of(page_size()));
         match data.last_mut() {
             Some(before) if before.end >= first => before.end = last,
             _ => data.push(first..last),
@@ -217,32 +219,40 @@ mod tests {
     #[test]
     fn data_and_holes_are_told_apart() {
         let file = temporary();
-        file.set_len(64 * PAGE).unwrap();
-        file.write_all_at(&[9; PAGE as usize], 16 * PAGE).unwrap();
-        let range = FileRange { gpa: 0x4000_0000, len: 32 * PAGE, offset: 8 * PAGE };
+        file.set_len(64 * page_size()).unwrap();
+        file.write_all_at(&vec![9; page_size() as usize], 16 * page_size()).unwrap();
+        let range = FileRange { gpa: 0x4000_0000, len: 32 * page_size(), offset: 8 * page_size() };
         let source = FileSource::new(file.as_raw_fd(), &[range]).unwrap();
-        let (bytes, len) = source.find(0x4000_0000, 32 * PAGE).unwrap();
-        assert_eq!((bytes, len), (Bytes::Hole, 8 * PAGE));
-        let (bytes, len) = source.find(0x4000_0000 + 8 * PAGE, PAGE).unwrap();
+        let (bytes, len) = source.find(0x4000_0000, 32 * page_size()).unwrap();
+        assert_eq!((bytes, len), (Bytes::Hole, 8 * page_size()));
+        let (bytes, len) = source.find(0x4000_0000 + 8 * page_size(), page_size()).unwrap();
         let Bytes::At(address) = bytes else { panic!("{bytes:?}") };
         let mut byte = [0];
         mem::read(address, &mut byte).unwrap();
-        assert_eq!((byte, len), ([9], PAGE));
-        assert_eq!(source.find(0x4000_0000 + 9 * PAGE, 64 * PAGE).unwrap(), (Bytes::Hole, 23 * PAGE));
-        assert_eq!(source.find(0x3fff_f000, PAGE).unwrap_err().errno, libc::ENXIO);
-        assert_eq!(source.find(0x4000_0000 + 32 * PAGE, PAGE).unwrap_err().errno, libc::ENXIO);
+        assert_eq!((byte, len), ([9], page_size()));
+        assert_eq!(
+            source.find(0x4000_0000 + 9 * page_size(), 64 * page_size()).unwrap(),
+            (Bytes::Hole, 23 * page_size())
+        );
+        assert_eq!(source.find(0x3fff_f000, page_size()).unwrap_err().errno, libc::ENXIO);
+        assert_eq!(source.find(0x4000_0000 + 32 * page_size(), page_size()).unwrap_err().errno, libc::ENXIO);
     }
 
     #[test]
     fn what_the_file_does_not_have_is_refused() {
         let file = temporary();
-        file.set_len(4 * PAGE).unwrap();
+        file.set_len(4 * page_size()).unwrap();
         let new = |ranges: &[FileRange]| FileSource::new(file.as_raw_fd(), ranges).map_err(|e| e.errno).err();
         let range = |gpa, len, offset| FileRange { gpa, len, offset };
-        assert_eq!(new(&[range(0, 4 * PAGE, 0)]), None);
-        for bad in [range(0, 5 * PAGE, 0), range(0, PAGE, u64::MAX - PAGE + 1), range(1, PAGE, 0), range(0, 0, 0)] {
+        assert_eq!(new(&[range(0, 4 * page_size(), 0)]), None);
+        for bad in [
+            range(0, 5 * page_size(), 0),
+            range(0, page_size(), u64::MAX - page_size() + 1),
+            range(1, page_size(), 0),
+            range(0, 0, 0),
+        ] {
             assert_eq!(new(&[bad]), Some(libc::EINVAL), "{bad:?}");
         }
-        assert_eq!(new(&[range(0, 2 * PAGE, 0), range(PAGE, PAGE, 0)]), Some(libc::EINVAL));
+        assert_eq!(new(&[range(0, 2 * page_size(), 0), range(page_size(), page_size(), 0)]), Some(libc::EINVAL));
     }
 }

@@ -4,7 +4,7 @@
 //! memory is still registered they fault again; by then the block is known, or the next pause is
 //! longer.
 
-use crate::kernel::mem::PAGE;
+use crate::kernel::page::page_size;
 use crate::kernel::uffd::Uffd;
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -28,14 +28,14 @@ impl Strays {
 
     /// Adds the address at which a thread sleeps.
     pub fn keep(&mut self, hva: u64, now: Instant) {
-        let page = hva / PAGE * PAGE;
+        let page = hva / page_size() * page_size();
         match &mut self.pages {
-            Some(pages) => *pages = pages.start.min(page)..pages.end.max(page + PAGE),
+            Some(pages) => *pages = pages.start.min(page)..pages.end.max(page + page_size()),
             None => {
                 // A stray that comes soon after the last were woken is mostly one of them again.
                 let again = now < self.due + 2 * self.pause;
                 self.pause = if again { (self.pause * 2).min(MAX_PAUSE) } else { FIRST_PAUSE };
-                self.pages = Some(page..page + PAGE);
+                self.pages = Some(page..page + page_size());
                 self.due = now + self.pause;
             }
         }

@@ -18,7 +18,7 @@
 //! microseconds since the record before.
 
 use crate::error::{fail, Error, Result};
-use crate::kernel::mem::{Mapping, PAGE};
+use crate::kernel::mem::Mapping;
 use crate::memory::block::Block;
 use crate::memory::slots::Slots;
 use crate::stats::{shard, SHARDS};
@@ -29,11 +29,13 @@ use std::time::Instant;
 const MAGIC: &[u8; 8] = b"KVMFWSET";
 const VERSION: u32 = 1;
 const HEADER: usize = 40;
+/// The unit of the file's records, whatever the size of the host's pages is.
+const UNIT: u64 = 4096;
 
 /// How many faults one log holds. Its memory is taken as faults come (16 bytes each).
 const MOST: u64 = 1 << 20;
 /// The most pages of a record: what fits beside an address.
-const MOST_PAGES: u64 = PAGE;
+const MOST_PAGES: u64 = UNIT;
 /// How many records, in the order of time, are fetched in the order of addresses, neighbours
 /// together.
 const TOGETHER: usize = 1024;
@@ -66,7 +68,7 @@ impl Recorder {
         let time = self.begin.elapsed().as_nanos() as u64 + 1;
         let (mut hva, end) = (block.hva_of(pages.start), block.hva_of(pages.end));
         while hva < end {
-            let count = ((end - hva) / PAGE).min(MOST_PAGES);
+            let count = ((end - hva) / UNIT).min(MOST_PAGES);
             let at = log.len.fetch_add(1, Relaxed);
             if at >= MOST {
                 return;
@@ -74,7 +76,7 @@ impl Recorder {
             let words = &log.words.atomics()[at as usize * 2..];
             words[0].store(hva | (count - 1), Relaxed);
             words[1].store(time, Release);
-            hva += count * PAGE;
+            hva += count * UNIT;
         }
     }
 
@@ -90,7 +92,7 @@ impl Recorder {
         }
         found.sort_unstable();
         let record = |(time, word): (u64, u64)| {
-            let (hva, count) = (word / PAGE * PAGE, word % PAGE + 1);
+            let (hva, count) = (word / UNIT * UNIT, word % UNIT + 1);
             let (block, page) = slots.at_hva(hva)?;
             let slot = slots.showing(block, page)?;
             Some(Record { gpa: slot.gpa_of(page), pages: count, us: (time - 1) / 1000 })
@@ -106,7 +108,7 @@ impl Recorder {
 
 /// The most records that a working set of such memory has: one for each page.
 pub fn most_records(shape: Shape) -> u64 {
-    shape.bytes / PAGE
+    shape.bytes / UNIT
 }
 
 /// The most bytes that the file of such memory has: a number takes at most ten.
@@ -160,7 +162,7 @@ pub fn encode(shape: Shape, records: &[Record]) -> Result<Vec<u8>> {
     }
     let (mut expected, mut time) = (0, 0);
     for record in records {
-        let page = record.gpa / PAGE;
+        let page = record.gpa / UNIT;
         let distance = page.wrapping_sub(expected) as i64;
         put(&mut body, (distance << 1 ^ distance >> 63) as u64);
         put(&mut body, record.pages);
@@ -215,10 +217,10 @@ pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
         let numbers = [get(&mut rest), get(&mut rest), get(&mut rest)];
         let [Some(zigzag), Some(pages), Some(after)] = numbers else { fail!(EINVAL, "ends in record {n}") };
         let page = expected.wrapping_add((zigzag >> 1) ^ (zigzag & 1).wrapping_neg());
-        let end = page.checked_add(pages).filter(|end| end.checked_mul(PAGE).is_some_and(|end| end <= shape.end));
+        let end = page.checked_add(pages).filter(|end| end.checked_mul(UNIT).is_some_and(|end| end <= shape.end));
         let Some(end) = end.filter(|_| pages > 0) else { fail!(EINVAL, "record {n} is not in the VM's memory") };
         us = us.saturating_add(after);
-        records.push(Record { gpa: page * PAGE, pages, us });
+        records.push(Record { gpa: page * UNIT, pages, us });
         expected = end;
     }
     if !rest.is_empty() {
@@ -232,7 +234,7 @@ pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
 pub fn plan(records: &[Record]) -> Result<Vec<Range<u64>>> {
     let mut plan: Vec<Range<u64>> = room_for(records.len(), "records")?;
     for group in records.chunks(TOGETHER) {
-        let mut group: Vec<_> = group.iter().map(|r| r.gpa..r.gpa + r.pages * PAGE).collect();
+        let mut group: Vec<_> = group.iter().map(|r| r.gpa..r.gpa + r.pages * UNIT).collect();
         group.sort_unstable_by_key(|range| range.start);
         let first = plan.len();
         for range in group {
@@ -281,8 +283,8 @@ mod tests {
     const SHAPE: Shape = Shape { bytes: 1 << 30, end: 5 << 30 };
 
     fn some() -> Vec<Record> {
-        let record = |page, pages, us| Record { gpa: page * PAGE, pages, us };
-        vec![record(1000, 1, 5), record(1001, 64, 5), record(0, 4096, 90), record((5 << 30) / PAGE - 1, 1, 1 << 40)]
+        let record = |page, pages, us| Record { gpa: page * UNIT, pages, us };
+        vec![record(1000, 1, 5), record(1001, 64, 5), record(0, 4096, 90), record((5 << 30) / UNIT - 1, 1, 1 << 40)]
     }
 
     #[test]
@@ -291,7 +293,7 @@ mod tests {
         assert_eq!(decode(&file, SHAPE).unwrap(), some());
         assert_eq!(decode(&encode(SHAPE, &[]).unwrap(), SHAPE).unwrap(), []);
         // A sequential run takes at most four bytes a fault.
-        let run: Vec<_> = (0..1000).map(|n| Record { gpa: n * 64 * PAGE, pages: 64, us: n * 100 }).collect();
+        let run: Vec<_> = (0..1000).map(|n| Record { gpa: n * 64 * UNIT, pages: 64, us: n * 100 }).collect();
         assert!(encode(SHAPE, &run).unwrap().len() <= HEADER + 4 * run.len());
     }
 
@@ -330,7 +332,7 @@ mod tests {
             let crc = crc32fast::hash(&content).to_le_bytes();
             [MAGIC.as_slice(), &VERSION.to_le_bytes(), &crc, &content].concat()
         };
-        let far = (SHAPE.end / PAGE) << 1;
+        let far = (SHAPE.end / UNIT) << 1;
         let mut beyond = Vec::new();
         put(&mut beyond, far);
         let below = [1, 1, 0]; // one page below the first
@@ -352,14 +354,14 @@ mod tests {
 
     #[test]
     fn neighbours_are_fetched_together() {
-        let page = |n: u64| Record { gpa: n * PAGE, pages: 1, us: 0 };
+        let page = |n: u64| Record { gpa: n * UNIT, pages: 1, us: 0 };
         let early: Vec<_> = [9, 3, 4, 8, 3].map(page).to_vec();
-        assert_eq!(plan(&early).unwrap(), [3 * PAGE..5 * PAGE, 8 * PAGE..10 * PAGE]);
+        assert_eq!(plan(&early).unwrap(), [3 * UNIT..5 * UNIT, 8 * UNIT..10 * UNIT]);
         let mut long: Vec<_> = (0..TOGETHER as u64).rev().map(page).collect();
         long.push(page(5000));
         long.push(page(TOGETHER as u64));
-        let pages = TOGETHER as u64 * PAGE;
-        assert_eq!(plan(&long).unwrap(), [0..pages, pages..pages + PAGE, 5000 * PAGE..5001 * PAGE]);
+        let pages = TOGETHER as u64 * UNIT;
+        assert_eq!(plan(&long).unwrap(), [0..pages, pages..pages + UNIT, 5000 * UNIT..5001 * UNIT]);
     }
 
     /// Random files, and files that were cut, mutated or extended, all with a correct checksum:
@@ -373,7 +375,7 @@ mod tests {
             state >> 33
         };
         let records: Vec<_> =
-            (0..most_records(shape)).map(|n| Record { gpa: n * 5 % 1280 * PAGE, pages: 1, us: n * n }).collect();
+            (0..most_records(shape)).map(|n| Record { gpa: n * 5 % 1280 * UNIT, pages: 1, us: n * n }).collect();
         let good = encode(shape, &records).unwrap();
         let (mut read, mut refused) = (0, 0);
         for round in 0..20_000 {
@@ -396,7 +398,7 @@ mod tests {
             match decode(&file, shape) {
                 Ok(records) => {
                     assert!(records.capacity() as u64 <= most_records(shape));
-                    assert!(records.iter().all(|r| r.pages > 0 && r.gpa + r.pages * PAGE <= shape.end));
+                    assert!(records.iter().all(|r| r.pages > 0 && r.gpa + r.pages * UNIT <= shape.end));
                     let plan = plan(&records).unwrap();
                     assert!(plan.len() <= records.len() && plan.capacity() as u64 <= most_records(shape));
                     read += 1;

@@ -4,6 +4,8 @@ use super::Vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::file::{self, Use};
 use crate::kernel::mem::{self, Kind};
+use crate::kernel::page::huge_page_size;
+use crate::kernel::page::page_size;
 use crate::memory::block::Block;
 use crate::memory::slots::{Slot, Slots};
 use crate::memory::{calls, Memory};
@@ -123,11 +125,11 @@ fn scope_of(slots: &Slots, gpa: u64, len: u64) -> Result<Scope> {
     if len == 0 && gpa == 0 {
         return Ok(Scope::default());
     }
-    if gpa % mem::PAGE != 0 {
-        fail!(EINVAL, "gpa: {gpa:#x} is no multiple of {}", mem::PAGE);
+    if gpa % page_size() != 0 {
+        fail!(EINVAL, "gpa: {gpa:#x} is no multiple of {}", page_size());
     }
-    if len == 0 || len % mem::PAGE != 0 {
-        fail!(EINVAL, "len: {len:#x}, for gpa {gpa:#x}, is 0 or no multiple of {}", mem::PAGE);
+    if len == 0 || len % page_size() != 0 {
+        fail!(EINVAL, "len: {len:#x}, for gpa {gpa:#x}, is 0 or no multiple of {}", page_size());
     }
     let Some(end) = gpa.checked_add(len) else { fail!(EINVAL, "len: gpa {gpa:#x} plus {len:#x} wraps around") };
     let parts = slots.parts_of(gpa..end);
@@ -186,18 +188,19 @@ fn recover_huge_pages(memory: &Memory, block: &Block, is_stopped: &dyn Fn() -> b
     if !matches!(block.kind, Kind::Anon | Kind::Shared) {
         return;
     }
-    let (start, end) = (block.hva.next_multiple_of(mem::HUGE_PAGE), block.hva + block.len);
-    for at in (start..end).step_by(mem::HUGE_PAGE as usize).take_while(|at| at + mem::HUGE_PAGE <= end) {
+    let huge = huge_page_size();
+    let (start, end) = (block.hva.next_multiple_of(huge), block.hva + block.len);
+    for at in (start..end).step_by(huge as usize).take_while(|at| at + huge <= end) {
         // A block that goes waits for this pass, and for what is done in it.
         let pass = memory.enter(block, (at - block.hva) / block.page);
         if is_stopped() || pass.is_none() {
             return;
         }
         let is_whole = |resident: Vec<bool>| resident.iter().all(|&there| there);
-        if !mem::resident(at, mem::HUGE_PAGE).is_ok_and(is_whole) {
+        if !mem::resident(at, huge).is_ok_and(is_whole) {
             continue;
         }
-        match mem::advise(at, mem::HUGE_PAGE, mem::MADV_COLLAPSE, "madvise(MADV_COLLAPSE)") {
+        match mem::advise(at, huge, mem::MADV_COLLAPSE, "madvise(MADV_COLLAPSE)") {
             // Not in this kernel (before Linux 6.1), not for this memory, or not wanted.
             Err(e) if e.errno == libc::EINVAL => return,
             // Just this one: pinned, or no huge page free.

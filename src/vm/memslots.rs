@@ -4,7 +4,8 @@ use super::Vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::host_memory::HostMemory;
 use crate::kernel::kvm::Region;
-use crate::kernel::mem::{self, advise, Kind, ADDRESSES, PAGE};
+use crate::kernel::mem::{self, advise, Kind, ADDRESSES};
+use crate::kernel::page::page_size;
 use crate::mechanism::{self, BlockRequest, MECHANISMS};
 use crate::memory::block::{Block, Shape};
 use crate::memory::pages::State;
@@ -479,11 +480,11 @@ fn block_request(request: &SlotRequest, offset: u64) -> BlockRequest {
 }
 
 fn check_range(name: &str, start: u64, len: u64, limit: u64) -> Result<()> {
-    if start % PAGE != 0 {
-        fail!(EINVAL, "{name}: {start:#x} is not a multiple of 4096");
+    if start % page_size() != 0 {
+        fail!(EINVAL, "{name}: {start:#x} is not a multiple of {}", page_size());
     }
-    if len == 0 || len % PAGE != 0 {
-        fail!(EINVAL, "len: {len:#x} is not a multiple of 4096, or 0");
+    if len == 0 || len % page_size() != 0 {
+        fail!(EINVAL, "len: {len:#x} is not a multiple of {}, or 0", page_size());
     }
     if start.checked_add(len).is_none_or(|end| end > limit) {
         fail!(EINVAL, "{name}: [{start:#x}, +{len:#x}) goes beyond {limit:#x}");

@@ -10,6 +10,7 @@ use crate::kernel::arch;
 use crate::kernel::event::Flag;
 use crate::kernel::kvm::{SystemFd, VcpuFd, VmFd};
 use crate::kernel::mem::Kind;
+use crate::kernel::page;
 use crate::kernel::probe;
 use crate::kernel::process::Process;
 use crate::kernel::uffd::{Uffd, FEATURE_POISON};
@@ -117,6 +118,7 @@ impl Vm {
             },
             None => None,
         };
+        page::huge_page_size(); // read now: a thread of the fill may have no /sys
         let host = Host { abi, features: uffd.features() };
         // With the best memory for it; what a slot's memory rules out is said when the slot is set.
         let request = BlockRequest { external: options.external, vcpu_only: true, ..BlockRequest::default() };

@@ -130,7 +130,8 @@ fn absent_in(block: &Arc<Block>, range: Range<u64>, most: u64) -> Option<Piece> 
 mod tests {
     use super::*;
     use crate::kernel::kvm::{ImmediateExit, Region};
-    use crate::kernel::mem::{Kind, PAGE};
+    use crate::kernel::mem::Kind;
+    use crate::kernel::page::page_size;
     use crate::kernel::uffd::Uffd;
     use crate::memory::block::Shape;
     use crate::memory::pages::State;
@@ -145,9 +146,9 @@ mod tests {
         let memory = Memory::new(Uffd::open()?, false);
         let mut slots = Slots::default();
         for (number, hva) in [(0, B), (1, A)] {
-            let shape = Shape { hva, len: 2048 * PAGE, page: PAGE, kind: Kind::Shared, mechanism: 0 };
+            let shape = Shape { hva, len: 2048 * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
             let block = Arc::new(Block::new(shape, None, false, false)?);
-            let region = Region { slot: number, gpa: hva, len: 2048 * PAGE, hva, ..Default::default() };
+            let region = Region { slot: number, gpa: hva, len: 2048 * page_size(), hva, ..Default::default() };
             slots = slots.with(Slot { region, block, offset: 0, fast_only: true }, false);
         }
         memory.replace_slots(slots);
@@ -174,12 +175,12 @@ mod tests {
         let pieces: Vec<_> = std::iter::from_fn(|| next(&mut order, &memory, &seats, 512))
             .inspect(|piece| total += piece.end - piece.start)
             .collect();
-        assert_eq!(pieces[..2], [A..A + 100 * PAGE, A + 102 * PAGE..A + 614 * PAGE]);
-        assert_eq!(total, (2 * 2048 - 2) * PAGE);
+        assert_eq!(pieces[..2], [A..A + 100 * page_size(), A + 102 * page_size()..A + 614 * page_size()]);
+        assert_eq!(total, (2 * 2048 - 2) * page_size());
         a.pages.change(7, State::Present, State::Absent).unwrap();
         assert_eq!(next(&mut order, &memory, &seats, 512), None, "the pass is over");
         order.start_again();
-        assert_eq!(next(&mut order, &memory, &seats, 512), Some(A + 7 * PAGE..A + 8 * PAGE));
+        assert_eq!(next(&mut order, &memory, &seats, 512), Some(A + 7 * page_size()..A + 8 * page_size()));
     }
 
     #[test]
@@ -187,17 +188,21 @@ mod tests {
         let (memory, seats) = (needs!(memory()), Seats::default());
         let seat: &'static Seat = Box::leak(Box::new(Seat::new(0, ImmediateExit::none(), libc::SIGURG, false)));
         seats.add(seat);
-        drop(seat.begin_fault(B + 1000 * PAGE));
-        let first = vec![B + 8 * PAGE..B + 12 * PAGE, 0x5000..0x9000, A + 2040 * PAGE..A + 3000 * PAGE];
+        drop(seat.begin_fault(B + 1000 * page_size()));
+        let first = vec![
+            B + 8 * page_size()..B + 12 * page_size(),
+            0x5000..0x9000,
+            A + 2040 * page_size()..A + 3000 * page_size(),
+        ];
         let mut order = Order::new(first, false, Scope::default());
         let mut next = || next(&mut order, &memory, &seats, 256).unwrap();
-        assert_eq!(next(), B + 8 * PAGE..B + 12 * PAGE);
-        assert_eq!(next(), A + 2040 * PAGE..A + 2048 * PAGE);
-        assert_eq!(next(), B + 1000 * PAGE..B + 1256 * PAGE);
-        drop(seat.begin_fault(B + 500 * PAGE));
-        assert_eq!(next(), B + 500 * PAGE..B + 756 * PAGE);
-        assert_eq!(next(), B + 756 * PAGE..B + 1000 * PAGE);
-        assert_eq!(next(), A..A + 256 * PAGE, "one fault of each vCPU, the latest");
+        assert_eq!(next(), B + 8 * page_size()..B + 12 * page_size());
+        assert_eq!(next(), A + 2040 * page_size()..A + 2048 * page_size());
+        assert_eq!(next(), B + 1000 * page_size()..B + 1256 * page_size());
+        drop(seat.begin_fault(B + 500 * page_size()));
+        assert_eq!(next(), B + 500 * page_size()..B + 756 * page_size());
+        assert_eq!(next(), B + 756 * page_size()..B + 1000 * page_size());
+        assert_eq!(next(), A..A + 256 * page_size(), "one fault of each vCPU, the latest");
     }
 
     /// Neither the sweep, nor a fault, nor what is given leads out of the scope.
@@ -206,18 +211,21 @@ mod tests {
         let (memory, seats) = (needs!(memory()), Seats::default());
         let seat: &'static Seat = Box::leak(Box::new(Seat::new(0, ImmediateExit::none(), libc::SIGURG, false)));
         seats.add(seat);
-        drop(seat.begin_fault(B + 100 * PAGE));
-        let scope =
-            Scope::of(vec![A + 10 * PAGE..A + 20 * PAGE, A + 30 * PAGE..A + 33 * PAGE, B + 90 * PAGE..B + 110 * PAGE]);
-        let mut order = Order::new(vec![A + 18 * PAGE..A + 31 * PAGE, A..A + PAGE], false, scope);
+        drop(seat.begin_fault(B + 100 * page_size()));
+        let scope = Scope::of(vec![
+            A + 10 * page_size()..A + 20 * page_size(),
+            A + 30 * page_size()..A + 33 * page_size(),
+            B + 90 * page_size()..B + 110 * page_size(),
+        ]);
+        let mut order = Order::new(vec![A + 18 * page_size()..A + 31 * page_size(), A..A + page_size()], false, scope);
         let pieces: Vec<_> = std::iter::from_fn(|| next(&mut order, &memory, &seats, 512)).collect();
         let expected = [
-            A + 18 * PAGE..A + 20 * PAGE,
-            A + 30 * PAGE..A + 31 * PAGE,
-            B + 100 * PAGE..B + 110 * PAGE,
-            A + 10 * PAGE..A + 18 * PAGE,
-            A + 31 * PAGE..A + 33 * PAGE,
-            B + 90 * PAGE..B + 100 * PAGE,
+            A + 18 * page_size()..A + 20 * page_size(),
+            A + 30 * page_size()..A + 31 * page_size(),
+            B + 100 * page_size()..B + 110 * page_size(),
+            A + 10 * page_size()..A + 18 * page_size(),
+            A + 31 * page_size()..A + 33 * page_size(),
+            B + 90 * page_size()..B + 100 * page_size(),
         ];
         assert_eq!(pieces, expected);
     }
@@ -225,10 +233,11 @@ mod tests {
     #[test]
     fn only_what_is_given() {
         let (memory, seats) = (needs!(memory()), Seats::default());
-        let mut order = Order::new(Vec::from([A..A + PAGE, A + PAGE..A + 3 * PAGE]), true, Scope::default());
-        assert_eq!(next(&mut order, &memory, &seats, 2), Some(A..A + PAGE));
+        let mut order =
+            Order::new(Vec::from([A..A + page_size(), A + page_size()..A + 3 * page_size()]), true, Scope::default());
+        assert_eq!(next(&mut order, &memory, &seats, 2), Some(A..A + page_size()));
         assert!(!order.is_past_first());
-        assert_eq!(next(&mut order, &memory, &seats, 2), Some(A + PAGE..A + 3 * PAGE));
+        assert_eq!(next(&mut order, &memory, &seats, 2), Some(A + page_size()..A + 3 * page_size()));
         assert_eq!(next(&mut order, &memory, &seats, 2), None);
         assert!(order.is_past_first());
     }
