@@ -38,33 +38,41 @@ PKG_CONFIG = PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config
 
 .PHONY: help
 help: ## this list
+	@echo 'make TARGET [NAME=VALUE]...'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do printf 'make %-11s %s\n' "$$target" "$$text"; done
 
 .PHONY: build
 build: $(SHARED) ## the library (default)
 
 .PHONY: demo
-demo: examples ## what lazy restore saves and costs on this machine; table, and target/demo.json [DEMO_OPTIONS=--help]
+# Writes target/demo.json.
+demo: examples ## what lazy restore saves and costs on this machine [DEMO_OPTIONS=--help]
 	$T/examples/lazy-restore --json $T/demo.json $(DEMO_OPTIONS)
 
 .PHONY: demo-server
-demo-server: examples ## the same from a page server in another process, which is killed and replaced on the way
+demo-server: examples ## as demo, from a page server that is killed and replaced on the way
 	$T/examples/page-server
 
 .PHONY: test
-test: vm-programs programs examples | setup-test ## everything that can be tested here; ends with `N passed, N failed, N skipped`
+test: vm-programs programs examples | setup-test ## everything that can be tested here
 	@scripts/test all
 
+.PHONY: test-fast
+test-fast: programs | setup-test ## the loop while you write: Rust tests, and C tests of each part
+	@scripts/test rust fast
+
 .PHONY: test-vm
-test-vm: vm-programs ## the test programs on other kernels, in emulated machines [KERNEL=... ABI=... FILTER=...]
+test-vm: vm-programs ## C tests on other kernels, in emulated machines [KERNEL= ABI= FILTER=]
 	c-tests/vm/tier --programs $(VM_PROGRAMS)
 
 .PHONY: test-qemu
-test-qemu: stage ## QEMU with our patches migrates a guest by post-copy, in emulated machines; target/qemu.json [KERNEL=... MECHANISM=... CASE=... ROUNDS=... SMP=...]
+# In emulated machines; writes target/qemu.json.
+test-qemu: stage ## patched QEMU in post-copy [KERNEL= MECHANISM= CASE= ROUNDS= SMP=]
 	qemu/tier $(KERNEL:%=--kernel %) $(MECHANISM:%=--mechanism %) $(SMP:%=--smp %) -- $(CASE:%=--case %) $(ROUNDS:%=--rounds %)
 
 .PHONY: bench
-bench: $(BENCH) | setup-bench ## pages a second and latencies, each mechanism beside plain C; target/bench/: CSV, JSON and a plot [BENCH_OPTIONS=...]
+# Writes CSV, JSON and a plot to target/bench/.
+bench: $(BENCH) | setup-bench ## pages a second and latencies beside plain C [BENCH_OPTIONS=]
 	$T/bench/sweep --json $T/bench/summary.json --csv $T/bench/summary.csv $(BENCH_OPTIONS)
 	$T/bench/sweep --batch 16 --order sequential --memory anon --vcpus 1,8 --json $T/bench/summary-16.json
 	bench/report $T/bench/summary.json $T/bench/summary-16.json --plot $T/bench/summary.svg
@@ -75,7 +83,7 @@ bench: $(BENCH) | setup-bench ## pages a second and latencies, each mechanism be
 	bench/model $T/bench/scaling.json --json $T/bench/model.json
 
 .PHONY: check
-check: stage ## formatting, lints, header and exported symbols
+check: stage | setup-check ## formatting, spelling, lints, rooms, header and exported symbols
 	scripts/check
 
 .PHONY: header
@@ -86,17 +94,20 @@ header: setup-build ## writes include/kvmfault.h from src/capi
 clean: ## removes target/ (with the caches of the kernels)
 	rm -rf $T
 
-.PHONY: setup-build setup-test setup-bench
+.PHONY: setup-build setup-test setup-bench setup-check
 setup-build:
 	@scripts/setup build
 setup-test: setup-build
 	@scripts/setup test
 setup-bench: setup-build
 	@scripts/setup bench
+setup-check: setup-build
+	@scripts/setup check
 
-# ---- the library -------------------------------------------------------------------------------------------------
+# ---- the library -------------------------------------------------------------------------------
 
-# cargo knows what is out of date. rustc's own shared library would have no symbol versions: the linker makes ours.
+# cargo knows what is out of date. rustc's own shared library would have no symbol versions: the
+# linker makes ours.
 $(ARCHIVE): FORCE | setup-build
 	cargo rustc --release --locked --lib --crate-type staticlib -- --print native-static-libs=$(STATIC_LIBS)
 
@@ -107,33 +118,34 @@ $(SHARED): $(ARCHIVE) src/capi/kvmfault.map Makefile
 		-Wl,--gc-sections,--as-needed,-z,defs,-z,relro,-z,now $(LDFLAGS)
 
 .PHONY: install
-install: $(SHARED) ## installs to $(DESTDIR)$(PREFIX), default /usr/local [LIBDIR=... INCLUDEDIR=...]
+install: $(SHARED) ## installs to $(DESTDIR)$(PREFIX) [LIBDIR= INCLUDEDIR=]
 	install -d "$(DESTDIR)$(LIBDIR)/pkgconfig" "$(DESTDIR)$(INCLUDEDIR)"
 	install -C -m 644 include/kvmfault.h "$(DESTDIR)$(INCLUDEDIR)/"
 	install -C -m 644 $(ARCHIVE) "$(DESTDIR)$(LIBDIR)/"
 	install -C -m 755 $(SHARED) "$(DESTDIR)$(LIBDIR)/"
 	ln -sf libkvmfault.so.$(VERSION) "$(DESTDIR)$(LIBDIR)/$(SONAME)"
 	ln -sf $(SONAME) "$(DESTDIR)$(LIBDIR)/libkvmfault.so"
-	@# Every compiler driver brings its own libgcc; naming the shared one would forbid -static.
+	@# Each compiler driver adds its own libgcc; naming the shared one would forbid -static.
 	sed -e 's|@PREFIX@|$(PREFIX)|; s|@LIBDIR@|$(LIBDIR:$(PREFIX)/%=$${prefix}/%)|; s|@INCLUDEDIR@|$(INCLUDEDIR:$(PREFIX)/%=$${prefix}/%)|' \
 		-e "s|@VERSION@|$(VERSION)|; s|@STATIC_LIBS@|$$(sed 's/-lgcc_s *//' $(STATIC_LIBS))|" \
 		pkgconfig/kvmfault.pc.in >"$(DESTDIR)$(LIBDIR)/pkgconfig/kvmfault.pc"
 	[ -n "$(DESTDIR)" ] || [ "$$(id -u)" != 0 ] || ldconfig
 
-# ---- C programs, all built against an installed tree -------------------------------------------------------------
+# ---- C programs, all built against an installed tree -------------------------------------------
 
 .PHONY: stage
 stage: $(SHARED)
 	@$(MAKE) --no-print-directory -s -o $(ARCHIVE) install DESTDIR= PREFIX=$(CURDIR)/$(STAGE) \
 		LIBDIR=$(CURDIR)/$(STAGE)/lib INCLUDEDIR=$(CURDIR)/$(STAGE)/include
-# Programs are built anew when what is installed has changed, not whenever it was looked at.
+# Programs are rebuilt when an installed file has changed, not whenever it was installed.
 INSTALLED = $(STAGE)/include/kvmfault.h $(STAGE)/lib/libkvmfault.so.$(VERSION)
 $(INSTALLED): stage ;
 
 C_FLAGS = -std=gnu11 -Wall -Wextra -Werror -pthread $(CFLAGS) -MMD -MP
 C_LIBS = $$($(PKG_CONFIG) --libs kvmfault) -Wl,-rpath,'$$ORIGIN' -pthread $(LDFLAGS)
 
-# A C file with a header of its own name is part of every program; guest code (.S) is, too. The other C files are programs.
+# A C file with a header of its own name is part of every program; guest code (.S) is, too. The
+# other C files are programs.
 programs_in = $(filter-out $(addprefix $1/,header_% $(notdir $(patsubst %.h,%.c,$(wildcard $1/*.h)))),$(wildcard $1/*.c))
 parts_of = $(patsubst %,$T/objects/%.o,$(wildcard $(patsubst %.h,%.c,$(wildcard $1/*.h))) $(wildcard $1/*.S $1/guest/*.S))
 EXAMPLES = $(patsubst %.c,$T/%,$(call programs_in,examples))
@@ -142,7 +154,8 @@ TESTS = $(patsubst c-tests/%.c,$(PROGRAMS)/%,$(filter-out c-tests/runner.c,$(cal
 .PHONY: examples programs vm-programs
 examples: $(EXAMPLES) $T/examples/restore $T/examples/$(SONAME)
 programs: $(TESTS) $(PROGRAMS)/$(SONAME) $(PROGRAMS)/kvmfault-runner
-# An emulated machine is slow to load and to link: its programs are static ones. The library's Rust tests go along (c-tests/rust).
+# An emulated machine is slow to load and to link: its programs are static. The library's Rust tests
+# are among them (c-tests/rust).
 vm-programs: $(TESTS:$(PROGRAMS)/%=$(VM_PROGRAMS)/%) $(VM_PROGRAMS)/kvmfault-runner $(VM_PROGRAMS)/rust $(VM_PROGRAMS)/rust.d/tests
 
 $T/objects/%.c.o: %.c $(INSTALLED) Makefile
