@@ -31,8 +31,8 @@
 enum { SKIPPED = 77, MOST = 1024, KEPT = 256 << 10 };
 
 static double timeout = 120;
-static const char *filters[MOST];
-static size_t filter_count;
+static const char *filters[MOST], *skips[MOST];
+static size_t filter_count, skip_count;
 static const char *programs[MOST];
 static size_t program_count;
 static unsigned passed, failed, skipped;
@@ -209,6 +209,9 @@ static bool is_wanted(const char *group, const char *name)
 {
 	char full[1024];
 	snprintf(full, sizeof(full), "%s/%s", group, name);
+	for (size_t i = 0; i < skip_count; i++)
+		if (matches(full, skips[i]))
+			return false;
 	for (size_t i = 0; i < filter_count; i++)
 		if (matches(full, filters[i]))
 			return true;
@@ -274,6 +277,7 @@ static void usage(FILE *to)
 	fprintf(to, "usage: kvmfault-runner [OPTION]... [PROGRAM | FILTER]...\n"
 		    "Runs the cases of test programs: those that are named, or all in its own directory.\n"
 		    "  --filter SUBSTRING  only cases with SUBSTRING in group/case; A+B: with both; a word that is no program is a filter, too\n"
+		    "  --without SUBSTRING no cases with SUBSTRING in group/case; A+B as above\n"
 		    "  --timeout SECONDS   for each case (default 120)\n"
 		    "  --list              print their names, and run nothing\n"
 		    "Exit status: 0 if none failed, 1 if one did, 2 for wrong use or if there is nothing to run.\n");
@@ -283,6 +287,7 @@ int main(int argc, char **argv)
 {
 	static const struct option known[] = {
 		{ "filter", required_argument, NULL, 'f' },
+		{ "without", required_argument, NULL, 'w' },
 		{ "timeout", required_argument, NULL, 't' },
 		{ "list", no_argument, NULL, 'l' },
 		{ "help", no_argument, NULL, 'h' },
@@ -294,6 +299,10 @@ int main(int argc, char **argv)
 		case 'f':
 			if (filter_count < MOST)
 				filters[filter_count++] = optarg;
+			break;
+		case 'w':
+			if (skip_count < MOST)
+				skips[skip_count++] = optarg;
 			break;
 		case 't':
 			timeout = strtod(optarg, NULL);
