@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The KVM patch's own test: abi_check ABI, on a kernel with kvm.fault_abi=ABI (or "none" on any stock 6.12).
- * Prints one line a case, "PASS kvm-abi-npt/case seconds" (or -shadow, by kvm-amd's paging) or "FAIL ... reason",
- * and the totals; exits 1 on failure.
+ * The KVM patch's own test: abi_check ABI, on a kernel with kvm.fault_abi=ABI (or "none" on any
+ * stock 6.12). Prints one line a case, "PASS kvm-abi-npt/case seconds" (or -shadow, by kvm-amd's
+ * paging) or "FAIL ... reason", and the totals; exits 1 on failure.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -20,7 +20,9 @@ static void capabilities(void)
 	struct vm *vm = vm_new(0);
 	for (int i = 0; i < WATCHED; i++) {
 		int expected = row->caps[i];
-		/* Mainline's 236, PRE_FAULT_MEMORY, needs nested paging; that of an ABI does not. */
+		/*
+		 * Mainline's 236, PRE_FAULT_MEMORY, needs nested paging; that of an ABI does not.
+		 */
 		if (watched_caps[i] == 236 && row->flag_cap != 236)
 			expected = npt;
 		int system = ioctl(vm->kvm, KVM_CHECK_EXTENSION, watched_caps[i]);
@@ -89,7 +91,10 @@ static void exit_layout(void)
 	for (int i = 0; i < 7; i++) {
 		for (int a = READ; a <= EXEC; a++) {
 			uint64_t page = pages[i];
-			/* Three accesses a page: gone again each time, and twice in a row without progress. */
+			/*
+			 * Three accesses a page: gone again each time, and twice in a row without
+			 * progress.
+			 */
 			struct result r = guest_access(vm, a, page);
 			if (exits()) {
 				expect_fault(r, flags[a], page, names[a]);
@@ -268,7 +273,10 @@ static void dirty_logging(void)
 	expect_halt(guest_access(vm, WRITE, 5), "writing again");
 	expect(dirty(vm, 5), "the second write isn't in the log");
 
-	/* Each of the two toggled with the other on, then both at once; KVM must neither warn nor lose a write. */
+	/*
+	 * Each of the two toggled with the other on, then both at once; KVM must neither warn nor
+	 * lose a write.
+	 */
 	static const struct { bool log, fast; } steps[] = { { 1, 0 }, { 1, 1 }, { 0, 1 }, { 1, 1 }, { 0, 0 }, { 1, 1 }, { 0, 0 } };
 	for (unsigned i = 0; i < sizeof steps / sizeof steps[0]; i++) {
 		int err = set_slot(vm, (steps[i].log ? KVM_MEM_LOG_DIRTY_PAGES : 0) | (steps[i].fast ? flag() : 0));
@@ -306,7 +314,10 @@ static void read_only_slot(void)
 	vm_free(vm);
 }
 
-/* The host has 2 MiB pages: one installed huge page is one fault, and a bitmap still speaks of 4 KiB. */
+/*
+ * The host has 2 MiB pages: one installed huge page is one fault, and a bitmap still speaks of 4
+ * KiB.
+ */
 static void huge_pages(int ram_flags)
 {
 	struct vm *vm = absent_vm(0, ram_flags);
@@ -375,7 +386,10 @@ static void bitmap_pointer(void)
 			set_region1(vm, 0, 0, NULL, 0);
 	}
 	if (row->behaviour == BITMAP) {
-		/* Nobody checks more than the range: an unmapped bitmap is only noticed by the access. */
+		/*
+		 * Nobody checks more than the range: an unmapped bitmap is only noticed by the
+		 * access.
+		 */
 		expect(set_region2(vm, flag(), RAM_GPA, vm->ram, RAM_PAGES, 0) == 0, "bitmap at NULL");
 		populate(vm, 0);
 		expect_bare(guest_access(vm, READ, 0), "an unreadable bitmap");
@@ -390,7 +404,9 @@ static void bitmap_meaning(void)
 	struct vm *vm = vm_new(0);
 	for (uint64_t page = 0; page < RAM_PAGES; page++)
 		populate(vm, page);
-	/* A pattern over several words; bit 0 is the first page of the slot, whatever its address. */
+	/*
+	 * A pattern over several words; bit 0 is the first page of the slot, whatever its address.
+	 */
 	for (uint64_t page = 0; page < RAM_PAGES; page++)
 		mark(vm, page, page % 7 == 0 || page == 65);
 	expect(set_slot(vm, flag()) == 0, "the slot");

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* What the cases of abi_check.c share: the row under test, expectations, and a slot with the ABI's flag. */
+/*
+ * What the cases of abi_check.c share: the row under test, expectations, and a slot with the ABI's
+ * flag.
+ */
 #ifndef ABI_EXPECT_H
 #define ABI_EXPECT_H
 

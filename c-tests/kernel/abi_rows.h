@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What each value of kvm.fault_abi promises to userspace, as the test expects it. Written from the mails of the
- * series and not from the patch, so that the two can disagree.
+ * What each value of kvm.fault_abi promises to userspace, as the test expects it. Written from the
+ * mails of the series and not from the patch, so that the two can disagree.
  */
 #ifndef ABI_ROWS_H
 #define ABI_ROWS_H
@@ -11,8 +11,9 @@
 #include <stdint.h>
 
 /*
- * Of the capabilities that some ABI uses, or that share a number with one: on x86, mainline has 226 (masked PMU
- * events), 231 (KVM_SET_USER_MEMORY_REGION2), 232 (memory fault info) and 236 (KVM_PRE_FAULT_MEMORY).
+ * Of the capabilities that some ABI uses, or that share a number with one: on x86, mainline has 226
+ * (masked PMU events), 231 (KVM_SET_USER_MEMORY_REGION2), 232 (memory fault info) and 236
+ * (KVM_PRE_FAULT_MEMORY).
  */
 static const int watched_caps[] = { 226, 227, 228, 229, 230, 231, 232, 236, 239, 240, 243 };
 enum { WATCHED = sizeof(watched_caps) / sizeof(watched_caps[0]) };
@@ -35,7 +36,8 @@ struct row {
 	uint32_t region1, region2; /* flag bits beyond mainline's that each ioctl takes */
 	bool readonly;           /* together with KVM_MEM_READONLY */
 	uint32_t exit_reason;
-	uint64_t read, write, exec; /* memory_fault.flags of an access that failed in a slot with the flag */
+	/* memory_fault.flags of an access that failed in a slot with the flag */
+	uint64_t read, write, exec;
 	bool others_told;        /* a failure outside such slots is an exit, too */
 	uint64_t other_write;    /* ... and these are its flags for a write */
 	int run_errno;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A VM with one vCPU and one slot under test. The guest is 32-bit protected mode without paging, so that one access
- * of the guest is one access to guest physical memory: read, write or execute, then HLT.
+ * A VM with one vCPU and one slot under test. The guest is 32-bit protected mode without paging, so
+ * that one access of the guest is one access to guest physical memory: read, write or execute, then
+ * HLT.
  */
 #ifndef TINY_VM_H
 #define TINY_VM_H
@@ -162,7 +163,9 @@ static inline struct result resume(struct vm *vm)
 	return r;
 }
 
-/* One access of the guest; an odd offset into the page shows whether KVM rounds the address down. */
+/*
+ * One access of the guest; an odd offset into the page shows whether KVM rounds the address down.
+ */
 static inline struct result guest_access(struct vm *vm, enum access access, uint64_t page)
 {
 	static const uint8_t *const stubs[] = { guest_read, guest_write, guest_exec };
@@ -174,7 +177,10 @@ static inline struct result guest_access(struct vm *vm, enum access access, uint
 	return resume(vm);
 }
 
-/* The host makes a page present and writable; it holds its number, and HLT where guest_access() jumps to. */
+/*
+ * The host makes a page present and writable; it holds its number, and HLT where guest_access()
+ * jumps to.
+ */
 static inline void populate(struct vm *vm, uint64_t page)
 {
 	uint8_t *p = vm->ram + page * PAGE;

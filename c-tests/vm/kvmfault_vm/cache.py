@@ -20,7 +20,10 @@ class Unavailable(Exception):
 
 
 class Broken(Exception):
-    """It should have worked: a bug here, or a kernel that our patch doesn't fit any more. Never a reason to skip."""
+    """It should have worked: a bug here, or a kernel that our patch no longer fits.
+
+    Never a reason to skip.
+    """
 
 
 @contextlib.contextmanager

@@ -51,7 +51,10 @@ class Reader:
             self.totals = tuple(map(int, totals.groups()))
 
     def contradiction(self):
-        """Why the lines cannot be believed, or None: a runner that died has no totals, or others than its cases."""
+        """Why the lines cannot be believed, or None.
+
+        A runner that died printed no totals, or totals that differ from its cases.
+        """
         counted = tuple(sum(c.result == r for c in self.cases) for r in ("PASS", "FAIL", "SKIP"))
         if self.totals is None:
             return f"the runner printed no totals (after {len(self.cases)} cases)"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The "newc" archives that Linux unpacks as its first root (Documentation/driver-api/early-userspace/buffer-format.rst)."""
+"""The "newc" archives that Linux unpacks as its first root.
+
+Documentation/driver-api/early-userspace/buffer-format.rst has the format.
+"""
 
 import stat
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The guest's whole file system: busybox, modules, the caller's files and the shared libraries that they need."""
+"""The guest's file system: busybox, modules, the caller's files and their shared libraries."""
 
 import os
 import pathlib
@@ -10,12 +10,16 @@ from .cache import Unavailable
 from .cpio import Archive
 
 BUSYBOX = "/bin/busybox"
-LIBRARIES = "/lib/kvmfault-vm"  # flat; first in LD_LIBRARY_PATH after the directories of copied libraries
+# Flat; first in LD_LIBRARY_PATH after the directories of copied libraries.
+LIBRARIES = "/lib/kvmfault-vm"
 INIT = (pathlib.Path(__file__).parent / "init.sh").read_bytes()
 
 
 def build(path, kernel_modules, module_parameters, copies, command, hugepages):
-    """Writes the archive. copies: [(file or directory here, path there)]; command: words, as for exec."""
+    """Writes the archive.
+
+    copies: [(file or directory here, path there)]; command: words, as for exec.
+    """
     archive = Archive()
     for directory in ("dev", "proc", "sys", "tmp", "etc", "root", "run"):
         archive.directory(directory)

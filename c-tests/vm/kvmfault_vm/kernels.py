@@ -13,11 +13,13 @@ from .packages import Apt
 
 # name: (the metapackage that follows the series, what its version begins with)
 SERIES = {
-    "stock-6.1": ("linux-image-cloud-amd64", "6.1."),  # no UFFDIO_POISON (6.6), no KVM_EXIT_MEMORY_FAULT (6.8)
+    # No UFFDIO_POISON (6.6), no KVM_EXIT_MEMORY_FAULT (6.8).
+    "stock-6.1": ("linux-image-cloud-amd64", "6.1."),
     "stock-6.12": ("linux-image-6.12-cloud-amd64", "6.12."),
     "newest": ("linux-image-cloud-amd64", ""),
 }
-# The one whose source our KVM patch applies to: its headers and source must be there in the same version.
+# The one whose source our KVM patch applies to: its headers and source must be there in the same
+# version.
 PATCHED = "stock-6.12"
 SOURCE_PACKAGE = "linux-source-6.12"
 
@@ -47,7 +49,8 @@ def find(name):
 def fetch(name, work):
     apt = Apt()
     release, version = resolve(apt, name)
-    # One package up to Debian 12's kernels; later ones keep the image, the modules and the glue apart.
+    # One package up to Debian 12's kernels; later ones keep the image, the modules and the glue
+    # apart.
     for kind in ("image", "binary", "modules"):
         package = f"linux-{kind}-{release}"
         if any(c["Version"] == version for c in apt.candidates(package)):

@@ -13,18 +13,20 @@ from . import guestlog
 from .cache import CACHE
 
 KEPT_LOGS = 100
-# After a panic the kernel reboots, which ends QEMU (-no-reboot); a kernel too broken for that is not waited for.
+# After a panic the kernel reboots, which ends QEMU (-no-reboot); a kernel too broken for that is
+# not waited for.
 PANIC_GRACE = 10
 
-# Debian 12's QEMU 7.2 with thread=multi loses to the kernel's own code patching about one boot in ten
-# ("Oops: int3"), so emulation is single-threaded unless told otherwise.
+# Debian 12's QEMU 7.2 with thread=multi loses to the kernel's own code patching about one boot in
+# ten ("Oops: int3"), so emulation is single-threaded unless told otherwise.
 ACCELERATOR = f"tcg,thread={os.environ.get('KVMFAULT_VM_TCG_THREAD', 'single')}"
-# Without fast string instructions, which emulation does byte by byte: with them kernel and libc copy pages by them, and everything takes a fifth
-# longer.
+# Without fast string instructions, which emulation does byte by byte: with them kernel and libc
+# copy pages by them, and everything takes a fifth longer.
 CPU = "EPYC-Milan,+svm,+npt,-erms,-fsrm"
 
-# An overloaded host stalls an emulated CPU for long without any fault of the guest's: lockups and stalls are
-# reported after a minute and not after the default 20 s. What guards real processors against speculation only costs an emulated one time.
+# An overloaded host stalls an emulated CPU for long without any fault of the guest's: lockups and
+# stalls are reported after a minute and not after the default 20 s. What guards real processors
+# against speculation only costs an emulated one time.
 KERNEL_PARAMETERS = ("console=ttyS1 loglevel=7 printk.devkmsg=on panic=-1 oops=panic softlockup_panic=1 "
                      "watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 mitigations=off")
 
@@ -43,8 +45,11 @@ class Outcome:
 
 
 def boot(kernel, initrd, *, label, smp, memory, timeout, silence, append, output):
-    """Boots, passes the command's output to output(bytes) as it comes, and judges the run. It must end within `timeout` seconds, and say
-    something every `silence` seconds if that isn't None."""
+    """Boots, passes the command's output to output(bytes) as it comes, and judges the run.
+
+    The run must end within `timeout` seconds, and print something every `silence` seconds if that
+    is not None.
+    """
     log = new_log(label)
     command = [
         # Whatever happens to us, even SIGKILL, QEMU doesn't outlive us.

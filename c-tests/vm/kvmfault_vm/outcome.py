@@ -8,7 +8,10 @@ from .cache import Broken, Unavailable
 
 
 def exit_status(name, action):
-    """0 when action() is done; 122: it can't be had here; 123: it should have worked; 143: interrupted. stderr says which, and why."""
+    """0: action() is done; 122: not possible here; 123: it should have worked; 143: interrupted.
+
+    stderr has the reason.
+    """
     machine.die_cleanly()
     try:
         action()

@@ -8,7 +8,8 @@ import subprocess
 
 from .cache import CACHE, Unavailable, locked
 
-# bookworm has 6.1 and 6.12 whatever Debian runs here; the backports of its successor have the newest kernel.
+# bookworm has 6.1 and 6.12 whatever Debian runs here; the backports of its successor have the
+# newest kernel.
 SUITES = ["bookworm", "bookworm-updates", "trixie-backports"]
 SECURITY_SUITES = ["bookworm-security"]
 RELEASES = ["bookworm", "trixie", "forky", "sid", "oldstable", "stable", "testing", "unstable"]
@@ -27,11 +28,15 @@ def run(*command, **options):
 
 
 def mirrors():
-    """(Debian's mirror, its security mirror or None) as this machine is configured, fetched lists or not."""
+    """(Debian's mirror, its security mirror or None), as configured on this machine.
+
+    The machine need not have fetched its package lists.
+    """
     uris = run("apt-get", "--print-uris", "update")
     found = re.findall(r"^'(\S+/)dists/(\S+?)/InRelease'", uris, re.M)
     security = [uri for uri, suite in found if re.search(r"-security$|/updates$", suite)]
-    # Others have suites called `stable`, too: Debian's own is the one with a path of its name, if there is one.
+    # Others have suites called `stable`, too: Debian's own is the one with a path of its name, if
+    # there is one.
     main = sorted((uri for uri, suite in found if suite in RELEASES), key=lambda uri: "/debian/" not in uri)
     if not main:
         raise Unavailable("no Debian mirror in this machine's apt configuration (/etc/apt/sources.list.d); "
@@ -40,7 +45,10 @@ def mirrors():
 
 
 class Apt:
-    """apt-get and apt-cache over our suites; state and lists live in the cache, under a name for each choice of suites."""
+    """apt-get and apt-cache over our suites.
+
+    State and lists live in the cache, under a name for each choice of suites.
+    """
 
     fresh = set()
 
@@ -73,9 +81,9 @@ APT::Sandbox::User "";
 APT::Get::List-Cleanup "true";
 Acquire::Languages "none";
 Acquire::Retries "3";
-#clear APT::Update::Post-Invoke;
-#clear APT::Update::Post-Invoke-Success;
-#clear Acquire::IndexTargets::deb::DEP-11;
+# clear APT::Update::Post-Invoke;
+# clear APT::Update::Post-Invoke-Success;
+# clear Acquire::IndexTargets::deb::DEP-11;
 ''')
 
     def update(self):
@@ -117,7 +125,10 @@ Acquire::Retries "3";
         downloads.rmdir()
 
     def download_source(self, package, directory):
-        """Downloads the newest source package (apt checks its signature and hashes), without unpacking it; needs types="deb-src"."""
+        """Downloads the newest source package, without unpacking it; needs types="deb-src".
+
+        apt checks its signature and hashes.
+        """
         self.update()
         run("apt-get", "-c", str(self.conf), "-q", "source", "--download-only", "--only-source", package, cwd=directory)
 

@@ -25,7 +25,8 @@ def fill(kernel, work):
     tree, out, log = work / "tree", work / "out", work / "build.log"
     source.extract(work / "packages", SOURCES, tree)
     source.run("make", "-C", tree, "CC=gcc-12", "HOSTCC=gcc-12", "headers", log=log)
-    # Static, so that it runs in any guest; its Makefile wants no-pie, which overriding LDFLAGS must keep.
+    # Static, so that it runs in any guest; its Makefile wants no-pie, which overriding LDFLAGS must
+    # keep.
     source.run("make", "-C", tree / "tools/testing/selftests/kvm", f"-j{os.cpu_count()}", "CC=gcc-12",
                "LDFLAGS=-static -pthread -no-pie", f"OUTPUT={out}", out / PROGRAM, log=log)
     shutil.move(out / PROGRAM, work / PROGRAM)
@@ -40,7 +41,7 @@ def program():
 
 
 def set_up_and_build():
-    """The same for who isn't started by the `selftest` script: with what the build needs installed first."""
+    """Installs what the build needs, as the `selftest` script does, and builds the selftest."""
     setup = pathlib.Path(__file__).resolve().parent.parent / "setup"
     said = subprocess.run([setup, "selftest"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if said.returncode:

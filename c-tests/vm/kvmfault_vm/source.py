@@ -8,7 +8,10 @@ from .cache import Broken, Unavailable
 
 
 def extract(packages, prefixes, destination):
-    """The source package's tar (unpacked below packages, removed here) -> the files that begin with a prefix."""
+    """Extracts the files that begin with a prefix from the source package's tar.
+
+    The tar lies below `packages`, and is removed here.
+    """
     archive = next(packages.rglob("linux-source-*.tar.xz"))
     with tarfile.open(archive) as tar:
         for member in tar:

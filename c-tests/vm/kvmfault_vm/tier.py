@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The whole matrix: the installed test programs on every kernel, and on the patched one in every ABI."""
+"""The whole matrix: the test programs on every kernel, and on the patched one in every ABI."""
 
 import argparse
 import collections
@@ -52,9 +52,10 @@ def matrix(environment):
     return pairs
 
 
-# What is run where, unless FILTER says otherwise. The stock kernels run everything; the patched ones, which differ in the flag only, what
-# the flag has to do with: all groups with the two ABIs that are least alike, and with the others what goes by way of an exit or a memslot.
-# In the order of how long that takes.
+# What is run where, unless FILTER says otherwise. The stock kernels run everything; the patched
+# ones, which differ in the flag only, what the flag has to do with: all groups with the two ABIs
+# that are least alike, and with the others what goes by way of an exit or a memslot. In the order
+# of how long that takes.
 EVERY_ABI = ("flag/", "toggle/")
 BY_ABI = ("dirty_log", "guests", "mmio", "own_loop", "prefault", "present", "race", "read_only", "restore", "slots", "taken_away")
 FILTERS = {
@@ -63,20 +64,25 @@ FILTERS = {
     **dict.fromkeys(("none", "falsefriend"), ("flag/",)),
 }
 
-# A machine of its own for the comparison with the kernel's selftest, with an emulated CPU on each of the host's: in single-threaded
-# emulation userfaultfd's reader and its vCPU can't run at the same time, and neither would be seen as it is. There QEMU 7.2 loses to the
-# kernel's own code patching about one boot in ten (see machine.py); such a boot is done again.
+# A machine of its own for the comparison with the kernel's selftest, with an emulated CPU on each
+# of the host's: in single-threaded emulation userfaultfd's reader and its vCPU can't run at the
+# same time, and neither would be seen as it is. There QEMU 7.2 loses to the kernel's own code
+# patching about one boot in ten (see machine.py); such a boot is done again.
 PEER = "peer"
 PEER_ABI = "v7"
 PEER_TRIES = 5
 SELFTEST_FAILED = "the selftest failed"  # as peer.c says it
 
-# Longer than any one case may take (the runner ends it before): a machine that is merely slow says something meanwhile.
+# Longer than any one case may take (the runner ends it before): a machine that is merely slow says
+# something meanwhile.
 SILENCE = 330
 
 
 def scale():
-    """What is repeated very often is repeated less often in an emulated machine, some forty times slower than the host."""
+    """How much of what is repeated very often is run in an emulated machine.
+
+    It is some forty times slower than the host.
+    """
     return os.environ.get("KVMFAULT_TEST_SCALE", "0.01")
 
 
@@ -114,9 +120,12 @@ def boot(name, abi, options, reader):
 
 
 def not_the_librarys(problem, failed):
-    """With more than one thread the guest kernel's own troubles (a stray int3, a stalled CPU) are the emulator's fault. That the kernel's
-    selftest fails, which knows nothing of the library, was seen once in some 50 runs of the tier (its guest crashed), and not in 1300 runs
-    of it alone. Returns what happened, or None. `failed`: why cases failed."""
+    """What happened that is not the library's fault, or None. `failed`: why cases failed.
+
+    With more than one thread the guest kernel's own troubles (a stray int3, a stalled CPU) are the
+    emulator's fault. The kernel's selftest, which does not use the library, failed once in some 50
+    runs of the tier (its guest crashed), and never in 1300 runs of the selftest alone.
+    """
     if os.environ.get("KVMFAULT_VM_TCG_THREAD") != "multi":
         return None
     if problem:
@@ -138,7 +147,8 @@ def rows(name, abi, reader, problem):
             name, abi, mechanism, group, *(sum(c.result == r for c in members) for r in ("PASS", "FAIL", "SKIP")),
             "; ".join(reasons) or None))))
     if problem:
-        # The machine itself is a case: a guest kernel that warned fails the tier even if all its cases passed.
+        # The machine itself is a case: a guest kernel that warned fails the tier even if all its
+        # cases passed.
         found.append(dict(zip(ROW_KEYS, (name, abi, None, "machine", 0, 1, 0, problem))))
     return found
 
@@ -186,8 +196,9 @@ def main():
     p.add_argument("--list", action="store_true", help="print the machines of the matrix and stop")
     p.add_argument("--jobs", type=int, default=(os.cpu_count() or 1) + 1, metavar="N",
                    help="machines at a time (default: one more than CPUs)")
-    p.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a machine's own process
-    p.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)  # ... that compares with the selftest
+    # A machine's own process, and one that compares the library with the kernel's selftest.
+    p.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("-q", "--quiet", action="store_true", help="no case lines, only the table")
     p.add_argument("runner_arguments", nargs="*", metavar="ARGUMENT", help="after --: for the runner")
     options = p.parse_args()
@@ -223,7 +234,7 @@ def main():
 
 
 def run_one(name, abi, options):
-    """One machine, in a process of its own: prints its cases, and writes its rows where --json says."""
+    """Runs one machine in a process of its own: prints its cases, writes its rows (--json)."""
     tries = PEER_TRIES if options.peer else 1
     for n in range(1, tries + 1):
         reader = cases.Reader((lambda line: None) if options.quiet else (lambda line: print(line, flush=True)))
@@ -250,9 +261,12 @@ def run_one(name, abi, options):
 
 
 def run_all(machines, options):
-    """[(status, rows)] in the order of `machines`, of which as many run at a time as --jobs says: an emulated machine keeps one CPU
-    busy, but for a fifth of its time, in which its cases wait. What a machine prints comes when it is done. The comparison of speeds
-    runs alone, after the others."""
+    """[(status, rows)] in the order of `machines`, of which --jobs run at a time.
+
+    An emulated machine keeps one CPU busy, except for a fifth of its time, in which its cases wait.
+    What a machine prints is shown when it is done. The comparison of speeds runs alone, after the
+    others.
+    """
     # The longest first, so that no CPU is idle at the end: unpatched kernels run everything.
     length = {abi: n for n, abi in enumerate((None, *FILTERS))}
     waiting = sorted(enumerate(machines), key=lambda m: (m[1][2], length.get(m[1][1], 0)))
