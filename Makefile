@@ -146,21 +146,25 @@ C_LIBS = $$($(PKG_CONFIG) --libs kvmfault) -Wl,-rpath,'$$ORIGIN' -pthread $(LDFL
 
 # A C file with a header of its own name is part of every program; guest code (.S) is, too. The
 # other C files are programs.
-programs_in = $(filter-out $(addprefix $1/,header_% $(notdir $(patsubst %.h,%.c,$(wildcard $1/*.h)))),$(wildcard $1/*.c))
+programs_in = $(filter-out $(patsubst %.h,%.c,$(wildcard $1/*.h)),$(wildcard $1/*.c))
 parts_of = $(patsubst %,$T/objects/%.o,$(wildcard $(patsubst %.h,%.c,$(wildcard $1/*.h))) $(wildcard $1/*.S $1/guest/*.S))
 EXAMPLES = $(patsubst %.c,$T/%,$(call programs_in,examples))
-TESTS = $(patsubst c-tests/%.c,$(PROGRAMS)/%,$(filter-out c-tests/runner.c,$(call programs_in,c-tests)))
+# Each C file in a folder of c-tests is a program of its base name (c-tests/README.md), except in these.
+TEST_SOURCES = $(filter-out $(addprefix c-tests/,harness/% header/% kernel/% vm/%),$(wildcard c-tests/*/*.c))
+TESTS = $(patsubst %.c,$(PROGRAMS)/%,$(notdir $(TEST_SOURCES)))
+TEST_PARTS = $(call parts_of,c-tests/harness)
 
 .PHONY: examples programs vm-programs
 examples: $(EXAMPLES) $T/examples/restore $T/examples/$(SONAME)
 programs: $(TESTS) $(PROGRAMS)/$(SONAME) $(PROGRAMS)/kvmfault-runner
 # An emulated machine is slow to load and to link: its programs are static. The library's Rust tests
-# are among them (c-tests/rust).
+# are among them (c-tests/vm/rust).
 vm-programs: $(TESTS:$(PROGRAMS)/%=$(VM_PROGRAMS)/%) $(VM_PROGRAMS)/kvmfault-runner $(VM_PROGRAMS)/rust $(VM_PROGRAMS)/rust.d/tests
 
 $T/objects/%.c.o: %.c $(INSTALLED) Makefile
 	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) $$($(PKG_CONFIG) --cflags kvmfault) -I$(<D) -c -o $@ $<
+	$(CC) $(C_FLAGS) $$($(PKG_CONFIG) --cflags kvmfault) -I$(<D) $(INCLUDES) -c -o $@ $<
+$T/objects/c-tests/%: INCLUDES = -Ic-tests/harness
 $T/objects/%.S.o: %.S Makefile
 	@mkdir -p $(@D)
 	$(CC) -MMD -MP -I$(<D) -c -o $@ $<
@@ -173,21 +177,26 @@ $T/examples/restore: FORCE | setup-build
 $(EXAMPLES): $T/examples/%: $T/objects/examples/%.c.o $(call parts_of,examples)
 	@mkdir -p $(@D)
 	$(CC) -o $@ $^ $(C_LIBS)
-$(TESTS): $(PROGRAMS)/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests)
+define test_program
+$(PROGRAMS)/$(notdir $(1:.c=)) $(VM_PROGRAMS)/$(notdir $(1:.c=)): $T/objects/$1.o
+
+endef
+$(eval $(foreach source,$(TEST_SOURCES),$(call test_program,$(source))))
+$(TESTS): $(PROGRAMS)/%: $(TEST_PARTS)
 	@mkdir -p $(@D)
 	$(CC) -o $@ $^ $(C_LIBS)
 # bench/ has parts of its own besides those of the tests.
 BENCH_PARTS = $(patsubst %.c,$T/objects/%.c.o,bench/ways.c bench/plain.c bench/trap.c)
-$(BENCH): $T/bench/%: $T/objects/bench/%.c.o $(BENCH_PARTS) $(call parts_of,c-tests) $T/bench/$(SONAME)
+$(BENCH): $T/bench/%: $T/objects/bench/%.c.o $(BENCH_PARTS) $(TEST_PARTS) $T/bench/$(SONAME)
 	@mkdir -p $(@D)
 	$(CC) -o $@ $(filter %.o,$^) $(C_LIBS) -lm
-$(VM_PROGRAMS)/%: $T/objects/c-tests/%.c.o $(call parts_of,c-tests) $(SHARED)
+$(TESTS:$(PROGRAMS)/%=$(VM_PROGRAMS)/%): $(VM_PROGRAMS)/%: $(TEST_PARTS) $(SHARED)
 	@mkdir -p $(@D)
 	$(CC) -static -o $@ $(filter %.o,$^) $$($(PKG_CONFIG) --static --libs kvmfault) -pthread $(LDFLAGS)
-$(PROGRAMS)/kvmfault-runner $(VM_PROGRAMS)/kvmfault-runner: $T/objects/c-tests/runner.c.o
+$(PROGRAMS)/kvmfault-runner $(VM_PROGRAMS)/kvmfault-runner: $T/objects/c-tests/harness/runner.c.o
 	@mkdir -p $(@D)
 	$(CC) -o $@ $^ -pthread $(LDFLAGS)
-$(VM_PROGRAMS)/rust: c-tests/rust
+$(VM_PROGRAMS)/rust: c-tests/vm/rust
 	@mkdir -p $(@D)
 	install -m 755 $< $@
 $(VM_PROGRAMS)/rust.d/tests: FORCE | setup-build

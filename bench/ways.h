@@ -10,7 +10,7 @@
 #ifndef WAYS_H
 #define WAYS_H
 
-#include "../c-tests/machine.h"
+#include "../c-tests/harness/machine.h"
 
 enum { MOST_BATCH = 512 };
 

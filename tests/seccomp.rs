@@ -1,4 +1,4 @@
-//! docs/seccomp.md and the list that c-tests/seccomp.c is made of are one.
+//! docs/seccomp.md and the list that c-tests/process/seccomp.c is made of are one.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ fn tested() -> BTreeMap<String, String> {
         };
         Some((name, when.split(" | ").map(phase).collect::<Vec<_>>().join(", ")))
     };
-    text("c-tests/seccomp_calls.h").lines().filter_map(row).collect()
+    text("c-tests/process/seccomp_calls.h").lines().filter_map(row).collect()
 }
 
 #[test]

@@ -98,7 +98,7 @@ class Fault(unittest.TestCase):
                 self.assertEqual(tier.not_the_librarys(problem, failed), fault)
 
     def test_as_the_case_says_it(self):
-        self.assertIn(f'"{tier.SELFTEST_FAILED}: ', (pathlib.Path(__file__).parents[1] / "peer.c").read_text())
+        self.assertIn(f'"{tier.SELFTEST_FAILED}: ', (pathlib.Path(__file__).parents[1] / "whole/peer.c").read_text())
 
 
 class Matrix(unittest.TestCase):
