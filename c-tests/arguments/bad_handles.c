@@ -3,7 +3,7 @@
  * Handles that are NULL, freed, of another type, or no handles at all: each function refuses them, and nobody crashes.
  */
 #define _GNU_SOURCE
-#include "bad.h"
+#include "intact_vm.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -37,17 +37,17 @@ static void refuse_vm(struct kvmfault_vm *vm, int error)
 	REFUSED(kvmfault_memslot_set_fast_only(vm, RAM_SLOT, 1), error, "vm");
 	REFUSED(kvmfault_memslot_mechanism(vm, RAM_SLOT), error, "vm");
 	REFUSED(kvmfault_vm_stats(vm, &stats), error, "vm");
-	REFUSED(kvmfault_pages_install(vm, SUBJECT_GPA, bytes, PAGE), error, "vm");
-	REFUSED(kvmfault_pages_zero(vm, SUBJECT_GPA, PAGE), error, "vm");
-	REFUSED(kvmfault_pages_map(vm, SUBJECT_GPA, PAGE), error, "vm");
-	REFUSED(kvmfault_pages_lost(vm, SUBJECT_GPA, PAGE), error, "vm");
-	REFUSED(kvmfault_pages_discard(vm, SUBJECT_GPA, PAGE), error, "vm");
-	REFUSED(kvmfault_pages_give_back(vm, SUBJECT_GPA, PAGE), error, "vm");
-	REFUSED(kvmfault_pages_resolve(vm, SUBJECT_GPA, PAGE), error, "vm");
+	REFUSED(kvmfault_pages_install(vm, INTACT_VM_GPA, bytes, PAGE), error, "vm");
+	REFUSED(kvmfault_pages_zero(vm, INTACT_VM_GPA, PAGE), error, "vm");
+	REFUSED(kvmfault_pages_map(vm, INTACT_VM_GPA, PAGE), error, "vm");
+	REFUSED(kvmfault_pages_lost(vm, INTACT_VM_GPA, PAGE), error, "vm");
+	REFUSED(kvmfault_pages_discard(vm, INTACT_VM_GPA, PAGE), error, "vm");
+	REFUSED(kvmfault_pages_give_back(vm, INTACT_VM_GPA, PAGE), error, "vm");
+	REFUSED(kvmfault_pages_resolve(vm, INTACT_VM_GPA, PAGE), error, "vm");
 	REFUSED(kvmfault_pages_arrived(vm, bytes, PAGE), error, "vm");
 	REFUSED(kvmfault_pages_missing(vm, bytes, PAGE), error, "vm");
 	CHECK(!kvmfault_vm_address(vm, bytes), "an address of no VM");
-	REFUSED(kvmfault_pages_state(vm, SUBJECT_GPA), error, "vm");
+	REFUSED(kvmfault_pages_state(vm, INTACT_VM_GPA), error, "vm");
 	REFUSED(kvmfault_pages_absent(vm), error, "vm");
 	REFUSED(kvmfault_vcpu_new(vm, &options, &vcpu), error, "vm");
 	CHECK(vcpu == NULL, "the handle is %p after an error", (void *)vcpu);
@@ -77,7 +77,7 @@ static void refuse_vcpu(struct kvmfault_vcpu *vcpu, int error)
 	REFUSED(kvmfault_vcpu_handle_exit(vcpu, 0), error, "vcpu");
 	REFUSED(kvmfault_vcpu_handle_exit(vcpu, -EINTR), error, "vcpu");
 	REFUSED(kvmfault_vcpu_resume(vcpu), error, "vcpu");
-	REFUSED(kvmfault_vcpu_resolve(vcpu, SUBJECT_GPA, 1), error, "vcpu");
+	REFUSED(kvmfault_vcpu_resolve(vcpu, INTACT_VM_GPA, 1), error, "vcpu");
 	REFUSED(kvmfault_vcpu_memory_error(vcpu, &info), error, "vcpu");
 	REFUSED(kvmfault_vcpu_stats(vcpu, &stats), error, "vcpu");
 	EQUAL("kick", kvmfault_vcpu_kick(vcpu), -error);
@@ -90,27 +90,27 @@ static int resolve_from(void *source, struct kvmfault_vm *vm, uint64_t gpa)
 	return kvmfault_file_source_resolve(source, vm, &fault);
 }
 
-static struct kvmfault_file_source *new_source(const struct subject *s)
+static struct kvmfault_file_source *new_source(const struct intact_vm *s)
 {
 	struct kvmfault_file_source *source;
 	struct kvmfault_file_range range = KVMFAULT_FILE_RANGE_INIT;
-	range.gpa = SUBJECT_GPA;
-	range.len = SUBJECT_LEN;
+	range.gpa = INTACT_VM_GPA;
+	range.len = INTACT_VM_LEN;
 	OK(kvmfault_file_source_new(s->ram.fd, &range, 1, &source));
 	return source;
 }
 
 static void null_handles(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	refuse_vm(NULL, EINVAL);
 	refuse_vcpu(NULL, EINVAL);
 	refuse_fill(NULL, EINVAL);
-	REFUSED(resolve_from(NULL, s.machine.library, SUBJECT_GPA), EINVAL, "source");
+	REFUSED(resolve_from(NULL, s.machine.library, INTACT_VM_GPA), EINVAL, "source");
 	struct kvmfault_file_source *source = new_source(&s);
 	REFUSED(kvmfault_file_source_resolve(source, s.machine.library, NULL), EINVAL, "fault");
-	REFUSED(resolve_from(source, NULL, SUBJECT_GPA), EINVAL, "vm");
+	REFUSED(resolve_from(source, NULL, INTACT_VM_GPA), EINVAL, "vm");
 	kvmfault_file_source_free(source);
 
 	kvmfault_vm_free(NULL);
@@ -118,15 +118,15 @@ static void null_handles(void)
 	kvmfault_fill_free(NULL);
 	kvmfault_file_source_free(NULL);
 	kvmfault_file_source_finalize(NULL);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* Another VM's handle is freed, and freed again. Neither the subject nor the finalizer notices the second time. */
 static void freed_vm(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct kvmfault_vm *vm;
 	options.kvm_fd = s.machine.kvm;
@@ -145,14 +145,14 @@ static void freed_vm(void)
 	kvmfault_vm_free(vm);
 	refuse_vm(vm, EBADF);
 	EQUAL("calls of the finalizer", finalized, 1);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void freed_vcpu(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct kvmfault_vcpu *vcpu = s.vcpu->handle;
 	kvmfault_vcpu_free(vcpu);
 	refuse_vcpu(vcpu, EBADF);
@@ -161,30 +161,30 @@ static void freed_vcpu(void)
 	vcpu_attach(s.vcpu); /* the vCPU itself may have a new one, and the old one stays dead */
 	refuse_vcpu(vcpu, EBADF);
 	kvmfault_vcpu_free(vcpu);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void freed_source(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct kvmfault_file_source *source = new_source(&s);
 	kvmfault_file_source_free(source);
 	kvmfault_file_source_free(source);
 	kvmfault_file_source_finalize(source);
 	CHECK(strstr(kvmfault_last_error(), "freed"), "the message is: %s", kvmfault_last_error());
-	REFUSED(resolve_from(source, s.machine.library, SUBJECT_GPA), EBADF, "source");
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	REFUSED(resolve_from(source, s.machine.library, INTACT_VM_GPA), EBADF, "source");
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void freed_fill(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_fill *fill;
-	subject_create(&s);
+	intact_vm_create(&s);
 	options.bytes_per_second = 1; /* it does nothing to speak of */
 	options.batch = 1;
 	options.finalizer = finalizer;
@@ -195,17 +195,17 @@ static void freed_fill(void)
 	kvmfault_fill_free(fill);
 	CHECK(strstr(kvmfault_last_error(), "freed"), "the message is: %s", kvmfault_last_error());
 	UNTIL(finalized == 1);
-	subject_learn(&s);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_learn(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* vCPU handles outlive their VM, as a VMM's threads do: they say that it is gone. */
 static void vcpu_of_a_freed_vm(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
-	subject_create(&s);
+	intact_vm_create(&s);
 	kvmfault_vm_free(s.machine.library);
 	REFUSED(kvmfault_vcpu_run(s.vcpu->handle), ESHUTDOWN, "freed");
 	REFUSED(kvmfault_vcpu_resume(s.vcpu->handle), ESHUTDOWN, "freed");
@@ -220,8 +220,8 @@ static void vcpu_of_a_freed_vm(void)
 /* A handle of one type given as another: C's compiler says nothing where a void * is on the way. */
 static void handles_of_another_type(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct kvmfault_file_source *source = new_source(&s);
 	refuse_vm((void *)s.vcpu->handle, EBADF);
 	refuse_vm((void *)source, EBADF);
@@ -229,23 +229,23 @@ static void handles_of_another_type(void)
 	refuse_vcpu((void *)source, EBADF);
 	refuse_fill((void *)s.machine.library, EBADF);
 	kvmfault_fill_free((void *)s.machine.library);
-	REFUSED(resolve_from(s.machine.library, s.machine.library, SUBJECT_GPA), EBADF, "source");
-	REFUSED(resolve_from(s.vcpu->handle, s.machine.library, SUBJECT_GPA), EBADF, "source");
+	REFUSED(resolve_from(s.machine.library, s.machine.library, INTACT_VM_GPA), EBADF, "source");
+	REFUSED(resolve_from(s.vcpu->handle, s.machine.library, INTACT_VM_GPA), EBADF, "source");
 	kvmfault_vm_free((void *)s.vcpu->handle);
 	kvmfault_vm_free((void *)source);
 	kvmfault_vcpu_free((void *)s.machine.library);
 	kvmfault_file_source_finalize(s.machine.library);
-	OK(kvmfault_pages_state(s.machine.library, SUBJECT_GPA));
+	OK(kvmfault_pages_state(s.machine.library, INTACT_VM_GPA));
 	kvmfault_file_source_free(source);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void no_handles_at_all(void)
 {
 	static uint64_t zeros[64], ones[64];
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	memset(ones, 0xff, sizeof(ones));
 	void *const wrong[] = { zeros, ones, (char *)zeros + 1, (char *)s.machine.library + 1, (char *)s.machine.library + 4, &s, s.vcpu->run };
 	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++) {
@@ -253,13 +253,13 @@ static void no_handles_at_all(void)
 		refuse_vcpu(wrong[i], EBADF);
 		refuse_fill(wrong[i], EBADF);
 		kvmfault_fill_free(wrong[i]);
-		REFUSED(resolve_from(wrong[i], s.machine.library, SUBJECT_GPA), EBADF, "source");
+		REFUSED(resolve_from(wrong[i], s.machine.library, INTACT_VM_GPA), EBADF, "source");
 		kvmfault_vm_free(wrong[i]);
 		kvmfault_vcpu_free(wrong[i]);
 		kvmfault_file_source_free(wrong[i]);
 	}
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* Freed by several threads at once, while others use it: one of them frees, and nobody crashes. */
@@ -282,8 +282,8 @@ static void *use_and_free(void *arg)
 
 static void freed_by_many(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	for (unsigned round = 1; round <= scaled(50); round++) {
 		struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 		pthread_t threads[4];
@@ -303,8 +303,8 @@ static void freed_by_many(void)
 			usleep(100);
 		EQUAL("calls of the finalizer", finalized, round);
 	}
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static const struct test_case cases[] = {

@@ -4,14 +4,14 @@
  * taken for the whole, and the library's own memory is not taken for the VMM's.
  */
 #define _GNU_SOURCE
-#include "bad.h"
+#include "intact_vm.h"
 
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-static struct subject subject;
+static struct intact_vm subject;
 static struct kvmfault_file_source *source;
 static struct kvmfault_fill *fill;
 
@@ -28,7 +28,7 @@ static uint8_t *guarded_end(void)
 static int snapshot(void)
 {
 	int fd = SYS(memfd_create("snapshot", MFD_CLOEXEC));
-	SYS(ftruncate(fd, SUBJECT_LEN));
+	SYS(ftruncate(fd, INTACT_VM_LEN));
 	return fd;
 }
 
@@ -46,7 +46,7 @@ static int memslot_set(void *p)
 
 static int memslot_prepare(void *p)
 {
-	struct kvmfault_memslot slot = slot_on(&subject.ram, RAM_SLOT, SUBJECT_GPA);
+	struct kvmfault_memslot slot = slot_on(&subject.ram, RAM_SLOT, INTACT_VM_GPA);
 	slot.reserved = 1; /* goes wrong after the sizes were looked at */
 	return kvmfault_memslot_prepare(subject.machine.library, &slot, p);
 }
@@ -172,9 +172,9 @@ static void every_size(void)
 	uint8_t *end = guarded_end();
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_file_range all = KVMFAULT_FILE_RANGE_INIT;
-	subject_create(&subject);
-	all.gpa = SUBJECT_GPA;
-	all.len = SUBJECT_LEN;
+	intact_vm_create(&subject);
+	all.gpa = INTACT_VM_GPA;
+	all.len = INTACT_VM_LEN;
 	OK(kvmfault_file_source_new(snapshot(), &all, 1, &source));
 	/* Over before it begins; its handle is what counts. */
 	OK(kvmfault_fill_start(subject.machine.library, &options, &fill));
@@ -197,7 +197,7 @@ static void every_size(void)
 	}
 	kvmfault_fill_free(fill);
 	kvmfault_file_source_free(source);
-	subject_destroy(&subject);
+	intact_vm_destroy(&subject);
 }
 
 /* ---- arrays ---- */
@@ -269,15 +269,15 @@ static void faults(void)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct kvmfault_file_range all = KVMFAULT_FILE_RANGE_INIT;
-	all.gpa = SUBJECT_GPA;
-	all.len = SUBJECT_LEN;
+	all.gpa = INTACT_VM_GPA;
+	all.len = INTACT_VM_LEN;
 	OK(kvmfault_file_source_new(snapshot(), &all, 1, &source));
 	options.resolver = answer;
 	options.opaque = source;
 	options.finalizer = kvmfault_file_source_finalize;
-	subject_create_with(&subject, &options);
+	intact_vm_create_with(&subject, &options);
 	struct kvmfault_vm *vm = subject.machine.library;
-	const uint64_t gpa = SUBJECT_GPA + 16 * PAGE;
+	const uint64_t gpa = INTACT_VM_GPA + 16 * PAGE;
 	const struct kvmfault_fault good = {
 		.size = sizeof(good), .gpa = gpa, .len = PAGE, .vcpu = -1, .window_gpa = gpa - PAGE, .window_len = 4 * PAGE,
 	};
@@ -312,11 +312,11 @@ static void faults(void)
 	REFUSED(kvmfault_file_source_resolve(vm, vm, &good), EBADF, "source");
 	REFUSED(kvmfault_file_source_resolve(source, NULL, &good), EINVAL, "vm");
 	for (int page = 15; page < 20; page++)
-		EQUAL("the page", OK(kvmfault_pages_state(vm, SUBJECT_GPA + page * PAGE)), KVMFAULT_PAGE_ABSENT);
+		EQUAL("the page", OK(kvmfault_pages_state(vm, INTACT_VM_GPA + page * PAGE)), KVMFAULT_PAGE_ABSENT);
 	EQUAL("the good one", kvmfault_file_source_resolve(source, vm, &good), KVMFAULT_RESOLVED);
 	for (int page = 15; page < 19; page++)
-		EQUAL("the page", OK(kvmfault_pages_state(vm, SUBJECT_GPA + page * PAGE)), KVMFAULT_PAGE_PRESENT);
-	subject_destroy(&subject);
+		EQUAL("the page", OK(kvmfault_pages_state(vm, INTACT_VM_GPA + page * PAGE)), KVMFAULT_PAGE_PRESENT);
+	intact_vm_destroy(&subject);
 }
 
 /* ---- addresses ---- */

@@ -3,7 +3,7 @@
  * Ranges, sources and states with which the functions on pages must refuse to work.
  */
 #define _GNU_SOURCE
-#include "bad.h"
+#include "intact_vm.h"
 
 #include <errno.h>
 #include <string.h>
@@ -54,7 +54,7 @@ static int withdraw(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
 /* With room for as many pages as there are, whatever the range. */
 static int bitmap(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
 {
-	static uint64_t words[SUBJECT_LEN / PAGE / 64 + 1];
+	static uint64_t words[INTACT_VM_LEN / PAGE / 64 + 1];
 	return (int)kvmfault_pages_bitmap(vm, gpa, len, KVMFAULT_STATE_ABSENT, words, sizeof(words));
 }
 
@@ -62,8 +62,8 @@ static int bitmap(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
 static int (*const functions[])(struct kvmfault_vm *, uint64_t, uint64_t) = { install, zero, map, lost, discard, give_back, resolve, withdraw, bitmap };
 enum { FUNCTIONS = sizeof(functions) / sizeof(*functions) };
 
-#define END (SUBJECT_GPA + SUBJECT_LEN)
-#define FREE (SUBJECT_GPA + 500 * PAGE) /* absent in every subject */
+#define END (INTACT_VM_GPA + INTACT_VM_LEN)
+#define FREE (INTACT_VM_GPA + 500 * PAGE) /* absent in every subject */
 
 static void wrong_ranges(void)
 {
@@ -79,8 +79,8 @@ static void wrong_ranges(void)
 		{ FREE + 1, PAGE, EINVAL, "gpa" },
 		{ FREE + PAGE / 2, PAGE, EINVAL, "gpa" },
 		{ END, PAGE, ENOENT, "gpa" },
-		{ SUBJECT_GPA - PAGE, PAGE, ENOENT, "gpa" },
-		{ SUBJECT_GPA - PAGE, 2 * PAGE, ENOENT, "gpa" },
+		{ INTACT_VM_GPA - PAGE, PAGE, ENOENT, "gpa" },
+		{ INTACT_VM_GPA - PAGE, 2 * PAGE, ENOENT, "gpa" },
 		{ 0, PAGE, ENOENT, "gpa" }, /* the VMM's own slot is none of the library's */
 		{ -PAGE, PAGE, ENOENT, "gpa" },
 		{ UINT64_MAX, PAGE, ENOENT, "gpa" },
@@ -89,26 +89,26 @@ static void wrong_ranges(void)
 		{ FREE, -PAGE, EINVAL, "len" },
 		{ FREE, 1ull << 63, EINVAL, "len" },
 	};
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
 		for (int f = 0; f < FUNCTIONS; f++)
 			REFUSED(functions[f](s.machine.library, cases[i].gpa, cases[i].len), cases[i].error, cases[i].words);
-		subject_unharmed(&s);
+		intact_vm_check(&s);
 	}
-	for (const uint64_t *bad = (const uint64_t[]){ END, SUBJECT_GPA - 1, UINT64_MAX, 1ull << 52, 0 }; *bad; bad++)
+	for (const uint64_t *bad = (const uint64_t[]){ END, INTACT_VM_GPA - 1, UINT64_MAX, 1ull << 52, 0 }; *bad; bad++)
 		REFUSED(kvmfault_pages_state(s.machine.library, *bad), ENOENT, "gpa");
 	EQUAL("the last byte's page", OK(kvmfault_pages_state(s.machine.library, END - 1)), KVMFAULT_PAGE_ABSENT);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* Two slots side by side are still two slots. */
 static void across_slots(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct ram neighbour;
-	subject_create(&s);
+	intact_vm_create(&s);
 	ram_create(&neighbour, MEMFD, 16 * PAGE);
 	machine_set_slot(&s.machine, &neighbour, RAM_SLOT + 1, END);
 	for (int f = 0; f < FUNCTIONS; f++)
@@ -117,15 +117,15 @@ static void across_slots(void)
 	struct kvmfault_memslot slot = slot_on(&neighbour, RAM_SLOT + 1, END);
 	slot.len = 0;
 	OK(kvmfault_memslot_set(s.machine.library, &slot));
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* A source that can't be read, from the start or from the second page on. */
 static void wrong_source(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	uint8_t *hole = map_anon(4 * PAGE);
 	memset(hole, 0x11, 4 * PAGE);
 	SYS(mprotect(hole + 2 * PAGE, PAGE, PROT_NONE));
@@ -140,11 +140,11 @@ static void wrong_source(void)
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, hole + 2 * PAGE, PAGE), EFAULT, "src");
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, hole + 3 * PAGE, PAGE), EFAULT, "src");
 	/* Guest memory that isn't there itself: who copied from it would wait for a page, or for ever. */
-	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - SUBJECT_GPA) + PAGE, PAGE), EFAULT, "src");
-	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - SUBJECT_GPA) - 1, PAGE), EFAULT, "src");
+	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - INTACT_VM_GPA) + PAGE, PAGE), EFAULT, "src");
+	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - INTACT_VM_GPA) - 1, PAGE), EFAULT, "src");
 	/* Reaches into the hole from the middle of a page: nothing of that page is installed. */
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, hole + PAGE + 1, PAGE), EFAULT, "src");
-	subject_unharmed(&s);
+	intact_vm_check(&s);
 
 	/* What was installed before the hole stays. */
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, hole, 4 * PAGE), EFAULT, "src");
@@ -152,46 +152,46 @@ static void wrong_source(void)
 	EQUAL("page 1", OK(kvmfault_pages_state(s.machine.library, FREE + PAGE)), KVMFAULT_PAGE_PRESENT);
 	EQUAL("page 2", OK(kvmfault_pages_state(s.machine.library, FREE + 2 * PAGE)), KVMFAULT_PAGE_ABSENT);
 	EQUAL("page 3", OK(kvmfault_pages_state(s.machine.library, FREE + 3 * PAGE)), KVMFAULT_PAGE_ABSENT);
-	subject_learn(&s);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_learn(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* PRESENT pages keep their bytes, whoever wants to install others. */
 static void over_present_pages(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct kvmfault_vm *vm = s.machine.library;
 	const uint64_t *first = (uint64_t *)s.ram.hva;
 
 	memset(bytes, 0x77, sizeof(bytes));
-	REFUSED(install(vm, SUBJECT_GPA, PAGE), EEXIST, "present");
-	REFUSED(install(vm, SUBJECT_GPA, 2 * PAGE), EEXIST, "present");
-	REFUSED(zero(vm, SUBJECT_GPA, PAGE), EEXIST, "present");
-	REFUSED(map(vm, SUBJECT_GPA, PAGE), EEXIST, "present");
-	REFUSED(lost(vm, SUBJECT_GPA, 2 * PAGE), EEXIST, "present");
-	OK(resolve(vm, SUBJECT_GPA, 2 * PAGE));
+	REFUSED(install(vm, INTACT_VM_GPA, PAGE), EEXIST, "present");
+	REFUSED(install(vm, INTACT_VM_GPA, 2 * PAGE), EEXIST, "present");
+	REFUSED(zero(vm, INTACT_VM_GPA, PAGE), EEXIST, "present");
+	REFUSED(map(vm, INTACT_VM_GPA, PAGE), EEXIST, "present");
+	REFUSED(lost(vm, INTACT_VM_GPA, 2 * PAGE), EEXIST, "present");
+	OK(resolve(vm, INTACT_VM_GPA, 2 * PAGE));
 	pattern_check(&s.source.pattern, first, 0, 2);
-	subject_unharmed(&s);
+	intact_vm_check(&s);
 
 	/* Half of it present: the rest is installed, and what was there stays. */
 	OK(install(vm, FREE, PAGE));
 	memset(bytes, 0x88, sizeof(bytes));
 	OK(install(vm, FREE - PAGE, 3 * PAGE));
-	EQUAL("the page before", s.ram.hva[FREE - PAGE - SUBJECT_GPA], 0x88);
-	EQUAL("the page that was there", s.ram.hva[FREE - SUBJECT_GPA], 0x77);
-	EQUAL("the page after", s.ram.hva[FREE + PAGE - SUBJECT_GPA], 0x88);
-	subject_learn(&s);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	EQUAL("the page before", s.ram.hva[FREE - PAGE - INTACT_VM_GPA], 0x88);
+	EQUAL("the page that was there", s.ram.hva[FREE - INTACT_VM_GPA], 0x77);
+	EQUAL("the page after", s.ram.hva[FREE + PAGE - INTACT_VM_GPA], 0x88);
+	intact_vm_learn(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void over_lost_pages(void)
 {
-	const uint64_t page = SUBJECT_GPA + 3 * PAGE; /* see subject_create */
-	struct subject s;
-	subject_create(&s);
+	const uint64_t page = INTACT_VM_GPA + 3 * PAGE; /* see intact_vm_create */
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct kvmfault_vm *vm = s.machine.library;
 	EQUAL("the page", OK(kvmfault_pages_state(vm, page)), KVMFAULT_PAGE_LOST);
 	REFUSED(install(vm, page, PAGE), EHWPOISON, "lost");
@@ -199,29 +199,29 @@ static void over_lost_pages(void)
 	REFUSED(map(vm, page, PAGE), EHWPOISON, "lost");
 	REFUSED(resolve(vm, page, PAGE), EHWPOISON, "lost");
 	REFUSED(lost(vm, page, PAGE), EEXIST, "lost");
-	EQUAL("what the vCPU gets", subject_read(&s, 3), KVMFAULT_MEMORY_ERROR);
-	subject_unharmed(&s);
+	EQUAL("what the vCPU gets", intact_vm_read(&s, 3), KVMFAULT_MEMORY_ERROR);
+	intact_vm_check(&s);
 
 	/* The way back. */
 	OK(discard(vm, page, PAGE));
 	EQUAL("the page", OK(kvmfault_pages_state(vm, page)), KVMFAULT_PAGE_ABSENT);
-	subject_learn(&s);
-	EQUAL("what the vCPU gets", subject_read(&s, 3), KVMFAULT_PASS);
+	intact_vm_learn(&s);
+	EQUAL("what the vCPU gets", intact_vm_read(&s, 3), KVMFAULT_PASS);
 	EQUAL("what it reads", s.script[0].value, pattern_word(&s.source.pattern, 3, 0));
-	subject_learn(&s);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_learn(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* kvmfault_pages_map is for what is in the page cache. */
 static void map_without_bytes(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct ram private;
-	subject_create(&s);
+	intact_vm_create(&s);
 	int ret = map(s.machine.library, FREE, PAGE);
 	CHECK(ret == -ENOENT || ret == -EOPNOTSUPP, "returned %d: %s", ret, kvmfault_last_error());
-	subject_unharmed(&s);
+	intact_vm_check(&s);
 
 	ram_create(&private, ANON, 16 * PAGE);
 	struct kvmfault_memslot slot = slot_on(&private, RAM_SLOT + 1, END);
@@ -230,17 +230,17 @@ static void map_without_bytes(void)
 	EQUAL("its page", OK(kvmfault_pages_state(s.machine.library, END)), KVMFAULT_PAGE_ABSENT);
 	slot.len = 0;
 	OK(kvmfault_memslot_set(s.machine.library, &slot));
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* Pages of 2 MiB come as a whole. */
 static void parts_of_huge_pages(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct ram huge;
-	const uint64_t gpa = SUBJECT_GPA + 16 * HUGE_PAGE;
-	subject_create(&s);
+	const uint64_t gpa = INTACT_VM_GPA + 16 * HUGE_PAGE;
+	intact_vm_create(&s);
 	ram_create(&huge, HUGETLB, 2 * HUGE_PAGE);
 	machine_set_slot(&s.machine, &huge, RAM_SLOT + 1, gpa);
 	for (int f = 0; f < FUNCTIONS; f++) {
@@ -252,8 +252,8 @@ static void parts_of_huge_pages(void)
 	struct kvmfault_memslot slot = slot_on(&huge, RAM_SLOT + 1, gpa);
 	slot.len = 0;
 	OK(kvmfault_memslot_set(s.machine.library, &slot));
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 	ram_destroy(&huge);
 }
 

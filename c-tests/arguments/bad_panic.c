@@ -4,7 +4,7 @@
  * told with -ENOTRECOVERABLE; the handle is of no more use, but can be freed.
  */
 #define _GNU_SOURCE
-#include "bad.h"
+#include "intact_vm.h"
 
 #include <errno.h>
 #include <signal.h>

@@ -3,7 +3,7 @@
  * Memslots that kvmfault_memslot_set and kvmfault_memslot_prepare must refuse.
  */
 #define _GNU_SOURCE
-#include "bad.h"
+#include "intact_vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 enum { SPARE_SLOT = 7, SPARE_PAGES = 64 };
-#define SPARE_GPA (SUBJECT_GPA + 2 * SUBJECT_LEN) /* not a neighbour */
+#define SPARE_GPA (INTACT_VM_GPA + 2 * INTACT_VM_LEN) /* not a neighbour */
 #define SPARE_LEN (SPARE_PAGES * PAGE)
 
 /* A slot that is right: to be spoiled in one place. */
@@ -30,7 +30,7 @@ static struct kvmfault_memslot spare_on(void *memory)
 }
 
 /* Both ways refuse it, and leave no trace: neither slot nor pages nor result. */
-static void refuse(struct subject *s, const struct kvmfault_memslot *slot, int error, const char *words)
+static void refuse(struct intact_vm *s, const struct kvmfault_memslot *slot, int error, const char *words)
 {
 	struct kvmfault_region region = KVMFAULT_REGION_INIT, before = region;
 	bool taken = kvmfault_memslot_mechanism(s->machine.library, slot->slot) >= 0;
@@ -43,7 +43,7 @@ static void refuse(struct subject *s, const struct kvmfault_memslot *slot, int e
 }
 
 /* What was refused in one way is accepted when it is right: nothing of the tries is left. Ends without the slot. */
-static void accept(struct subject *s, const struct kvmfault_memslot *slot)
+static void accept(struct intact_vm *s, const struct kvmfault_memslot *slot)
 {
 	struct kvmfault_memslot gone = KVMFAULT_MEMSLOT_INIT;
 	gone.slot = slot->slot;
@@ -55,9 +55,9 @@ static void accept(struct subject *s, const struct kvmfault_memslot *slot)
 
 static void null_arguments(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct kvmfault_region region = KVMFAULT_REGION_INIT;
-	subject_create(&s);
+	intact_vm_create(&s);
 	struct kvmfault_memslot slot = spare_on(map_memfd(SPARE_LEN));
 
 	REFUSED(kvmfault_memslot_set(s.machine.library, NULL), EINVAL, "slot");
@@ -65,8 +65,8 @@ static void null_arguments(void)
 	REFUSED(kvmfault_memslot_prepare(s.machine.library, &slot, NULL), EINVAL, "region");
 	slot.hva = NULL;
 	refuse(&s, &slot, EINVAL, "hva");
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* Unaligned, wrapping, beyond what there is. */
@@ -92,8 +92,8 @@ static void wrong_ranges(void)
 		{ SPARE_GPA, SPARE_LEN, 1ull << 47, "hva" },
 		{ SPARE_GPA, SPARE_LEN, -1ull << 47, "hva" },
 	};
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	uint8_t *memory = map_memfd(SPARE_LEN);
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
 		struct kvmfault_memslot slot = spare_on(memory);
@@ -101,17 +101,17 @@ static void wrong_ranges(void)
 		slot.len = cases[i].len;
 		slot.hva = (void *)((uintptr_t)memory + cases[i].hva_offset);
 		refuse(&s, &slot, EINVAL, cases[i].words);
-		subject_unharmed(&s);
+		intact_vm_check(&s);
 	}
 	struct kvmfault_memslot slot = spare_on(memory);
 	accept(&s, &slot);
-	subject_destroy(&s);
+	intact_vm_destroy(&s);
 }
 
 static void wrong_numbers(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	const struct kvmfault_memslot good = spare_on(map_memfd(SPARE_LEN));
 	struct kvmfault_memslot slot;
 	int slots = SYS(ioctl(s.machine.vm, KVM_CHECK_EXTENSION, KVM_CAP_NR_MEMSLOTS));
@@ -153,8 +153,8 @@ static void wrong_numbers(void)
 	slot = good;
 	slot.slot = slots - 1;
 	accept(&s, &slot);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void wrong_sizes(void)
@@ -164,8 +164,8 @@ static void wrong_sizes(void)
 		struct kvmfault_region region;
 		uint8_t bytes[4096];
 	} in, out;
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	const struct kvmfault_memslot good = spare_on(map_memfd(SPARE_LEN));
 	struct kvmfault_region region = KVMFAULT_REGION_INIT;
 
@@ -212,25 +212,25 @@ static void wrong_sizes(void)
 		for (size_t i = sizeof(struct kvmfault_region); i < size; i++)
 			CHECK(out.bytes[i] == 0, "with size %zu byte %zu is %#x, not 0", size, i, out.bytes[i]);
 	}
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void overlapping(void)
 {
-	struct subject s;
-	subject_create(&s);
-	uint8_t *memory = map_memfd(2 * SUBJECT_LEN);
+	struct intact_vm s;
+	intact_vm_create(&s);
+	uint8_t *memory = map_memfd(2 * INTACT_VM_LEN);
 	const struct {
 		uint64_t gpa, len;
 	} cases[] = {
-		{ SUBJECT_GPA, SUBJECT_LEN },
-		{ SUBJECT_GPA, PAGE },
-		{ SUBJECT_GPA + SUBJECT_LEN - PAGE, PAGE },
-		{ SUBJECT_GPA + SUBJECT_LEN - PAGE, 2 * PAGE },
-		{ SUBJECT_GPA - PAGE, 2 * PAGE },
-		{ SUBJECT_GPA - PAGE, SUBJECT_LEN + 2 * PAGE },
-		{ SUBJECT_GPA + 8 * PAGE, 8 * PAGE },
+		{ INTACT_VM_GPA, INTACT_VM_LEN },
+		{ INTACT_VM_GPA, PAGE },
+		{ INTACT_VM_GPA + INTACT_VM_LEN - PAGE, PAGE },
+		{ INTACT_VM_GPA + INTACT_VM_LEN - PAGE, 2 * PAGE },
+		{ INTACT_VM_GPA - PAGE, 2 * PAGE },
+		{ INTACT_VM_GPA - PAGE, INTACT_VM_LEN + 2 * PAGE },
+		{ INTACT_VM_GPA + 8 * PAGE, 8 * PAGE },
 	};
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
 		struct kvmfault_memslot slot = spare_on(memory);
@@ -240,25 +240,25 @@ static void overlapping(void)
 	}
 	/* Neighbours don't overlap. */
 	struct kvmfault_memslot slot = spare_on(memory);
-	slot.gpa = SUBJECT_GPA + SUBJECT_LEN;
+	slot.gpa = INTACT_VM_GPA + INTACT_VM_LEN;
 	accept(&s, &slot);
-	slot.gpa = SUBJECT_GPA - slot.len;
+	slot.gpa = INTACT_VM_GPA - slot.len;
 	accept(&s, &slot);
 
 	/* In host memory, slots may share what they name as one block, and nothing else. */
-	slot = spare_on(s.ram.hva + SUBJECT_LEN - PAGE);
+	slot = spare_on(s.ram.hva + INTACT_VM_LEN - PAGE);
 	slot.len = 2 * PAGE;
-	CHECK(mmap(s.ram.hva + SUBJECT_LEN, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED ||
+	CHECK(mmap(s.ram.hva + INTACT_VM_LEN, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED ||
 	      errno == EEXIST, "mmap behind the subject's memory: %s", strerror(errno));
 	refuse(&s, &slot, EINVAL, "hva");
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void wrong_blocks(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	uint8_t *memory = map_memfd(4 * SPARE_LEN);
 	const struct {
 		uint64_t offset, len;
@@ -284,15 +284,15 @@ static void wrong_blocks(void)
 	refuse(&s, &slot, EINVAL, "block_len");
 	slot.block_len = 4 * SPARE_LEN;
 	accept(&s, &slot);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* Memory that isn't there, isn't usable, or isn't what it is said to be. */
 static void wrong_memory(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct kvmfault_memslot slot;
 
 	uint8_t *memory = map_memfd(SPARE_LEN);
@@ -357,15 +357,15 @@ static void wrong_memory(void)
 	EQUAL("what was in it", anon[17 * PAGE], 1);
 	SYS(madvise(anon, SPARE_LEN, MADV_DONTNEED));
 	accept(&s, &slot);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void wrong_hugetlb(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct ram huge;
-	subject_create(&s);
+	intact_vm_create(&s);
 	ram_create(&huge, HUGETLB, 2 * HUGE_PAGE);
 	const struct kvmfault_memslot good = slot_on(&huge, SPARE_SLOT, SPARE_GPA);
 	struct kvmfault_memslot slot = good;
@@ -403,16 +403,16 @@ static void wrong_hugetlb(void)
 		refuse(&s, &slot, EINVAL, "fd_offset");
 		accept(&s, &good);
 	}
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 	ram_destroy(&huge);
 }
 
 /* Somebody else's business: memory of another userfaultfd, guest memory that KVM has from the VMM itself. */
 static void taken_already(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	uint8_t *memory = map_memfd(SPARE_LEN);
 	struct kvmfault_memslot slot = spare_on(memory);
 	struct uffdio_api api = { .api = UFFD_API };
@@ -438,69 +438,69 @@ static void taken_already(void)
 	own.memory_size = 0;
 	SYS(ioctl(s.machine.vm, KVM_SET_USER_MEMORY_REGION, &own));
 	accept(&s, &slot);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* A live slot is to become something that KVM refuses: it stays what it was, with its pages. */
 static void changes_that_fail(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct kvm_userspace_memory_region own = {
 		.slot = SPARE_SLOT + 1, .guest_phys_addr = SPARE_GPA, .memory_size = SPARE_LEN, .userspace_addr = (uintptr_t)map_anon(SPARE_LEN),
 	};
 	SYS(ioctl(s.machine.vm, KVM_SET_USER_MEMORY_REGION, &own));
-	const struct kvmfault_memslot as_it_is = slot_on(&s.ram, RAM_SLOT, SUBJECT_GPA);
+	const struct kvmfault_memslot as_it_is = slot_on(&s.ram, RAM_SLOT, INTACT_VM_GPA);
 	struct kvmfault_memslot slot;
 
 	slot = as_it_is; /* moved */
 	slot.gpa = SPARE_GPA;
 	REFUSED(kvmfault_memslot_set(s.machine.library, &slot), EEXIST, "KVM_SET_USER_MEMORY_REGION");
-	subject_unharmed(&s);
+	intact_vm_check(&s);
 	slot = as_it_is; /* a part of it, moved */
 	slot.gpa = SPARE_GPA;
 	slot.len = SPARE_LEN;
 	slot.block_hva = s.ram.hva;
 	slot.block_len = s.ram.len;
 	REFUSED(kvmfault_memslot_set(s.machine.library, &slot), EEXIST, "KVM_SET_USER_MEMORY_REGION");
-	subject_unharmed(&s);
+	intact_vm_check(&s);
 	slot = spare_on(map_memfd(SPARE_LEN)); /* other memory */
 	slot.slot = RAM_SLOT;
 	REFUSED(kvmfault_memslot_set(s.machine.library, &slot), EEXIST, "KVM_SET_USER_MEMORY_REGION");
-	subject_unharmed(&s);
+	intact_vm_check(&s);
 
 	/* Host threads still wait for absent pages, too. */
 	unsigned page = s.next++;
 	EQUAL("what a host thread reads", *(volatile uint64_t *)(s.ram.hva + page * PAGE), pattern_word(&s.source.pattern, page, 0));
-	subject_learn(&s);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_learn(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* A forced mechanism that can serve some memory, but not this. */
 static void forced_mechanism(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
 	OK(kvmfault_probe(-1, &probe));
 	if (!(probe.mechanisms_shared & 1 << KVMFAULT_MECHANISM_POISON_TRAP))
 		skip("poison-trap doesn't work here");
 	options.mechanism = KVMFAULT_MECHANISM_POISON_TRAP;
-	subject_create_with(&s, &options);
+	intact_vm_create_with(&s, &options);
 	struct kvmfault_memslot slot = spare_on(map_anon(SPARE_LEN));
 	refuse(&s, &slot, EOPNOTSUPP, "poison-trap");
 	slot.flags = KVMFAULT_MEMSLOT_VCPU_ONLY;
 	accept(&s, &slot);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void slots_that_are_not_there(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct kvmfault_memslot slot = spare_on(NULL);
 	struct kvmfault_region region = KVMFAULT_REGION_INIT;
 	slot.len = 0;
@@ -517,8 +517,8 @@ static void slots_that_are_not_there(void)
 	}
 	for (const int *bad = (const int[]){ -1, 2, INT_MAX, INT_MIN, 0 }; *bad; bad++)
 		REFUSED(kvmfault_memslot_set_fast_only(s.machine.library, RAM_SLOT, *bad), EINVAL, "on");
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static const struct test_case cases[] = {

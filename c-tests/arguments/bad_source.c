@@ -3,7 +3,7 @@
  * Snapshots that kvmfault_file_source_new must refuse, and what becomes of faults that a snapshot can't serve.
  */
 #define _GNU_SOURCE
-#include "bad.h"
+#include "intact_vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -42,7 +42,7 @@ static void refuse(int fd, const struct kvmfault_file_range *ranges, size_t coun
 static void wrong_arguments(void)
 {
 	int fd = snapshot(), directory = SYS(open("/", O_RDONLY | O_CLOEXEC)), pipes[2];
-	const struct kvmfault_file_range good = range_of(SUBJECT_GPA, FILE_PAGES * PAGE, 0);
+	const struct kvmfault_file_range good = range_of(INTACT_VM_GPA, FILE_PAGES * PAGE, 0);
 	struct kvmfault_file_source *source;
 	SYS(pipe2(pipes, O_CLOEXEC));
 	REFUSED(kvmfault_file_source_new(fd, &good, 1, NULL), EINVAL, "source");
@@ -68,16 +68,16 @@ static void wrong_ranges(void)
 {
 	const uint64_t len = FILE_PAGES * PAGE;
 	const struct kvmfault_file_range bad[] = {
-		range_of(SUBJECT_GPA, 0, 0),
-		range_of(SUBJECT_GPA, len + PAGE, 0),
-		range_of(SUBJECT_GPA, len, PAGE),
-		range_of(SUBJECT_GPA, PAGE, len),
-		range_of(SUBJECT_GPA, PAGE, -PAGE),
-		range_of(SUBJECT_GPA, -PAGE, PAGE),
-		range_of(SUBJECT_GPA, -PAGE, 2 * PAGE),
-		range_of(SUBJECT_GPA + 1, PAGE, 0),
-		range_of(SUBJECT_GPA, PAGE + 1, 0),
-		range_of(SUBJECT_GPA, PAGE, 512),
+		range_of(INTACT_VM_GPA, 0, 0),
+		range_of(INTACT_VM_GPA, len + PAGE, 0),
+		range_of(INTACT_VM_GPA, len, PAGE),
+		range_of(INTACT_VM_GPA, PAGE, len),
+		range_of(INTACT_VM_GPA, PAGE, -PAGE),
+		range_of(INTACT_VM_GPA, -PAGE, PAGE),
+		range_of(INTACT_VM_GPA, -PAGE, 2 * PAGE),
+		range_of(INTACT_VM_GPA + 1, PAGE, 0),
+		range_of(INTACT_VM_GPA, PAGE + 1, 0),
+		range_of(INTACT_VM_GPA, PAGE, 512),
 		range_of(-PAGE, 2 * PAGE, 0),
 	};
 	int fd = snapshot();
@@ -95,7 +95,7 @@ static void wrong_sizes(void)
 {
 	int fd = snapshot();
 	struct kvmfault_file_source *source;
-	struct kvmfault_file_range range = range_of(SUBJECT_GPA, PAGE, 0);
+	struct kvmfault_file_range range = range_of(INTACT_VM_GPA, PAGE, 0);
 	for (const size_t *bad = (const size_t[]){ 1, 8, 4097, SIZE_MAX, 0 }; *bad; bad++) {
 		range.size = *bad;
 		refuse(fd, &range, 1, EINVAL, "size");
@@ -121,9 +121,9 @@ static void wrong_sizes(void)
 /* The guest wants a page that the snapshot doesn't have: its vCPU's loop says so, and goes on when the page comes otherwise. */
 static void a_page_that_is_not_in_it(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct kvmfault_file_source *source;
-	struct kvmfault_file_range range = range_of(SUBJECT_GPA + 16 * PAGE, PAGE, 0);
+	struct kvmfault_file_range range = range_of(INTACT_VM_GPA + 16 * PAGE, PAGE, 0);
 	int fd = snapshot();
 	OK(kvmfault_file_source_new(fd, &range, 1, &source));
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
@@ -133,37 +133,37 @@ static void a_page_that_is_not_in_it(void)
 	options.mechanism = test_mechanism();
 	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
 		skip("a vCPU that waits in userfaultfd waits until the page comes");
-	subject_create_with(&s, &options);
+	intact_vm_create_with(&s, &options);
 
-	REFUSED(subject_read(&s, 20), ENXIO, "gpa");
-	EQUAL("the page", OK(kvmfault_pages_state(s.machine.library, SUBJECT_GPA + 20 * PAGE)), KVMFAULT_PAGE_ABSENT);
-	REFUSED(kvmfault_pages_resolve(s.machine.library, SUBJECT_GPA + 20 * PAGE, PAGE), ENXIO, "gpa");
-	EQUAL("reading a page that is in it", subject_read(&s, 16), KVMFAULT_PASS);
+	REFUSED(intact_vm_read(&s, 20), ENXIO, "gpa");
+	EQUAL("the page", OK(kvmfault_pages_state(s.machine.library, INTACT_VM_GPA + 20 * PAGE)), KVMFAULT_PAGE_ABSENT);
+	REFUSED(kvmfault_pages_resolve(s.machine.library, INTACT_VM_GPA + 20 * PAGE, PAGE), ENXIO, "gpa");
+	EQUAL("reading a page that is in it", intact_vm_read(&s, 16), KVMFAULT_PASS);
 	EQUAL("what it has", s.script[0].value, 0x5c5c5c5c5c5c5c5c);
-	OK(kvmfault_pages_zero(s.machine.library, SUBJECT_GPA + 20 * PAGE, PAGE));
-	EQUAL("reading the page that wasn't", subject_read(&s, 20), KVMFAULT_PASS);
+	OK(kvmfault_pages_zero(s.machine.library, INTACT_VM_GPA + 20 * PAGE, PAGE));
+	EQUAL("reading the page that wasn't", intact_vm_read(&s, 20), KVMFAULT_PASS);
 	EQUAL("what it has", s.script[0].value, 0);
-	subject_destroy(&s);
+	intact_vm_destroy(&s);
 }
 
 /* The file must not change; if it is cut short all the same, that is an I/O error and no SIGBUS. */
 static void a_file_that_is_cut_short(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct kvmfault_file_source *source;
-	struct kvmfault_file_range range = range_of(SUBJECT_GPA + 16 * PAGE, FILE_PAGES * PAGE, 0);
+	struct kvmfault_file_range range = range_of(INTACT_VM_GPA + 16 * PAGE, FILE_PAGES * PAGE, 0);
 	int fd = snapshot();
 	OK(kvmfault_file_source_new(fd, &range, 1, &source));
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	options.resolver = kvmfault_file_source_resolve;
 	options.opaque = source;
 	options.finalizer = kvmfault_file_source_finalize;
-	subject_create_with(&s, &options);
+	intact_vm_create_with(&s, &options);
 	SYS(ftruncate(fd, 2 * PAGE));
-	REFUSED(kvmfault_pages_resolve(s.machine.library, SUBJECT_GPA + 18 * PAGE, PAGE), EIO, "resolver");
-	EQUAL("the page", OK(kvmfault_pages_state(s.machine.library, SUBJECT_GPA + 18 * PAGE)), KVMFAULT_PAGE_ABSENT);
-	OK(kvmfault_pages_resolve(s.machine.library, SUBJECT_GPA + 17 * PAGE, PAGE));
-	subject_destroy(&s);
+	REFUSED(kvmfault_pages_resolve(s.machine.library, INTACT_VM_GPA + 18 * PAGE, PAGE), EIO, "resolver");
+	EQUAL("the page", OK(kvmfault_pages_state(s.machine.library, INTACT_VM_GPA + 18 * PAGE)), KVMFAULT_PAGE_ABSENT);
+	OK(kvmfault_pages_resolve(s.machine.library, INTACT_VM_GPA + 17 * PAGE, PAGE));
+	intact_vm_destroy(&s);
 }
 
 static const struct test_case cases[] = {

@@ -3,7 +3,7 @@
  * What kvmfault_vcpu_new and the functions of vCPUs must refuse.
  */
 #define _GNU_SOURCE
-#include "bad.h"
+#include "intact_vm.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 /* A vCPU of the subject's VM that has no handle yet. */
-static int spare_vcpu(const struct subject *s, int number)
+static int spare_vcpu(const struct intact_vm *s, int number)
 {
 	return SYS(ioctl(s->machine.vm, KVM_CREATE_VCPU, number));
 }
@@ -33,7 +33,7 @@ static sigset_t signals_blocked(void)
 }
 
 /* No handle, and the thread's signal mask is what it was. */
-static void refuse(const struct subject *s, const struct kvmfault_vcpu_options *options, int error, const char *words)
+static void refuse(const struct intact_vm *s, const struct kvmfault_vcpu_options *options, int error, const char *words)
 {
 	struct kvmfault_vcpu *vcpu = (struct kvmfault_vcpu *)1;
 	sigset_t before = signals_blocked(), after;
@@ -44,7 +44,7 @@ static void refuse(const struct subject *s, const struct kvmfault_vcpu_options *
 		CHECK(sigismember(&before, signal) == sigismember(&after, signal), "signal %d was blocked or unblocked", signal);
 }
 
-static void accept(const struct subject *s, const struct kvmfault_vcpu_options *options)
+static void accept(const struct intact_vm *s, const struct kvmfault_vcpu_options *options)
 {
 	struct kvmfault_vcpu *vcpu;
 	OK(kvmfault_vcpu_new(s->machine.library, options, &vcpu));
@@ -53,9 +53,9 @@ static void accept(const struct subject *s, const struct kvmfault_vcpu_options *
 
 static void null_arguments(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct kvmfault_vcpu *vcpu = (struct kvmfault_vcpu *)1;
-	subject_create(&s);
+	intact_vm_create(&s);
 	struct kvmfault_vcpu_options options = options_for(spare_vcpu(&s, 5));
 	refuse(&s, NULL, EINVAL, "options");
 	REFUSED(kvmfault_vcpu_new(s.machine.library, &options, NULL), EINVAL, "vcpu");
@@ -64,14 +64,14 @@ static void null_arguments(void)
 	REFUSED(kvmfault_vcpu_stats(s.vcpu->handle, NULL), EINVAL, "stats");
 	REFUSED(kvmfault_vcpu_memory_error(s.vcpu->handle, NULL), EINVAL, "info");
 	accept(&s, &options);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void wrong_descriptors(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	const struct {
 		int fd, error;
 	} cases[] = {
@@ -83,19 +83,19 @@ static void wrong_descriptors(void)
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
 		struct kvmfault_vcpu_options options = options_for(cases[i].fd);
 		refuse(&s, &options, cases[i].error, "fd");
-		subject_unharmed(&s);
+		intact_vm_check(&s);
 	}
 
 	struct kvmfault_vcpu_options options = options_for(spare_vcpu(&s, 9));
 	accept(&s, &options);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void wrong_options(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	const struct kvmfault_vcpu_options good = options_for(spare_vcpu(&s, 5));
 	struct kvmfault_vcpu_options options;
 
@@ -144,8 +144,8 @@ static void wrong_options(void)
 	options.size = offsetof(struct kvmfault_vcpu_options, sigbus);
 	options.sigbus = options.kick_signal = 12345;
 	accept(&s, &options);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void memory_error_and_stats(void)
@@ -155,14 +155,14 @@ static void memory_error_and_stats(void)
 		struct kvmfault_stats stats;
 		uint8_t bytes[4096];
 	} u;
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	memset(&u, 0xee, sizeof(u));
 	u.info.size = sizeof(u.info);
 	REFUSED(kvmfault_vcpu_memory_error(s.vcpu->handle, &u.info), ENODATA, "memory error");
 	EQUAL("what follows the size", u.bytes[sizeof(size_t)], 0xee);
 
-	EQUAL("reading a lost page", subject_read(&s, 3), KVMFAULT_MEMORY_ERROR);
+	EQUAL("reading a lost page", intact_vm_read(&s, 3), KVMFAULT_MEMORY_ERROR);
 	for (size_t size = sizeof(size_t) + 1; size < sizeof(u.info) + 16; size++) {
 		memset(&u, 0xee, sizeof(u));
 		u.info.size = size;
@@ -173,7 +173,7 @@ static void memory_error_and_stats(void)
 		for (size_t i = sizeof(u.info); i < size; i++)
 			EQUAL("a byte that nobody knows", u.bytes[i], 0);
 	}
-	EQUAL("gpa", u.info.gpa, SUBJECT_GPA + 3 * PAGE);
+	EQUAL("gpa", u.info.gpa, INTACT_VM_GPA + 3 * PAGE);
 	EQUAL("lost", u.info.lost, 1);
 	for (const size_t *bad = (const size_t[]){ 1, 8, 4097, SIZE_MAX, 0 }; *bad; bad++) {
 		u.info.size = *bad;
@@ -188,20 +188,20 @@ static void memory_error_and_stats(void)
 		EQUAL("accepted of a vCPU", size_accepted(kvmfault_vcpu_stats(s.vcpu->handle, &u.stats), size, sizeof(u.stats)), accepted);
 		CHECK(u.stats.size == size && u.bytes[size] == 0xee, "with size %zu more was written", size);
 	}
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* What a VMM with its own loop may pass by mistake: values that are no result of KVM_RUN. */
 static void wrong_results(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	for (const int *ret = (const int[]){ INT_MIN, INT_MIN + 1, -4096, -4095, -ENOSYS, INT_MAX, 0 }; *ret; ret++) {
 		s.vcpu->run->exit_reason = KVM_EXIT_UNKNOWN;
 		int got = kvmfault_vcpu_handle_exit(s.vcpu->handle, *ret);
 		CHECK(got == KVMFAULT_PASS, "handle_exit(%d) returned %d: %s", *ret, got, kvmfault_last_error());
-		subject_unharmed(&s);
+		intact_vm_check(&s);
 	}
 	/* A SIGBUS that isn't KVM's; and with SIGBUS by mask nobody calls this, but it must not hurt. */
 	EQUAL("on_sigbus(BUS_ADRALN)", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_ADRALN, NULL), 0);
@@ -216,8 +216,8 @@ static void wrong_results(void)
 	EQUAL("an exit", kvmfault_vcpu_handle_exit(s.vcpu->handle, 0), KVMFAULT_PASS);
 	EQUAL("the same after an exit", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_MCEERR_AR, s.ram.hva + PAGE), 1);
 	EQUAL("an exit", kvmfault_vcpu_handle_exit(s.vcpu->handle, 0), KVMFAULT_PASS);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void *run_for_ever(struct vcpu *v)
@@ -232,8 +232,8 @@ static void *run_for_ever(struct vcpu *v)
 /* A vCPU belongs to one thread at a time. */
 static void used_by_two_threads(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct vcpu *busy = machine_add_vcpu(&s.machine, 3);
 	uint64_t gpa;
 	struct step *loop = machine_share(&s.machine, PAGE, &gpa);
@@ -246,11 +246,11 @@ static void used_by_two_threads(void)
 	REFUSED(kvmfault_vcpu_run(busy->handle), EBUSY, "vCPU");
 	REFUSED(kvmfault_vcpu_resume(busy->handle), EBUSY, "vCPU");
 	REFUSED(kvmfault_vcpu_handle_exit(busy->handle, 0), EBUSY, "vCPU");
-	subject_unharmed(&s);
+	intact_vm_check(&s);
 	OK(kvmfault_vcpu_kick(busy->handle));
 	vcpu_join(busy);
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static const struct test_case cases[] = {

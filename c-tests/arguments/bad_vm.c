@@ -3,7 +3,7 @@
  * What kvmfault_vm_new, kvmfault_probe and kvmfault_explain must refuse.
  */
 #define _GNU_SOURCE
-#include "bad.h"
+#include "intact_vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -25,7 +25,7 @@ static void finalizer(void *opaque)
 }
 
 /* Options that are right, for another handle on the subject's VM. */
-static struct kvmfault_vm_options good(const struct subject *s)
+static struct kvmfault_vm_options good(const struct intact_vm *s)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	options.kvm_fd = s->machine.kvm;
@@ -60,8 +60,8 @@ static void accept(const struct kvmfault_vm_options *options)
 
 static void null_arguments(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	struct kvmfault_vm_options options = good(&s);
 
 	refuse(NULL, EINVAL, "options");
@@ -69,14 +69,14 @@ static void null_arguments(void)
 	REFUSED(kvmfault_vm_new(NULL, NULL), EINVAL, "vm");
 	options.resolver = NULL;
 	refuse(&options, EINVAL, "resolver");
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void wrong_descriptors(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	int closed = closed_fd(), null = SYS(open("/dev/null", O_RDWR | O_CLOEXEC)), uffd = new_uffd();
 	const struct {
 		int kvm, vm, uffd, error;
@@ -109,18 +109,18 @@ static void wrong_descriptors(void)
 		options.vm_fd = cases[i].vm;
 		options.uffd = cases[i].uffd;
 		refuse(&options, cases[i].error, cases[i].words);
-		subject_unharmed(&s);
+		intact_vm_check(&s);
 	}
-	subject_destroy(&s);
+	intact_vm_destroy(&s);
 }
 
 /* One that is set up already, in a way that doesn't go with the library. */
 static void unfit_userfaultfd(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	static const uint64_t unfit[] = { UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_EVENT_UNMAP,
 					  UFFD_FEATURE_SIGBUS };
-	subject_create(&s);
+	intact_vm_create(&s);
 	for (size_t i = 0; i < sizeof(unfit) / sizeof(*unfit); i++) {
 		struct kvmfault_vm_options options = good(&s);
 		struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_MISSING_SHMEM | unfit[i] };
@@ -129,14 +129,14 @@ static void unfit_userfaultfd(void)
 		refuse(&options, EINVAL, "uffd");
 		SYS(close(options.uffd));
 	}
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void wrong_numbers(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	for (const int *bad = (const int[]){ -1, 4, INT_MAX, INT_MIN, 0 }; *bad; bad++) {
 		struct kvmfault_vm_options options = good(&s);
 		options.mechanism = *bad;
@@ -157,8 +157,8 @@ static void wrong_numbers(void)
 		options.flags = 1ull << bit;
 		refuse(&options, EINVAL, "flags");
 	}
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* Names of ABIs: unknown ones, and known ones that this kernel doesn't have. */
@@ -166,9 +166,9 @@ static void wrong_abi(void)
 {
 	static const char *const unknown[] = { "", "v", "v1", "V2", "v2 ", "userfault", "auto", "%s%s%s%n", "v2\nv3", "\xff\xfe" };
 	static const char *const known[] = { "v2", "v3", "v4", "v7", "userfault-v3" };
-	struct subject s;
+	struct intact_vm s;
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
-	subject_create(&s);
+	intact_vm_create(&s);
 	struct kvmfault_vm_options options = good(&s);
 
 	for (size_t i = 0; i < sizeof(unknown) / sizeof(*unknown); i++) {
@@ -189,17 +189,17 @@ static void wrong_abi(void)
 			accept(&options);
 		else
 			refuse(&options, EOPNOTSUPP, known[i]);
-		subject_unharmed(&s);
+		intact_vm_check(&s);
 	}
-	subject_destroy(&s);
+	intact_vm_destroy(&s);
 }
 
 /* What the probe says doesn't work is refused with a reason, and what it says works is accepted. */
 static void forced_mechanism(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
-	subject_create(&s);
+	intact_vm_create(&s);
 	OK(kvmfault_probe(s.machine.kvm, &probe));
 	for (int m = KVMFAULT_MECHANISM_MEMSLOT_FLAG; m <= KVMFAULT_MECHANISM_USERFAULTFD; m++) {
 		struct kvmfault_vm_options options = good(&s);
@@ -209,12 +209,12 @@ static void forced_mechanism(void)
 		else
 			refuse(&options, EOPNOTSUPP, mechanism_name(m));
 	}
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* An option structure of `size` bytes, of which those beyond what this header knows are zero, except the last if `dirty`. */
-static int new_with_size(const struct subject *s, size_t stated, bool dirty)
+static int new_with_size(const struct intact_vm *s, size_t stated, bool dirty)
 {
 	union {
 		struct kvmfault_vm_options options;
@@ -235,8 +235,8 @@ static int new_with_size(const struct subject *s, size_t stated, bool dirty)
 static void wrong_sizes(void)
 {
 	const size_t known = sizeof(struct kvmfault_vm_options);
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	for (size_t size = 0; size <= sizeof(size_t); size++)
 		REFUSED(new_with_size(&s, size, false), EINVAL, "options.size");
 	for (const size_t *bad = (const size_t[]){ 4097, 1 << 20, SIZE_MAX / 2, SIZE_MAX, 0 }; *bad; bad++)
@@ -252,16 +252,16 @@ static void wrong_sizes(void)
 	}
 	OK(new_with_size(&s, 4096, false));
 	REFUSED(new_with_size(&s, 4096, true), E2BIG, "options.size");
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static void probe_and_explain(void)
 {
-	struct subject s;
+	struct intact_vm s;
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT, before;
 	char text[64];
-	subject_create(&s);
+	intact_vm_create(&s);
 
 	before = probe;
 	REFUSED(kvmfault_probe(-1, NULL), EINVAL, "probe");
@@ -287,8 +287,8 @@ static void probe_and_explain(void)
 	CHECK(strlen(text) == 9 && text[10] == 'x', "the text is \"%.*s\"", (int)sizeof(text), text);
 	EQUAL("length", OK(kvmfault_explain(-1, text, 1)), length);
 	CHECK(text[0] == 0 && text[1] != 0, "one byte has room for the terminating 0 only");
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* An output structure of an older program is filled as far as it goes, and a newer one is zero where we know nothing. */
@@ -314,8 +314,8 @@ static void probe_sizes(void)
 
 static void vm_functions(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	for (int bit = 1; bit < 64; bit++)
 		REFUSED(kvmfault_vm_enable(s.machine.library, 1ull << bit), EINVAL, "caps");
 	REFUSED(kvmfault_vm_enable(s.machine.library, UINT64_MAX), EINVAL, "caps");
@@ -325,15 +325,15 @@ static void vm_functions(void)
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
 	stats.size = 8;
 	REFUSED(kvmfault_vm_stats(s.machine.library, &stats), EINVAL, "stats.size");
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 /* The VMM may close its descriptors at any time; the library has its own. */
 static void descriptors_are_duplicated(void)
 {
-	struct subject s;
-	subject_create(&s);
+	struct intact_vm s;
+	intact_vm_create(&s);
 	int kvm = s.machine.kvm, vm = s.machine.vm, vcpu = s.vcpu->fd;
 	s.machine.kvm = SYS(fcntl(kvm, F_DUPFD_CLOEXEC, 100));
 	s.machine.vm = SYS(fcntl(vm, F_DUPFD_CLOEXEC, 100));
@@ -344,8 +344,8 @@ static void descriptors_are_duplicated(void)
 	/* Their numbers belong to somebody else now. */
 	for (int i = 0; i < 16; i++)
 		SYS(open("/dev/null", O_RDWR | O_CLOEXEC));
-	subject_unharmed(&s);
-	subject_destroy(&s);
+	intact_vm_check(&s);
+	intact_vm_destroy(&s);
 }
 
 static const struct test_case cases[] = {

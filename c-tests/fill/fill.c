@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* Background fill: beside a running guest, within its limits, and what memory is when it has ended. */
 #define _GNU_SOURCE
-#include "filling.h"
+#include "fill_vm.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -14,48 +14,48 @@
 static void whole(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct filling t;
+		struct fill_vm t;
 		struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
-		filling_create(&t, backing, PAGES * PAGE);
+		fill_vm_create(&t, backing, PAGES * PAGE);
 		options.batch = 32;
-		fill_all(&t, &options);
+		fill_vm_fill_all(&t, &options);
 		EQUAL("calls", t.calls, PAGES / 32);
 		pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, PAGES);
-		struct vcpu *v = scene_add_vcpu(&t.s, 3);
-		scene_visit(&t.s, v, 0, PAGES, READ_FIRST);
+		struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
+		slot_vm_visit(&t.s, v, 0, PAGES, READ_FIRST);
 		EQUAL("faults", machine_stats(&t.s.m).outcome_resolved, 0);
 		vcpu_detach(v);
-		scene_destroy(&t.s);
+		slot_vm_destroy(&t.s);
 	}
 }
 
 static void huge(void)
 {
-	struct filling t;
-	filling_create(&t, HUGETLB, 8 * HUGE_PAGE);
-	fill_all(&t, NULL);
+	struct fill_vm t;
+	fill_vm_create(&t, HUGETLB, 8 * HUGE_PAGE);
+	fill_vm_fill_all(&t, NULL);
 	pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, t.s.pages);
-	struct vcpu *v = scene_add_vcpu(&t.s, 3);
-	scene_visit(&t.s, v, 0, t.s.pages, WRITE_FIRST);
+	struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
+	slot_vm_visit(&t.s, v, 0, t.s.pages, WRITE_FIRST);
 	vcpu_detach(v);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* The guest runs meanwhile, in another order, and writes: every page comes once, and what was written stays. */
 static void beside_the_guest(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct filling t;
+		struct fill_vm t;
 		struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
-		filling_create(&t, backing, PAGES * PAGE);
+		fill_vm_create(&t, backing, PAGES * PAGE);
 		list_shuffle(t.s.list, PAGES, 11);
 		options.threads = 2;
 		options.bytes_per_second = 64 << 20;
-		struct kvmfault_fill *fill = filling_start(&t, &options);
+		struct kvmfault_fill *fill = fill_vm_start(&t, &options);
 		struct vcpu *v[4];
 		for (int i = 0; i < 4; i++) {
 			v[i] = machine_add_vcpu(&t.s.m, i % 2 ? 0 : 3);
-			scene_start_visit(&t.s, v[i], i * PAGES / 4, PAGES / 4, i < 2 ? READ_FIRST : WRITE_FIRST);
+			slot_vm_start_visit(&t.s, v[i], i * PAGES / 4, PAGES / 4, i < 2 ? READ_FIRST : WRITE_FIRST);
 		}
 		for (int i = 0; i < 4; i++)
 			vcpu_join(v[i]);
@@ -69,21 +69,21 @@ static void beside_the_guest(void)
 			EQUAL("the last word of a page", *(uint64_t *)(t.s.ram.hva + (page + 1) * PAGE - 8), n < PAGES / 2 ? last : ~last);
 		}
 		note("%lu pages by the guest's faults, %lu calls of the fill", (unsigned long)stats.outcome_resolved, (unsigned long)t.calls);
-		scene_destroy(&t.s);
+		slot_vm_destroy(&t.s);
 	}
 }
 
 /* What follows a fault of the guest's comes before what is at the beginning. */
 static void near_faults_first(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
-	filling_create(&t, MEMFD, PAGES * PAGE);
-	struct vcpu *v = scene_add_vcpu(&t.s, 3);
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
+	struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
 	options.bytes_per_second = 512 << 10;
 	options.batch = 16;
-	scene_visit(&t.s, v, PAGES / 2, 1, READ_FIRST);
-	struct kvmfault_fill *fill = filling_start(&t, &options);
+	slot_vm_visit(&t.s, v, PAGES / 2, 1, READ_FIRST);
+	struct kvmfault_fill *fill = fill_vm_start(&t, &options);
 	UNTIL(kvmfault_pages_absent(t.s.m.library) < (int64_t)PAGES - 100);
 	OK(kvmfault_fill_stop(fill));
 	EQUAL("a page behind the fault", kvmfault_pages_state(t.s.m.library, RAM_GPA + (PAGES / 2 + 80) * PAGE), KVMFAULT_PAGE_PRESENT);
@@ -91,23 +91,23 @@ static void near_faults_first(void)
 	REFUSED(kvmfault_fill_wait(fill, 10000), ECANCELED, "stopped");
 	kvmfault_fill_free(fill);
 	vcpu_detach(v);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* A limit holds for all threads together. */
 static void limited(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
-	filling_create(&t, MEMFD, 8 << 20);
+	fill_vm_create(&t, MEMFD, 8 << 20);
 	options.threads = 4;
 	options.bytes_per_second = 16 << 20;
 	double begin = now();
-	fill_all(&t, &options);
+	fill_vm_fill_all(&t, &options);
 	double seconds = now() - begin;
 	CHECK(seconds > 0.45, "8 MiB in %.2f s, at 16 MiB/s", seconds);
 	note("8 MiB in %.2f s, at 16 MiB/s", seconds);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* ---- the end ---- */
@@ -116,71 +116,71 @@ static void limited(void)
 static void ordinary(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct filling t;
-		filling_create(&t, backing, PAGES * PAGE);
-		struct vcpu *v = scene_add_vcpu(&t.s, 3);
-		scene_visit(&t.s, v, 0, 100, WRITE_FIRST);
-		fill_all(&t, NULL);
+		struct fill_vm t;
+		fill_vm_create(&t, backing, PAGES * PAGE);
+		struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
+		slot_vm_visit(&t.s, v, 0, 100, WRITE_FIRST);
+		fill_vm_fill_all(&t, NULL);
 		struct kvmfault_stats before = machine_settled_stats(&t.s.m);
 		REFUSED(kvmfault_pages_discard(t.s.m.library, RAM_GPA, PAGE), EBUSY, "set_fast_only");
 		for (int i = 0; i < 2; i++)
 			SYS(madvise(t.s.ram.hva + (200 + i) * PAGE, PAGE, backing == ANON ? MADV_DONTNEED : MADV_REMOVE));
-		EQUAL("what the guest reads of a page that was dropped", scene_read(&t.s, v, RAM_GPA + 200 * PAGE), 0);
+		EQUAL("what the guest reads of a page that was dropped", slot_vm_read(&t.s, v, RAM_GPA + 200 * PAGE), 0);
 		EQUAL("what the host reads of one", *(volatile uint64_t *)(t.s.ram.hva + 201 * PAGE), 0);
-		scene_write(&t.s, v, RAM_GPA + 200 * PAGE + 8, 77);
+		slot_vm_write(&t.s, v, RAM_GPA + 200 * PAGE + 8, 77);
 		EQUAL("what the guest wrote there", *(volatile uint64_t *)(t.s.ram.hva + 200 * PAGE + 8), 77);
-		scene_visit(&t.s, v, 300, PAGES - 300, READ_FIRST);
+		slot_vm_visit(&t.s, v, 300, PAGES - 300, READ_FIRST);
 		struct kvmfault_stats after = machine_stats(&t.s.m);
 		EQUAL("faults since", after.faults_vcpu + after.faults_host - before.faults_vcpu - before.faults_host, 0);
 
 		OK(kvmfault_memslot_set_fast_only(t.s.m.library, RAM_SLOT, 1));
 		OK(kvmfault_pages_discard(t.s.m.library, RAM_GPA + 500 * PAGE, 32 * PAGE));
 		EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), 32);
-		scene_visit(&t.s, v, 500, 32, READ_FIRST);
+		slot_vm_visit(&t.s, v, 500, 32, READ_FIRST);
 		EQUAL("faults", machine_settled_stats(&t.s.m).outcome_resolved - after.outcome_resolved, 32);
-		fill_all(&t, NULL);
+		fill_vm_fill_all(&t, NULL);
 		vcpu_detach(v);
-		scene_destroy(&t.s);
+		slot_vm_destroy(&t.s);
 	}
 }
 
 /* With KVMFAULT_FILL_KEEP_ARMED nothing changes: a balloon goes on to work. */
 static void kept_armed(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
-	filling_create(&t, MEMFD, PAGES * PAGE);
-	struct vcpu *v = scene_add_vcpu(&t.s, 3);
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
+	struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
 	options.flags = KVMFAULT_FILL_KEEP_ARMED;
-	fill_all(&t, &options);
+	fill_vm_fill_all(&t, &options);
 	OK(kvmfault_pages_discard(t.s.m.library, RAM_GPA + 500 * PAGE, 32 * PAGE));
-	scene_visit(&t.s, v, 500, 32, READ_FIRST);
+	slot_vm_visit(&t.s, v, 500, 32, READ_FIRST);
 	EQUAL("faults", machine_settled_stats(&t.s.m).outcome_resolved, 32);
 	vcpu_detach(v);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* A slot that is deleted and set anew on memory that a fill has completed: a VMM changes its memory map at any time. */
 static void slots_afterwards(void)
 {
-	struct filling t;
-	filling_create(&t, MEMFD, PAGES * PAGE);
-	struct vcpu *v = scene_add_vcpu(&t.s, 3);
-	fill_all(&t, NULL);
+	struct fill_vm t;
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
+	struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
+	fill_vm_fill_all(&t, NULL);
 	struct kvmfault_memslot slot = slot_on(&t.s.ram, RAM_SLOT, RAM_GPA), gone = slot;
 	gone.len = 0;
 	gone.flags = KVMFAULT_MEMSLOT_KEEP;
 	OK(kvmfault_memslot_set(t.s.m.library, &gone));
 	OK(kvmfault_memslot_set(t.s.m.library, &slot));
-	scene_visit(&t.s, v, 0, PAGES, WRITE_FIRST);
+	slot_vm_visit(&t.s, v, 0, PAGES, WRITE_FIRST);
 	EQUAL("faults", machine_stats(&t.s.m).faults_vcpu, 0);
 	REFUSED(kvmfault_pages_discard(t.s.m.library, RAM_GPA, PAGE), EBUSY, "fast path");
 	OK(kvmfault_memslot_set_fast_only(t.s.m.library, RAM_SLOT, 1));
 	OK(kvmfault_pages_discard(t.s.m.library, RAM_GPA, 8 * PAGE));
-	scene_visit(&t.s, v, 0, 8, READ_FIRST);
+	slot_vm_visit(&t.s, v, 0, 8, READ_FIRST);
 	EQUAL("faults", machine_settled_stats(&t.s.m).outcome_resolved, 8);
 	vcpu_detach(v);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 static uint64_t huge_kib(const void *address)
@@ -201,12 +201,12 @@ static uint64_t huge_kib(const void *address)
 }
 
 /* The guest reads all of its memory: the time of the fastest of some rounds. */
-static double reading(struct scene *s, struct vcpu *v)
+static double reading(struct slot_vm *s, struct vcpu *v)
 {
 	double best = 1e9;
 	for (unsigned long round = 0; round < SCALED(10, 3); round++) {
 		double begin = now();
-		scene_visit(s, v, 0, s->pages, READ_FIRST);
+		slot_vm_visit(s, v, 0, s->pages, READ_FIRST);
 		best = now() - begin < best ? now() - begin : best;
 	}
 	return best;
@@ -230,22 +230,22 @@ static void full_speed(void)
 	char figures[256] = "";
 	const uint64_t len = SCALED(16, 8) << 20;
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct filling t;
-		struct scene plain;
-		filling_create(&t, backing, len);
+		struct fill_vm t;
+		struct slot_vm plain;
+		fill_vm_create(&t, backing, len);
 		madvise(t.s.ram.hva, t.s.ram.len, MADV_HUGEPAGE);
-		struct vcpu *v = scene_add_vcpu(&t.s, 3);
-		scene_visit(&t.s, v, 0, t.s.pages / 2, READ_FIRST);
-		fill_all(&t, NULL);
+		struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
+		slot_vm_visit(&t.s, v, 0, t.s.pages / 2, READ_FIRST);
+		fill_vm_fill_all(&t, NULL);
 
-		scene_attach(&plain, backing, len, test_mechanism(), NULL);
+		slot_vm_attach(&plain, backing, len, test_mechanism(), NULL);
 		struct kvm_userspace_memory_region region = {
 			.slot = RAM_SLOT, .guest_phys_addr = RAM_GPA, .memory_size = plain.ram.len, .userspace_addr = (uintptr_t)plain.ram.hva,
 		};
 		SYS(ioctl(plain.m.vm, KVM_SET_USER_MEMORY_REGION, &region));
 		for (uint64_t page = 0; page < plain.pages; page++)
 			pattern_fill(&plain.source.pattern, page, plain.ram.hva + page * PAGE);
-		struct vcpu *w = scene_add_vcpu(&plain, 3);
+		struct vcpu *w = slot_vm_add_vcpu(&plain, 3);
 
 		/* In turns, until both had their luck on a busy machine: what is really slower stays so. */
 		double filled = 1e9, never = 1e9, end = now() + 15;
@@ -263,8 +263,8 @@ static void full_speed(void)
 		CHECK(huge >= all / 2 || !can_collapse(backing), "%s", figures);
 		vcpu_detach(v);
 		vcpu_detach(w);
-		scene_destroy(&t.s);
-		scene_destroy(&plain);
+		slot_vm_destroy(&t.s);
+		slot_vm_destroy(&plain);
 	}
 	note("%s", figures);
 }

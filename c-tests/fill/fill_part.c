@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* A fill of a part of memory: what it brings, and that it leaves the rest alone. */
 #define _GNU_SOURCE
-#include "filling.h"
+#include "fill_vm.h"
 
 #include <errno.h>
 #include <string.h>
@@ -223,10 +223,10 @@ static void shown_twice(void)
 /* Huge pages come as a whole: a range ends between two of them. */
 static void huge(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill_options options = USUAL;
 	struct kvmfault_fill *fill;
-	filling_create(&t, HUGETLB, 8 * HUGE_PAGE);
+	fill_vm_create(&t, HUGETLB, 8 * HUGE_PAGE);
 	options.gpa = RAM_GPA + 2 * HUGE_PAGE;
 	options.len = PAGE;
 	REFUSED(kvmfault_fill_start(t.s.m.library, &options, &fill), EINVAL, "len: ");
@@ -235,13 +235,13 @@ static void huge(void)
 	REFUSED(kvmfault_fill_start(t.s.m.library, &options, &fill), EINVAL, "gpa: ");
 	options.gpa = RAM_GPA + 6 * HUGE_PAGE;
 	options.len = 2 * HUGE_PAGE + PAGE; /* the end is in no slot */
-	fill = filling_start(&t, &options);
+	fill = fill_vm_start(&t, &options);
 	OK(kvmfault_fill_wait(fill, 60000));
 	kvmfault_fill_free(fill);
 	for (int n = 0; n < 8; n++)
 		EQUAL("state", kvmfault_pages_state(t.s.m.library, RAM_GPA + n * HUGE_PAGE), n < 6 ? KVMFAULT_PAGE_ABSENT : KVMFAULT_PAGE_PRESENT);
 	pattern_check(&t.s.source.pattern, t.s.ram.hva + 6 * HUGE_PAGE, 6 * HUGE_PAGE / PAGE, 2 * HUGE_PAGE / PAGE);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 static atomic_uint finalized;

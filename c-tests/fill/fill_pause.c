@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* A fill that is paused, and goes on; and what ends it meanwhile. */
 #define _GNU_SOURCE
-#include "filling.h"
+#include "fill_vm.h"
 
 #include <errno.h>
 #include <string.h>
@@ -25,10 +25,10 @@ static struct kvmfault_fill_options usual(void)
 }
 
 /* A fill that is paused while each of its threads is in its first call, and those calls have ended. */
-static struct kvmfault_fill *start_and_pause(struct filling *t, const struct kvmfault_fill_options *options)
+static struct kvmfault_fill *start_and_pause(struct fill_vm *t, const struct kvmfault_fill_options *options)
 {
 	t->fill_held = true;
-	struct kvmfault_fill *fill = filling_start(t, options);
+	struct kvmfault_fill *fill = fill_vm_start(t, options);
 	UNTIL(t->calls == THREADS);
 	EQUAL("paused, before", status(fill).paused, 0);
 	OK(kvmfault_fill_pause(fill));
@@ -45,13 +45,13 @@ static struct kvmfault_fill *start_and_pause(struct filling *t, const struct kvm
 static void calls(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct filling t;
+		struct fill_vm t;
 		struct kvmfault_fill_options options = usual();
-		filling_create(&t, backing, PAGES * PAGE);
-		struct vcpu *v = scene_add_vcpu(&t.s, 3);
+		fill_vm_create(&t, backing, PAGES * PAGE);
+		struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
 		struct kvmfault_fill *fill = start_and_pause(&t, &options);
 		EQUAL("pages left", status(fill).pages_left, PAGES - THREADS * BATCH);
-		scene_visit(&t.s, v, PAGES / 2, 10, WRITE_FIRST);
+		slot_vm_visit(&t.s, v, PAGES / 2, 10, WRITE_FIRST);
 		REFUSED(kvmfault_fill_wait(fill, 100), ETIMEDOUT, "absent");
 		REFUSED(kvmfault_fill_wait(fill, 0), ETIMEDOUT, "absent");
 		EQUAL("calls while it is paused", t.calls, THREADS);
@@ -62,19 +62,19 @@ static void calls(void)
 		EQUAL("paused, afterwards", status(fill).paused, 0);
 		EQUAL("failures", status(fill).failures, 0);
 		EQUAL("pages that came", machine_settled_stats(&t.s.m).pages_copied, PAGES);
-		scene_visit(&t.s, v, 0, PAGES / 2, READ_FIRST);
+		slot_vm_visit(&t.s, v, 0, PAGES / 2, READ_FIRST);
 		kvmfault_fill_free(fill);
 		vcpu_detach(v);
-		scene_destroy(&t.s);
+		slot_vm_destroy(&t.s);
 	}
 }
 
 /* Others bring all that is absent: it ends when it is resumed, and not before. */
 static void overtaken(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill_options options = usual();
-	filling_create(&t, MEMFD, PAGES * PAGE);
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
 	struct kvmfault_fill *fill = start_and_pause(&t, &options);
 	OK(kvmfault_pages_resolve(t.s.m.library, RAM_GPA, PAGES * PAGE));
 	EQUAL("pages left", status(fill).pages_left, 0);
@@ -85,7 +85,7 @@ static void overtaken(void)
 	EQUAL("calls", t.calls, THREADS + 1);
 	REFUSED(kvmfault_pages_discard(t.s.m.library, RAM_GPA, PAGE), EBUSY, "set_fast_only");
 	kvmfault_fill_free(fill);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /*
@@ -94,13 +94,13 @@ static void overtaken(void)
  */
 static void mended(void)
 {
-	struct filling t;
-	filling_create(&t, MEMFD, PAGES * PAGE);
+	struct fill_vm t;
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
 	OK(kvmfault_pages_resolve(t.s.m.library, RAM_GPA, 5 * PAGE));
 	OK(kvmfault_pages_resolve(t.s.m.library, RAM_GPA + 6 * PAGE, (PAGES - 6) * PAGE));
 	t.answer = -EREMOTEIO;
 	t.fill_held = true;
-	struct kvmfault_fill *fill = filling_start(&t, NULL);
+	struct kvmfault_fill *fill = fill_vm_start(&t, NULL);
 	for (unsigned long round = 1; round <= 10; round++) {
 		UNTIL(t.calls == round || status(fill).ended);
 		EQUAL("ended", status(fill).ended, 0);
@@ -117,7 +117,7 @@ static void mended(void)
 	OK(kvmfault_fill_wait(fill, 60000));
 	kvmfault_fill_free(fill);
 	pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, PAGES);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* ---- the end, while it is paused ---- */
@@ -130,10 +130,10 @@ static void finalizer(void *opaque)
 	finalized++;
 }
 
-static struct kvmfault_fill *paused_with_finalizer(struct filling *t)
+static struct kvmfault_fill *paused_with_finalizer(struct fill_vm *t)
 {
 	struct kvmfault_fill_options options = usual();
-	filling_create(t, MEMFD, PAGES * PAGE);
+	fill_vm_create(t, MEMFD, PAGES * PAGE);
 	options.finalizer = finalizer;
 	options.interval_ms = 1000000; /* no thread wakes up by itself */
 	finalized = 0;
@@ -142,7 +142,7 @@ static struct kvmfault_fill *paused_with_finalizer(struct filling *t)
 
 static void stopped(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill *fill = paused_with_finalizer(&t);
 	OK(kvmfault_fill_stop(fill));
 	REFUSED(kvmfault_fill_wait(fill, 10000), ECANCELED, "stopped");
@@ -154,25 +154,25 @@ static void stopped(void)
 	OK(kvmfault_fill_resume(fill));
 	EQUAL("calls", t.calls, THREADS);
 	kvmfault_fill_free(fill);
-	fill_all(&t, NULL);
-	scene_destroy(&t.s);
+	fill_vm_fill_all(&t, NULL);
+	slot_vm_destroy(&t.s);
 }
 
 static void freed(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	kvmfault_fill_free(paused_with_finalizer(&t));
 	UNTIL(finalized == 1);
 	EQUAL("calls", t.calls, THREADS);
-	fill_all(&t, NULL);
-	scene_destroy(&t.s);
+	fill_vm_fill_all(&t, NULL);
+	slot_vm_destroy(&t.s);
 }
 
 static void vm_freed(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill *fill = paused_with_finalizer(&t);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 	UNTIL(finalized == 1);
 	REFUSED(kvmfault_fill_wait(fill, 10000), ESHUTDOWN, "freed");
 	EQUAL("calls", t.calls, THREADS);
@@ -182,14 +182,14 @@ static void vm_freed(void)
 /* Closing waits for threads of the library that may call the VMM. */
 static void vm_closed(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill *fill = paused_with_finalizer(&t);
 	OK(kvmfault_vm_close(t.s.m.library, 10000));
 	UNTIL(finalized == 1);
 	REFUSED(kvmfault_fill_wait(fill, 10000), ESHUTDOWN, "freed");
 	kvmfault_fill_free(fill);
 	t.s.m.library = NULL;
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* ---- reports and the limit ---- */
@@ -224,35 +224,35 @@ static void report(void *opaque, const struct kvmfault_fill_progress *progress)
 
 static void reported(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct reports reports = { .count = 0 };
-	filling_create(&t, MEMFD, 256 * PAGE);
+	fill_vm_create(&t, MEMFD, 256 * PAGE);
 	options.batch = 64;
 	options.bytes_per_second = 1 << 20; /* so that there is a report before the end */
 	options.progress = report;
 	options.opaque = &reports;
 	options.interval_ms = 5;
-	reports.fill = filling_start(&t, &options);
+	reports.fill = fill_vm_start(&t, &options);
 	OK(kvmfault_fill_wait(reports.fill, 60000));
 	UNTIL(reports.ended);
 	EQUAL("reports while it was paused", reports.paused, 3);
 	CHECK(reports.left > 0, "it was over before its first report");
 	kvmfault_fill_free(reports.fill);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* The time of a pause isn't saved up, nor what threads waited for when it began. */
 static void limited(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	const double rate = 16 << 20;
-	filling_create(&t, MEMFD, 8 << 20);
+	fill_vm_create(&t, MEMFD, 8 << 20);
 	options.threads = 8;
 	options.batch = 64;
 	options.bytes_per_second = rate;
-	struct kvmfault_fill *fill = filling_start(&t, &options);
+	struct kvmfault_fill *fill = fill_vm_start(&t, &options);
 	UNTIL(t.calls > 0);
 	OK(kvmfault_fill_pause(fill));
 	UNTIL(status(fill).threads_calling == 0);
@@ -265,7 +265,7 @@ static void limited(void)
 	CHECK(seconds > 0.97 * least, "%lu pages in %.3f s, not %.3f", (unsigned long)left, seconds, least);
 	note("%lu pages in %.3f s; the limit allows %.3f", (unsigned long)left, seconds, least);
 	kvmfault_fill_free(fill);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 static const struct test_case cases[] = {

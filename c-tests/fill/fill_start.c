@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* A fill that can't be started: KVMFAULT_TEST_MOST_THREADS lets so many of its threads start, and no more. */
 #define _GNU_SOURCE
-#include "filling.h"
+#include "fill_vm.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -26,11 +26,11 @@ static void finalizer(void *opaque)
 /* After the error nothing is called: `opaque` is the caller's. */
 static void half_started(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_fill *fill = (void *)1;
 	setenv("KVMFAULT_TEST_MOST_THREADS", "2", 1); /* read at the first fill */
-	filling_create(&t, MEMFD, 64 * PAGE);
+	fill_vm_create(&t, MEMFD, 64 * PAGE);
 	options.threads = 4;
 	options.progress = progress;
 	options.finalizer = finalizer;
@@ -44,7 +44,7 @@ static void half_started(void)
 	EQUAL("calls of the finalizer", finalized, 0);
 	EQUAL("calls of the resolver", t.calls, 0);
 	EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), 64);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 static const struct test_case cases[] = {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* Background fill in trouble: stopped, freed, with resolvers that fail; and what the VMM is told, and may do. */
 #define _GNU_SOURCE
-#include "filling.h"
+#include "fill_vm.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -12,14 +12,14 @@
 /* Stopped half-way and started again, several times: nothing is lost, and nothing comes twice. */
 static void stopped(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
-	filling_create(&t, MEMFD, PAGES * PAGE);
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
 	t.us = 20000;
 	options.batch = 8;
 	for (int round = 0; round < 4; round++) {
 		int64_t before = kvmfault_pages_absent(t.s.m.library);
-		struct kvmfault_fill *fill = filling_start(&t, &options);
+		struct kvmfault_fill *fill = fill_vm_start(&t, &options);
 		REFUSED(kvmfault_fill_wait(fill, 1), ETIMEDOUT, "absent");
 		UNTIL(kvmfault_pages_absent(t.s.m.library) < before);
 		OK(kvmfault_fill_stop(fill));
@@ -31,10 +31,10 @@ static void stopped(void)
 	}
 	CHECK(kvmfault_pages_absent(t.s.m.library) > 0, "the fill was over before it was stopped");
 	t.us = 0;
-	fill_all(&t, NULL);
+	fill_vm_fill_all(&t, NULL);
 	pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, PAGES);
 	EQUAL("pages that came", machine_stats(&t.s.m).pages_copied, PAGES);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 static atomic_uint finalized;
@@ -49,15 +49,15 @@ static void finalizer(void *opaque)
 static void freed(void)
 {
 	for (int what = 0; what < 2; what++) {
-		struct filling t;
+		struct fill_vm t;
 		struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
-		filling_create(&t, MEMFD, PAGES * PAGE);
+		fill_vm_create(&t, MEMFD, PAGES * PAGE);
 		t.us = 100000;
 		finalized = 0;
 		options.threads = 3;
 		options.batch = 8;
 		options.finalizer = finalizer;
-		struct kvmfault_fill *fill = filling_start(&t, &options);
+		struct kvmfault_fill *fill = fill_vm_start(&t, &options);
 		UNTIL(t.calls >= 3);
 		EQUAL("calls of the finalizer", finalized, 0);
 		if (what == 0) {
@@ -70,9 +70,9 @@ static void freed(void)
 		UNTIL(finalized == 1);
 		if (what == 0) {
 			t.us = 0;
-			fill_all(&t, NULL); /* its threads are gone: another one may start */
+			fill_vm_fill_all(&t, NULL); /* its threads are gone: another one may start */
 			pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, PAGES);
-			scene_destroy(&t.s);
+			slot_vm_destroy(&t.s);
 		}
 	}
 }
@@ -80,14 +80,14 @@ static void freed(void)
 /* Pages that the resolver fails for: the others come, the fill ends with the resolver's error, and later it works. */
 static void failing(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	uint64_t bad = 0;
-	filling_create(&t, MEMFD, PAGES * PAGE);
-	struct vcpu *v = scene_add_vcpu(&t.s, 3);
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
+	struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
 	for (uint64_t page = 0; page < PAGES; page++)
 		bad += page % 97 == 5;
 	t.answer = -EREMOTEIO;
-	struct kvmfault_fill *fill = filling_start(&t, NULL);
+	struct kvmfault_fill *fill = fill_vm_start(&t, NULL);
 	struct kvmfault_fill_progress progress = KVMFAULT_FILL_PROGRESS_INIT;
 	REFUSED(kvmfault_fill_wait(fill, 60000), EREMOTEIO, "could not be fetched");
 	OK(kvmfault_fill_status(fill, &progress));
@@ -96,17 +96,17 @@ static void failing(void)
 	CHECK(progress.failures >= bad, "%lu failures", progress.failures);
 	EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), bad);
 	kvmfault_fill_free(fill);
-	scene_visit(&t.s, v, 0, PAGES / 2, READ_FIRST); /* a fault of the guest's own is another matter */
+	slot_vm_visit(&t.s, v, 0, PAGES / 2, READ_FIRST); /* a fault of the guest's own is another matter */
 	t.answer = 0;
-	fill_all(&t, NULL);
-	scene_visit(&t.s, v, 0, PAGES, READ_FIRST);
+	fill_vm_fill_all(&t, NULL);
+	slot_vm_visit(&t.s, v, 0, PAGES, READ_FIRST);
 	vcpu_detach(v);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* The one page that is left, of which the guest, a device and the fill think at the same time, and for which the fill's call fails. */
 struct wanted {
-	struct filling t;
+	struct fill_vm t;
 	atomic_bool seen;
 };
 
@@ -122,18 +122,18 @@ static void *look_at_page_5(void *arg)
 static void failing_while_wanted(void)
 {
 	struct wanted w = { .seen = false };
-	struct filling *t = &w.t;
+	struct fill_vm *t = &w.t;
 	pthread_t device;
-	filling_create(t, MEMFD, PAGES * PAGE);
+	fill_vm_create(t, MEMFD, PAGES * PAGE);
 	struct vcpu *v = machine_add_vcpu(&t->s.m, 3);
 	OK(kvmfault_pages_resolve(t->s.m.library, RAM_GPA, 5 * PAGE));
 	OK(kvmfault_pages_resolve(t->s.m.library, RAM_GPA + 6 * PAGE, (PAGES - 6) * PAGE));
 	struct kvmfault_stats before = machine_settled_stats(&t->s.m);
 	t->answer = -EREMOTEIO;
 	t->fill_held = true;
-	struct kvmfault_fill *fill = filling_start(t, NULL);
+	struct kvmfault_fill *fill = fill_vm_start(t, NULL);
 	UNTIL(t->calls == 1);
-	scene_start_visit(&t->s, v, 5, 1, READ_FIRST);
+	slot_vm_start_visit(&t->s, v, 5, 1, READ_FIRST);
 	CHECK(!pthread_create(&device, NULL, look_at_page_5, &w), "pthread_create");
 	UNTIL(machine_stats(&t->s.m).faults_vcpu == 1 && machine_stats(&t->s.m).faults_host == before.faults_host + 1);
 	/* Sleep in userfaultfd is known to the library when the reader has answered. */
@@ -147,7 +147,7 @@ static void failing_while_wanted(void)
 	CHECK(ret == 0 || ret == -EREMOTEIO /* it has tried again, and was faster */, "%d: %s", ret, kvmfault_last_error());
 	UNTIL(kvmfault_pages_absent(t->s.m.library) == 0);
 	kvmfault_fill_free(fill);
-	scene_destroy(&t->s);
+	slot_vm_destroy(&t->s);
 }
 
 /* A resolver that is dead: that is found out before all of a large memory was tried. */
@@ -186,36 +186,36 @@ static void dead_resolver(void)
 /* A resolver that wants to be asked again, for a while. */
 static void again(void)
 {
-	struct filling t;
-	filling_create(&t, MEMFD, PAGES * PAGE);
+	struct fill_vm t;
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
 	t.answer = KVMFAULT_RETRY;
-	struct kvmfault_fill *fill = filling_start(&t, NULL);
+	struct kvmfault_fill *fill = fill_vm_start(&t, NULL);
 	REFUSED(kvmfault_fill_wait(fill, 500), ETIMEDOUT, "absent");
 	t.answer = 0;
 	OK(kvmfault_fill_wait(fill, 60000));
 	kvmfault_fill_free(fill);
 	pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, PAGES);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* Memory with lost pages stays armed: they can be had later. */
 static void lost(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	uint64_t bad = 0;
-	filling_create(&t, MEMFD, PAGES * PAGE);
-	struct vcpu *v = scene_add_vcpu(&t.s, 3);
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
+	struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
 	t.answer = KVMFAULT_LOST;
-	fill_all(&t, NULL);
+	fill_vm_fill_all(&t, NULL);
 	for (uint64_t page = 0; page < PAGES; page++)
 		bad += kvmfault_pages_state(t.s.m.library, RAM_GPA + page * PAGE) == KVMFAULT_PAGE_LOST;
 	CHECK(bad > 0, "no page is lost");
 	t.answer = 0;
 	OK(kvmfault_pages_discard(t.s.m.library, RAM_GPA, PAGES * PAGE));
-	fill_all(&t, NULL);
-	scene_visit(&t.s, v, 0, PAGES, READ_FIRST);
+	fill_vm_fill_all(&t, NULL);
+	slot_vm_visit(&t.s, v, 0, PAGES, READ_FIRST);
 	vcpu_detach(v);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* A resolver that only asks for the pages, as a post-copy destination does: they come from another thread. */
@@ -252,13 +252,13 @@ static void pending(void)
 /* Pages become absent again while it is at it: it brings those too. */
 static void discarded_meanwhile(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	uint64_t seed = 3;
-	filling_create(&t, MEMFD, PAGES * PAGE);
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	options.threads = 2;
 	for (unsigned round = 0; round < scaled(20); round++) {
-		struct kvmfault_fill *fill = filling_start(&t, &options);
+		struct kvmfault_fill *fill = fill_vm_start(&t, &options);
 		int ret = 0;
 		for (int i = 0; i < 200 && ret != -EBUSY; i++) {
 			ret = kvmfault_pages_discard(t.s.m.library, RAM_GPA + random_number(&seed) % PAGES * PAGE, PAGE);
@@ -271,13 +271,13 @@ static void discarded_meanwhile(void)
 		OK(kvmfault_memslot_set_fast_only(t.s.m.library, RAM_SLOT, 1));
 		OK(kvmfault_pages_discard(t.s.m.library, RAM_GPA, PAGES * PAGE));
 	}
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 #define BEGINNINGS 4000
 
 struct beginning {
-	struct filling t;
+	struct fill_vm t;
 	atomic_ulong round, taken; /* the page went in so many rounds */
 	atomic_bool over;
 };
@@ -316,8 +316,8 @@ static void discarded_as_it_begins(void)
 {
 	struct beginning b = { .round = 0 };
 	pthread_t thread;
-	filling_create(&b.t, MEMFD, 256 * PAGE);
-	fill_all(&b.t, NULL);
+	fill_vm_create(&b.t, MEMFD, 256 * PAGE);
+	fill_vm_fill_all(&b.t, NULL);
 	memset(b.t.s.list, 0, b.t.s.pages * sizeof(*b.t.s.list)); /* that page, again and again */
 	struct vcpu *v = machine_add_vcpu(&b.t.s.m, 3);
 	vcpu_start(v, look_all_the_time, &b);
@@ -327,7 +327,7 @@ static void discarded_as_it_begins(void)
 		OK(kvmfault_memslot_set_fast_only(b.t.s.m.library, RAM_SLOT, 1));
 		while (b.taken < round)
 			sched_yield();
-		struct kvmfault_fill *fill = filling_start(&b.t, NULL);
+		struct kvmfault_fill *fill = fill_vm_start(&b.t, NULL);
 		OK(kvmfault_fill_wait(fill, 60000));
 		kvmfault_fill_free(fill);
 	}
@@ -335,7 +335,7 @@ static void discarded_as_it_begins(void)
 	b.over = true;
 	vcpu_join(v);
 	pattern_check(&b.t.s.source.pattern, b.t.s.ram.hva, 0, 1);
-	scene_destroy(&b.t.s);
+	slot_vm_destroy(&b.t.s);
 }
 
 /* ---- what the VMM is told, and what it may do ---- */
@@ -375,16 +375,16 @@ static void report(void *opaque, const struct kvmfault_fill_progress *progress)
 
 static void progress(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct reports reports = { .left = PAGES };
-	filling_create(&t, MEMFD, PAGES * PAGE);
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
 	options.progress = report;
 	options.opaque = &reports;
 	options.interval_ms = 20;
 	options.bytes_per_second = 32 << 20;
 	reports.vm = t.s.m.library;
-	reports.fill = filling_start(&t, &options);
+	reports.fill = fill_vm_start(&t, &options);
 	OK(kvmfault_fill_wait(reports.fill, 60000));
 	UNTIL(reports.ended);
 	CHECK(reports.count >= 5 && reports.count < 500, "%u reports", reports.count);
@@ -397,15 +397,15 @@ static void progress(void)
 	OK(kvmfault_fill_status(reports.fill, &status));
 	EQUAL("ended", status.ended, 1);
 	kvmfault_fill_free(reports.fill);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 static void wrong_arguments(void)
 {
-	struct filling t;
+	struct fill_vm t;
 	struct kvmfault_fill *fill = (void *)1;
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
-	filling_create(&t, MEMFD, PAGES * PAGE);
+	fill_vm_create(&t, MEMFD, PAGES * PAGE);
 	finalized = 0;
 #define WRONG(field, value, error, words)                                                \
 	do {                                                                             \
@@ -429,24 +429,24 @@ static void wrong_arguments(void)
 	EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), PAGES);
 
 	t.us = 100000;
-	struct kvmfault_fill *one = filling_start(&t, NULL);
+	struct kvmfault_fill *one = fill_vm_start(&t, NULL);
 	REFUSED(kvmfault_fill_start(t.s.m.library, &options, &fill), EBUSY, "under way");
 	kvmfault_fill_free(one);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* A vCPU is on its way to the resolver while all pages come: only then a VMM may put away what its resolver reads from. */
 static void overtaken(void)
 {
 	for (int stopped = 0; stopped <= 1; stopped++) {
-		struct filling t;
-		filling_create(&t, MEMFD, PAGES * PAGE);
+		struct fill_vm t;
+		fill_vm_create(&t, MEMFD, PAGES * PAGE);
 		t.held = true;
 		struct vcpu *v = machine_add_vcpu(&t.s.m, 3);
-		scene_start_visit(&t.s, v, 0, 1, READ_FIRST);
+		slot_vm_start_visit(&t.s, v, 0, 1, READ_FIRST);
 		UNTIL(t.holding == 1);
 		OK(source_install(&t.s.source, t.s.m.library, RAM_GPA, PAGE));
-		struct kvmfault_fill *fill = filling_start(&t, NULL);
+		struct kvmfault_fill *fill = fill_vm_start(&t, NULL);
 		UNTIL(kvmfault_pages_absent(t.s.m.library) == 0);
 		EQUAL("the end while a resolver call is under way", kvmfault_fill_wait(fill, 200), -ETIMEDOUT);
 		if (stopped) {
@@ -461,7 +461,7 @@ static void overtaken(void)
 		EQUAL("calls under way", t.holding, 0);
 		vcpu_join(v);
 		kvmfault_fill_free(fill);
-		scene_destroy(&t.s);
+		slot_vm_destroy(&t.s);
 	}
 }
 

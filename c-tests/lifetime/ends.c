@@ -4,7 +4,7 @@
  * end that overtakes a beginning ends that, too.
  */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -193,7 +193,7 @@ static int answer_when_let_go(void *opaque, struct kvmfault_vm *vm, const struct
 {
 	(void)opaque, (void)fault;
 	in_callback = 1 - kvmfault_vm_close(vm, -1);
-	lab.calls++;
+	resolver_vm.calls++;
 	while (!let_go)
 		usleep(1000);
 	EQUAL("a call on the VM", kvmfault_pages_state(vm, RAM_GPA), -ESHUTDOWN);
@@ -209,14 +209,14 @@ static void finalize_after_return(void *opaque)
 	/* Freeing is allowed here; other calls are as in any callback. */
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct kvmfault_vm *vm;
-	kvmfault_vcpu_free(lab.m.vcpu[0]->handle);
+	kvmfault_vcpu_free(resolver_vm.m.vcpu[0]->handle);
 	REFUSED(kvmfault_vm_new(&options, &vm), EDEADLK, "callback");
 }
 
 static void *touch_one(void *arg)
 {
 	(void)*(volatile uint8_t *)arg;
-	lab.finished++;
+	resolver_vm.finished++;
 	return NULL;
 }
 
@@ -225,15 +225,15 @@ static void set_up_finalized(kvmfault_resolver resolver)
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	options.resolver = resolver;
 	options.finalizer = finalize_after_return;
-	lab_set_up_with(&options, MEMFD, 1, 3);
-	vcpu_attach(lab.m.vcpu[0]);
+	resolver_vm_set_up_with(&options, MEMFD, 1, 3);
+	vcpu_attach(resolver_vm.m.vcpu[0]);
 }
 
 static void forget_handles(void)
 {
-	lab.m.library = NULL;
-	lab.m.vcpu[0]->handle = NULL;
-	lab_tear_down();
+	resolver_vm.m.library = NULL;
+	resolver_vm.m.vcpu[0]->handle = NULL;
+	resolver_vm_tear_down();
 }
 
 /* kvmfault_vm_close waits for a callback that is under way, and then everything may go. */
@@ -241,24 +241,24 @@ static void closed(void)
 {
 	pthread_t thread;
 	set_up_finalized(answer_when_let_go);
-	struct kvmfault_vm *vm = lab.m.library;
+	struct kvmfault_vm *vm = resolver_vm.m.library;
 	REFUSED(kvmfault_vm_close(NULL, 0), EINVAL, "NULL");
-	SYS(pthread_create(&thread, NULL, touch_one, lab.ram.hva) ? -1 : 0);
-	UNTIL(lab.calls == 1);
+	SYS(pthread_create(&thread, NULL, touch_one, resolver_vm.ram.hva) ? -1 : 0);
+	UNTIL(resolver_vm.calls == 1);
 	EQUAL("kvmfault_vm_close in a callback", 1 - in_callback, -EDEADLK);
 	for (int i = 0; i < 2; i++) {
 		REFUSED(kvmfault_vm_close(vm, i), ETIMEDOUT, "under way");
 		EQUAL("finalized", finalized, 0);
 		REFUSED(kvmfault_pages_zero(vm, RAM_GPA, PAGE), ESHUTDOWN, "freed");
-		struct kvmfault_memslot slot = slot_on(&lab.ram, RAM_SLOT + 1, RAM_GPA + lab.ram.len);
+		struct kvmfault_memslot slot = slot_on(&resolver_vm.ram, RAM_SLOT + 1, RAM_GPA + resolver_vm.ram.len);
 		REFUSED(kvmfault_memslot_set(vm, &slot), ESHUTDOWN, "freed");
 	}
 	/* Slots can still be deleted. */
-	struct kvmfault_memslot slot = slot_on(&lab.ram, RAM_SLOT, RAM_GPA);
+	struct kvmfault_memslot slot = slot_on(&resolver_vm.ram, RAM_SLOT, RAM_GPA);
 	slot.len = 0;
 	OK(kvmfault_memslot_set(vm, &slot));
 	/* Nobody brings the page any more, and nobody waits for it. */
-	UNTIL(lab.finished == 1);
+	UNTIL(resolver_vm.finished == 1);
 	pthread_join(thread, NULL);
 	let_go = true;
 	EQUAL("kvmfault_vm_close", kvmfault_vm_close(vm, 60000), 0);
@@ -274,14 +274,14 @@ static void finalized_before_handles(void)
 	struct kvmfault_fill *fill;
 	pthread_t thread;
 	returned = true;
-	set_up_finalized(lab_answer_pending);
+	set_up_finalized(resolver_vm_answer_pending);
 	options.finalizer = count_finalizers;
-	OK(kvmfault_fill_start(lab.m.library, &options, &fill));
-	SYS(pthread_create(&thread, NULL, touch_one, lab.ram.hva) ? -1 : 0);
-	UNTIL(lab.calls);
-	kvmfault_vm_free(lab.m.library);
+	OK(kvmfault_fill_start(resolver_vm.m.library, &options, &fill));
+	SYS(pthread_create(&thread, NULL, touch_one, resolver_vm.ram.hva) ? -1 : 0);
+	UNTIL(resolver_vm.calls);
+	kvmfault_vm_free(resolver_vm.m.library);
 	UNTIL(finalized == 2);
-	UNTIL(lab.finished == 1);
+	UNTIL(resolver_vm.finished == 1);
 	pthread_join(thread, NULL);
 	EQUAL("kvmfault_fill_wait", kvmfault_fill_wait(fill, -1), -ESHUTDOWN);
 	kvmfault_fill_free(fill);
@@ -293,7 +293,7 @@ static void finalized_before_handles(void)
 static int bring_all(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	int ret = source_install(&lab.source, vm, fault->gpa, fault->len);
+	int ret = source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 	return ret == -EEXIST ? 0 : ret;
 }
 
@@ -305,23 +305,23 @@ static void fill_finalized_at_its_end(void)
 	struct kvmfault_fill *fill;
 	int rounds = SCALED(100, 5);
 	vm_options.resolver = bring_all;
-	lab_set_up_with(&vm_options, MEMFD, 0, 3);
+	resolver_vm_set_up_with(&vm_options, MEMFD, 0, 3);
 	options.finalizer = count_finalizers;
 	options.flags = KVMFAULT_FILL_KEEP_ARMED;
 	for (int i = 0; i < rounds; i++) {
-		OK(kvmfault_fill_start(lab.m.library, &options, &fill));
+		OK(kvmfault_fill_start(resolver_vm.m.library, &options, &fill));
 		OK(kvmfault_fill_wait(fill, -1));
 		UNTIL(finalized == i + 1);
 		kvmfault_fill_free(fill);
 	}
 	EQUAL("finalized", finalized, rounds);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 static int free_and_answer(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	lab.m.library = NULL;
+	resolver_vm.m.library = NULL;
 	kvmfault_vm_free(vm);
 	EQUAL("a call on the VM", kvmfault_pages_zero(vm, fault->gpa, fault->len), -ESHUTDOWN);
 	EQUAL("finalized while the resolver is under way", finalized, 0);
@@ -334,8 +334,8 @@ static void freed_in_a_resolver(void)
 {
 	pthread_t thread;
 	set_up_finalized(free_and_answer);
-	SYS(pthread_create(&thread, NULL, touch_one, lab.ram.hva) ? -1 : 0);
-	UNTIL(lab.finished == 1);
+	SYS(pthread_create(&thread, NULL, touch_one, resolver_vm.ram.hva) ? -1 : 0);
+	UNTIL(resolver_vm.finished == 1);
 	UNTIL(finalized == 1);
 	pthread_join(thread, NULL);
 	forget_handles();
@@ -348,33 +348,33 @@ static void addresses_kept(void)
 	uint64_t *own[MAPPINGS];
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	options.resolver = bring_all;
-	lab_set_up_with(&options, MEMFD, 1, 3);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up_with(&options, MEMFD, 1, 3);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
-	OK(kvmfault_pages_resolve(lab.m.library, RAM_GPA, lab.ram.len));
-	lab_read(v, 1);
+	OK(kvmfault_pages_resolve(resolver_vm.m.library, RAM_GPA, resolver_vm.ram.len));
+	resolver_vm_read(v, 1);
 	vcpu_detach(v);
-	struct kvmfault_vm *vm = lab.m.library;
-	lab.m.library = NULL;
+	struct kvmfault_vm *vm = resolver_vm.m.library;
+	resolver_vm.m.library = NULL;
 	EQUAL("kvmfault_vm_close", kvmfault_vm_close(vm, -1), 0);
 	for (int i = 0; i < MAPPINGS; i++) {
-		own[i] = mmap(NULL, lab.ram.len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		own[i] = mmap(NULL, resolver_vm.ram.len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		CHECK(own[i] != MAP_FAILED, "mmap: %s", strerror(errno));
-		memset(own[i], 0x5e, lab.ram.len);
+		memset(own[i], 0x5e, resolver_vm.ram.len);
 	}
-	lab.steps[0] = (struct step){ READ64, RAM_GPA + PAGE, 0, 0 };
-	lab.steps[1] = (struct step){ WRITE64, RAM_GPA + 2 * PAGE, WRITTEN, 0 };
-	lab.steps[2] = (struct step){ STOP, 0, 1, 0 };
-	vcpu_load_script(v, lab.steps_gpa);
+	resolver_vm.steps[0] = (struct step){ READ64, RAM_GPA + PAGE, 0, 0 };
+	resolver_vm.steps[1] = (struct step){ WRITE64, RAM_GPA + 2 * PAGE, WRITTEN, 0 };
+	resolver_vm.steps[2] = (struct step){ STOP, 0, 1, 0 };
+	vcpu_load_script(v, resolver_vm.steps_gpa);
 	/* An error where its memory was an alias of the library's; else it has its memory as before. */
 	while (ioctl(v->fd, KVM_RUN, 0) < 0 && errno == EINTR)
 		;
-	CHECK(lab.steps[0].value != 0x5e5e5e5e5e5e5e5e, "the guest reads memory of the VMM's own");
+	CHECK(resolver_vm.steps[0].value != 0x5e5e5e5e5e5e5e5e, "the guest reads memory of the VMM's own");
 	for (int i = 0; i < MAPPINGS; i++)
-		for (uint64_t at = 0; at < lab.ram.len / 8; at++)
+		for (uint64_t at = 0; at < resolver_vm.ram.len / 8; at++)
 			CHECK(own[i][at] == 0x5e5e5e5e5e5e5e5e, "the guest has written to memory of the VMM's own");
-	lab.m.finalized = false;
-	lab_tear_down();
+	resolver_vm.m.finalized = false;
+	resolver_vm_tear_down();
 }
 
 static const struct test_case cases[] = {

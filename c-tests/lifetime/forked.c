@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* Handles in a forked child: refused there, freed there without effect on the parent; and a VM of the child's own. */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -65,11 +65,11 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 {
 	(void)opaque;
 	if (fault->origin == KVMFAULT_ORIGIN_FILL) {
-		held = lab_page_of(fault);
+		held = resolver_vm_page_of(fault);
 		while (!let_go)
 			usleep(1000);
 	}
-	int ret = source_install(&lab.source, vm, fault->gpa, fault->len);
+	int ret = source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 	return ret < 0 && ret != -EEXIST ? ret : KVMFAULT_RESOLVED;
 }
 
@@ -91,18 +91,18 @@ static void set_up(enum backing backing)
 	CHECK(shared != MAP_FAILED, "mmap: %s", strerror(errno));
 	options.resolver = resolve;
 	options.finalizer = finalizer;
-	lab_set_up_with(&options, backing, 1, 3);
-	vcpu_attach(lab.m.vcpu[0]);
-	for (int page = 0; page < LAB_PAGES / 2; page++)
-		lab_read(lab.m.vcpu[0], page);
+	resolver_vm_set_up_with(&options, backing, 1, 3);
+	vcpu_attach(resolver_vm.m.vcpu[0]);
+	for (int page = 0; page < RESOLVER_VM_PAGES / 2; page++)
+		resolver_vm_read(resolver_vm.m.vcpu[0], page);
 	fill_options.batch = 1;
 	fill_options.flags = KVMFAULT_FILL_KEEP_ARMED;
-	OK(kvmfault_fill_start(lab.m.library, &fill_options, &fill));
+	OK(kvmfault_fill_start(resolver_vm.m.library, &fill_options, &fill));
 	UNTIL(held >= 0);
 	int file = SYS(memfd_create("snapshot", MFD_CLOEXEC));
-	SYS(ftruncate(file, lab.ram.len));
+	SYS(ftruncate(file, resolver_vm.ram.len));
 	range.gpa = RAM_GPA;
-	range.len = lab.ram.len;
+	range.len = resolver_vm.ram.len;
 	OK(kvmfault_file_source_new(file, &range, 1, &source));
 	close(file);
 }
@@ -110,26 +110,26 @@ static void set_up(enum backing backing)
 /* What was there is there, and the rest comes, for the guest and the host; then all handles end as always. */
 static void go_on_and_tear_down(void)
 {
-	struct vcpu *v = lab.m.vcpu[0];
-	uint64_t calls = machine_stats(&lab.m).resolver_calls;
+	struct vcpu *v = resolver_vm.m.vcpu[0];
+	uint64_t calls = machine_stats(&resolver_vm.m).resolver_calls;
 	EQUAL("immediate_exit", v->run->immediate_exit, 0);
-	EQUAL("kicks", machine_stats(&lab.m).kicks, 0);
+	EQUAL("kicks", machine_stats(&resolver_vm.m).kicks, 0);
 	EQUAL("finalizers that ran in children", shared->finalized, 0);
-	for (int page = 0; page < LAB_PAGES; page++)
+	for (int page = 0; page < RESOLVER_VM_PAGES; page++)
 		if (page != held)
-			lab_read(v, page);
-	CHECK(machine_stats(&lab.m).resolver_calls > calls, "pages were brought by nobody");
+			resolver_vm_read(v, page);
+	CHECK(machine_stats(&resolver_vm.m).resolver_calls > calls, "pages were brought by nobody");
 	let_go = true;
 	OK(kvmfault_fill_wait(fill, 60000));
-	lab_read(v, held);
-	pattern_check(&lab.source.pattern, lab.ram.hva, 0, LAB_PAGES);
+	resolver_vm_read(v, held);
+	pattern_check(&resolver_vm.source.pattern, resolver_vm.ram.hva, 0, RESOLVER_VM_PAGES);
 	/* A discarded page is trapped as before. */
-	OK(kvmfault_pages_discard(lab.m.library, RAM_GPA, PAGE));
-	lab_read(v, 0);
+	OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA, PAGE));
+	resolver_vm_read(v, 0);
 	kvmfault_fill_free(fill);
 	kvmfault_file_source_free(source);
 	vcpu_detach(v);
-	lab_tear_down();
+	resolver_vm_tear_down();
 	UNTIL(shared->finalized == 1);
 	munmap(shared, PAGE);
 }
@@ -139,18 +139,18 @@ static void go_on_and_tear_down(void)
 static void call_each(void)
 {
 	static uint8_t bytes[PAGE];
-	struct kvmfault_vm *vm = lab.m.library, *no_vm;
-	struct vcpu *v = lab.m.vcpu[0];
+	struct kvmfault_vm *vm = resolver_vm.m.library, *no_vm;
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	struct kvmfault_vcpu *vcpu = v->handle, *no_vcpu;
 	struct kvmfault_fill *no_fill;
-	struct kvmfault_memslot slot = slot_on(&lab.ram, RAM_SLOT, RAM_GPA), gone = KVMFAULT_MEMSLOT_INIT;
+	struct kvmfault_memslot slot = slot_on(&resolver_vm.ram, RAM_SLOT, RAM_GPA), gone = KVMFAULT_MEMSLOT_INIT;
 	struct kvmfault_region region = KVMFAULT_REGION_INIT;
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
 	struct kvmfault_vcpu_options vcpu_options = KVMFAULT_VCPU_OPTIONS_INIT;
 	struct kvmfault_fill_options fill_options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_fill_progress progress = KVMFAULT_FILL_PROGRESS_INIT;
 	struct kvmfault_memory_error_info info = KVMFAULT_MEMORY_ERROR_INFO_INIT;
-	uint64_t absent = RAM_GPA + (LAB_PAGES - 1) * PAGE;
+	uint64_t absent = RAM_GPA + (RESOLVER_VM_PAGES - 1) * PAGE;
 	struct kvmfault_fault fault = { .size = sizeof(fault), .gpa = absent, .len = PAGE, .window_gpa = absent, .window_len = PAGE };
 
 	(void)no_vm;
@@ -172,21 +172,21 @@ static void call_each(void)
 	REFUSED_HERE(kvmfault_pages_install(vm, absent, bytes, PAGE));
 	REFUSED_HERE(kvmfault_pages_zero(vm, absent, PAGE));
 	REFUSED_HERE(kvmfault_pages_map(vm, absent, PAGE));
-	REFUSED_HERE(kvmfault_pages_arrived(vm, lab.ram.hva, PAGE));
-	REFUSED_HERE(kvmfault_pages_missing(vm, lab.ram.hva, PAGE));
+	REFUSED_HERE(kvmfault_pages_arrived(vm, resolver_vm.ram.hva, PAGE));
+	REFUSED_HERE(kvmfault_pages_missing(vm, resolver_vm.ram.hva, PAGE));
 	REFUSED_HERE(kvmfault_pages_lost(vm, absent, PAGE));
 	REFUSED_HERE(kvmfault_pages_discard(vm, RAM_GPA, PAGE));
 	REFUSED_HERE(kvmfault_pages_give_back(vm, RAM_GPA, PAGE));
 	REFUSED_HERE(kvmfault_pages_resolve(vm, absent, PAGE));
 	REFUSED_HERE(kvmfault_pages_state(vm, absent));
-	REFUSED_HERE(kvmfault_pages_withdraw(vm, RAM_GPA, lab.ram.len));
-	REFUSED_HERE(kvmfault_pages_bitmap(vm, RAM_GPA, lab.ram.len, 1, bytes, sizeof(bytes)));
+	REFUSED_HERE(kvmfault_pages_withdraw(vm, RAM_GPA, resolver_vm.ram.len));
+	REFUSED_HERE(kvmfault_pages_bitmap(vm, RAM_GPA, resolver_vm.ram.len, 1, bytes, sizeof(bytes)));
 	REFUSED_HERE(kvmfault_pages_absent(vm));
 	REFUSED_HERE(kvmfault_vcpu_new(vm, &vcpu_options, &no_vcpu));
 	REFUSED_HERE(kvmfault_vcpu_run(vcpu));
 	REFUSED_HERE(kvmfault_vcpu_handle_exit(vcpu, -EINTR));
 	REFUSED_HERE(kvmfault_vcpu_resume(vcpu));
-	REFUSED_HERE(kvmfault_vcpu_on_sigbus(vcpu, BUS_MCEERR_AR, lab.ram.hva));
+	REFUSED_HERE(kvmfault_vcpu_on_sigbus(vcpu, BUS_MCEERR_AR, resolver_vm.ram.hva));
 	REFUSED_HERE(kvmfault_vcpu_kick(vcpu));
 	REFUSED_HERE(kvmfault_vcpu_resolve(vcpu, absent, PAGE));
 	REFUSED_HERE(kvmfault_vcpu_memory_error(vcpu, &info));
@@ -202,7 +202,7 @@ static void call_each(void)
 	REFUSED_HERE(kvmfault_working_set_record(vm, 1));
 	REFUSED_HERE(kvmfault_working_set_save(vm, 1));
 #undef REFUSED_HERE
-	CHILD_EQUAL("kvmfault_vm_address", kvmfault_vm_address(vm, lab.ram.hva), 0);
+	CHILD_EQUAL("kvmfault_vm_address", kvmfault_vm_address(vm, resolver_vm.ram.hva), 0);
 	CHILD_EQUAL("an argument that is wrong anyway", kvmfault_vcpu_kick(NULL), -EINVAL);
 }
 
@@ -240,8 +240,8 @@ static unsigned open_anonymous_inodes(void)
 static void free_all(void)
 {
 	kvmfault_fill_free(fill);
-	kvmfault_vcpu_free(lab.m.vcpu[0]->handle);
-	kvmfault_vm_free(lab.m.library);
+	kvmfault_vcpu_free(resolver_vm.m.vcpu[0]->handle);
+	kvmfault_vm_free(resolver_vm.m.library);
 	kvmfault_file_source_free(source);
 }
 
@@ -252,8 +252,8 @@ static void free_here(void)
 	free_all();
 	unsigned after = open_anonymous_inodes();
 	CHILD_EQUAL("descriptors closed (VM, vCPU, userfaultfd, eventfd)", before - after, before ? 4 : 0);
-	CHILD_EQUAL("after freeing", kvmfault_pages_absent(lab.m.library), -EBADF);
-	CHILD_EQUAL("after freeing", kvmfault_vcpu_kick(lab.m.vcpu[0]->handle), -EBADF);
+	CHILD_EQUAL("after freeing", kvmfault_pages_absent(resolver_vm.m.library), -EBADF);
+	CHILD_EQUAL("after freeing", kvmfault_vcpu_kick(resolver_vm.m.vcpu[0]->handle), -EBADF);
 	free_all();
 }
 
@@ -296,14 +296,14 @@ static void frees(void)
 
 /* ---- a VM of the child's own ---- */
 
-static struct lab own;
+static struct resolver_vm own;
 
 static void use_own(void)
 {
 	struct vcpu *v;
 	struct step *steps;
 	uint64_t gpa;
-	ram_create(&own.ram, MEMFD, LAB_PAGES * PAGE);
+	ram_create(&own.ram, MEMFD, RESOLVER_VM_PAGES * PAGE);
 	machine_create(&own.m, PAGE);
 	source_create(&own.source, RAM_GPA, own.ram.len, PATTERN);
 	machine_attach(&own.m, &own.source, NULL);
@@ -311,19 +311,19 @@ static void use_own(void)
 	v = machine_add_vcpu(&own.m, 3);
 	vcpu_attach(v);
 	steps = machine_share(&own.m, PAGE, &gpa);
-	for (int page = 0; page < LAB_PAGES / 2; page++) {
+	for (int page = 0; page < RESOLVER_VM_PAGES / 2; page++) {
 		steps[0] = (struct step){ READ64, RAM_GPA + page * PAGE, 0, 0 };
 		steps[1] = (struct step){ STOP, 0, 0, 0 };
 		vcpu_load_script(v, gpa);
 		CHILD_EQUAL("stop", vcpu_run(v), 0);
 		CHILD_EQUAL("word", steps[0].value, pattern_word(&own.source.pattern, page, 0));
 	}
-	pattern_check(&own.source.pattern, own.ram.hva, 0, LAB_PAGES);
+	pattern_check(&own.source.pattern, own.ram.hva, 0, RESOLVER_VM_PAGES);
 }
 
 static void refuse_both(void)
 {
-	CHILD_EQUAL("the grandparent's", kvmfault_pages_absent(lab.m.library), -ECHILD);
+	CHILD_EQUAL("the grandparent's", kvmfault_pages_absent(resolver_vm.m.library), -ECHILD);
 	CHILD_EQUAL("the parent's", kvmfault_pages_absent(own.m.library), -ECHILD);
 	kvmfault_vm_free(own.m.library);
 	free_all();
@@ -332,12 +332,12 @@ static void refuse_both(void)
 static void have_own(void)
 {
 	use_own();
-	CHILD_EQUAL("the parent's", kvmfault_pages_absent(lab.m.library), -ECHILD);
+	CHILD_EQUAL("the parent's", kvmfault_pages_absent(resolver_vm.m.library), -ECHILD);
 	OK(kvmfault_pages_discard(own.m.library, RAM_GPA, PAGE));
 	in_child(refuse_both);
 	free_all();
 	CHILD_EQUAL("absent", kvmfault_pages_absent(own.m.library), 1);
-	pattern_check(&own.source.pattern, own.ram.hva, 0, LAB_PAGES);
+	pattern_check(&own.source.pattern, own.ram.hva, 0, RESOLVER_VM_PAGES);
 	vcpu_detach(own.m.vcpu[0]);
 	machine_destroy(&own.m);
 }
@@ -358,7 +358,7 @@ static atomic_bool enough;
 static void *visit(void *opaque)
 {
 	(void)opaque;
-	kvmfault_pages_resolve(lab.m.library, RAM_GPA + (LAB_PAGES - 1) * PAGE, PAGE);
+	kvmfault_pages_resolve(resolver_vm.m.library, RAM_GPA + (RESOLVER_VM_PAGES - 1) * PAGE, PAGE);
 	return NULL;
 }
 
@@ -375,7 +375,7 @@ static void *bustle(void *opaque)
 			OK(kvmfault_file_source_new(file, &range, 1, &mine));
 			kvmfault_file_source_free(mine);
 		} else if (!pthread_create(&thread, NULL, visit, NULL)) {
-			OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + (LAB_PAGES - 1) * PAGE, PAGE));
+			OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + (RESOLVER_VM_PAGES - 1) * PAGE, PAGE));
 			pthread_join(thread, NULL);
 		}
 	}

@@ -4,8 +4,8 @@
  * touch finds zeros, and they are never fetched again: not by a fault, not by a fill, not by a call that was under way.
  */
 #define _GNU_SOURCE
-#include "filling.h"
-#include "lab.h"
+#include "fill_vm.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -19,10 +19,10 @@
 enum kind { OF_ANON, OF_MEMFD, OF_HUGETLB, OF_SHARED_ANON };
 enum { UNITS = 16 };
 
-static void create(struct scene *s, enum kind kind, uint32_t flags)
+static void create(struct slot_vm *s, enum kind kind, uint32_t flags)
 {
 	enum backing backing = kind == OF_ANON ? ANON : kind == OF_HUGETLB ? HUGETLB : MEMFD;
-	scene_attach(s, backing, UNITS * (kind == OF_HUGETLB ? HUGE_PAGE : PAGE), test_mechanism(), NULL);
+	slot_vm_attach(s, backing, UNITS * (kind == OF_HUGETLB ? HUGE_PAGE : PAGE), test_mechanism(), NULL);
 	struct kvmfault_memslot slot = slot_on(&s->ram, RAM_SLOT, RAM_GPA);
 	if (kind == OF_SHARED_ANON) {
 		int fixed = MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED;
@@ -66,20 +66,20 @@ static void give_back(const struct machine *m, const struct ram *ram, uint64_t f
 }
 
 /* Four units that were given back: whatever touches them finds zeros, and what is written stays. */
-static void touch(struct scene *s, struct vcpu *v, uint64_t unit)
+static void touch(struct slot_vm *s, struct vcpu *v, uint64_t unit)
 {
-	EQUAL("what a vCPU reads", scene_read(s, v, gpa_of(&s->ram, unit) + 8), 0);
-	scene_write(s, v, gpa_of(&s->ram, unit) + 8, 0x1234);
-	EQUAL("what a vCPU reads back", scene_read(s, v, gpa_of(&s->ram, unit) + 8), 0x1234);
+	EQUAL("what a vCPU reads", slot_vm_read(s, v, gpa_of(&s->ram, unit) + 8), 0);
+	slot_vm_write(s, v, gpa_of(&s->ram, unit) + 8, 0x1234);
+	EQUAL("what a vCPU reads back", slot_vm_read(s, v, gpa_of(&s->ram, unit) + 8), 0x1234);
 	EQUAL("what a thread reads", *(volatile uint64_t *)(s->ram.hva + unit * s->ram.page + 8), 0x1234);
 	unit++;
-	scene_write(s, v, gpa_of(&s->ram, unit) + 16, 0x5678);
-	EQUAL("what a vCPU reads back", scene_read(s, v, gpa_of(&s->ram, unit) + 16), 0x5678);
-	EQUAL("the rest of the page", scene_read(s, v, gpa_of(&s->ram, unit)), 0);
+	slot_vm_write(s, v, gpa_of(&s->ram, unit) + 16, 0x5678);
+	EQUAL("what a vCPU reads back", slot_vm_read(s, v, gpa_of(&s->ram, unit) + 16), 0x5678);
+	EQUAL("the rest of the page", slot_vm_read(s, v, gpa_of(&s->ram, unit)), 0);
 	unit++;
 	EQUAL("what a thread reads", *(volatile uint64_t *)(s->ram.hva + unit * s->ram.page), 0);
 	*(volatile uint64_t *)(s->ram.hva + unit * s->ram.page) = 0x9abc;
-	EQUAL("what a vCPU reads", scene_read(s, v, gpa_of(&s->ram, unit)), 0x9abc);
+	EQUAL("what a vCPU reads", slot_vm_read(s, v, gpa_of(&s->ram, unit)), 0x9abc);
 	unit++;
 	uint64_t word = 1;
 	struct iovec local = { &word, 8 }, remote = { s->ram.hva + unit * s->ram.page, 8 };
@@ -87,20 +87,20 @@ static void touch(struct scene *s, struct vcpu *v, uint64_t unit)
 	EQUAL("what it reads", word, 0);
 	OK(kvmfault_pages_resolve(s->m.library, gpa_of(&s->ram, unit), s->ram.page));
 	OK(kvmfault_vcpu_resolve(v->handle, gpa_of(&s->ram, unit), 8));
-	EQUAL("what a vCPU reads", scene_read(s, v, gpa_of(&s->ram, unit)), 0);
+	EQUAL("what a vCPU reads", slot_vm_read(s, v, gpa_of(&s->ram, unit)), 0);
 }
 
 /* Units that are there, absent, and lost, of which the guest reads what it ought to, and then gives some back. */
 static void reread(enum kind kind, uint32_t flags)
 {
-	struct scene s;
+	struct slot_vm s;
 	create(&s, kind, flags);
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
-		struct vcpu *v = scene_add_vcpu(&s, cpl);
+		struct vcpu *v = slot_vm_add_vcpu(&s, cpl);
 		uint64_t base = cpl ? UNITS / 2 : 0, words = s.ram.page / PAGE;
 		int64_t absent = kvmfault_pages_absent(s.m.library);
 		for (uint64_t unit = base; unit < base + 6; unit++)
-			EQUAL("before", scene_read(&s, v, gpa_of(&s.ram, unit)), pattern_word(&s.source.pattern, unit * words, 0));
+			EQUAL("before", slot_vm_read(&s, v, gpa_of(&s.ram, unit)), pattern_word(&s.source.pattern, unit * words, 0));
 		UNTIL(kvmfault_pages_absent(s.m.library) == absent - 6);
 		/* All are there, but for the last two: one was never asked for, one is lost. */
 		uint64_t used = in_use(&s.ram);
@@ -109,7 +109,7 @@ static void reread(enum kind kind, uint32_t flags)
 		EQUAL("units in use", used - in_use(&s.ram), 4);
 		EQUAL("absent pages", kvmfault_pages_absent(s.m.library), absent - 6);
 		touch(&s, v, base);
-		EQUAL("a neighbour", scene_read(&s, v, gpa_of(&s.ram, base + 4)), pattern_word(&s.source.pattern, (base + 4) * words, 0));
+		EQUAL("a neighbour", slot_vm_read(&s, v, gpa_of(&s.ram, base + 4)), pattern_word(&s.source.pattern, (base + 4) * words, 0));
 		OK(kvmfault_pages_lost(s.m.library, gpa_of(&s.ram, base + 6), s.ram.page));
 		give_back(&s.m, &s.ram, base + 4, 4);
 		EQUAL("absent pages", kvmfault_pages_absent(s.m.library), absent - 8);
@@ -125,12 +125,12 @@ static void reread(enum kind kind, uint32_t flags)
 		EQUAL("resolver calls", s.source.total, calls);
 		/* The other meaning: missing, and fetched again. */
 		OK(kvmfault_pages_discard(s.m.library, gpa_of(&s.ram, base), s.ram.page));
-		EQUAL("discarded", scene_read(&s, v, gpa_of(&s.ram, base)), pattern_word(&s.source.pattern, base * words, 0));
+		EQUAL("discarded", slot_vm_read(&s, v, gpa_of(&s.ram, base)), pattern_word(&s.source.pattern, base * words, 0));
 		EQUAL("resolver calls", s.source.total, calls + 1);
 		UNTIL(kvmfault_pages_state(s.m.library, gpa_of(&s.ram, base)) == KVMFAULT_PAGE_PRESENT); /* a reader may be a moment behind */
 		vcpu_detach(v);
 	}
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 static void reread_anon(void) { reread(OF_ANON, 0); }
@@ -148,13 +148,13 @@ static void slow(void)
 /* A fill is under way, and one of its calls too. What was given back stays away, also when huge pages are made at the end. */
 static void filling(enum backing backing)
 {
-	struct filling t;
-	filling_create(&t, backing, PAGES * PAGE);
-	struct vcpu *v = scene_add_vcpu(&t.s, 3);
+	struct fill_vm t;
+	fill_vm_create(&t, backing, PAGES * PAGE);
+	struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
 	const uint64_t first = 50, count = PAGES / 2 - 50;
-	scene_visit(&t.s, v, 0, 100, READ_FIRST);
+	slot_vm_visit(&t.s, v, 0, 100, READ_FIRST);
 	t.fill_held = true;
-	struct kvmfault_fill *fill = filling_start(&t, NULL);
+	struct kvmfault_fill *fill = fill_vm_start(&t, NULL);
 	UNTIL(t.calls == 1);
 	give_back(&t.s.m, &t.s.ram, first, count);
 	EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), PAGES / 2);
@@ -163,22 +163,22 @@ static void filling(enum backing backing)
 	kvmfault_fill_free(fill);
 	EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), 0);
 	EQUAL("pages in use", in_use(&t.s.ram), PAGES - count);
-	scene_visit(&t.s, v, 0, first, READ_FIRST);
-	scene_visit(&t.s, v, first + count, PAGES - first - count, READ_FIRST);
+	slot_vm_visit(&t.s, v, 0, first, READ_FIRST);
+	slot_vm_visit(&t.s, v, first + count, PAGES - first - count, READ_FIRST);
 	touch(&t.s, v, first);
 	touch(&t.s, v, first + count - 4);
 	vcpu_detach(v);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 /* A fill has ended: the memory is the VMM's own. */
 static void filled(enum backing backing)
 {
-	struct filling t;
-	filling_create(&t, backing, PAGES * PAGE);
-	struct vcpu *v = scene_add_vcpu(&t.s, 3);
-	fill_all(&t, NULL);
-	scene_visit(&t.s, v, 0, PAGES, READ_FIRST);
+	struct fill_vm t;
+	fill_vm_create(&t, backing, PAGES * PAGE);
+	struct vcpu *v = slot_vm_add_vcpu(&t.s, 3);
+	fill_vm_fill_all(&t, NULL);
+	slot_vm_visit(&t.s, v, 0, PAGES, READ_FIRST);
 	give_back(&t.s.m, &t.s.ram, 100, 600);
 	EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), 0);
 	EQUAL("pages in use", in_use(&t.s.ram), PAGES - 600);
@@ -189,10 +189,10 @@ static void filled(enum backing backing)
 	touch(&t.s, v, 100);
 	touch(&t.s, v, 300);
 	EQUAL("pages in use", in_use(&t.s.ram), PAGES - 600 + 8);
-	scene_visit(&t.s, v, 0, 100, READ_FIRST);
-	scene_visit(&t.s, v, 700, PAGES - 700, READ_FIRST);
+	slot_vm_visit(&t.s, v, 0, 100, READ_FIRST);
+	slot_vm_visit(&t.s, v, 700, PAGES - 700, READ_FIRST);
 	vcpu_detach(v);
-	scene_destroy(&t.s);
+	slot_vm_destroy(&t.s);
 }
 
 static void filling_anon(void) { filling(ANON); }
@@ -202,13 +202,13 @@ static void filled_memfd(void) { filled(MEMFD); }
 
 static uint64_t word_read(const struct vcpu *v)
 {
-	return lab.steps[2 * v->number].value;
+	return resolver_vm.steps[2 * v->number].value;
 }
 
 /* Announced pages that a vCPU and a thread wait for: they go on, with zeros. What was announced comes too late. */
 static void *look_at_page_6(void *seen)
 {
-	*(_Atomic uint64_t *)seen = *(volatile uint64_t *)(lab.ram.hva + 6 * PAGE);
+	*(_Atomic uint64_t *)seen = *(volatile uint64_t *)(resolver_vm.ram.hva + 6 * PAGE);
 	return NULL;
 }
 
@@ -216,23 +216,23 @@ static void pending(void)
 {
 	_Atomic uint64_t seen = 1;
 	pthread_t device;
-	lab_set_up(MEMFD, lab_answer_pending, 2, 3);
-	struct vcpu *v = lab.m.vcpu[0];
-	lab_load_read(v, 5);
-	vcpu_start(v, lab_run_to_stop, NULL);
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 2, 3);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
+	resolver_vm_load_read(v, 5);
+	vcpu_start(v, resolver_vm_run_to_stop, NULL);
 	CHECK(!pthread_create(&device, NULL, look_at_page_6, &seen), "pthread_create");
-	UNTIL(lab.calls == 2);
-	UNTIL(kvmfault_pages_state(lab.m.library, RAM_GPA + 5 * PAGE) == KVMFAULT_PAGE_RESOLVING);
-	give_back(&lab.m, &lab.ram, 4, 4);
+	UNTIL(resolver_vm.calls == 2);
+	UNTIL(kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + 5 * PAGE) == KVMFAULT_PAGE_RESOLVING);
+	give_back(&resolver_vm.m, &resolver_vm.ram, 4, 4);
 	vcpu_join(v);
 	pthread_join(device, NULL);
 	EQUAL("what the guest reads", word_read(v), 0);
 	EQUAL("what the thread reads", seen, 0);
-	EQUAL("pages withdrawn", kvmfault_pages_withdraw(lab.m.library, RAM_GPA, lab.ram.len), 0);
-	REFUSED(source_install(&lab.source, lab.m.library, RAM_GPA + 4 * PAGE, 4 * PAGE), EEXIST, "present");
-	EQUAL("what is there", ((uint64_t *)lab.ram.hva)[5 * PAGE / 8], 0);
-	EQUAL("calls", lab.calls, 2);
-	lab_tear_down();
+	EQUAL("pages withdrawn", kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, resolver_vm.ram.len), 0);
+	REFUSED(source_install(&resolver_vm.source, resolver_vm.m.library, RAM_GPA + 4 * PAGE, 4 * PAGE), EEXIST, "present");
+	EQUAL("what is there", ((uint64_t *)resolver_vm.ram.hva)[5 * PAGE / 8], 0);
+	EQUAL("calls", resolver_vm.calls, 2);
+	resolver_vm_tear_down();
 }
 
 /* A call of the resolver is under way. */
@@ -243,13 +243,13 @@ static int resolve_when_let(void *opaque, struct kvmfault_vm *vm, const struct k
 {
 	(void)opaque;
 	int mine = answer;
-	lab.calls++;
+	resolver_vm.calls++;
 	while (held)
 		wait_a_little();
-	lab.finished++;
+	resolver_vm.finished++;
 	if (mine != KVMFAULT_RESOLVED)
 		return mine;
-	return source_install(&lab.source, vm, fault->gpa, PAGE);
+	return source_install(&resolver_vm.source, vm, fault->gpa, PAGE);
 }
 
 static void resolving(void)
@@ -258,47 +258,47 @@ static void resolving(void)
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	options.resolver = resolve_when_let;
 	options.reader_threads = 4;
-	lab_set_up_with(&options, MEMFD, 2, 3);
-	struct vcpu *asks = lab.m.vcpu[0], *waits = lab.m.vcpu[1];
+	resolver_vm_set_up_with(&options, MEMFD, 2, 3);
+	struct vcpu *asks = resolver_vm.m.vcpu[0], *waits = resolver_vm.m.vcpu[1];
 	for (unsigned n = 0; n < sizeof(answers) / sizeof(*answers); n++) {
 		uint64_t page = 7 * n + 3;
 		held = true;
 		answer = answers[n];
-		lab.calls = lab.finished = 0;
-		lab_load_read(asks, page);
-		lab_load_read(waits, page);
-		vcpu_start(asks, lab_run_to_stop, NULL);
-		UNTIL(lab.calls == 1);
-		vcpu_start(waits, lab_run_to_stop, NULL);
-		give_back(&lab.m, &lab.ram, page, 1);
+		resolver_vm.calls = resolver_vm.finished = 0;
+		resolver_vm_load_read(asks, page);
+		resolver_vm_load_read(waits, page);
+		vcpu_start(asks, resolver_vm_run_to_stop, NULL);
+		UNTIL(resolver_vm.calls == 1);
+		vcpu_start(waits, resolver_vm_run_to_stop, NULL);
+		give_back(&resolver_vm.m, &resolver_vm.ram, page, 1);
 		vcpu_join(waits);
 		EQUAL("what a waiting guest reads", word_read(waits), 0);
-		EQUAL("calls that have returned", lab.finished, 0);
+		EQUAL("calls that have returned", resolver_vm.finished, 0);
 		held = false;
 		vcpu_join(asks);
 		EQUAL("what the asking guest reads", word_read(asks), 0);
-		UNTIL(lab.finished == 1);
-		EQUAL("calls", lab.calls, 1);
+		UNTIL(resolver_vm.finished == 1);
+		EQUAL("calls", resolver_vm.calls, 1);
 		vcpu_detach(asks);
 		vcpu_detach(waits);
-		EQUAL("the page's state", kvmfault_pages_state(lab.m.library, RAM_GPA + page * PAGE), KVMFAULT_PAGE_PRESENT);
+		EQUAL("the page's state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + page * PAGE), KVMFAULT_PAGE_PRESENT);
 		/* And the call's end has left nothing behind. */
 		answer = KVMFAULT_RESOLVED;
-		OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + page * PAGE, PAGE));
-		OK(kvmfault_pages_resolve(lab.m.library, RAM_GPA + page * PAGE, PAGE));
-		pattern_check(&lab.source.pattern, lab.ram.hva + page * PAGE, page, 1);
+		OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + page * PAGE, PAGE));
+		OK(kvmfault_pages_resolve(resolver_vm.m.library, RAM_GPA + page * PAGE, PAGE));
+		pattern_check(&resolver_vm.source.pattern, resolver_vm.ram.hva + page * PAGE, page, 1);
 	}
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 /* ---- what can't be dropped ---- */
 
 static void locked(enum backing backing)
 {
-	struct scene s;
-	scene_create(&s, backing, 64 * PAGE, 0, 0);
-	struct vcpu *v = scene_add_vcpu(&s, 3);
-	scene_visit(&s, v, 0, 40, READ_FIRST);
+	struct slot_vm s;
+	slot_vm_create(&s, backing, 64 * PAGE, 0, 0);
+	struct vcpu *v = slot_vm_add_vcpu(&s, 3);
+	slot_vm_visit(&s, v, 0, 40, READ_FIRST);
 	OK(kvmfault_pages_lost(s.m.library, RAM_GPA + 41 * PAGE, PAGE));
 	UNTIL(kvmfault_pages_absent(s.m.library) == 23);
 	if (mlock2(s.ram.hva + 32 * PAGE, 16 * PAGE, MLOCK_ONFAULT) != 0)
@@ -308,13 +308,13 @@ static void locked(enum backing backing)
 	char page[64];
 	snprintf(page, sizeof(page), "page at hva %p", (void *)(s.ram.hva + 32 * PAGE));
 	CHECK(strstr(kvmfault_last_error(), page), "%s: doesn't name the %s", kvmfault_last_error(), page);
-	scene_visit(&s, v, 32, 8, READ_FIRST);
+	slot_vm_visit(&s, v, 32, 8, READ_FIRST);
 	EQUAL("an absent page", kvmfault_pages_state(s.m.library, RAM_GPA + 40 * PAGE), KVMFAULT_PAGE_ABSENT);
 	EQUAL("a lost page", kvmfault_pages_state(s.m.library, RAM_GPA + 41 * PAGE), KVMFAULT_PAGE_LOST);
-	scene_step(&s, v, (struct step){ READ64, RAM_GPA + 41 * PAGE, 0, 0 });
+	slot_vm_step(&s, v, (struct step){ READ64, RAM_GPA + 41 * PAGE, 0, 0 });
 	EQUAL("a vCPU at a lost page", kvmfault_vcpu_run(v->handle), KVMFAULT_MEMORY_ERROR);
 	EQUAL("resolver calls", s.source.total, calls);
-	scene_visit(&s, v, 42, 6, READ_FIRST); /* is fetched, as ever */
+	slot_vm_visit(&s, v, 42, 6, READ_FIRST); /* is fetched, as ever */
 	EQUAL("resolver calls", s.source.total, calls + 6);
 	touch(&s, v, 0);
 	touch(&s, v, 28);
@@ -324,7 +324,7 @@ static void locked(enum backing backing)
 		touch(&s, v, unit);
 	EQUAL("resolver calls", s.source.total, calls + 6);
 	vcpu_detach(v);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 static void locked_anon(void) { locked(ANON); }
@@ -335,7 +335,7 @@ static void locked_memfd(void) { locked(MEMFD); }
 enum { OWNERS = 3 };
 
 struct crowd {
-	struct filling t;
+	struct fill_vm t;
 	atomic_bool stop;
 	_Atomic uint8_t *given; /* of each page: it was given back, and the source's bytes may never be there again */
 	unsigned long pushes, reads;
@@ -345,32 +345,32 @@ struct crowd {
 static void *own(struct vcpu *v)
 {
 	struct crowd *c = v->opaque;
-	struct scene *s = &c->t.s;
+	struct slot_vm *s = &c->t.s;
 	uint64_t seed = v->number + 1;
 	vcpu_attach(v);
 	for (uint64_t page = v->number; page < s->pages; page += OWNERS) {
 		uint64_t gpa = RAM_GPA + page * PAGE, value = page << 8 | v->number;
 		uint64_t what = random_number(&seed) % 4;
 		if (what == 1)
-			EQUAL("a page of the source's", scene_read(s, v, gpa), pattern_word(&s->source.pattern, page, 0));
+			EQUAL("a page of the source's", slot_vm_read(s, v, gpa), pattern_word(&s->source.pattern, page, 0));
 		if (what == 2) {
-			scene_write(s, v, gpa + 24, ~value);
-			EQUAL("what was written", scene_read(s, v, gpa + 24), ~value);
+			slot_vm_write(s, v, gpa + 24, ~value);
+			EQUAL("what was written", slot_vm_read(s, v, gpa + 24), ~value);
 		}
 		OK(kvmfault_pages_give_back(s->m.library, gpa, PAGE));
 		c->given[page] = 1;
 		if (what == 3)
-			scene_write(s, v, gpa + 8, value);
-		EQUAL("a page that was given back", scene_read(s, v, gpa), 0);
-		EQUAL("a page that was given back", scene_read(s, v, gpa + 24), 0);
+			slot_vm_write(s, v, gpa + 8, value);
+		EQUAL("a page that was given back", slot_vm_read(s, v, gpa), 0);
+		EQUAL("a page that was given back", slot_vm_read(s, v, gpa + 24), 0);
 		if (what == 3)
-			EQUAL("what was written since", scene_read(s, v, gpa + 8), value);
+			EQUAL("what was written since", slot_vm_read(s, v, gpa + 8), value);
 		/* One from before, once more. */
 		uint64_t other = random_number(&seed) % (page / OWNERS + 1) * OWNERS + v->number;
-		scene_write(s, v, RAM_GPA + other * PAGE + 16, value);
-		EQUAL("what was written", scene_read(s, v, RAM_GPA + other * PAGE + 16), value);
+		slot_vm_write(s, v, RAM_GPA + other * PAGE + 16, value);
+		EQUAL("what was written", slot_vm_read(s, v, RAM_GPA + other * PAGE + 16), value);
 		OK(kvmfault_pages_give_back(s->m.library, RAM_GPA + other * PAGE, PAGE));
-		EQUAL("given back again", scene_read(s, v, RAM_GPA + other * PAGE + 16), 0);
+		EQUAL("given back again", slot_vm_read(s, v, RAM_GPA + other * PAGE + 16), 0);
 	}
 	vcpu_detach(v);
 	return NULL;
@@ -379,7 +379,7 @@ static void *own(struct vcpu *v)
 static void *push(void *arg)
 {
 	struct crowd *c = arg;
-	struct scene *s = &c->t.s;
+	struct slot_vm *s = &c->t.s;
 	uint64_t seed = 77;
 	for (; !c->stop; c->pushes++) {
 		uint64_t page = random_number(&seed) % (s->pages - 8);
@@ -394,7 +394,7 @@ static void *push(void *arg)
 static void *look(void *arg)
 {
 	struct crowd *c = arg;
-	struct scene *s = &c->t.s;
+	struct slot_vm *s = &c->t.s;
 	uint64_t seed = 99;
 	while (!c->stop) {
 		uint64_t page = random_number(&seed) % s->pages;
@@ -412,8 +412,8 @@ static void crowd(enum backing backing)
 	struct crowd c = { .stop = false };
 	pthread_t pusher, device;
 	unsigned fills = 0;
-	filling_create(&c.t, backing, PAGES * PAGE);
-	struct scene *s = &c.t.s;
+	fill_vm_create(&c.t, backing, PAGES * PAGE);
+	struct slot_vm *s = &c.t.s;
 	options.batch = 16;
 	options.flags = KVMFAULT_FILL_KEEP_ARMED;
 	for (int n = 0; n < OWNERS; n++)
@@ -427,7 +427,7 @@ static void crowd(enum backing backing)
 		for (int n = 0; n < OWNERS; n++)
 			vcpu_start(s->m.vcpu[n], own, &c);
 		options.bytes_per_second = round % 2 ? 2 << 20 : 0;
-		struct kvmfault_fill *fill = filling_start(&c.t, &options);
+		struct kvmfault_fill *fill = fill_vm_start(&c.t, &options);
 		OK(kvmfault_fill_wait(fill, 60000));
 		kvmfault_fill_free(fill);
 		fills++;
@@ -444,7 +444,7 @@ static void crowd(enum backing backing)
 	struct kvmfault_stats stats = machine_stats(&s->m);
 	note("%lu pages given back, %lu found empty, %lu copied, in %u fills, %lu pushes, %lu looks of a device", stats.pages_given_back,
 	     stats.pages_empty, stats.pages_copied, fills, c.pushes, c.reads);
-	scene_destroy(s);
+	slot_vm_destroy(s);
 }
 
 static void crowd_anon(void) { crowd(ANON); }

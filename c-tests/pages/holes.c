@@ -4,8 +4,8 @@
  * VMM made without telling the library. They read as zeros, for whatever touches them.
  */
 #define _GNU_SOURCE
-#include "scene.h"
-#include "vmm.h"
+#include "slot_vm.h"
+#include "postcopy_vmm.h"
 
 #include <errno.h>
 #include <string.h>
@@ -16,10 +16,10 @@
 enum kind { OF_ANON, OF_MEMFD, OF_HUGETLB, OF_SHARED_ANON };
 enum { UNITS = 16 };
 
-static void create(struct scene *s, enum kind kind, uint32_t flags)
+static void create(struct slot_vm *s, enum kind kind, uint32_t flags)
 {
 	enum backing backing = kind == OF_ANON ? ANON : kind == OF_HUGETLB ? HUGETLB : MEMFD;
-	scene_attach(s, backing, UNITS * (kind == OF_HUGETLB ? HUGE_PAGE : PAGE), test_mechanism(), NULL);
+	slot_vm_attach(s, backing, UNITS * (kind == OF_HUGETLB ? HUGE_PAGE : PAGE), test_mechanism(), NULL);
 	struct kvmfault_memslot slot = slot_on(&s->ram, RAM_SLOT, RAM_GPA);
 	if (kind == OF_SHARED_ANON) {
 		int fixed = MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED;
@@ -30,29 +30,29 @@ static void create(struct scene *s, enum kind kind, uint32_t flags)
 	OK(kvmfault_memslot_set(s->m.library, &slot));
 }
 
-static uint64_t gpa_of(const struct scene *s, uint64_t unit)
+static uint64_t gpa_of(const struct slot_vm *s, uint64_t unit)
 {
 	return RAM_GPA + unit * s->ram.page;
 }
 
 /* Nothing is in unit `n` of the memory; each way to touch it finds zeros, and what is written there stays. */
-static void touch_all(struct scene *s)
+static void touch_all(struct slot_vm *s)
 {
 	uint64_t unit = 0;
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
-		struct vcpu *v = scene_add_vcpu(s, cpl);
-		EQUAL("what a vCPU reads", scene_read(s, v, gpa_of(s, unit) + 8), 0);
-		scene_write(s, v, gpa_of(s, unit) + 8, 0x1234);
-		EQUAL("what a vCPU reads back", scene_read(s, v, gpa_of(s, unit) + 8), 0x1234);
+		struct vcpu *v = slot_vm_add_vcpu(s, cpl);
+		EQUAL("what a vCPU reads", slot_vm_read(s, v, gpa_of(s, unit) + 8), 0);
+		slot_vm_write(s, v, gpa_of(s, unit) + 8, 0x1234);
+		EQUAL("what a vCPU reads back", slot_vm_read(s, v, gpa_of(s, unit) + 8), 0x1234);
 		EQUAL("what a thread reads", *(uint64_t *)(s->ram.hva + unit * s->ram.page + 8), 0x1234);
 		unit++;
-		scene_write(s, v, gpa_of(s, unit) + 16, 0x5678);
-		EQUAL("what a vCPU reads back", scene_read(s, v, gpa_of(s, unit) + 16), 0x5678);
-		EQUAL("the rest of the page", scene_read(s, v, gpa_of(s, unit) + 24), 0);
+		slot_vm_write(s, v, gpa_of(s, unit) + 16, 0x5678);
+		EQUAL("what a vCPU reads back", slot_vm_read(s, v, gpa_of(s, unit) + 16), 0x5678);
+		EQUAL("the rest of the page", slot_vm_read(s, v, gpa_of(s, unit) + 24), 0);
 		unit++;
 		EQUAL("what a thread reads", *(volatile uint64_t *)(s->ram.hva + unit * s->ram.page), 0);
 		*(volatile uint64_t *)(s->ram.hva + unit * s->ram.page) = 0x9abc;
-		EQUAL("what a vCPU reads", scene_read(s, v, gpa_of(s, unit)), 0x9abc);
+		EQUAL("what a vCPU reads", slot_vm_read(s, v, gpa_of(s, unit)), 0x9abc);
 		unit++;
 		uint64_t word = 1;
 		struct iovec local = { &word, 8 }, remote = { s->ram.hva + unit * s->ram.page, 8 };
@@ -61,7 +61,7 @@ static void touch_all(struct scene *s)
 		unit++;
 		OK(kvmfault_pages_resolve(s->m.library, gpa_of(s, unit), s->ram.page));
 		OK(kvmfault_vcpu_resolve(v->handle, gpa_of(s, unit), 8));
-		EQUAL("what a vCPU reads", scene_read(s, v, gpa_of(s, unit)), 0);
+		EQUAL("what a vCPU reads", slot_vm_read(s, v, gpa_of(s, unit)), 0);
 		unit++;
 		vcpu_detach(v);
 	}
@@ -71,13 +71,13 @@ static void touch_all(struct scene *s)
 
 static void present(enum kind kind)
 {
-	struct scene s;
+	struct slot_vm s;
 	create(&s, kind, KVMFAULT_MEMSLOT_PRESENT);
 	touch_all(&s);
 	/* With the flag KVM's own fault may put a page of its own there. */
 	if (test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG)
 		CHECK(machine_settled_stats(&s.m).pages_empty >= 8, "only %lu pages were found empty", machine_stats(&s.m).pages_empty);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 static void present_anon(void) { present(OF_ANON); }
@@ -90,24 +90,24 @@ static void slow(void)
 {
 	for (enum kind kind = OF_ANON; kind <= OF_MEMFD; kind++)
 		for (int on = 0; on <= 1; on++) {
-			struct scene s;
+			struct slot_vm s;
 			create(&s, kind, KVMFAULT_MEMSLOT_PRESENT | KVMFAULT_MEMSLOT_SLOW);
 			if (on)
 				OK(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT, 1));
 			touch_all(&s);
-			scene_destroy(&s);
+			slot_vm_destroy(&s);
 		}
 }
 
 /* A VMM takes memory away by itself, which it may not. Guests and threads read zeros all the same, and the counter tells. */
 static void behind(void)
 {
-	struct scene s;
+	struct slot_vm s;
 	create(&s, OF_MEMFD, 0);
-	struct vcpu *v = scene_add_vcpu(&s, 3);
+	struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 	for (int page = 0; page < UNITS; page++)
-		EQUAL("before", scene_read(&s, v, gpa_of(&s, page)), pattern_word(&s.source.pattern, page, 0));
-	scene_expect_all_present(&s);
+		EQUAL("before", slot_vm_read(&s, v, gpa_of(&s, page)), pattern_word(&s.source.pattern, page, 0));
+	slot_vm_expect_all_present(&s);
 	EQUAL("pages found empty", machine_settled_stats(&s.m).pages_empty, 0);
 	SYS(madvise(s.ram.hva, s.ram.len, MADV_REMOVE));
 	s.source.total = 0;
@@ -115,7 +115,7 @@ static void behind(void)
 	touch_all(&s);
 	if (test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG)
 		CHECK(machine_settled_stats(&s.m).pages_empty >= 8, "only %lu pages were found empty", machine_stats(&s.m).pages_empty);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 /* Another mapping in the place of the memory: an error that says so, for an absent page, and no wait. */
@@ -124,16 +124,16 @@ static void mapped_over(void)
 	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
 		skip("KVM uses what is mapped there now, and the library never hears of it");
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
-		struct scene s;
+		struct slot_vm s;
 		create(&s, OF_MEMFD, 0);
-		struct vcpu *v = scene_add_vcpu(&s, cpl);
+		struct vcpu *v = slot_vm_add_vcpu(&s, cpl);
 		int fixed = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
 		CHECK(mmap(s.ram.hva, s.ram.len, PROT_READ | PROT_WRITE, fixed, -1, 0) == s.ram.hva, "mmap");
-		scene_step(&s, v, (struct step){ READ64, RAM_GPA + PAGE, 0, 0 });
+		slot_vm_step(&s, v, (struct step){ READ64, RAM_GPA + PAGE, 0, 0 });
 		if (test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP)
 			REFUSED(kvmfault_vcpu_run(v->handle), ENOENT, "no longer mapped");
 		vcpu_detach(v);
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 	}
 }
 

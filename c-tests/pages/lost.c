@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* Pages that can't be had any more: KVMFAULT_LOST and kvmfault_pages_lost, for vCPUs, for the host, and after a discard. */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <setjmp.h>
@@ -13,10 +13,10 @@
 static int answer_lost(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	lab.calls++;
-	if (lab_page_of(fault) == 9)
+	resolver_vm.calls++;
+	if (resolver_vm_page_of(fault) == 9)
 		return KVMFAULT_LOST;
-	OK(source_install(&lab.source, vm, fault->gpa, fault->len));
+	OK(source_install(&resolver_vm.source, vm, fault->gpa, fault->len));
 	return KVMFAULT_RESOLVED;
 }
 
@@ -57,61 +57,61 @@ static void expect_lost(struct vcpu *v, uint64_t page)
 	CHECK(ret == KVMFAULT_MEMORY_ERROR, "%s", vcpu_describe(v, ret));
 	OK(kvmfault_vcpu_memory_error(v->handle, &info));
 	EQUAL("gpa", info.gpa, RAM_GPA + page * PAGE);
-	EQUAL("hva", (uint8_t *)info.hva - lab.ram.hva, page * PAGE);
+	EQUAL("hva", (uint8_t *)info.hva - resolver_vm.ram.hva, page * PAGE);
 	EQUAL("len", info.len, PAGE);
 	EQUAL("lost", info.lost, 1);
-	EQUAL("state", kvmfault_pages_state(lab.m.library, RAM_GPA + page * PAGE), KVMFAULT_PAGE_LOST);
+	EQUAL("state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + page * PAGE), KVMFAULT_PAGE_LOST);
 }
 
 static void lost(enum backing backing, int cpl)
 {
 	struct kvmfault_memory_error_info info = KVMFAULT_MEMORY_ERROR_INFO_INIT;
-	lab_set_up(backing, answer_lost, 1, cpl);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up(backing, answer_lost, 1, cpl);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
 	EQUAL("memory_error before there is one", kvmfault_vcpu_memory_error(v->handle, &info), -ENODATA);
-	lab_read(v, 8);
+	resolver_vm_read(v, 8);
 
-	lab_load_read(v, 9);
+	resolver_vm_load_read(v, 9);
 	expect_lost(v, 9);
-	EQUAL("calls", lab.calls, 2);
+	EQUAL("calls", resolver_vm.calls, 2);
 	/* With userfaultfd the vCPU is told by a marker, which counts as a fault of its own. */
-	CHECK(machine_settled_stats(&lab.m).outcome_lost >= 1, "outcome_lost is 0");
+	CHECK(machine_settled_stats(&resolver_vm.m).outcome_lost >= 1, "outcome_lost is 0");
 	if (cpl == 0 && cpl0_is_emulated()) {
 		/* KVM's emulator has its access answered in any case; it reads ones, as from where no device is. */
 		EQUAL("stop", vcpu_run(v), 0);
-		EQUAL("what the guest read", lab.steps[0].value, -1);
+		EQUAL("what the guest read", resolver_vm.steps[0].value, -1);
 	} else {
 		/* The guest repeats the access, and it is still lost; the resolver isn't asked again. */
 		expect_lost(v, 9);
-		lab_load_read(v, 9);
+		resolver_vm_load_read(v, 9);
 		expect_lost(v, 9);
 	}
-	EQUAL("calls", lab.calls, 2);
+	EQUAL("calls", resolver_vm.calls, 2);
 	/* Neighbours are not concerned, and others find the page lost, too. */
-	lab_read(v, 10);
-	REFUSED(kvmfault_pages_install(lab.m.library, RAM_GPA + 9 * PAGE, lab.ram.hva + 10 * PAGE, PAGE), EHWPOISON, "lost");
-	REFUSED(kvmfault_pages_resolve(lab.m.library, RAM_GPA + 9 * PAGE, PAGE), EHWPOISON, "lost");
-	UNTIL(kvmfault_pages_absent(lab.m.library) == LAB_PAGES - 3); /* the guest may be ahead of the books */
+	resolver_vm_read(v, 10);
+	REFUSED(kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 9 * PAGE, resolver_vm.ram.hva + 10 * PAGE, PAGE), EHWPOISON, "lost");
+	REFUSED(kvmfault_pages_resolve(resolver_vm.m.library, RAM_GPA + 9 * PAGE, PAGE), EHWPOISON, "lost");
+	UNTIL(kvmfault_pages_absent(resolver_vm.m.library) == RESOLVER_VM_PAGES - 3); /* the guest may be ahead of the books */
 
 	/* A host thread gets SIGBUS at the address, a system call EFAULT. */
 	pthread_t toucher;
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
 	OK(kvmfault_probe(-1, &probe));
 	if (probe.mechanisms_anon & 1u << KVMFAULT_MECHANISM_POISON_TRAP) { /* before Linux 6.6 it is SIGSEGV */
-		CHECK(!pthread_create(&toucher, NULL, touch_lost, lab.ram.hva + 9 * PAGE + 123), "pthread_create");
+		CHECK(!pthread_create(&toucher, NULL, touch_lost, resolver_vm.ram.hva + 9 * PAGE + 123), "pthread_create");
 		pthread_join(toucher, NULL);
-		EQUAL("the address of SIGBUS", ((uintptr_t)bus_address & -PAGE) - (uintptr_t)lab.ram.hva, 9 * PAGE);
+		EQUAL("the address of SIGBUS", ((uintptr_t)bus_address & -PAGE) - (uintptr_t)resolver_vm.ram.hva, 9 * PAGE);
 	}
 	int fd = SYS(memfd_create("output", MFD_CLOEXEC));
-	CHECK(write(fd, lab.ram.hva + 9 * PAGE, 8) == -1 && errno == EFAULT, "write(2) from a lost page: %s", strerror(errno));
+	CHECK(write(fd, resolver_vm.ram.hva + 9 * PAGE, 8) == -1 && errno == EFAULT, "write(2) from a lost page: %s", strerror(errno));
 
 	/* A discard makes it absent again, and then it can come. */
-	OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + 9 * PAGE, PAGE));
-	EQUAL("state", kvmfault_pages_state(lab.m.library, RAM_GPA + 9 * PAGE), KVMFAULT_PAGE_ABSENT);
-	lab_install(9);
-	lab_read(v, 9);
-	lab_tear_down();
+	OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + 9 * PAGE, PAGE));
+	EQUAL("state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + 9 * PAGE), KVMFAULT_PAGE_ABSENT);
+	resolver_vm_install(9);
+	resolver_vm_read(v, 9);
+	resolver_vm_tear_down();
 }
 
 static void lost_memfd(void)
@@ -133,27 +133,27 @@ static void *expect_lost_page_3(struct vcpu *v)
 {
 	vcpu_attach(v);
 	expect_lost(v, 3);
-	lab.finished++;
+	resolver_vm.finished++;
 	return NULL;
 }
 
 /* A vCPU that waits for a pending page is told that it is lost. */
 static void lost_while_pending(void)
 {
-	lab_set_up(MEMFD, lab_answer_pending, 2, 3);
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 2, 3);
 	for (int i = 0; i < 2; i++) {
-		lab_load_read(lab.m.vcpu[i], 3);
-		vcpu_start(lab.m.vcpu[i], expect_lost_page_3, NULL);
+		resolver_vm_load_read(resolver_vm.m.vcpu[i], 3);
+		vcpu_start(resolver_vm.m.vcpu[i], expect_lost_page_3, NULL);
 	}
-	UNTIL(lab.calls == 1);
+	UNTIL(resolver_vm.calls == 1);
 	usleep(50000);
-	EQUAL("vCPUs that have gone on", lab.finished, 0);
-	OK(kvmfault_pages_lost(lab.m.library, RAM_GPA + 3 * PAGE, PAGE));
-	UNTIL(lab.finished == 2);
+	EQUAL("vCPUs that have gone on", resolver_vm.finished, 0);
+	OK(kvmfault_pages_lost(resolver_vm.m.library, RAM_GPA + 3 * PAGE, PAGE));
+	UNTIL(resolver_vm.finished == 2);
 	for (int i = 0; i < 2; i++)
-		vcpu_join(lab.m.vcpu[i]);
-	EQUAL("calls", lab.calls, 1);
-	lab_tear_down();
+		vcpu_join(resolver_vm.m.vcpu[i]);
+	EQUAL("calls", resolver_vm.calls, 1);
+	resolver_vm_tear_down();
 }
 
 static const int late_answers[] = { KVMFAULT_RESOLVED, KVMFAULT_PENDING, KVMFAULT_LOST, KVMFAULT_RETRY, -EIO, -EEXIST, 12345 };
@@ -162,29 +162,29 @@ static const int late_answers[] = { KVMFAULT_RESOLVED, KVMFAULT_PENDING, KVMFAUL
 static int answer_too_late(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	lab.calls++;
+	resolver_vm.calls++;
 	OK(kvmfault_pages_lost(vm, fault->gpa, fault->len));
-	return late_answers[lab_page_of(fault)];
+	return late_answers[resolver_vm_page_of(fault)];
 }
 
 /* Then it is lost, whatever the resolver says. */
 static void lost_while_resolving(void)
 {
 	enum { N = sizeof(late_answers) / sizeof(*late_answers) };
-	lab_set_up(MEMFD, answer_too_late, 1, 3);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up(MEMFD, answer_too_late, 1, 3);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
 	for (unsigned i = 0; i < N; i++) {
-		lab_load_read(v, i);
+		resolver_vm_load_read(v, i);
 		expect_lost(v, i);
-		EQUAL("calls", lab.calls, i + 1);
+		EQUAL("calls", resolver_vm.calls, i + 1);
 		/* A reader thread may still be at it; for a page that is absent again it would ask again. */
-		machine_settled_stats(&lab.m);
+		machine_settled_stats(&resolver_vm.m);
 		/* Before Linux 6.6 the address is told only while one page is lost. */
-		OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + i * PAGE, PAGE));
+		OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + i * PAGE, PAGE));
 	}
-	EQUAL("outcome_failed", machine_settled_stats(&lab.m).outcome_failed, 0);
-	lab_tear_down();
+	EQUAL("outcome_failed", machine_settled_stats(&resolver_vm.m).outcome_failed, 0);
+	resolver_vm_tear_down();
 }
 
 /* A lost page is told as such to whoever comes to it, also when the VMM has dropped what shows that. */
@@ -195,13 +195,13 @@ static void lost_and_dropped(void)
 	OK(kvmfault_probe(-1, &probe));
 	if (!(probe.mechanisms_anon & 1u << KVMFAULT_MECHANISM_POISON_TRAP))
 		skip("without UFFDIO_POISON the page is inaccessible, which doesn't go away");
-	lab_set_up(MEMFD, answer_lost, 1, 3);
-	OK(kvmfault_pages_lost(lab.m.library, RAM_GPA + 9 * PAGE, PAGE));
-	SYS(madvise(lab.ram.hva + 9 * PAGE, PAGE, MADV_DONTNEED));
-	CHECK(!pthread_create(&thread, NULL, touch_lost, lab.ram.hva + 9 * PAGE), "pthread_create");
+	resolver_vm_set_up(MEMFD, answer_lost, 1, 3);
+	OK(kvmfault_pages_lost(resolver_vm.m.library, RAM_GPA + 9 * PAGE, PAGE));
+	SYS(madvise(resolver_vm.ram.hva + 9 * PAGE, PAGE, MADV_DONTNEED));
+	CHECK(!pthread_create(&thread, NULL, touch_lost, resolver_vm.ram.hva + 9 * PAGE), "pthread_create");
 	pthread_join(thread, NULL);
-	EQUAL("resolver calls", lab.calls, 0);
-	lab_tear_down();
+	EQUAL("resolver calls", resolver_vm.calls, 0);
+	resolver_vm_tear_down();
 }
 
 static const struct test_case cases[] = {

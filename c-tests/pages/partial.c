@@ -4,8 +4,8 @@
  * released.
  */
 #define _GNU_SOURCE
-#include "lab.h"
-#include "scene.h"
+#include "resolver_vm.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -65,7 +65,7 @@ static uint64_t gpa_of(uint64_t page)
 	return RAM_GPA + page * PAGE;
 }
 
-static void expect_state(const struct scene *s, uint64_t page, int state)
+static void expect_state(const struct slot_vm *s, uint64_t page, int state)
 {
 	int is = kvmfault_pages_state(s->m.library, gpa_of(page));
 	CHECK(is == state, "page %lu: its state is %d, not %d", page, is, state);
@@ -77,9 +77,9 @@ static void install(void)
 	if (test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP)
 		skip("memory has no second mapping for KVM");
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
-		struct scene s;
-		scene_create(&s, MEMFD, PAGES * PAGE, 0, 0);
-		struct vcpu *v = scene_add_vcpu(&s, cpl);
+		struct slot_vm s;
+		slot_vm_create(&s, MEMFD, PAGES * PAGE, 0, 0);
+		struct vcpu *v = slot_vm_add_vcpu(&s, cpl);
 		half = 1;
 		REFUSED(source_install(&s.source, s.m.library, RAM_GPA, PAGES * PAGE), ENOMEM, "mapping a page for KVM");
 		EQUAL("failures to come", half + failing, 0);
@@ -87,15 +87,15 @@ static void install(void)
 			expect_state(&s, page, KVMFAULT_PAGE_PRESENT);
 		/* One that was mapped, and one that wasn't. */
 		for (uint64_t page = 1; page < PAGES; page += PAGES / 2) {
-			scene_write(&s, v, gpa_of(page) + 8, 0x1234 + page);
+			slot_vm_write(&s, v, gpa_of(page) + 8, 0x1234 + page);
 			int ret = source_install(&s.source, s.m.library, RAM_GPA, PAGES * PAGE);
 			EQUAL("a second install", ret, -EEXIST);
-			EQUAL("what the guest reads", scene_read(&s, v, gpa_of(page) + 8), 0x1234 + page);
+			EQUAL("what the guest reads", slot_vm_read(&s, v, gpa_of(page) + 8), 0x1234 + page);
 			EQUAL("what a thread reads", *(uint64_t *)(s.ram.hva + page * PAGE + 8), 0x1234 + page);
 		}
 		EQUAL("resolver calls", s.source.total, 0);
 		vcpu_detach(v);
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 	}
 }
 
@@ -115,26 +115,26 @@ static void *touch(void *hva)
 /* Locked memory can't be dropped: what is before and behind it goes, and it stays. */
 static void locked(enum backing backing)
 {
-	struct scene s;
+	struct slot_vm s;
 	pthread_t thread;
-	scene_create(&s, backing, PAGES * PAGE, 0, 0);
-	struct vcpu *v = scene_add_vcpu(&s, 3);
+	slot_vm_create(&s, backing, PAGES * PAGE, 0, 0);
+	struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 	OK(source_install(&s.source, s.m.library, RAM_GPA, PAGES * PAGE));
 	SYS(mlock(s.ram.hva + FIRST_LOCKED * PAGE, LOCKED * PAGE));
 	for (uint64_t page = 0; page < PAGES; page++)
-		scene_write(&s, v, gpa_of(page) + 8, 0x1234);
+		slot_vm_write(&s, v, gpa_of(page) + 8, 0x1234);
 	for (int round = 0; round < 3; round++) {
 		REFUSED(kvmfault_pages_discard(s.m.library, RAM_GPA, PAGES * PAGE), EINVAL, "mlock");
 		s.source.total = 0;
 		for (uint64_t page = 0; page < PAGES; page++) {
 			bool stays = page >= FIRST_LOCKED && page < FIRST_LOCKED + LOCKED;
 			expect_state(&s, page, stays ? KVMFAULT_PAGE_PRESENT : KVMFAULT_PAGE_ABSENT);
-			uint64_t word = scene_read(&s, v, gpa_of(page) + 8);
+			uint64_t word = slot_vm_read(&s, v, gpa_of(page) + 8);
 			uint64_t expected = stays ? 0x1234 : pattern_word(&s.source.pattern, page, 1);
 			CHECK(word == expected, "page %lu: the guest reads %#lx, not %#lx", page, word, expected);
 		}
 		EQUAL("resolver calls", s.source.total, PAGES - LOCKED);
-		scene_expect_all_present(&s);
+		slot_vm_expect_all_present(&s);
 	}
 	if (backing == MEMFD) { /* of private memory only vCPUs may touch what is absent */
 		enough = false;
@@ -152,7 +152,7 @@ static void locked(enum backing backing)
 	OK(kvmfault_pages_discard(s.m.library, RAM_GPA, PAGES * PAGE));
 	EQUAL("absent", kvmfault_pages_absent(s.m.library), PAGES);
 	vcpu_detach(v);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 static void locked_anon(void) { locked(ANON); }
@@ -161,8 +161,8 @@ static void locked_memfd(void) { locked(MEMFD); }
 /* The kernel punches no hole in a file that is sealed against writing. The pages stay what they are, and vCPUs find them. */
 static void sealed(void)
 {
-	struct scene s;
-	scene_attach(&s, MEMFD, PAGES * PAGE, test_mechanism(), NULL);
+	struct slot_vm s;
+	slot_vm_attach(&s, MEMFD, PAGES * PAGE, test_mechanism(), NULL);
 	struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
 	slot.fd = SYS(memfd_create("sealed", MFD_CLOEXEC | MFD_ALLOW_SEALING));
 	SYS(ftruncate(slot.fd, s.ram.len));
@@ -170,22 +170,22 @@ static void sealed(void)
 	if (fcntl(slot.fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE))
 		skip("F_SEAL_FUTURE_WRITE: %s (Linux 5.1 and later have it)", strerror(errno));
 	OK(kvmfault_memslot_set(s.m.library, &slot));
-	struct vcpu *v = scene_add_vcpu(&s, 3);
+	struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 	OK(source_install(&s.source, s.m.library, RAM_GPA, PAGES * PAGE));
-	scene_write(&s, v, gpa_of(3) + 8, 0x1234);
+	slot_vm_write(&s, v, gpa_of(3) + 8, 0x1234);
 	uint64_t exits = machine_settled_stats(&s.m).faults_vcpu;
 	REFUSED(kvmfault_pages_discard(s.m.library, RAM_GPA, PAGES * PAGE), EPERM, "F_SEAL_FUTURE_WRITE");
 	for (uint64_t page = 0; page < PAGES; page++)
 		expect_state(&s, page, KVMFAULT_PAGE_PRESENT);
 	for (uint64_t page = 0; page < PAGES; page++)
-		EQUAL("what the guest reads", scene_read(&s, v, gpa_of(page) + 8),
+		EQUAL("what the guest reads", slot_vm_read(&s, v, gpa_of(page) + 8),
 		      page == 3 ? 0x1234 : pattern_word(&s.source.pattern, page, 1));
 	if (test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP)
 		EQUAL("faults of the vCPU in pages that stayed", machine_settled_stats(&s.m).faults_vcpu, exits);
 	EQUAL("what a thread reads", *(uint64_t *)(s.ram.hva + 3 * PAGE + 8), 0x1234);
 	EQUAL("resolver calls", s.source.total, 0);
 	vcpu_detach(v);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 	close(slot.fd);
 }
 
@@ -205,18 +205,18 @@ static void lost(void)
 	OK(kvmfault_probe(-1, &probe));
 	if (!(probe.mechanisms_anon & 1u << KVMFAULT_MECHANISM_POISON_TRAP))
 		skip("before Linux 6.6 a thread that touches a lost page gets SIGSEGV");
-	lab_set_up(MEMFD, lab_answer_pending, 0, 3);
-	CHECK(!pthread_create(&thread, NULL, wait_for_page, lab.ram.hva), "pthread_create");
-	UNTIL(lab.calls == 1);
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 0, 3);
+	CHECK(!pthread_create(&thread, NULL, wait_for_page, resolver_vm.ram.hva), "pthread_create");
+	UNTIL(resolver_vm.calls == 1);
 	int fixed = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
-	CHECK(mmap(lab.ram.hva, lab.ram.len, PROT_READ | PROT_WRITE, fixed, -1, 0) == lab.ram.hva, "mmap");
+	CHECK(mmap(resolver_vm.ram.hva, resolver_vm.ram.len, PROT_READ | PROT_WRITE, fixed, -1, 0) == resolver_vm.ram.hva, "mmap");
 	CHECK(!went_on, "the mapping woke it");
-	int ret = kvmfault_pages_lost(lab.m.library, RAM_GPA, LAB_PAGES * PAGE);
+	int ret = kvmfault_pages_lost(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE);
 	UNTIL(went_on);
 	pthread_join(thread, NULL);
 	CHECK(ret < 0, "the kernel has markers where nothing is registered");
-	EQUAL("state", kvmfault_pages_state(lab.m.library, RAM_GPA), KVMFAULT_PAGE_LOST);
-	lab_tear_down();
+	EQUAL("state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA), KVMFAULT_PAGE_LOST);
+	resolver_vm_tear_down();
 }
 
 static const struct test_case cases[] = {

@@ -4,7 +4,7 @@
  * by what the VMM has done with a part of it (madvise, mbind, mlock). The kernel's installs stop at a mapping's end.
  */
 #define _GNU_SOURCE
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <string.h>
@@ -40,38 +40,38 @@ static void cut(const struct ram *ram)
 }
 
 /* Guests at both privilege levels and the VMM's stream, each across a border; and discards. */
-static void use(struct scene *s)
+static void use(struct slot_vm *s)
 {
 	uint64_t page = s->ram.page / PAGE, units = s->ram.len / s->ram.page, third = s->pages / THIRDS;
 	OK(source_install(&s->source, s->m.library, RAM_GPA + third * PAGE - s->ram.page, 2 * s->ram.page));
 	s->source.window = true;
-	struct vcpu *v = scene_add_vcpu(s, 3);
-	scene_visit(s, v, 0, s->pages / 2, READ_FIRST);
+	struct vcpu *v = slot_vm_add_vcpu(s, 3);
+	slot_vm_visit(s, v, 0, s->pages / 2, READ_FIRST);
 	vcpu_detach(v);
-	v = scene_add_vcpu(s, 0);
-	scene_visit(s, v, s->pages / 2, s->pages - s->pages / 2, READ_FIRST);
+	v = slot_vm_add_vcpu(s, 0);
+	slot_vm_visit(s, v, s->pages / 2, s->pages - s->pages / 2, READ_FIRST);
 	vcpu_detach(v);
-	scene_expect_all_present(s);
+	slot_vm_expect_all_present(s);
 	if (s->ram.backing != ANON)
 		pattern_check(&s->source.pattern, s->ram.hva, 0, s->pages);
 	OK(kvmfault_pages_discard(s->m.library, RAM_GPA, s->ram.len));
 	EQUAL("pages absent", kvmfault_pages_absent(s->m.library), units);
 	OK(source_install(&s->source, s->m.library, RAM_GPA, s->ram.len));
-	v = scene_add_vcpu(s, 3);
-	scene_visit(s, v, 0, s->pages, READ_FIRST);
+	v = slot_vm_add_vcpu(s, 3);
+	slot_vm_visit(s, v, 0, s->pages, READ_FIRST);
 	vcpu_detach(v);
 	OK(kvmfault_pages_discard(s->m.library, RAM_GPA, s->ram.len));
 	OK(kvmfault_pages_zero(s->m.library, RAM_GPA, s->ram.len));
-	v = scene_add_vcpu(s, 3);
+	v = slot_vm_add_vcpu(s, 3);
 	for (uint64_t at = 0; at < s->pages; at += page)
-		EQUAL("a word of zeros", scene_read(s, v, RAM_GPA + at * PAGE), 0);
+		EQUAL("a word of zeros", slot_vm_read(s, v, RAM_GPA + at * PAGE), 0);
 	vcpu_detach(v);
 }
 
 static void used(enum backing backing, void (*prepare)(const struct ram *), bool live)
 {
-	struct scene s;
-	scene_attach(&s, backing, length_of(backing), test_mechanism(), NULL);
+	struct slot_vm s;
+	slot_vm_attach(&s, backing, length_of(backing), test_mechanism(), NULL);
 	if (!live)
 		prepare(&s.ram);
 	struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
@@ -81,7 +81,7 @@ static void used(enum backing backing, void (*prepare)(const struct ram *), bool
 	if (live)
 		prepare(&s.ram);
 	use(&s);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 static void files_memfd(void)

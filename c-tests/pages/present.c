@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* Pages that are present, but not as the access wants them: KVM's fast path fails though nothing is absent. */
 #define _GNU_SOURCE
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -12,22 +12,22 @@ static void zero_page(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
 		for (int cpl = 0; cpl <= 3; cpl += 3) {
-			struct scene s;
-			scene_create(&s, backing, 96 * PAGE, 0, 0);
-			struct vcpu *v = scene_add_vcpu(&s, cpl);
+			struct slot_vm s;
+			slot_vm_create(&s, backing, 96 * PAGE, 0, 0);
+			struct vcpu *v = slot_vm_add_vcpu(&s, cpl);
 			OK(kvmfault_pages_zero(s.m.library, RAM_GPA, 64 * PAGE));
 			for (uint64_t page = 0; page < 64; page++) {
 				uint64_t address = RAM_GPA + page * PAGE + 8 * page;
 				if (page % 2)
-					EQUAL("a zero page", scene_read(&s, v, address), 0);
-				scene_write(&s, v, address, page + 1);
-				EQUAL("what was written", scene_read(&s, v, address), page + 1);
+					EQUAL("a zero page", slot_vm_read(&s, v, address), 0);
+				slot_vm_write(&s, v, address, page + 1);
+				EQUAL("what was written", slot_vm_read(&s, v, address), page + 1);
 				EQUAL("what the host sees", *(uint64_t *)(s.ram.hva + (address - RAM_GPA)), page + 1);
 			}
 			EQUAL("resolver calls", s.source.total, 0);
-			scene_visit(&s, v, 64, 32, READ_FIRST);
+			slot_vm_visit(&s, v, 64, 32, READ_FIRST);
 			vcpu_detach(v);
-			scene_destroy(&s);
+			slot_vm_destroy(&s);
 		}
 	}
 }
@@ -36,12 +36,12 @@ static void zero_page(void)
 static void forked(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct scene s;
+		struct slot_vm s;
 		char byte;
 		int quit[2];
-		scene_create(&s, backing, 256 * PAGE, 0, 0);
-		struct vcpu *v = scene_add_vcpu(&s, 3);
-		scene_visit(&s, v, 0, 64, READ_FIRST);                 /* mapped by KVM */
+		slot_vm_create(&s, backing, 256 * PAGE, 0, 0);
+		struct vcpu *v = slot_vm_add_vcpu(&s, 3);
+		slot_vm_visit(&s, v, 0, 64, READ_FIRST);                 /* mapped by KVM */
 		OK(source_install(&s.source, s.m.library, RAM_GPA + 64 * PAGE, 64 * PAGE)); /* present, and not mapped by KVM */
 		SYS(pipe(quit));
 		pid_t child = SYS(fork());
@@ -55,7 +55,7 @@ static void forked(void)
 					_exit(2);
 			_exit(0);
 		}
-		scene_visit(&s, v, 0, 192, WRITE_FIRST);
+		slot_vm_visit(&s, v, 0, 192, WRITE_FIRST);
 		for (uint64_t page = 0; page < 192; page++)
 			EQUAL("what the host sees", *(uint64_t *)(s.ram.hva + page * PAGE + 4088),
 			      ~pattern_word(&s.source.pattern, page, 511));
@@ -63,9 +63,9 @@ static void forked(void)
 		close(quit[1]);
 		waitpid(child, &status, 0);
 		EQUAL("the child's memory is as it was at the fork", status, 0);
-		scene_visit(&s, v, 192, 64, WRITE_FIRST);
+		slot_vm_visit(&s, v, 192, 64, WRITE_FIRST);
 		vcpu_detach(v);
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 	}
 }
 
@@ -73,36 +73,36 @@ static void forked(void)
 static void protected_once(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct scene s;
-		scene_create(&s, backing, 256 * PAGE, 0, 0);
-		struct vcpu *v = scene_add_vcpu(&s, 3);
-		scene_visit(&s, v, 0, 64, READ_FIRST);
+		struct slot_vm s;
+		slot_vm_create(&s, backing, 256 * PAGE, 0, 0);
+		struct vcpu *v = slot_vm_add_vcpu(&s, 3);
+		slot_vm_visit(&s, v, 0, 64, READ_FIRST);
 		OK(source_install(&s.source, s.m.library, RAM_GPA + 64 * PAGE, 64 * PAGE));
 		SYS(mprotect(s.ram.hva, s.ram.len, PROT_READ));
 		SYS(mprotect(s.ram.hva, s.ram.len, PROT_READ | PROT_WRITE));
-		scene_visit(&s, v, 0, 256, WRITE_FIRST);
+		slot_vm_visit(&s, v, 0, 256, WRITE_FIRST);
 		vcpu_detach(v);
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 	}
 }
 
 /* Swapped out, or dropped from the page tables: present for the library, and not for KVM's fast path. */
 static void dropped_mappings(void)
 {
-	struct scene s;
-	scene_create(&s, MEMFD, 256 * PAGE, 0, 0);
-	struct vcpu *v = scene_add_vcpu(&s, 3);
+	struct slot_vm s;
+	slot_vm_create(&s, MEMFD, 256 * PAGE, 0, 0);
+	struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 	for (int round = 0; round < 4; round++) {
-		scene_visit(&s, v, 0, 192, READ_FIRST);
+		slot_vm_visit(&s, v, 0, 192, READ_FIRST);
 		/* Of shared memory MADV_DONTNEED forgets the mapping and keeps the bytes. */
 		SYS(madvise(s.ram.hva, 128 * PAGE, MADV_DONTNEED));
-		scene_visit(&s, v, 0, 192, round % 2 ? READ_FIRST : WRITE_FIRST);
+		slot_vm_visit(&s, v, 0, 192, round % 2 ? READ_FIRST : WRITE_FIRST);
 		for (uint64_t page = 0; page < 192; page++)
-			scene_write(&s, v, RAM_GPA + page * PAGE + 4088, pattern_word(&s.source.pattern, page, 511));
+			slot_vm_write(&s, v, RAM_GPA + page * PAGE + 4088, pattern_word(&s.source.pattern, page, 511));
 	}
 	EQUAL("resolver calls", s.source.total, 192);
 	vcpu_detach(v);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 static const struct test_case cases[] = {

@@ -4,7 +4,7 @@
  * states of a range at a glance.
  */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <semaphore.h>
@@ -29,7 +29,7 @@ static int held_call(void *opaque, struct kvmfault_vm *vm, const struct kvmfault
 		;
 	ret = answer[number];
 	if (ret == KVMFAULT_RESOLVED) {
-		ret = source_install(&lab.source, vm, fault->gpa, fault->len);
+		ret = source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 		ret = ret == -EEXIST ? KVMFAULT_RESOLVED : ret;
 	}
 	under_way--;
@@ -43,18 +43,18 @@ static void held_set_up(int vcpus)
 		answer[i] = KVMFAULT_RESOLVED;
 		SYS(sem_init(&go_on[i], 0, 0));
 	}
-	lab_set_up(MEMFD, held_call, vcpus, 3);
+	resolver_vm_set_up(MEMFD, held_call, vcpus, 3);
 }
 
 static int state_of(uint64_t page)
 {
-	return OK(kvmfault_pages_state(lab.m.library, RAM_GPA + page * PAGE));
+	return OK(kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + page * PAGE));
 }
 
 static void *bring_page_5(void *arg)
 {
 	(void)arg;
-	OK(kvmfault_pages_resolve(lab.m.library, RAM_GPA + 5 * PAGE, PAGE));
+	OK(kvmfault_pages_resolve(resolver_vm.m.library, RAM_GPA + 5 * PAGE, PAGE));
 	brought++;
 	return NULL;
 }
@@ -85,25 +85,25 @@ static void *run_despite_loss(struct vcpu *v)
 /* How a page goes while a call for it is under way. */
 static void push_and_discard(void)
 {
-	lab_install(5);
-	OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + 5 * PAGE, PAGE));
+	resolver_vm_install(5);
+	OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + 5 * PAGE, PAGE));
 }
 
 static void lose_and_discard(void)
 {
-	OK(kvmfault_pages_lost(lab.m.library, RAM_GPA + 5 * PAGE, PAGE));
-	OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + 5 * PAGE, PAGE));
+	OK(kvmfault_pages_lost(resolver_vm.m.library, RAM_GPA + 5 * PAGE, PAGE));
+	OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + 5 * PAGE, PAGE));
 }
 
 static void withdraw(void)
 {
-	EQUAL("pages withdrawn", OK(kvmfault_pages_withdraw(lab.m.library, RAM_GPA, LAB_PAGES * PAGE)), 1);
+	EQUAL("pages withdrawn", OK(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE)), 1);
 }
 
 static void push_discard_push(void)
 {
 	push_and_discard();
-	lab_install(5);
+	resolver_vm_install(5);
 }
 
 /*
@@ -115,8 +115,8 @@ static void overtaken(void (*go)(void), int late_answer)
 	pthread_t others[2];
 	held_set_up(1);
 	answer[0] = late_answer;
-	lab_load_read(lab.m.vcpu[0], 5);
-	vcpu_start(lab.m.vcpu[0], go == lose_and_discard ? run_despite_loss : lab_run_to_stop, NULL);
+	resolver_vm_load_read(resolver_vm.m.vcpu[0], 5);
+	vcpu_start(resolver_vm.m.vcpu[0], go == lose_and_discard ? run_despite_loss : resolver_vm_run_to_stop, NULL);
 	UNTIL(begun == 1);
 	go();
 	go(); /* marked already */
@@ -136,13 +136,13 @@ static void overtaken(void (*go)(void), int late_answer)
 		sem_post(&go_on[i]);
 	for (int i = 0; i < 2; i++)
 		pthread_join(others[i], NULL);
-	vcpu_join(lab.m.vcpu[0]);
-	lab_check_read(lab.m.vcpu[0], 5);
+	vcpu_join(resolver_vm.m.vcpu[0]);
+	resolver_vm_check_read(resolver_vm.m.vcpu[0], 5);
 	EQUAL("most calls at once for one page", most_at_once, 1);
 	EQUAL("calls", begun, late_answer == KVMFAULT_RESOLVED ? 1 : 2);
-	EQUAL("outcome_failed", machine_settled_stats(&lab.m).outcome_failed, 0);
+	EQUAL("outcome_failed", machine_settled_stats(&resolver_vm.m).outcome_failed, 0);
 	EQUAL("state", state_of(5), KVMFAULT_PAGE_PRESENT);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 static void overtaken_by_discard(void)
@@ -166,17 +166,17 @@ static void overtaken_and_pushed(void)
 {
 	held_set_up(1);
 	answer[0] = -EIO;
-	lab_load_read(lab.m.vcpu[0], 5);
-	vcpu_start(lab.m.vcpu[0], lab_run_to_stop, NULL);
+	resolver_vm_load_read(resolver_vm.m.vcpu[0], 5);
+	vcpu_start(resolver_vm.m.vcpu[0], resolver_vm_run_to_stop, NULL);
 	UNTIL(begun == 1);
 	push_discard_push();
 	EQUAL("state while the call is under way", state_of(5), KVMFAULT_PAGE_PRESENT);
 	sem_post(&go_on[0]);
-	vcpu_join(lab.m.vcpu[0]);
-	lab_check_read(lab.m.vcpu[0], 5);
+	vcpu_join(resolver_vm.m.vcpu[0]);
+	resolver_vm_check_read(resolver_vm.m.vcpu[0], 5);
 	EQUAL("state", state_of(5), KVMFAULT_PAGE_PRESENT);
 	EQUAL("calls", begun, 1);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 /* ---- announcements that are withdrawn ---- */
@@ -184,7 +184,7 @@ static void overtaken_and_pushed(void)
 /* vCPUs and a host thread wait for pages that were announced; the connection dies, all are asked for anew. */
 static void *read_from_the_host(void *arg)
 {
-	EQUAL("a host thread's word", *(uint64_t *)(lab.ram.hva + 9 * PAGE), pattern_word(&lab.source.pattern, 9, 0));
+	EQUAL("a host thread's word", *(uint64_t *)(resolver_vm.ram.hva + 9 * PAGE), pattern_word(&resolver_vm.source.pattern, 9, 0));
 	*(atomic_bool *)arg = true;
 	return NULL;
 }
@@ -194,45 +194,45 @@ static void withdrawn(void)
 	enum { N = 4 };
 	pthread_t host;
 	atomic_bool done = false;
-	lab_set_up(MEMFD, lab_answer_pending, N, 3);
-	lab_install(20);
-	OK(kvmfault_pages_lost(lab.m.library, RAM_GPA + 21 * PAGE, PAGE));
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, N, 3);
+	resolver_vm_install(20);
+	OK(kvmfault_pages_lost(resolver_vm.m.library, RAM_GPA + 21 * PAGE, PAGE));
 	for (int i = 0; i < N; i++) {
-		lab_load_read(lab.m.vcpu[i], i / 2); /* two wait for one page */
-		vcpu_start(lab.m.vcpu[i], lab_run_to_stop, NULL);
+		resolver_vm_load_read(resolver_vm.m.vcpu[i], i / 2); /* two wait for one page */
+		vcpu_start(resolver_vm.m.vcpu[i], resolver_vm_run_to_stop, NULL);
 	}
 	CHECK(!pthread_create(&host, NULL, read_from_the_host, &done), "pthread_create");
-	UNTIL(lab.calls == 3 && state_of(0) == 1 && state_of(1) == 1 && state_of(9) == 1);
+	UNTIL(resolver_vm.calls == 3 && state_of(0) == 1 && state_of(1) == 1 && state_of(9) == 1);
 	/* All of them are asked for anew, and announced anew, as often as that is done. */
 	for (unsigned round = 2; round < 5; round++) {
-		struct kvmfault_vm *vm = lab.m.library;
+		struct kvmfault_vm *vm = resolver_vm.m.library;
 		/* A call that is under way still makes its page RESOLVING, and is withdrawn, too. */
-		EQUAL("pages withdrawn", OK(kvmfault_pages_withdraw(vm, RAM_GPA, LAB_PAGES * PAGE)), 3);
-		UNTIL(lab.calls_for[0] >= round && lab.calls_for[1] >= round && lab.calls_for[9] >= round);
+		EQUAL("pages withdrawn", OK(kvmfault_pages_withdraw(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE)), 3);
+		UNTIL(resolver_vm.calls_for[0] >= round && resolver_vm.calls_for[1] >= round && resolver_vm.calls_for[9] >= round);
 		UNTIL(state_of(0) == 1 && state_of(1) == 1 && state_of(9) == 1);
 	}
 	EQUAL("state of one that is there", state_of(20), KVMFAULT_PAGE_PRESENT);
 	EQUAL("state of a lost one", state_of(21), KVMFAULT_PAGE_LOST);
 	EQUAL("state of one that nobody asked for", state_of(22), KVMFAULT_PAGE_ABSENT);
-	lab_install(0);
-	lab_install(1);
-	lab_install(9);
+	resolver_vm_install(0);
+	resolver_vm_install(1);
+	resolver_vm_install(9);
 	pthread_join(host, NULL);
 	for (int i = 0; i < N; i++) {
-		vcpu_join(lab.m.vcpu[i]);
-		lab_check_read(lab.m.vcpu[i], i / 2);
+		vcpu_join(resolver_vm.m.vcpu[i]);
+		resolver_vm_check_read(resolver_vm.m.vcpu[i], i / 2);
 	}
-	EQUAL("pages withdrawn when none is announced", OK(kvmfault_pages_withdraw(lab.m.library, RAM_GPA, LAB_PAGES * PAGE)), 0);
-	lab_tear_down();
+	EQUAL("pages withdrawn when none is announced", OK(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE)), 0);
+	resolver_vm_tear_down();
 }
 
 /* A fill, too, asks for its announced pages anew. */
 static int pending_until_told(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	lab.calls++;
+	resolver_vm.calls++;
 	if (brought) {
-		int ret = source_install(&lab.source, vm, fault->gpa, fault->len);
+		int ret = source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 		return ret == -EEXIST ? KVMFAULT_RESOLVED : ret;
 	}
 	return KVMFAULT_PENDING;
@@ -243,18 +243,18 @@ static void withdrawn_from_fill(void)
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_fill *fill;
 	brought = 0;
-	lab_set_up(MEMFD, pending_until_told, 0, 3);
+	resolver_vm_set_up(MEMFD, pending_until_told, 0, 3);
 	options.threads = 2;
 	options.batch = 1;
-	OK(kvmfault_fill_start(lab.m.library, &options, &fill));
-	UNTIL(lab.calls == LAB_PAGES);
-	UNTIL(kvmfault_pages_withdraw(lab.m.library, RAM_GPA + 63 * PAGE, PAGE) == 1);
-	UNTIL(lab.calls == LAB_PAGES + 1);
+	OK(kvmfault_fill_start(resolver_vm.m.library, &options, &fill));
+	UNTIL(resolver_vm.calls == RESOLVER_VM_PAGES);
+	UNTIL(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA + 63 * PAGE, PAGE) == 1);
+	UNTIL(resolver_vm.calls == RESOLVER_VM_PAGES + 1);
 	brought = 1;
-	UNTIL(kvmfault_pages_withdraw(lab.m.library, RAM_GPA, LAB_PAGES * PAGE) >= 0 && kvmfault_pages_absent(lab.m.library) == 0);
+	UNTIL(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE) >= 0 && kvmfault_pages_absent(resolver_vm.m.library) == 0);
 	OK(kvmfault_fill_wait(fill, 10000));
 	kvmfault_fill_free(fill);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 /* ---- the states of a range ---- */
@@ -263,15 +263,15 @@ static void states_at_a_glance(void)
 {
 	uint64_t words[2] = { 0, ~0ul };
 	struct kvmfault_vm *vm;
-	lab_set_up(MEMFD, lab_answer_pending, 1, 3);
-	vm = lab.m.library;
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 1, 3);
+	vm = resolver_vm.m.library;
 	for (int page = 10; page < 13; page++)
-		lab_install(page);
-	lab_install(63);
+		resolver_vm_install(page);
+	resolver_vm_install(63);
 	OK(kvmfault_pages_lost(vm, RAM_GPA + 40 * PAGE, PAGE));
-	lab_load_read(lab.m.vcpu[0], 7);
-	vcpu_start(lab.m.vcpu[0], lab_run_to_stop, NULL);
-	UNTIL(lab.calls == 1 && state_of(7) == KVMFAULT_PAGE_RESOLVING);
+	resolver_vm_load_read(resolver_vm.m.vcpu[0], 7);
+	vcpu_start(resolver_vm.m.vcpu[0], resolver_vm_run_to_stop, NULL);
+	UNTIL(resolver_vm.calls == 1 && state_of(7) == KVMFAULT_PAGE_RESOLVING);
 	const uint64_t there = 7ul << 10 | 1ul << 63, lost = 1ul << 40, coming = 1ul << 7;
 	const struct {
 		uint32_t states;
@@ -287,7 +287,7 @@ static void states_at_a_glance(void)
 	};
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
 		words[0] = 0x5555;
-		EQUAL("pages", OK(kvmfault_pages_bitmap(vm, RAM_GPA, LAB_PAGES * PAGE, cases[i].states, words, 8)), __builtin_popcountl(cases[i].expected));
+		EQUAL("pages", OK(kvmfault_pages_bitmap(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE, cases[i].states, words, 8)), __builtin_popcountl(cases[i].expected));
 		EQUAL("bitmap", words[0], cases[i].expected);
 		EQUAL("what is behind it", words[1], ~0ul);
 		/* A part of it, whose first page is bit 0; what is beyond the last is 0. */
@@ -295,22 +295,22 @@ static void states_at_a_glance(void)
 		EQUAL("a part's bitmap", words[0], cases[i].expected >> 5 & ((1ul << 50) - 1));
 		EQUAL("what is behind it", words[1], ~0ul);
 		/* Not aligned. */
-		OK(kvmfault_pages_bitmap(vm, RAM_GPA, LAB_PAGES * PAGE, cases[i].states, (char *)words + 3, 8));
+		OK(kvmfault_pages_bitmap(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE, cases[i].states, (char *)words + 3, 8));
 		uint64_t word;
 		memcpy(&word, (char *)words + 3, 8);
 		EQUAL("bitmap at an odd address", word, cases[i].expected);
 		words[1] = ~0ul;
 	}
-	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, LAB_PAGES * PAGE, 1, words, 7), EINVAL, "size");
-	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, LAB_PAGES * PAGE, 1, NULL, 8), EINVAL, "bitmap");
-	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, LAB_PAGES * PAGE, 1, (void *)8, 8), EFAULT, "bitmap");
-	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, LAB_PAGES * PAGE, 0, words, 8), EINVAL, "states");
-	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, LAB_PAGES * PAGE, 16, words, 8), EINVAL, "states");
-	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, (LAB_PAGES + 1) * PAGE, 1, words, 16), EINVAL, "len");
+	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE, 1, words, 7), EINVAL, "size");
+	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE, 1, NULL, 8), EINVAL, "bitmap");
+	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE, 1, (void *)8, 8), EFAULT, "bitmap");
+	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE, 0, words, 8), EINVAL, "states");
+	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE, 16, words, 8), EINVAL, "states");
+	REFUSED(kvmfault_pages_bitmap(vm, RAM_GPA, (RESOLVER_VM_PAGES + 1) * PAGE, 1, words, 16), EINVAL, "len");
 	REFUSED(kvmfault_pages_bitmap(vm, NOWHERE_GPA, PAGE, 1, words, 8), ENOENT, "gpa");
-	lab_install(7);
-	vcpu_join(lab.m.vcpu[0]);
-	lab_tear_down();
+	resolver_vm_install(7);
+	vcpu_join(resolver_vm.m.vcpu[0]);
+	resolver_vm_tear_down();
 }
 
 static const struct test_case cases[] = {

@@ -4,7 +4,7 @@
  * vCPU's loop ends with an error, soon. A memfd's poison-trap alias doesn't suffer from what happens to the VMM's mapping.
  */
 #define _GNU_SOURCE
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -34,19 +34,19 @@ static int run_for_10_s(struct vcpu *v)
 /* One access to the middle of memory that was taken away, in the same state throughout. */
 static void access_what_is_gone(bool unmapped, enum backing backing, int cpl, bool present, bool write)
 {
-	struct scene s;
+	struct slot_vm s;
 	uint64_t address = RAM_GPA + 5 * PAGE;
 	const char *state = present ? "present" : "absent";
 	bool alias = backing == MEMFD && test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP;
-	scene_create(&s, backing, 64 * PAGE, 0, 0);
-	struct vcpu *v = scene_add_vcpu(&s, cpl);
+	slot_vm_create(&s, backing, 64 * PAGE, 0, 0);
+	struct vcpu *v = slot_vm_add_vcpu(&s, cpl);
 	if (present)
 		OK(source_install(&s.source, s.m.library, RAM_GPA, 64 * PAGE));
 	if (unmapped)
 		SYS(munmap(s.ram.hva + 4 * PAGE, 4 * PAGE));
 	else
 		SYS(mprotect(s.ram.hva + 4 * PAGE, 4 * PAGE, PROT_NONE));
-	struct step *steps = scene_step(&s, v, (struct step){ write ? WRITE64 : READ64, address, 1, 0 });
+	struct step *steps = slot_vm_step(&s, v, (struct step){ write ? WRITE64 : READ64, address, 1, 0 });
 	int ret = run_for_10_s(v);
 	if (told_where(v, ret, address))
 		ret = -EFAULT;
@@ -63,10 +63,10 @@ static void access_what_is_gone(bool unmapped, enum backing backing, int cpl, bo
 		vcpu_run(v);
 		if (!write)
 			EQUAL("a word, after all", steps[0].value, pattern_word(&s.source.pattern, 5, 0));
-		scene_visit(&s, v, 8, 56, READ_FIRST);
+		slot_vm_visit(&s, v, 8, 56, READ_FIRST);
 	}
 	vcpu_detach(v);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 static void taken_away(bool unmapped)
@@ -91,20 +91,20 @@ static void inaccessible(void)
 /* The mapping is read-only, for good: reads work, writes end in an error. */
 static void not_writable(void)
 {
-	struct scene s;
-	scene_create(&s, ANON, 64 * PAGE, 0, 0);
-	struct vcpu *v = scene_add_vcpu(&s, 3);
+	struct slot_vm s;
+	slot_vm_create(&s, ANON, 64 * PAGE, 0, 0);
+	struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 	OK(source_install(&s.source, s.m.library, RAM_GPA, 32 * PAGE));
 	SYS(mprotect(s.ram.hva, s.ram.len, PROT_READ));
-	scene_step(&s, v, (struct step){ WRITE64, RAM_GPA, 1, 0 });
+	slot_vm_step(&s, v, (struct step){ WRITE64, RAM_GPA, 1, 0 });
 	int ret = run_for_10_s(v);
 	CHECK(ret == -EFAULT || ret == -ELOOP || told_where(v, ret, RAM_GPA), "%s", vcpu_describe(v, ret));
 	printf("%s\n", kvmfault_last_error());
 	SYS(mprotect(s.ram.hva, s.ram.len, PROT_READ | PROT_WRITE));
 	vcpu_run(v);
-	scene_visit(&s, v, 1, 63, WRITE_FIRST);
+	slot_vm_visit(&s, v, 1, 63, WRITE_FIRST);
 	vcpu_detach(v);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 static const struct test_case cases[] = {

@@ -1,21 +1,21 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* Resolvers that don't bring the page yet: KVMFAULT_PENDING, and KVMFAULT_RETRY. */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <unistd.h>
 
 /* ---- PENDING ---- */
 
-static atomic_int order[LAB_PAGES];
+static atomic_int order[RESOLVER_VM_PAGES];
 
 static void *run_and_note(struct vcpu *v)
 {
 	vcpu_attach(v);
 	vcpu_run(v);
-	order[lab.finished] = v->number; /* one at a time goes on */
-	lab.finished++;
+	order[resolver_vm.finished] = v->number; /* one at a time goes on */
+	resolver_vm.finished++;
 	return NULL;
 }
 
@@ -23,73 +23,73 @@ static void *run_and_note(struct vcpu *v)
 static void pending_out_of_order(void)
 {
 	enum { N = 8 };
-	lab_set_up(MEMFD, lab_answer_pending, N, 3);
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, N, 3);
 	for (int i = 0; i < N; i++) {
-		lab_load_read(lab.m.vcpu[i], i);
-		vcpu_start(lab.m.vcpu[i], run_and_note, NULL);
+		resolver_vm_load_read(resolver_vm.m.vcpu[i], i);
+		vcpu_start(resolver_vm.m.vcpu[i], run_and_note, NULL);
 	}
-	UNTIL(lab.calls == N);
+	UNTIL(resolver_vm.calls == N);
 	for (int i = N - 1; i >= 0; i--) {
-		EQUAL("vCPUs that have gone on", lab.finished, N - 1 - i);
-		EQUAL("state", kvmfault_pages_state(lab.m.library, RAM_GPA + i * PAGE), KVMFAULT_PAGE_RESOLVING);
-		lab_install(i);
-		UNTIL(lab.finished == N - i);
+		EQUAL("vCPUs that have gone on", resolver_vm.finished, N - 1 - i);
+		EQUAL("state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + i * PAGE), KVMFAULT_PAGE_RESOLVING);
+		resolver_vm_install(i);
+		UNTIL(resolver_vm.finished == N - i);
 		EQUAL("the vCPU that went on", order[N - 1 - i], i);
 	}
 	for (int i = 0; i < N; i++) {
-		vcpu_join(lab.m.vcpu[i]);
-		lab_check_read(lab.m.vcpu[i], i);
-		EQUAL("calls for a page", lab.calls_for[i], 1);
+		vcpu_join(resolver_vm.m.vcpu[i]);
+		resolver_vm_check_read(resolver_vm.m.vcpu[i], i);
+		EQUAL("calls for a page", resolver_vm.calls_for[i], 1);
 	}
-	EQUAL("outcome_failed", machine_settled_stats(&lab.m).outcome_failed, 0);
-	lab_tear_down();
+	EQUAL("outcome_failed", machine_settled_stats(&resolver_vm.m).outcome_failed, 0);
+	resolver_vm_tear_down();
 }
 
 /* Eight vCPUs wait for one page: one call, and all go on. */
 static void pending_shared(void)
 {
 	enum { N = 8 };
-	lab_set_up(MEMFD, lab_answer_pending, N, 3);
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, N, 3);
 	for (int i = 0; i < N; i++) {
-		lab_load_read(lab.m.vcpu[i], 5);
-		vcpu_start(lab.m.vcpu[i], lab_run_to_stop, NULL);
+		resolver_vm_load_read(resolver_vm.m.vcpu[i], 5);
+		vcpu_start(resolver_vm.m.vcpu[i], resolver_vm_run_to_stop, NULL);
 	}
-	UNTIL(lab.calls == 1);
+	UNTIL(resolver_vm.calls == 1);
 	usleep(100000); /* the others come, too */
-	EQUAL("calls while the page is pending", lab.calls, 1);
-	lab_install(5);
+	EQUAL("calls while the page is pending", resolver_vm.calls, 1);
+	resolver_vm_install(5);
 	for (int i = 0; i < N; i++) {
-		vcpu_join(lab.m.vcpu[i]);
-		lab_check_read(lab.m.vcpu[i], 5);
+		vcpu_join(resolver_vm.m.vcpu[i]);
+		resolver_vm_check_read(resolver_vm.m.vcpu[i], 5);
 	}
-	EQUAL("calls in all", lab.calls, 1);
-	lab_tear_down();
+	EQUAL("calls in all", resolver_vm.calls, 1);
+	resolver_vm_tear_down();
 }
 
 /* The page comes, or turns out to be lost, before the resolver that says PENDING has returned. */
 static int pending_too_late(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	lab.calls++;
-	OK(source_install(&lab.source, vm, fault->gpa, fault->len));
+	resolver_vm.calls++;
+	OK(source_install(&resolver_vm.source, vm, fault->gpa, fault->len));
 	return KVMFAULT_PENDING;
 }
 
 static void pending_already_there(void)
 {
-	lab_set_up(MEMFD, pending_too_late, 1, 3);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up(MEMFD, pending_too_late, 1, 3);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
-	lab_read_all(v);
-	EQUAL("calls", lab.calls, LAB_PAGES);
-	lab_tear_down();
+	resolver_vm_read_all(v);
+	EQUAL("calls", resolver_vm.calls, RESOLVER_VM_PAGES);
+	resolver_vm_tear_down();
 }
 
 static void *install_from_page_5(void *arg)
 {
 	(void)arg;
-	OK(kvmfault_pages_install(lab.m.library, RAM_GPA + 6 * PAGE, lab.ram.hva + 5 * PAGE, PAGE));
-	lab.finished++;
+	OK(kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 6 * PAGE, resolver_vm.ram.hva + 5 * PAGE, PAGE));
+	resolver_vm.finished++;
 	return NULL;
 }
 
@@ -97,19 +97,19 @@ static void *install_from_page_5(void *arg)
 static void pending_source(void)
 {
 	pthread_t thread;
-	lab_set_up(MEMFD, lab_answer_pending, 1, 3);
-	lab_load_read(lab.m.vcpu[0], 5);
-	vcpu_start(lab.m.vcpu[0], lab_run_to_stop, NULL);
-	UNTIL(lab.calls == 1);
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 1, 3);
+	resolver_vm_load_read(resolver_vm.m.vcpu[0], 5);
+	vcpu_start(resolver_vm.m.vcpu[0], resolver_vm_run_to_stop, NULL);
+	UNTIL(resolver_vm.calls == 1);
 	CHECK(!pthread_create(&thread, NULL, install_from_page_5, NULL), "pthread_create");
 	usleep(50000);
-	EQUAL("installed from a page that isn't there", lab.finished, 0);
-	lab_install(5);
+	EQUAL("installed from a page that isn't there", resolver_vm.finished, 0);
+	resolver_vm_install(5);
 	pthread_join(thread, NULL);
-	vcpu_join(lab.m.vcpu[0]);
-	EQUAL("state", kvmfault_pages_state(lab.m.library, RAM_GPA + 6 * PAGE), KVMFAULT_PAGE_PRESENT);
-	EQUAL("a word of the copy", *(uint64_t *)(lab.ram.hva + 6 * PAGE), pattern_word(&lab.source.pattern, 5, 0));
-	lab_tear_down();
+	vcpu_join(resolver_vm.m.vcpu[0]);
+	EQUAL("state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + 6 * PAGE), KVMFAULT_PAGE_PRESENT);
+	EQUAL("a word of the copy", *(uint64_t *)(resolver_vm.ram.hva + 6 * PAGE), pattern_word(&resolver_vm.source.pattern, 5, 0));
+	resolver_vm_tear_down();
 }
 
 /* ---- RETRY ---- */
@@ -119,24 +119,24 @@ enum { TRIES = 5 };
 static int answer_retry(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	lab.calls++;
-	if (++lab.calls_for[lab_page_of(fault)] < TRIES)
+	resolver_vm.calls++;
+	if (++resolver_vm.calls_for[resolver_vm_page_of(fault)] < TRIES)
 		return KVMFAULT_RETRY;
-	OK(source_install(&lab.source, vm, fault->gpa, fault->len));
+	OK(source_install(&resolver_vm.source, vm, fault->gpa, fault->len));
 	return KVMFAULT_RESOLVED;
 }
 
 static void retry(int cpl)
 {
-	lab_set_up(MEMFD, answer_retry, 1, cpl);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up(MEMFD, answer_retry, 1, cpl);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
-	lab_read_all(v);
-	struct kvmfault_stats stats = machine_settled_stats(&lab.m);
-	EQUAL("calls", lab.calls, LAB_PAGES * TRIES);
-	EQUAL("resolver_calls", stats.resolver_calls, LAB_PAGES * TRIES);
-	EQUAL("outcome_retried", stats.outcome_retried, LAB_PAGES * (TRIES - 1));
-	lab_tear_down();
+	resolver_vm_read_all(v);
+	struct kvmfault_stats stats = machine_settled_stats(&resolver_vm.m);
+	EQUAL("calls", resolver_vm.calls, RESOLVER_VM_PAGES * TRIES);
+	EQUAL("resolver_calls", stats.resolver_calls, RESOLVER_VM_PAGES * TRIES);
+	EQUAL("outcome_retried", stats.outcome_retried, RESOLVER_VM_PAGES * (TRIES - 1));
+	resolver_vm_tear_down();
 }
 
 static void retry_cpl3(void)
@@ -152,7 +152,7 @@ static void retry_cpl0(void)
 static int always_retry(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque, (void)vm, (void)fault;
-	lab.calls++;
+	resolver_vm.calls++;
 	return KVMFAULT_RETRY;
 }
 
@@ -160,15 +160,15 @@ static int always_retry(void *opaque, struct kvmfault_vm *vm, const struct kvmfa
 static void retry_ends(void)
 {
 	require_interruptible_sleep();
-	lab_set_up(MEMFD, always_retry, 1, 3);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up(MEMFD, always_retry, 1, 3);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
-	lab_load_read(v, 7);
+	resolver_vm_load_read(v, 7);
 	double began = now();
 	REFUSED(kvmfault_vcpu_run(v->handle), ELOOP, test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? "retries" : "0x40007000");
-	CHECK(lab.calls > 100, "only %u tries", lab.calls);
-	CHECK(now() - began > 1, "%u tries in %.3f s: no pauses between", lab.calls, now() - began);
-	lab_tear_down();
+	CHECK(resolver_vm.calls > 100, "only %u tries", resolver_vm.calls);
+	CHECK(now() - began > 1, "%u tries in %.3f s: no pauses between", resolver_vm.calls, now() - began);
+	resolver_vm_tear_down();
 }
 
 /* A kick ends the pause between tries. */
@@ -177,21 +177,21 @@ static void *run_once(struct vcpu *v)
 	vcpu_attach(v);
 	int ret = kvmfault_vcpu_run(v->handle);
 	CHECK(ret == KVMFAULT_INTERRUPTED, "%s", vcpu_describe(v, ret));
-	lab.finished++;
+	resolver_vm.finished++;
 	return NULL;
 }
 
 static void retry_kicked(void)
 {
 	require_interruptible_sleep();
-	lab_set_up(MEMFD, always_retry, 1, 3);
-	lab_load_read(lab.m.vcpu[0], 7);
-	vcpu_start(lab.m.vcpu[0], run_once, NULL);
-	UNTIL(lab.calls > 20);
-	OK(kvmfault_vcpu_kick(lab.m.vcpu[0]->handle));
-	UNTIL(lab.finished == 1);
-	vcpu_join(lab.m.vcpu[0]);
-	lab_tear_down();
+	resolver_vm_set_up(MEMFD, always_retry, 1, 3);
+	resolver_vm_load_read(resolver_vm.m.vcpu[0], 7);
+	vcpu_start(resolver_vm.m.vcpu[0], run_once, NULL);
+	UNTIL(resolver_vm.calls > 20);
+	OK(kvmfault_vcpu_kick(resolver_vm.m.vcpu[0]->handle));
+	UNTIL(resolver_vm.finished == 1);
+	vcpu_join(resolver_vm.m.vcpu[0]);
+	resolver_vm_tear_down();
 }
 
 static const struct test_case cases[] = {

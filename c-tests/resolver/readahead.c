@@ -4,7 +4,7 @@
  * (too many: the pattern wasn't seen) and pages that arrived (too many: memory that nobody wanted).
  */
 #define _GNU_SOURCE
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <unistd.h>
@@ -13,7 +13,7 @@ enum { MOST = 64 };
 #define PAGES SCALED(4096, 1024)
 
 struct ahead {
-	struct scene s;
+	struct slot_vm s;
 	struct vcpu *v;
 	bool less, slow;
 	atomic_ulong calls, refused, prefetched, not_absent;
@@ -48,7 +48,7 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 static void create(struct ahead *a, enum backing backing, uint64_t pages, int cpl, int readers)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
-	struct scene *s = &a->s;
+	struct slot_vm *s = &a->s;
 	*a = (struct ahead){ .less = false };
 	ram_create(&s->ram, backing, pages * PAGE);
 	s->pages = pages;
@@ -117,7 +117,7 @@ static void walk(order *order, uint32_t count, unsigned long most_faults, unsign
 			create(&a, backing, PAGES, cpl, 1);
 			for (uint32_t n = 0; n < count; n++)
 				a.s.list[n] = order(n, count);
-			scene_visit(&a.s, a.v, 0, count, READ_FIRST);
+			slot_vm_visit(&a.s, a.v, 0, count, READ_FIRST);
 			struct kvmfault_stats stats = finish(&a);
 			/* Faults that only had to be mapped are the mechanism's affair. */
 			unsigned long faults = stats.outcome_resolved + stats.outcome_waited;
@@ -166,7 +166,7 @@ static void shuffled(void)
 	create(&a, MEMFD, 16384, 3, 1);
 	list_sequential(a.s.list, 16384);
 	list_shuffle(a.s.list, 16384, 7);
-	scene_visit(&a.s, a.v, 0, PAGES, READ_FIRST);
+	slot_vm_visit(&a.s, a.v, 0, PAGES, READ_FIRST);
 	struct kvmfault_stats stats = finish(&a);
 	CHECK(stats.pages_copied <= PAGES + PAGES / 20, "%lu pages came for %lu", stats.pages_copied, PAGES);
 	note("%lu pages for %lu", stats.pages_copied, PAGES);
@@ -183,7 +183,7 @@ static void failing(void)
 		uint32_t count = i == 0 ? 512 : PAGES / 7;
 		for (uint32_t n = 0; n < count; n++)
 			a.s.list[n] = orders[i](n, count);
-		scene_visit(&a.s, a.v, 0, count, READ_FIRST);
+		slot_vm_visit(&a.s, a.v, 0, count, READ_FIRST);
 		UNTIL(kvmfault_pages_absent(a.s.m.library) == (int64_t)PAGES - count);
 		struct kvmfault_stats stats = finish(&a);
 		EQUAL("pages that came", stats.pages_copied, count);
@@ -199,7 +199,7 @@ static void less(void)
 	create(&a, ANON, 1024, 3, 1);
 	a.less = true;
 	list_sequential(a.s.list, 1024);
-	scene_visit(&a.s, a.v, 0, 1024, READ_FIRST);
+	slot_vm_visit(&a.s, a.v, 0, 1024, READ_FIRST);
 	struct kvmfault_stats stats = finish(&a);
 	EQUAL("resolver calls", stats.resolver_calls, 1024);
 	EQUAL("pages that failed", stats.ahead_failed, 0);
@@ -213,7 +213,7 @@ static void slow(void)
 	a.slow = true;
 	for (uint32_t n = 0; n < PAGES / 7; n++)
 		a.s.list[n] = every_seventh(n, PAGES / 7);
-	scene_visit(&a.s, a.v, 0, PAGES / 7, READ_FIRST);
+	slot_vm_visit(&a.s, a.v, 0, PAGES / 7, READ_FIRST);
 	struct kvmfault_stats stats = finish(&a);
 	CHECK(a.prefetched <= stats.faults_vcpu, "%lu calls ahead in %lu faults", a.prefetched, stats.faults_vcpu);
 	CHECK(a.prefetched > 0, "nothing was asked for ahead");

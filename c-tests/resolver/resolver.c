@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* What else a resolver may answer, rightly or wrongly; and what may be called from it. */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <string.h>
@@ -14,18 +14,18 @@ static bool install_too; /* and before it, what is right */
 static int answer_as_told(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	lab.calls++;
+	resolver_vm.calls++;
 	if (!answer || install_too)
-		OK(source_install(&lab.source, vm, fault->gpa, fault->len));
+		OK(source_install(&resolver_vm.source, vm, fault->gpa, fault->len));
 	return answer;
 }
 
 static int answer_nothing(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	lab.calls++;
+	resolver_vm.calls++;
 	if (!answer)
-		OK(source_install(&lab.source, vm, fault->gpa, fault->len));
+		OK(source_install(&resolver_vm.source, vm, fault->gpa, fault->len));
 	return KVMFAULT_RESOLVED;
 }
 
@@ -35,19 +35,19 @@ static void bad_answer(kvmfault_resolver resolver, int given, int error, const c
 	require_interruptible_sleep();
 	if (cpl == 0 && test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD && cpl0_is_emulated())
 		skip("a vCPU for which KVM's emulator waits in userfaultfd can't be interrupted, not even by an error");
-	lab_set_up(MEMFD, resolver, 1, cpl);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up(MEMFD, resolver, 1, cpl);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
-	lab.calls = 0;
+	resolver_vm.calls = 0;
 	answer = given;
-	lab_load_read(v, 4);
+	resolver_vm_load_read(v, 4);
 	REFUSED(kvmfault_vcpu_run(v->handle), error, words);
 	CHECK(strstr(kvmfault_last_error(), "0x40004000"), "the message doesn't name the page: %s", kvmfault_last_error());
-	CHECK(lab.calls >= 1, "the resolver wasn't called");
+	CHECK(resolver_vm.calls >= 1, "the resolver wasn't called");
 	answer = 0;
 	EQUAL("stop", vcpu_run(v), 0);
-	lab_check_read(v, 4);
-	lab_tear_down();
+	resolver_vm_check_read(v, 4);
+	resolver_vm_tear_down();
 }
 
 static void error_cpl3(void)
@@ -82,13 +82,13 @@ static void eexist(void)
 {
 	answer = -EEXIST;
 	install_too = true;
-	lab_set_up(MEMFD, answer_as_told, 1, 3);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up(MEMFD, answer_as_told, 1, 3);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
-	lab_read_all(v);
-	EQUAL("calls", lab.calls, LAB_PAGES);
-	EQUAL("outcome_failed", machine_settled_stats(&lab.m).outcome_failed, 0);
-	lab_tear_down();
+	resolver_vm_read_all(v);
+	EQUAL("calls", resolver_vm.calls, RESOLVER_VM_PAGES);
+	EQUAL("outcome_failed", machine_settled_stats(&resolver_vm.m).outcome_failed, 0);
+	resolver_vm_tear_down();
 }
 
 /* But where the page isn't there, it is one. */
@@ -102,21 +102,21 @@ static void eexist_wrong(void)
 static int answer_all(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque, (void)fault;
-	lab.calls++;
-	OK(source_install(&lab.source, vm, RAM_GPA, LAB_PAGES * PAGE));
+	resolver_vm.calls++;
+	OK(source_install(&resolver_vm.source, vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE));
 	return KVMFAULT_RESOLVED;
 }
 
 static void installs_more(void)
 {
-	lab_set_up(ANON, answer_all, 1, 3);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up(ANON, answer_all, 1, 3);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
-	lab_read(v, 0);
-	UNTIL(kvmfault_pages_absent(lab.m.library) == 0); /* the guest may be ahead of the books */
-	lab_read_all(v);
-	EQUAL("calls", lab.calls, 1);
-	lab_tear_down();
+	resolver_vm_read(v, 0);
+	UNTIL(kvmfault_pages_absent(resolver_vm.m.library) == 0); /* the guest may be ahead of the books */
+	resolver_vm_read_all(v);
+	EQUAL("calls", resolver_vm.calls, 1);
+	resolver_vm_tear_down();
 }
 
 /* ---- calls from a callback ---- */
@@ -124,26 +124,26 @@ static void installs_more(void)
 static int call_everything(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	uint64_t other = RAM_GPA + 20 * PAGE, third = RAM_GPA + 21 * PAGE;
-	struct vcpu *v = lab.m.vcpu[0];
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
-	struct kvmfault_memslot slot = slot_on(&lab.ram, 2, RAM_GPA);
+	struct kvmfault_memslot slot = slot_on(&resolver_vm.ram, 2, RAM_GPA);
 	struct kvmfault_region region = KVMFAULT_REGION_INIT;
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	struct kvmfault_vcpu_options vcpu_options = KVMFAULT_VCPU_OPTIONS_INIT;
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
 	struct kvmfault_vm *new_vm = NULL;
 	struct kvmfault_vcpu *new_vcpu = NULL;
-	CHECK(opaque == &lab && vm == lab.m.library, "the resolver's arguments are not the case's");
-	lab.calls++;
-	if (lab_page_of(fault) != 2) { /* the host's own accesses below */
-		OK(source_install(&lab.source, vm, fault->gpa, fault->len));
+	CHECK(opaque == &resolver_vm && vm == resolver_vm.m.library, "the resolver's arguments are not the case's");
+	resolver_vm.calls++;
+	if (resolver_vm_page_of(fault) != 2) { /* the host's own accesses below */
+		OK(source_install(&resolver_vm.source, vm, fault->gpa, fault->len));
 		return KVMFAULT_RESOLVED;
 	}
 
 	/* What the fault says. */
 	EQUAL("fault.size", fault->size, sizeof(*fault));
 	EQUAL("fault.len", fault->len, PAGE);
-	EQUAL("fault.hva", (uint8_t *)fault->hva - lab.ram.hva, 2 * PAGE);
+	EQUAL("fault.hva", (uint8_t *)fault->hva - resolver_vm.ram.hva, 2 * PAGE);
 	EQUAL("fault.slot", fault->slot, RAM_SLOT);
 	EQUAL("fault.window_gpa", fault->window_gpa, fault->gpa);
 	EQUAL("fault.window_len", fault->window_len, PAGE);
@@ -157,10 +157,10 @@ static int call_everything(void *opaque, struct kvmfault_vm *vm, const struct kv
 
 	/* Allowed. */
 	OK(kvmfault_pages_zero(vm, other, PAGE));
-	OK(source_install(&lab.source, vm, third, PAGE));
+	OK(source_install(&resolver_vm.source, vm, third, PAGE));
 	OK(kvmfault_pages_lost(vm, third + PAGE, PAGE));
 	EQUAL("pages_map of what isn't in the page cache", kvmfault_pages_map(vm, third + 2 * PAGE, PAGE), -ENOENT);
-	UNTIL(kvmfault_pages_absent(vm) == LAB_PAGES - 3); /* the guest may be ahead of the books */
+	UNTIL(kvmfault_pages_absent(vm) == RESOLVER_VM_PAGES - 3); /* the guest may be ahead of the books */
 	EQUAL("state", kvmfault_pages_state(vm, other), KVMFAULT_PAGE_PRESENT);
 	OK(kvmfault_vm_stats(vm, &stats));
 	OK(kvmfault_vcpu_stats(v->handle, &stats));
@@ -170,8 +170,8 @@ static int call_everything(void *opaque, struct kvmfault_vm *vm, const struct kv
 	CHECK(kvmfault_last_error() && kvmfault_version(), "a NULL string");
 
 	/* Not allowed, and without effect. */
-	options.kvm_fd = lab.m.kvm;
-	options.vm_fd = lab.m.vm;
+	options.kvm_fd = resolver_vm.m.kvm;
+	options.vm_fd = resolver_vm.m.vm;
 	options.resolver = call_everything;
 	vcpu_options.fd = v->fd;
 	slot.len = 0;
@@ -191,27 +191,27 @@ static int call_everything(void *opaque, struct kvmfault_vm *vm, const struct kv
 	REFUSED(kvmfault_explain(-1, NULL, 0), EDEADLK, "callback");
 	EQUAL("state", kvmfault_pages_state(vm, other), KVMFAULT_PAGE_PRESENT);
 
-	OK(source_install(&lab.source, vm, fault->gpa, fault->len));
+	OK(source_install(&resolver_vm.source, vm, fault->gpa, fault->len));
 	return KVMFAULT_RESOLVED;
 }
 
 static void callbacks(void)
 {
-	lab_set_up(MEMFD, call_everything, 1, 3);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up(MEMFD, call_everything, 1, 3);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
-	lab_load_read(v, 2);
+	resolver_vm_load_read(v, 2);
 	int ret = kvmfault_vcpu_run(v->handle);
 	/* The kick from inside. */
 	CHECK(ret == KVMFAULT_INTERRUPTED, "%s", vcpu_describe(v, ret));
 	EQUAL("stop", vcpu_run(v), 0);
-	lab_check_read(v, 2);
-	EQUAL("calls", lab.calls, 1);
+	resolver_vm_check_read(v, 2);
+	EQUAL("calls", resolver_vm.calls, 1);
 	/* Outside of callbacks the same thread may call all of it. */
-	OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + 20 * PAGE, PAGE));
-	OK(kvmfault_pages_resolve(lab.m.library, RAM_GPA + 20 * PAGE, PAGE));
-	EQUAL("calls", lab.calls, 2);
-	lab_tear_down();
+	OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + 20 * PAGE, PAGE));
+	OK(kvmfault_pages_resolve(resolver_vm.m.library, RAM_GPA + 20 * PAGE, PAGE));
+	EQUAL("calls", resolver_vm.calls, 2);
+	resolver_vm_tear_down();
 }
 
 static const struct test_case cases[] = {

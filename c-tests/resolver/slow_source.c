@@ -4,7 +4,7 @@
  * that is served when the case says so. Nobody else waits for it.
  */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -21,8 +21,8 @@ static atomic_int install_returned, installing;
 static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	lab.calls++;
-	return source_install(&lab.source, vm, fault->gpa, fault->len);
+	resolver_vm.calls++;
+	return source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 }
 
 static void answer(void)
@@ -34,7 +34,7 @@ static void answer(void)
 static void set_up(int vcpus)
 {
 	install_returned = installing = 0;
-	lab_set_up(MEMFD, resolve, vcpus, 3);
+	resolver_vm_set_up(MEMFD, resolve, vcpus, 3);
 	pager = SYS(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK));
 	struct uffdio_api api = { .api = UFFD_API };
 	SYS(ioctl(pager, UFFDIO_API, &api));
@@ -48,7 +48,7 @@ static void tear_down(void)
 {
 	close(pager);
 	munmap(stalled, PAGE);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 /* Waits until the pager has been asked. */
@@ -61,7 +61,7 @@ static void await_read(void)
 static void *install_page_5(void *arg)
 {
 	(void)arg;
-	installing = kvmfault_pages_install(lab.m.library, RAM_GPA + 5 * PAGE, stalled, PAGE);
+	installing = kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 5 * PAGE, stalled, PAGE);
 	install_returned = 1;
 	return NULL;
 }
@@ -72,8 +72,8 @@ static void others_go_on(void)
 	pthread_t thread;
 	uint8_t bytes[PAGE] = { 0 };
 	set_up(1);
-	struct kvmfault_vm *vm = lab.m.library;
-	lab_install(20);
+	struct kvmfault_vm *vm = resolver_vm.m.library;
+	resolver_vm_install(20);
 	CHECK(!pthread_create(&thread, NULL, install_page_5, NULL), "pthread_create");
 	await_read();
 	double began = now();
@@ -81,9 +81,9 @@ static void others_go_on(void)
 	OK(kvmfault_pages_discard(vm, RAM_GPA + 6 * PAGE, PAGE));
 	OK(kvmfault_pages_discard(vm, RAM_GPA + 20 * PAGE, PAGE));
 	OK(kvmfault_pages_install(vm, RAM_GPA + 21 * PAGE, bytes, PAGE));
-	OK(kvmfault_pages_withdraw(vm, RAM_GPA, LAB_PAGES * PAGE));
-	vcpu_attach(lab.m.vcpu[0]);
-	lab_read(lab.m.vcpu[0], 7);
+	OK(kvmfault_pages_withdraw(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE));
+	vcpu_attach(resolver_vm.m.vcpu[0]);
+	resolver_vm_read(resolver_vm.m.vcpu[0], 7);
 	OK(kvmfault_pages_lost(vm, RAM_GPA + 5 * PAGE, PAGE));
 	OK(kvmfault_pages_discard(vm, RAM_GPA + 5 * PAGE, PAGE));
 	OK(kvmfault_memslot_set_fast_only(vm, RAM_SLOT, 0));
@@ -98,7 +98,7 @@ static void others_go_on(void)
 
 static void *lose_page_6(void *arg)
 {
-	*(atomic_int *)arg = kvmfault_pages_lost(lab.m.library, RAM_GPA + 6 * PAGE, PAGE);
+	*(atomic_int *)arg = kvmfault_pages_lost(resolver_vm.m.library, RAM_GPA + 6 * PAGE, PAGE);
 	return NULL;
 }
 
@@ -106,7 +106,7 @@ static void *lose_page_6(void *arg)
 static void *install_again(void *arg)
 {
 	(void)arg;
-	OK(kvmfault_pages_install(lab.m.library, RAM_GPA + 4 * PAGE, stalled, PAGE));
+	OK(kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 4 * PAGE, stalled, PAGE));
 	SYS(madvise(stalled, PAGE, MADV_DONTNEED));
 	return install_page_5(NULL);
 }
@@ -121,17 +121,17 @@ static void gone_again(void)
 	CHECK(!pthread_create(&installer, NULL, install_again, NULL), "pthread_create");
 	await_read();
 	CHECK(!pthread_create(&loser, NULL, lose_page_6, &lost), "pthread_create");
-	vcpu_attach(lab.m.vcpu[0]);
-	for (int page = 10; page < LAB_PAGES; page++)
-		lab_read(lab.m.vcpu[0], page);
-	REFUSED(kvmfault_pages_lost(lab.m.library, RAM_GPA + 8 * PAGE, PAGE), EBUSY, "source");
+	vcpu_attach(resolver_vm.m.vcpu[0]);
+	for (int page = 10; page < RESOLVER_VM_PAGES; page++)
+		resolver_vm_read(resolver_vm.m.vcpu[0], page);
+	REFUSED(kvmfault_pages_lost(resolver_vm.m.library, RAM_GPA + 8 * PAGE, PAGE), EBUSY, "source");
 	pthread_join(loser, NULL);
 	EQUAL("pages_lost", lost, -EBUSY);
 	lost = 1;
 	CHECK(!pthread_create(&loser, NULL, lose_page_6, &lost), "pthread_create");
 	usleep(50000);
 	vms_going++;
-	kvmfault_vm_free(lab.m.library);
+	kvmfault_vm_free(resolver_vm.m.library);
 	pthread_join(loser, NULL);
 	EQUAL("pages_lost when the VM goes", lost, -ESHUTDOWN);
 	EQUAL("the install has returned", install_returned, 0);

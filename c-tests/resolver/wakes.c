@@ -4,7 +4,7 @@
  * leaves its sleeper asleep, and the case says so after ten seconds.
  */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -43,7 +43,7 @@ static int fail_first(void *opaque, struct kvmfault_vm *vm, const struct kvmfaul
 			;
 		return -EIO;
 	}
-	int ret = source_install(&lab.source, vm, fault->gpa, fault->len);
+	int ret = source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 	return ret == -EEXIST ? KVMFAULT_RESOLVED : ret;
 }
 
@@ -53,14 +53,14 @@ static void set_up(int vcpus)
 	for (int i = 0; i < 3; i++)
 		results[i] = returned[i] = thread_of[i] = 0;
 	SYS(sem_init(&fail_now, 0, 0));
-	lab_set_up(MEMFD, fail_first, vcpus, 3);
+	resolver_vm_set_up(MEMFD, fail_first, vcpus, 3);
 }
 
 static void *read_page_5(struct vcpu *v)
 {
 	thread_of[v->number] = (int)syscall(SYS_gettid);
 	vcpu_attach(v);
-	lab_load_read(v, 5);
+	resolver_vm_load_read(v, 5);
 	results[v->number] = kvmfault_vcpu_run(v->handle);
 	returned[v->number] = 1;
 	vcpu_detach(v);
@@ -71,14 +71,14 @@ static void *bring_page_5(void *arg)
 {
 	(void)arg;
 	thread_of[2] = (int)syscall(SYS_gettid);
-	results[2] = kvmfault_pages_resolve(lab.m.library, RAM_GPA + 5 * PAGE, PAGE);
+	results[2] = kvmfault_pages_resolve(resolver_vm.m.library, RAM_GPA + 5 * PAGE, PAGE);
 	returned[2] = 1;
 	return NULL;
 }
 
 static void *read_from_the_host(void *arg)
 {
-	EQUAL("the word that the host read", *(volatile uint64_t *)(lab.ram.hva + 5 * PAGE), pattern_word(&lab.source.pattern, 5, 0));
+	EQUAL("the word that the host read", *(volatile uint64_t *)(resolver_vm.ram.hva + 5 * PAGE), pattern_word(&resolver_vm.source.pattern, 5, 0));
 	*(atomic_bool *)arg = true;
 	return NULL;
 }
@@ -89,13 +89,13 @@ static void failed_call(void)
 	pthread_t thread;
 	require_interruptible_sleep();
 	set_up(2);
-	vcpu_start(lab.m.vcpu[0], read_page_5, NULL);
+	vcpu_start(resolver_vm.m.vcpu[0], read_page_5, NULL);
 	UNTIL(begun == 1);
-	vcpu_start(lab.m.vcpu[1], read_page_5, NULL);
+	vcpu_start(resolver_vm.m.vcpu[1], read_page_5, NULL);
 	CHECK(!pthread_create(&thread, NULL, bring_page_5, NULL), "pthread_create");
 	if (test_mechanism() != KVMFAULT_MECHANISM_USERFAULTFD)
-		UNTIL(machine_stats(&lab.m).faults_vcpu == 2);
-	UNTIL(machine_stats(&lab.m).faults_prefetch == 1);
+		UNTIL(machine_stats(&resolver_vm.m).faults_vcpu == 2);
+	UNTIL(machine_stats(&resolver_vm.m).faults_prefetch == 1);
 	UNTIL(thread_of[1] && is_asleep(thread_of[1]) && is_asleep(thread_of[2]));
 	EQUAL("calls", begun, 1);
 	sem_post(&fail_now);
@@ -106,11 +106,11 @@ static void failed_call(void)
 	UNTIL(returned[1] && returned[2]);
 	EQUAL("the second vCPU's run", results[1], KVMFAULT_PASS);
 	EQUAL("pages_resolve", results[2], 0);
-	lab_check_read(lab.m.vcpu[1], 5);
+	resolver_vm_check_read(resolver_vm.m.vcpu[1], 5);
 	for (int i = 0; i < 2; i++)
-		vcpu_join(lab.m.vcpu[i]);
+		vcpu_join(resolver_vm.m.vcpu[i]);
 	pthread_join(thread, NULL);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 /*
@@ -124,7 +124,7 @@ static void failed_prefetch(void)
 	CHECK(!pthread_create(&thread, NULL, bring_page_5, NULL), "pthread_create");
 	UNTIL(begun == 1);
 	CHECK(!pthread_create(&host, NULL, read_from_the_host, &done), "pthread_create");
-	UNTIL(machine_stats(&lab.m).faults_host == 1 && machine_stats(&lab.m).outcome_waited == 1);
+	UNTIL(machine_stats(&resolver_vm.m).faults_host == 1 && machine_stats(&resolver_vm.m).outcome_waited == 1);
 	EQUAL("calls", begun, 1);
 	sem_post(&fail_now);
 	UNTIL(returned[2]);
@@ -133,7 +133,7 @@ static void failed_prefetch(void)
 	EQUAL("calls", begun, 2);
 	pthread_join(thread, NULL);
 	pthread_join(host, NULL);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 /* ---- kicks of a vCPU that sleeps for an announced page ---- */
@@ -173,7 +173,7 @@ static void *wait_for_page_5(struct vcpu *v)
 		attach_by_handler(v);
 	else
 		vcpu_attach(v);
-	lab_load_read(v, 5);
+	resolver_vm_load_read(v, 5);
 	thread_of[0] = (int)syscall(SYS_gettid);
 	results[0] = kvmfault_vcpu_run(v->handle);
 	returned[0] = 1;
@@ -192,20 +192,20 @@ static void kick_a_sleeper(void *by_handler)
 	for (int i = 0; i < 3; i++)
 		results[i] = returned[i] = thread_of[i] = 0;
 	require_interruptible_sleep();
-	lab_set_up(MEMFD, lab_answer_pending, 1, 3);
-	the = lab.m.vcpu[0];
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 1, 3);
+	the = resolver_vm.m.vcpu[0];
 	vcpu_start(the, wait_for_page_5, by_handler);
-	UNTIL(lab.calls == 1 && kvmfault_pages_state(lab.m.library, RAM_GPA + 5 * PAGE) == KVMFAULT_PAGE_RESOLVING);
+	UNTIL(resolver_vm.calls == 1 && kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + 5 * PAGE) == KVMFAULT_PAGE_RESOLVING);
 	UNTIL(is_asleep(thread_of[0]));
 	EQUAL("the vCPU has returned", returned[0], 0);
 	OK(kvmfault_vcpu_kick(the->handle));
 	UNTIL(returned[0]);
 	EQUAL("run", results[0], KVMFAULT_INTERRUPTED);
-	lab_install(5);
+	resolver_vm_install(5);
 	UNTIL(returned[1]);
 	vcpu_join(the);
-	lab_check_read(the, 5);
-	lab_tear_down();
+	resolver_vm_check_read(the, 5);
+	resolver_vm_tear_down();
 }
 
 /* The signal is blocked outside of KVM_RUN: the futex alone wakes the vCPU. */

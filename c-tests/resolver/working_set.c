@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* The working set: recorded in one run of a guest, brought first in the next; and files that are of no use. */
 #define _GNU_SOURCE
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -13,7 +13,7 @@
 #define TOUCHED (PAGES / 10)
 
 struct run {
-	struct scene s;
+	struct slot_vm s;
 	struct vcpu *v;
 	atomic_ulong calls;
 	uint64_t first_asked;
@@ -31,7 +31,7 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 static void create(struct run *r, enum backing backing, uint64_t pages, uint32_t readahead)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
-	struct scene *s = &r->s;
+	struct slot_vm *s = &r->s;
 	memset(r, 0, sizeof(*r));
 	ram_create(&s->ram, backing, pages * PAGE);
 	s->pages = pages;
@@ -45,13 +45,13 @@ static void create(struct run *r, enum backing backing, uint64_t pages, uint32_t
 	options.readahead = readahead;
 	machine_attach(&s->m, &s->source, &options);
 	machine_set_slot(&s->m, &s->ram, RAM_SLOT, RAM_GPA);
-	r->v = scene_add_vcpu(s, 3);
+	r->v = slot_vm_add_vcpu(s, 3);
 }
 
 static void destroy(struct run *r)
 {
 	vcpu_detach(r->v);
-	scene_destroy(&r->s);
+	slot_vm_destroy(&r->s);
 }
 
 static unsigned long faults(const struct run *r)
@@ -73,7 +73,7 @@ static int record(enum backing backing, uint32_t readahead, double *seconds)
 	create(&r, backing, PAGES, readahead);
 	OK(kvmfault_working_set_record(r.s.m.library, 1));
 	double begin = now();
-	scene_visit(&r.s, r.v, 0, TOUCHED, READ_FIRST);
+	slot_vm_visit(&r.s, r.v, 0, TOUCHED, READ_FIRST);
 	*seconds = now() - begin;
 	CHECK(faults(&r) >= TOUCHED * 9 / 10, "%lu faults", faults(&r));
 	OK(kvmfault_working_set_save(r.s.m.library, fd));
@@ -98,7 +98,7 @@ static void replayed(void)
 		OK(kvmfault_fill_start(r.s.m.library, &options, &fill));
 		OK(kvmfault_fill_wait_working_set(fill, 60000));
 		EQUAL("absent pages", kvmfault_pages_absent(r.s.m.library), PAGES - TOUCHED);
-		scene_visit(&r.s, r.v, 0, TOUCHED, READ_FIRST);
+		slot_vm_visit(&r.s, r.v, 0, TOUCHED, READ_FIRST);
 		warm = now() - begin;
 		OK(kvmfault_fill_wait(fill, 60000));
 		kvmfault_fill_free(fill);
@@ -129,7 +129,7 @@ static void first_of_all(void)
 	options.working_set_fd = fd;
 	options.threads = 2;
 	OK(kvmfault_fill_start(r.s.m.library, &options, &fill));
-	scene_visit(&r.s, r.v, 0, PAGES, WRITE_FIRST);
+	slot_vm_visit(&r.s, r.v, 0, PAGES, WRITE_FIRST);
 	OK(kvmfault_fill_wait(fill, 60000));
 	OK(kvmfault_fill_wait_working_set(fill, 0));
 	kvmfault_fill_free(fill);
@@ -213,11 +213,11 @@ static void recording(void)
 	REFUSED(kvmfault_working_set_save(r.s.m.library, -1), EBADF, "fd");
 	OK(kvmfault_working_set_save(r.s.m.library, fd));
 	off_t empty = size_of(fd);
-	scene_visit(&r.s, r.v, 0, 100, READ_FIRST);
+	slot_vm_visit(&r.s, r.v, 0, 100, READ_FIRST);
 	machine_settled_stats(&r.s.m); /* the guest may be ahead of the books */
 	OK(kvmfault_working_set_save(r.s.m.library, fd));
 	off_t some = size_of(fd);
-	scene_visit(&r.s, r.v, 100, 100, READ_FIRST);
+	slot_vm_visit(&r.s, r.v, 100, 100, READ_FIRST);
 	machine_settled_stats(&r.s.m);
 	OK(kvmfault_working_set_save(r.s.m.library, fd));
 	CHECK(empty < some && some < size_of(fd), "%ld, %ld and %ld bytes", (long)empty, (long)some, (long)size_of(fd));

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The library beside a post-copy of the VMM's own (vmm.h): the whole of one, its end at the wrong time, and what doesn't go together.
+ * The library beside a post-copy of the VMM's own (postcopy_vmm.h): the whole of one, its end at the wrong time, and what doesn't go together.
  */
 #define _GNU_SOURCE
-#include "vmm.h"
+#include "postcopy_vmm.h"
 
 #include <errno.h>
 #include <linux/userfaultfd.h>
@@ -15,10 +15,10 @@
 
 static void *touch_from_the_host(void *arg)
 {
-	const uint64_t *words = (uint64_t *)vmm.ram.hva;
+	const uint64_t *words = (uint64_t *)postcopy_vmm.ram.hva;
 	(void)arg;
 	for (uint64_t page = PAGES - 1; page >= PAGES / 2; page -= 16)
-		EQUAL("what a host thread reads", words[page * 512 + 7], pattern_word(&vmm.source.pattern, page, 7));
+		EQUAL("what a host thread reads", words[page * 512 + 7], pattern_word(&postcopy_vmm.source.pattern, page, 7));
 	return NULL;
 }
 
@@ -26,29 +26,29 @@ static void *touch_from_the_host(void *arg)
 static void postcopy(enum backing backing)
 {
 	pthread_t host;
-	vmm_set_up(backing, false);
-	vmm.waits_for = &vmm.calls; /* a vCPU has asked */
-	vmm.paused = false;
+	postcopy_vmm_set_up(backing, false);
+	postcopy_vmm.waits_for = &postcopy_vmm.calls; /* a vCPU has asked */
+	postcopy_vmm.paused = false;
 	CHECK(!pthread_create(&host, NULL, touch_from_the_host, NULL), "pthread_create");
-	vmm_run_guests(READ_FIRST);
+	postcopy_vmm_run_guests(READ_FIRST);
 	pthread_join(host, NULL);
-	UNTIL(kvmfault_pages_absent(vmm.m.library) == 0);
-	struct kvmfault_stats stats = machine_stats(&vmm.m);
-	note("%u resolver calls, %u host faults by the VMM's own userfaultfd", vmm.calls, vmm.host_faults);
-	CHECK(vmm.calls > 0, "no vCPU ever asked for a page");
+	UNTIL(kvmfault_pages_absent(postcopy_vmm.m.library) == 0);
+	struct kvmfault_stats stats = machine_stats(&postcopy_vmm.m);
+	note("%u resolver calls, %u host faults by the VMM's own userfaultfd", postcopy_vmm.calls, postcopy_vmm.host_faults);
+	CHECK(postcopy_vmm.calls > 0, "no vCPU ever asked for a page");
 	EQUAL("faults_host", stats.faults_host, 0);
-	EQUAL("resolver_calls", stats.resolver_calls, vmm.calls);
+	EQUAL("resolver_calls", stats.resolver_calls, postcopy_vmm.calls);
 	EQUAL("pages_copied", stats.pages_copied, 0);
-	OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0));
-	struct uffdio_range range = { (uintptr_t)vmm.ram.hva, vmm.ram.len };
-	SYS(ioctl(vmm.uffd, UFFDIO_UNREGISTER, &range));
-	unsigned calls = vmm.calls;
+	OK(kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT, 0));
+	struct uffdio_range range = { (uintptr_t)postcopy_vmm.ram.hva, postcopy_vmm.ram.len };
+	SYS(ioctl(postcopy_vmm.uffd, UFFDIO_UNREGISTER, &range));
+	unsigned calls = postcopy_vmm.calls;
 	/* Dropped mappings, which a released alias takes as any memory does. */
 	if (backing != ANON)
-		SYS(madvise(vmm.ram.hva, vmm.ram.len / 2, MADV_DONTNEED));
-	vmm_run_guests(READ_FIRST);
-	EQUAL("resolver calls after the end", vmm.calls, calls);
-	vmm_tear_down();
+		SYS(madvise(postcopy_vmm.ram.hva, postcopy_vmm.ram.len / 2, MADV_DONTNEED));
+	postcopy_vmm_run_guests(READ_FIRST);
+	EQUAL("resolver calls after the end", postcopy_vmm.calls, calls);
+	postcopy_vmm_tear_down();
 }
 
 static void postcopy_memfd(void)
@@ -67,7 +67,7 @@ static void *end_again_and_again(void *arg)
 	int ret;
 	unsigned refused = 0;
 	(void)arg;
-	while ((ret = kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0)) == -EBUSY)
+	while ((ret = kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT, 0)) == -EBUSY)
 		refused++;
 	OK(ret);
 	note("refused %u times", refused);
@@ -79,12 +79,12 @@ static void end_while_pages_arrive(void)
 {
 	for (unsigned long round = 0; round < SCALED(20, 5); round++) {
 		pthread_t thread;
-		vmm_set_up(MEMFD, true);
+		postcopy_vmm_set_up(MEMFD, true);
 		CHECK(!pthread_create(&thread, NULL, end_again_and_again, NULL), "pthread_create");
 		pthread_join(thread, NULL);
-		UNTIL(test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP || kvmfault_pages_absent(vmm.m.library) == 0);
-		vmm_run_guests(READ_FIRST);
-		vmm_tear_down();
+		UNTIL(test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP || kvmfault_pages_absent(postcopy_vmm.m.library) == 0);
+		postcopy_vmm_run_guests(READ_FIRST);
+		postcopy_vmm_tear_down();
 	}
 }
 
@@ -93,7 +93,7 @@ static atomic_bool ended;
 static void *end_once(void *arg)
 {
 	(void)arg;
-	OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0));
+	OK(kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT, 0));
 	ended = true;
 	return NULL;
 }
@@ -103,26 +103,26 @@ static void end_waits_for_resolver(void)
 {
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
 		pthread_t thread;
-		vmm_set_up(MEMFD, false);
+		postcopy_vmm_set_up(MEMFD, false);
 		ended = false;
-		vmm.held = true;
-		vmm.list[0] = PAGES - 1; /* missing */
-		struct vcpu *v = machine_add_vcpu(&vmm.m, cpl);
-		vcpu_load_verify(v, RAM_GPA, vmm.list_gpa, 1, &vmm.source.pattern, READ_FIRST);
+		postcopy_vmm.held = true;
+		postcopy_vmm.list[0] = PAGES - 1; /* missing */
+		struct vcpu *v = machine_add_vcpu(&postcopy_vmm.m, cpl);
+		vcpu_load_verify(v, RAM_GPA, postcopy_vmm.list_gpa, 1, &postcopy_vmm.source.pattern, READ_FIRST);
 		vcpu_start_verify(v);
-		UNTIL(vmm.calls == 1);
+		UNTIL(postcopy_vmm.calls == 1);
 		for (uint64_t page = 0; page < PAGES; page++)
-			if (!vmm.received[page])
-				vmm_place(page);
-		UNTIL(kvmfault_pages_absent(vmm.m.library) == 0);
+			if (!postcopy_vmm.received[page])
+				postcopy_vmm_place(page);
+		UNTIL(kvmfault_pages_absent(postcopy_vmm.m.library) == 0);
 		CHECK(!pthread_create(&thread, NULL, end_once, NULL), "pthread_create");
 		usleep(100000);
 		CHECK(!ended, "the end has come, and a resolver call is under way");
-		vmm.held = false;
+		postcopy_vmm.held = false;
 		pthread_join(thread, NULL);
 		vcpu_join(v);
-		EQUAL("resolver calls", vmm.calls, 1);
-		vmm_tear_down();
+		EQUAL("resolver calls", postcopy_vmm.calls, 1);
+		postcopy_vmm_tear_down();
 	}
 }
 
@@ -130,41 +130,41 @@ static void end_waits_for_resolver(void)
 static void too_early(void)
 {
 	bool trap = test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP;
-	vmm_set_up(MEMFD, false);
+	postcopy_vmm_set_up(MEMFD, false);
 	if (trap)
-		REFUSED(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0), EBUSY, "missing");
+		REFUSED(kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT, 0), EBUSY, "missing");
 	else /* the flag goes, and KVM sleeps in the VMM's userfaultfd */
-		OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0));
-	vmm.waits_for = trap ? &vmm.calls : &vmm.host_faults; /* or all might be there before a guest has begun */
-	vmm.paused = false;
-	vmm_run_guests(READ_FIRST);
-	UNTIL(kvmfault_pages_absent(vmm.m.library) == 0);
-	CHECK(trap ? vmm.calls > 0 : vmm.host_faults > 0, "%u resolver calls, %u faults of the VMM's", vmm.calls, vmm.host_faults);
-	OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0));
+		OK(kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT, 0));
+	postcopy_vmm.waits_for = trap ? &postcopy_vmm.calls : &postcopy_vmm.host_faults; /* or all might be there before a guest has begun */
+	postcopy_vmm.paused = false;
+	postcopy_vmm_run_guests(READ_FIRST);
+	UNTIL(kvmfault_pages_absent(postcopy_vmm.m.library) == 0);
+	CHECK(trap ? postcopy_vmm.calls > 0 : postcopy_vmm.host_faults > 0, "%u resolver calls, %u faults of the VMM's", postcopy_vmm.calls, postcopy_vmm.host_faults);
+	OK(kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT, 0));
 	if (trap) {
-		REFUSED(kvmfault_pages_missing(vmm.m.library, vmm.ram.hva, PAGE), EBUSY, "off");
-		EQUAL("state", kvmfault_pages_state(vmm.m.library, RAM_GPA), KVMFAULT_PAGE_PRESENT);
+		REFUSED(kvmfault_pages_missing(postcopy_vmm.m.library, postcopy_vmm.ram.hva, PAGE), EBUSY, "off");
+		EQUAL("state", kvmfault_pages_state(postcopy_vmm.m.library, RAM_GPA), KVMFAULT_PAGE_PRESENT);
 	}
-	vmm_tear_down();
+	postcopy_vmm_tear_down();
 }
 
 /* A page is called missing after it came (its VMM looked at its books too early): the resolver is asked, knows better, and nothing is lost. */
 static void stale_missing(void)
 {
-	vmm_set_up(MEMFD, false);
+	postcopy_vmm_set_up(MEMFD, false);
 	for (uint64_t page = 0; page < PAGES; page++)
-		if (!vmm.received[page])
-			vmm_place(page);
-	EQUAL("pages missing", kvmfault_pages_absent(vmm.m.library), 0);
-	OK(kvmfault_pages_missing(vmm.m.library, vmm.ram.hva, vmm.ram.len));
-	EQUAL("pages called missing", kvmfault_pages_absent(vmm.m.library), PAGES);
-	vmm_run_guests(READ_FIRST);
+		if (!postcopy_vmm.received[page])
+			postcopy_vmm_place(page);
+	EQUAL("pages missing", kvmfault_pages_absent(postcopy_vmm.m.library), 0);
+	OK(kvmfault_pages_missing(postcopy_vmm.m.library, postcopy_vmm.ram.hva, postcopy_vmm.ram.len));
+	EQUAL("pages called missing", kvmfault_pages_absent(postcopy_vmm.m.library), PAGES);
+	postcopy_vmm_run_guests(READ_FIRST);
 	/* With the memslot flag KVM may find the pages in the VMM's page tables, and then doesn't ask. */
 	if (test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP)
-		EQUAL("resolver calls", vmm.calls, PAGES);
-	EQUAL("of those for pages that were there", vmm.there_already, vmm.calls);
-	EQUAL("pages missing", kvmfault_pages_absent(vmm.m.library), PAGES - vmm.calls);
-	vmm_tear_down();
+		EQUAL("resolver calls", postcopy_vmm.calls, PAGES);
+	EQUAL("of those for pages that were there", postcopy_vmm.there_already, postcopy_vmm.calls);
+	EQUAL("pages missing", kvmfault_pages_absent(postcopy_vmm.m.library), PAGES - postcopy_vmm.calls);
+	postcopy_vmm_tear_down();
 }
 
 /* Slots come and go while pages are missing, and a second one shows the same memory; states stay with the memory. */
@@ -172,31 +172,31 @@ static void slots_change(void)
 {
 	struct kvmfault_memslot slot;
 	struct kvmfault_region region = KVMFAULT_REGION_INIT;
-	vmm_set_up(MEMFD, false);
-	uint64_t missing = kvmfault_pages_absent(vmm.m.library);
+	postcopy_vmm_set_up(MEMFD, false);
+	uint64_t missing = kvmfault_pages_absent(postcopy_vmm.m.library);
 	for (int round = 0; round < 3; round++) {
-		slot = vmm_slot(RAM_SLOT, RAM_GPA);
+		slot = postcopy_vmm_slot(RAM_SLOT, RAM_GPA);
 		slot.len = 0;
 		slot.flags = KVMFAULT_MEMSLOT_KEEP;
 		struct kvm_userspace_memory_region none = { .slot = RAM_SLOT };
-		SYS(ioctl(vmm.m.vm, KVM_SET_USER_MEMORY_REGION, &none));
-		OK(kvmfault_memslot_prepare(vmm.m.library, &slot, &region));
-		vmm_place(PAGES / 2 + round); /* while no slot shows it */
-		slot = vmm_slot(RAM_SLOT, RAM_GPA);
-		OK(kvmfault_memslot_prepare(vmm.m.library, &slot, &region));
-		machine_set_region(&vmm.m, &region);
-		EQUAL("pages missing", kvmfault_pages_absent(vmm.m.library), missing - round - 1);
+		SYS(ioctl(postcopy_vmm.m.vm, KVM_SET_USER_MEMORY_REGION, &none));
+		OK(kvmfault_memslot_prepare(postcopy_vmm.m.library, &slot, &region));
+		postcopy_vmm_place(PAGES / 2 + round); /* while no slot shows it */
+		slot = postcopy_vmm_slot(RAM_SLOT, RAM_GPA);
+		OK(kvmfault_memslot_prepare(postcopy_vmm.m.library, &slot, &region));
+		machine_set_region(&postcopy_vmm.m, &region);
+		EQUAL("pages missing", kvmfault_pages_absent(postcopy_vmm.m.library), missing - round - 1);
 	}
-	slot = vmm_slot(RAM_SLOT + 1, RAM_GPA + vmm.ram.len);
-	OK(kvmfault_memslot_prepare(vmm.m.library, &slot, &region));
-	machine_set_region(&vmm.m, &region);
-	EQUAL("pages missing with two slots", kvmfault_pages_absent(vmm.m.library), missing - 3);
-	vmm.paused = false;
-	vmm_run_guests(READ_FIRST);
-	UNTIL(kvmfault_pages_absent(vmm.m.library) == 0);
-	OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT, 0));
-	OK(kvmfault_memslot_set_fast_only(vmm.m.library, RAM_SLOT + 1, 0));
-	vmm_tear_down();
+	slot = postcopy_vmm_slot(RAM_SLOT + 1, RAM_GPA + postcopy_vmm.ram.len);
+	OK(kvmfault_memslot_prepare(postcopy_vmm.m.library, &slot, &region));
+	machine_set_region(&postcopy_vmm.m, &region);
+	EQUAL("pages missing with two slots", kvmfault_pages_absent(postcopy_vmm.m.library), missing - 3);
+	postcopy_vmm.paused = false;
+	postcopy_vmm_run_guests(READ_FIRST);
+	UNTIL(kvmfault_pages_absent(postcopy_vmm.m.library) == 0);
+	OK(kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT, 0));
+	OK(kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT + 1, 0));
+	postcopy_vmm_tear_down();
 }
 
 /* The VMM's address of what KVM may know by another. */
@@ -204,18 +204,18 @@ static void addresses(void)
 {
 	struct kvmfault_memslot slot;
 	struct kvmfault_region region = KVMFAULT_REGION_INIT;
-	vmm_set_up(MEMFD, false);
-	slot = vmm_slot(RAM_SLOT, RAM_GPA);
-	OK(kvmfault_memslot_prepare(vmm.m.library, &slot, &region));
-	for (uint64_t offset = 0; offset < vmm.ram.len; offset += 12345) {
-		void *expected = vmm.ram.hva + offset;
-		CHECK(kvmfault_vm_address(vmm.m.library, (void *)(region.userspace_addr + offset)) == expected, "offset %#lx", offset);
-		CHECK(kvmfault_vm_address(vmm.m.library, expected) == expected, "offset %#lx", offset);
+	postcopy_vmm_set_up(MEMFD, false);
+	slot = postcopy_vmm_slot(RAM_SLOT, RAM_GPA);
+	OK(kvmfault_memslot_prepare(postcopy_vmm.m.library, &slot, &region));
+	for (uint64_t offset = 0; offset < postcopy_vmm.ram.len; offset += 12345) {
+		void *expected = postcopy_vmm.ram.hva + offset;
+		CHECK(kvmfault_vm_address(postcopy_vmm.m.library, (void *)(region.userspace_addr + offset)) == expected, "offset %#lx", offset);
+		CHECK(kvmfault_vm_address(postcopy_vmm.m.library, expected) == expected, "offset %#lx", offset);
 	}
-	CHECK(!kvmfault_vm_address(vmm.m.library, vmm.ram.hva + vmm.ram.len), "an address behind the memory");
-	CHECK(!kvmfault_vm_address(vmm.m.library, NULL), "NULL");
-	CHECK(!kvmfault_vm_address(NULL, vmm.ram.hva), "no VM");
-	vmm_tear_down();
+	CHECK(!kvmfault_vm_address(postcopy_vmm.m.library, postcopy_vmm.ram.hva + postcopy_vmm.ram.len), "an address behind the memory");
+	CHECK(!kvmfault_vm_address(postcopy_vmm.m.library, NULL), "NULL");
+	CHECK(!kvmfault_vm_address(NULL, postcopy_vmm.ram.hva), "no VM");
+	postcopy_vmm_tear_down();
 }
 
 /* ---- a kick by the handler of the kick signal, as QEMU's ---- */
@@ -277,13 +277,13 @@ static void kick_in_handler(void)
 	SYS(sigaction(SIGUSR1, &kick, NULL));
 	SYS(sigaction(SIGBUS, &bus, NULL));
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
-		vmm_set_up(MEMFD, false);
+		postcopy_vmm_set_up(MEMFD, false);
 		signals = interrupted = done = 0;
-		vmm.list[0] = PAGES - 1; /* missing */
-		struct vcpu *v = machine_add_vcpu(&vmm.m, cpl);
-		vcpu_load_verify(v, RAM_GPA, vmm.list_gpa, 1, &vmm.source.pattern, READ_FIRST);
+		postcopy_vmm.list[0] = PAGES - 1; /* missing */
+		struct vcpu *v = machine_add_vcpu(&postcopy_vmm.m, cpl);
+		vcpu_load_verify(v, RAM_GPA, postcopy_vmm.list_gpa, 1, &postcopy_vmm.source.pattern, READ_FIRST);
 		vcpu_start(v, own_loop, NULL);
-		UNTIL(vmm.calls == 1);
+		UNTIL(postcopy_vmm.calls == 1);
 		for (unsigned i = 0; i < KICKS; i++) {
 			double began = now();
 			CHECK(!pthread_kill(v->thread, SIGUSR1), "pthread_kill");
@@ -293,10 +293,10 @@ static void kick_in_handler(void)
 		usleep(50000);
 		EQUAL("signals", signals, KICKS);
 		EQUAL("INTERRUPTED", interrupted, KICKS);
-		vmm.paused = false;
+		postcopy_vmm.paused = false;
 		UNTIL(done);
 		vcpu_join(v);
-		vmm_tear_down();
+		postcopy_vmm_tear_down();
 	}
 	note("slowest of %d: %.1f ms", 2 * KICKS, slowest * 1e3);
 }
@@ -315,7 +315,7 @@ static void *resolve_main(struct vcpu *v)
 	REFUSED(kvmfault_vcpu_resolve(v->handle, border, -border), EINVAL, "len");
 	REFUSED(kvmfault_vcpu_resolve(v->handle, RAM_GPA - 1, 1), ENOENT, "gpa");
 	EQUAL("present pages", kvmfault_vcpu_resolve(v->handle, RAM_GPA + PAGE + 5, 2 * PAGE), KVMFAULT_HANDLED);
-	EQUAL("resolver calls for present pages", vmm.calls, 0);
+	EQUAL("resolver calls for present pages", postcopy_vmm.calls, 0);
 	while ((ret = kvmfault_vcpu_resolve(v->handle, border - 8, 16)) == KVMFAULT_INTERRUPTED)
 		interrupted++;
 	last = ret;
@@ -326,31 +326,31 @@ static void *resolve_main(struct vcpu *v)
 
 static void resolve_by_vcpu(void)
 {
-	vmm_set_up(MEMFD, false);
+	postcopy_vmm_set_up(MEMFD, false);
 	done = interrupted = 0;
-	struct vcpu *v = machine_add_vcpu(&vmm.m, 3);
+	struct vcpu *v = machine_add_vcpu(&postcopy_vmm.m, 3);
 	vcpu_start(v, resolve_main, NULL);
-	UNTIL(vmm.calls == 1);
+	UNTIL(postcopy_vmm.calls == 1);
 	for (unsigned i = 0; i < 10; i++) {
 		OK(kvmfault_vcpu_kick(v->handle));
 		UNTIL(interrupted == i + 1);
 	}
-	vmm_place(PAGES - 2);
-	UNTIL(vmm.calls == 2); /* the other page that the range touches */
+	postcopy_vmm_place(PAGES - 2);
+	UNTIL(postcopy_vmm.calls == 2); /* the other page that the range touches */
 	EQUAL("done with one page of two", done, 0);
-	vmm_place(PAGES - 1);
+	postcopy_vmm_place(PAGES - 1);
 	UNTIL(done);
 	EQUAL("vcpu_resolve", last, KVMFAULT_HANDLED);
 	vcpu_join(v);
 	REFUSED(kvmfault_vcpu_resolve(NULL, RAM_GPA, 1), EINVAL, "vcpu");
-	vmm_tear_down();
+	postcopy_vmm_tear_down();
 }
 
 /* ---- what doesn't go together ---- */
 
 static void refusals(void)
 {
-	struct kvmfault_vm_options options = vmm_options();
+	struct kvmfault_vm_options options = postcopy_vmm_options();
 	struct machine plain;
 	struct source source;
 	struct ram ram;
@@ -379,9 +379,9 @@ static void refusals(void)
 	options.reader_threads = 1;
 	REFUSED(kvmfault_vm_new(&options, &plain.library), EINVAL, "reader_threads");
 	machine_destroy(&plain);
-	vmm_set_up(MEMFD, false);
-	struct kvmfault_vm *vm = vmm.m.library;
-	uint8_t *hva = vmm.ram.hva, *missing = hva + (PAGES - 1) * PAGE;
+	postcopy_vmm_set_up(MEMFD, false);
+	struct kvmfault_vm *vm = postcopy_vmm.m.library;
+	uint8_t *hva = postcopy_vmm.ram.hva, *missing = hva + (PAGES - 1) * PAGE;
 	static uint8_t bytes[PAGE];
 	REFUSED(kvmfault_pages_install(vm, RAM_GPA, bytes, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
 	REFUSED(kvmfault_pages_zero(vm, RAM_GPA, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
@@ -396,28 +396,28 @@ static void refusals(void)
 		REFUSED(functions[i](NULL, hva, PAGE), EINVAL, "vm");
 		REFUSED(functions[i](vm, NULL, PAGE), ENOENT, "hva");
 		REFUSED(functions[i](vm, bytes, PAGE), ENOENT, "hva");
-		REFUSED(functions[i](vm, hva + vmm.ram.len, PAGE), ENOENT, "hva");
+		REFUSED(functions[i](vm, hva + postcopy_vmm.ram.len, PAGE), ENOENT, "hva");
 		REFUSED(functions[i](vm, hva, 0), EINVAL, "len");
 		REFUSED(functions[i](vm, hva, PAGE - 1), EINVAL, "len");
 		REFUSED(functions[i](vm, hva + 8, PAGE), EINVAL, "hva");
-		REFUSED(functions[i](vm, hva + PAGE, vmm.ram.len), EINVAL, "len");
+		REFUSED(functions[i](vm, hva + PAGE, postcopy_vmm.ram.len), EINVAL, "len");
 		REFUSED(functions[i](vm, hva, -PAGE), EINVAL, "len");
 	}
 	if (test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP) {
 		struct ram anon;
 		ram_create(&anon, ANON, 16 * PAGE);
-		struct kvmfault_memslot slot = slot_on(&anon, RAM_SLOT + 1, RAM_GPA + vmm.ram.len);
+		struct kvmfault_memslot slot = slot_on(&anon, RAM_SLOT + 1, RAM_GPA + postcopy_vmm.ram.len);
 		REFUSED(kvmfault_memslot_set(vm, &slot), EOPNOTSUPP, "private");
 		ram_destroy(&anon);
 		/* What arrived without bytes reads as zeros. */
-		struct vcpu *v = machine_add_vcpu(&vmm.m, 3);
+		struct vcpu *v = machine_add_vcpu(&postcopy_vmm.m, 3);
 		vcpu_load_touch(v, RAM_GPA + (PAGES - 1) * PAGE, 1, PAGE);
 		OK(kvmfault_pages_arrived(vm, missing, PAGE));
-		EQUAL("pages found empty before", machine_stats(&vmm.m).pages_empty, 0);
+		EQUAL("pages found empty before", machine_stats(&postcopy_vmm.m).pages_empty, 0);
 		vcpu_attach(v);
 		vcpu_run(v);
 		vcpu_detach(v);
-		EQUAL("pages found empty", machine_stats(&vmm.m).pages_empty, 1);
+		EQUAL("pages found empty", machine_stats(&postcopy_vmm.m).pages_empty, 1);
 		SYS(madvise(missing, PAGE, MADV_REMOVE));
 		OK(kvmfault_pages_missing(vm, missing, PAGE));
 		EQUAL("the page", kvmfault_pages_state(vm, RAM_GPA + (PAGES - 1) * PAGE), KVMFAULT_PAGE_ABSENT);
@@ -426,7 +426,7 @@ static void refusals(void)
 	OK(kvmfault_pages_lost(vm, RAM_GPA + (PAGES - 1) * PAGE, PAGE));
 	REFUSED(kvmfault_pages_arrived(vm, missing, PAGE), EHWPOISON, "lost");
 	EQUAL("pages missing", kvmfault_pages_absent(vm), PAGES / 2 + PAGES / 8 - 1);
-	vmm_tear_down();
+	postcopy_vmm_tear_down();
 }
 
 /* Huge pages that are missing are dropped all the same, as post-copy does with what it has never got. */
@@ -455,9 +455,9 @@ static int bring_huge_page(void *opaque, struct kvmfault_vm *vm, const struct kv
 static void punched_hugetlb(void)
 {
 	enum { COUNT = 4 };
-	struct punched p = { .uffd = vmm_open_uffd() };
+	struct punched p = { .uffd = postcopy_vmm_open_uffd() };
 	struct machine m;
-	struct kvmfault_vm_options options = vmm_options();
+	struct kvmfault_vm_options options = postcopy_vmm_options();
 	uint64_t list_gpa, pages = COUNT * HUGE_PAGE / PAGE;
 	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
 		skip("the VMM's own userfaultfd is that mechanism (see refusals)");

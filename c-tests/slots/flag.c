@@ -5,7 +5,7 @@
  */
 #define _GNU_SOURCE
 #include "abi.h"
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -125,18 +125,18 @@ static void absent(void)
 	machine_create(&m, 0);
 	options.kvm_fd = m.kvm;
 	options.vm_fd = m.vm;
-	options.resolver = scene_resolve;
+	options.resolver = slot_vm_resolve;
 	options.mechanism = KVMFAULT_MECHANISM_MEMSLOT_FLAG;
 	REFUSED(kvmfault_vm_new(&options, &vm), EOPNOTSUPP, "memslot-flag");
 	CHECK(!vm, "a handle comes with the error");
 	machine_destroy(&m);
 
-	struct scene s;
-	scene_attach(&s, MEMFD, 64 * PAGE, KVMFAULT_MECHANISM_AUTO, NULL);
+	struct slot_vm s;
+	slot_vm_attach(&s, MEMFD, 64 * PAGE, KVMFAULT_MECHANISM_AUTO, NULL);
 	CHECK(kvmfault_vm_mechanism(s.m.library) != KVMFAULT_MECHANISM_MEMSLOT_FLAG, "auto took the flag");
 	machine_set_slot(&s.m, &s.ram, RAM_SLOT, RAM_GPA);
-	scene_visit(&s, scene_add_vcpu(&s, 3), 0, s.pages, READ_FIRST);
-	scene_destroy(&s);
+	slot_vm_visit(&s, slot_vm_add_vcpu(&s, 3), 0, s.pages, READ_FIRST);
+	slot_vm_destroy(&s);
 }
 
 /* kvmfault_vm_options.abi: the right name works, any other is tried, and refused with its name. */
@@ -145,13 +145,13 @@ static void named(void)
 	const struct abi *right = expected_abi();
 	for (const struct abi *abi = abis; abi < abis + ABIS; abi++) {
 		if (abi == right) {
-			struct scene s;
-			scene_attach(&s, ANON, 64 * PAGE, KVMFAULT_MECHANISM_MEMSLOT_FLAG, abi->name);
+			struct slot_vm s;
+			slot_vm_attach(&s, ANON, 64 * PAGE, KVMFAULT_MECHANISM_MEMSLOT_FLAG, abi->name);
 			machine_set_slot(&s.m, &s.ram, RAM_SLOT, RAM_GPA);
-			scene_visit(&s, scene_add_vcpu(&s, 0), 0, s.pages, READ_FIRST);
+			slot_vm_visit(&s, slot_vm_add_vcpu(&s, 0), 0, s.pages, READ_FIRST);
 			EQUAL("resolver calls on the vCPU's thread", s.here, s.pages);
 			vcpu_detach(s.m.vcpu[0]);
-			scene_destroy(&s);
+			slot_vm_destroy(&s);
 			continue;
 		}
 		for (int mechanism = KVMFAULT_MECHANISM_AUTO; mechanism <= KVMFAULT_MECHANISM_MEMSLOT_FLAG; mechanism++) {
@@ -161,7 +161,7 @@ static void named(void)
 			machine_create(&m, 0);
 			options.kvm_fd = m.kvm;
 			options.vm_fd = m.vm;
-			options.resolver = scene_resolve;
+			options.resolver = slot_vm_resolve;
 			options.mechanism = mechanism;
 			options.abi = abi->name;
 			REFUSED(kvmfault_vm_new(&options, &vm), EOPNOTSUPP, abi->name);
@@ -179,21 +179,21 @@ static void on_thread(enum backing backing)
 {
 	bool uffd = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD;
 	for (int mode = READ_FIRST; mode <= WRITE_FIRST; mode++) {
-		struct scene s;
-		scene_create(&s, backing, backing == HUGETLB ? 4 * HUGE_PAGE : 2ul << 20, 0, 0);
+		struct slot_vm s;
+		slot_vm_create(&s, backing, backing == HUGETLB ? 4 * HUGE_PAGE : 2ul << 20, 0, 0);
 		list_shuffle(s.list, s.pages, 7);
-		struct vcpu *ring3 = scene_add_vcpu(&s, 3);
-		scene_visit(&s, ring3, 0, s.pages / 2, mode);
+		struct vcpu *ring3 = slot_vm_add_vcpu(&s, 3);
+		slot_vm_visit(&s, ring3, 0, s.pages / 2, mode);
 		vcpu_detach(ring3);
-		struct vcpu *ring0 = scene_add_vcpu(&s, 0);
-		scene_visit(&s, ring0, s.pages / 2, s.pages - s.pages / 2, mode);
+		struct vcpu *ring0 = slot_vm_add_vcpu(&s, 0);
+		slot_vm_visit(&s, ring0, s.pages / 2, s.pages - s.pages / 2, mode);
 		vcpu_detach(ring0);
 		unsigned long calls = s.ram.len / s.ram.page;
 		/* Where CPL 0 is emulated, reads of it with userfaultfd and writes come by KVM's copy_from_user: still no MMIO. */
 		EQUAL("resolver calls on the vCPU's thread", s.here, uffd ? 0 : calls);
 		EQUAL("resolver calls elsewhere", s.elsewhere, uffd ? calls : 0);
-		scene_expect_all_present(&s);
-		scene_destroy(&s);
+		slot_vm_expect_all_present(&s);
+		slot_vm_destroy(&s);
 	}
 }
 
@@ -230,9 +230,9 @@ static void access_told(void)
 	static const uint8_t ret = 0xc3;
 	const struct abi *abi = require_flag();
 	bool some = !strcmp(abi->name, "v4") || !strcmp(abi->name, "v7"), reads = !strcmp(abi->name, "v7");
-	struct scene s;
+	struct slot_vm s;
 	struct access_seen seen = { &s.source, 0 };
-	scene_attach(&s, ANON, 128 * PAGE, KVMFAULT_MECHANISM_MEMSLOT_FLAG, NULL);
+	slot_vm_attach(&s, ANON, 128 * PAGE, KVMFAULT_MECHANISM_MEMSLOT_FLAG, NULL);
 	kvmfault_vm_free(s.m.library);
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	options.mechanism = KVMFAULT_MECHANISM_MEMSLOT_FLAG;
@@ -240,20 +240,20 @@ static void access_told(void)
 	options.opaque = &seen;
 	machine_attach(&s.m, &s.source, &options);
 	machine_set_slot(&s.m, &s.ram, RAM_SLOT, RAM_GPA);
-	struct vcpu *v = scene_add_vcpu(&s, 0);
-	scene_read(&s, v, RAM_GPA);
+	struct vcpu *v = slot_vm_add_vcpu(&s, 0);
+	slot_vm_read(&s, v, RAM_GPA);
 	EQUAL("access of a read", seen.access, reads ? KVMFAULT_ACCESS_READ : 0);
-	scene_write(&s, v, RAM_GPA + PAGE, 1);
+	slot_vm_write(&s, v, RAM_GPA + PAGE, 1);
 	EQUAL("access of a write", seen.access, some ? KVMFAULT_ACCESS_WRITE : 0);
 	/* A page that begins with a `ret`, by the pattern. */
 	uint64_t page = 2;
 	while (page < s.pages && (uint8_t)pattern_word(&s.source.pattern, page, 0) != ret)
 		page++;
 	CHECK(page < s.pages, "no page of the pattern begins with a `ret`");
-	scene_step(&s, v, (struct step){ CALL, RAM_GPA + page * PAGE, 0, 0 });
+	slot_vm_step(&s, v, (struct step){ CALL, RAM_GPA + page * PAGE, 0, 0 });
 	vcpu_run(v);
 	EQUAL("access of an instruction fetch", seen.access, some ? KVMFAULT_ACCESS_EXEC : 0);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 /* A VM ends and the next one begins at the same addresses: what is left of the first (a reader on its way out) doesn't touch it. */
@@ -263,12 +263,12 @@ static void next_vm(void)
 	uint8_t *last = NULL;
 	unsigned same = 0;
 	for (unsigned long round = 0; round < rounds; round++) {
-		struct scene s;
-		scene_create(&s, round % 2 ? MEMFD : ANON, 16 * PAGE, 0, 0);
+		struct slot_vm s;
+		slot_vm_create(&s, round % 2 ? MEMFD : ANON, 16 * PAGE, 0, 0);
 		same += s.ram.hva == last;
 		last = s.ram.hva;
-		scene_visit(&s, scene_add_vcpu(&s, 3), 0, s.pages, READ_FIRST);
-		scene_destroy(&s);
+		slot_vm_visit(&s, slot_vm_add_vcpu(&s, 3), 0, s.pages, READ_FIRST);
+		slot_vm_destroy(&s);
 	}
 	printf("%lu VMs, %u at the addresses of the one before\n", rounds, same);
 }
@@ -280,12 +280,12 @@ static void run_errno(void)
 {
 	const struct abi *abi = require_flag();
 	for (int by_errno = 0; by_errno < 2; by_errno++) {
-		struct scene s;
+		struct slot_vm s;
 		uint32_t value;
 		unsigned long failures = 0;
-		scene_attach(&s, MEMFD, 128 * PAGE, KVMFAULT_MECHANISM_MEMSLOT_FLAG, NULL);
+		slot_vm_attach(&s, MEMFD, 128 * PAGE, KVMFAULT_MECHANISM_MEMSLOT_FLAG, NULL);
 		machine_set_slot(&s.m, &s.ram, RAM_SLOT, RAM_GPA);
-		struct vcpu *v = scene_add_vcpu(&s, 0);
+		struct vcpu *v = slot_vm_add_vcpu(&s, 0);
 		vcpu_load_verify(v, RAM_GPA, s.list_gpa, s.pages, &s.source.pattern, READ_FIRST);
 		for (;;) {
 			int ret = ioctl(v->fd, KVM_RUN, 0), error = errno;
@@ -308,7 +308,7 @@ static void run_errno(void)
 		EQUAL("EPERM without a fault", kvmfault_vcpu_handle_exit(v->handle, -EPERM), KVMFAULT_PASS);
 		EQUAL("resolver calls", s.source.total, calls);
 		vcpu_detach(v);
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 	}
 }
 
@@ -317,9 +317,9 @@ static void prepared(void)
 {
 	const struct abi *abi = require_flag();
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct scene s;
+		struct slot_vm s;
 		struct kvmfault_region region = KVMFAULT_REGION_INIT, logged = KVMFAULT_REGION_INIT;
-		scene_attach(&s, backing, 256 * PAGE, KVMFAULT_MECHANISM_MEMSLOT_FLAG, NULL);
+		slot_vm_attach(&s, backing, 256 * PAGE, KVMFAULT_MECHANISM_MEMSLOT_FLAG, NULL);
 		OK(kvmfault_vm_enable(s.m.library, KVMFAULT_CAP_FAULT_EXITS));
 		struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
 		OK(kvmfault_memslot_prepare(s.m.library, &slot, &region));
@@ -331,8 +331,8 @@ static void prepared(void)
 		EQUAL("userspace_addr", region.userspace_addr, (uintptr_t)s.ram.hva);
 		EQUAL("there is a bitmap", region.userfault_bitmap != 0, abi->bitmap);
 		machine_set_region(&s.m, &region);
-		struct vcpu *v = scene_add_vcpu(&s, 3);
-		scene_visit(&s, v, 0, 64, READ_FIRST);
+		struct vcpu *v = slot_vm_add_vcpu(&s, 3);
+		slot_vm_visit(&s, v, 0, 64, READ_FIRST);
 		EQUAL("resolver calls on the vCPU's thread", s.here, 64);
 		if (abi->bitmap) {
 			uint64_t *bits = (uint64_t *)(uintptr_t)region.userfault_bitmap;
@@ -346,22 +346,22 @@ static void prepared(void)
 		EQUAL("flags", logged.flags, abi->flag | KVM_MEM_LOG_DIRTY_PAGES);
 		EQUAL("the bitmap is the same", logged.userfault_bitmap, region.userfault_bitmap);
 		machine_set_region(&s.m, &logged);
-		scene_visit(&s, v, 64, 64, WRITE_FIRST);
+		slot_vm_visit(&s, v, 64, 64, WRITE_FIRST);
 		EQUAL("resolver calls on the vCPU's thread", s.here, 128);
 		OK(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT, 0));
-		scene_visit(&s, v, 128, 32, WRITE_FIRST);
+		slot_vm_visit(&s, v, 128, 32, WRITE_FIRST);
 		EQUAL("resolver calls on reader threads", s.elsewhere, 32);
 		uint64_t log[256 / 64];
-		scene_dirty_log(&s, log);
+		slot_vm_dirty_log(&s, log);
 		CHECK(log[1] == ~0ul && log[2] == 0xffffffff && log[3] == 0, "the log is %#lx %#lx %#lx %#lx", log[0],
 		      log[1], log[2], log[3]);
 		OK(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT, 1));
-		scene_visit(&s, v, 160, 32, READ_FIRST);
+		slot_vm_visit(&s, v, 160, 32, READ_FIRST);
 		slot.kvm_flags = 0;
 		OK(kvmfault_memslot_prepare(s.m.library, &slot, &logged));
 		EQUAL("flags", logged.flags, abi->flag);
 		machine_set_region(&s.m, &logged);
-		scene_visit(&s, v, 192, 64, READ_FIRST);
+		slot_vm_visit(&s, v, 192, 64, READ_FIRST);
 		EQUAL("resolver calls on the vCPU's thread", s.here, 256 - 32);
 
 		/* Deleted: first KVM, then the library. */
@@ -372,7 +372,7 @@ static void prepared(void)
 		OK(kvmfault_memslot_prepare(s.m.library, &slot, &region));
 		EQUAL("memory_size", region.memory_size, 0);
 		vcpu_detach(v);
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 	}
 }
 
@@ -382,8 +382,8 @@ static void pre_fault(void)
 	require_flag();
 	for (int off = 0; off < 2; off++) {
 		for (int backing = ANON; backing <= MEMFD; backing++) {
-			struct scene s;
-			scene_attach(&s, backing, 512 * PAGE, KVMFAULT_MECHANISM_MEMSLOT_FLAG, NULL);
+			struct slot_vm s;
+			slot_vm_attach(&s, backing, 512 * PAGE, KVMFAULT_MECHANISM_MEMSLOT_FLAG, NULL);
 			kvmfault_vm_free(s.m.library);
 			struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 			options.mechanism = KVMFAULT_MECHANISM_MEMSLOT_FLAG;
@@ -392,12 +392,12 @@ static void pre_fault(void)
 			s.source.window = true;
 			machine_attach(&s.m, &s.source, &options);
 			machine_set_slot(&s.m, &s.ram, RAM_SLOT, RAM_GPA);
-			struct vcpu *v = scene_add_vcpu(&s, 3);
-			scene_visit(&s, v, 0, 256, READ_FIRST);
-			scene_visit(&s, v, 256, 256, WRITE_FIRST);
+			struct vcpu *v = slot_vm_add_vcpu(&s, 3);
+			slot_vm_visit(&s, v, 0, 256, READ_FIRST);
+			slot_vm_visit(&s, v, 256, 256, WRITE_FIRST);
 			EQUAL("resolver calls", s.source.total, 3 + (512 - 8) / 8); /* 1, 3 and 4 pages, then 8 each */
 			vcpu_detach(v);
-			scene_destroy(&s);
+			slot_vm_destroy(&s);
 		}
 	}
 }

@@ -2,7 +2,7 @@
 /* KVM_MEM_READONLY: a mechanism serves such a slot, or is refused with the reason; never does a guest exit for ever. */
 #define _GNU_SOURCE
 #include "abi.h"
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -14,9 +14,9 @@ static bool is_able(void)
 }
 
 /* The guest writes there: an MMIO exit for the VMM, which lets it go on. */
-static void expect_write_exit(struct scene *s, struct vcpu *v, uint64_t gpa)
+static void expect_write_exit(struct slot_vm *s, struct vcpu *v, uint64_t gpa)
 {
-	scene_step(s, v, (struct step){ WRITE64, gpa, 42, 0 });
+	slot_vm_step(s, v, (struct step){ WRITE64, gpa, 42, 0 });
 	int ret = kvmfault_vcpu_run(v->handle);
 	CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.is_write, "%s", vcpu_describe(v, ret));
 	EQUAL("the address", v->run->mmio.phys_addr, gpa);
@@ -24,13 +24,13 @@ static void expect_write_exit(struct scene *s, struct vcpu *v, uint64_t gpa)
 }
 
 /* The guest reads what the resolver brought; its writes are the VMM's, as MMIO exits. */
-static void expect_read_only(struct scene *s)
+static void expect_read_only(struct slot_vm *s)
 {
-	struct vcpu *v = scene_add_vcpu(s, 3);
-	scene_visit(s, v, 0, s->pages / 2, READ_FIRST);
+	struct vcpu *v = slot_vm_add_vcpu(s, 3);
+	slot_vm_visit(s, v, 0, s->pages / 2, READ_FIRST);
 	expect_write_exit(s, v, RAM_GPA + 16);                           /* present */
 	expect_write_exit(s, v, RAM_GPA + (s->pages - 1) * PAGE + 16); /* absent */
-	scene_visit(s, v, 0, s->pages, READ_FIRST);
+	slot_vm_visit(s, v, 0, s->pages, READ_FIRST);
 	vcpu_detach(v);
 }
 
@@ -38,8 +38,8 @@ static void expect_read_only(struct scene *s)
 static void read_only(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct scene s;
-		scene_attach(&s, backing, 64 * PAGE, test_mechanism(), NULL);
+		struct slot_vm s;
+		slot_vm_attach(&s, backing, 64 * PAGE, test_mechanism(), NULL);
 		struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
 		slot.kvm_flags = KVM_MEM_READONLY;
 		if (!is_able()) {
@@ -47,12 +47,12 @@ static void read_only(void)
 			EQUAL("the slot", kvmfault_memslot_mechanism(s.m.library, RAM_SLOT), -ENOENT);
 			slot.kvm_flags = 0;
 			OK(kvmfault_memslot_set(s.m.library, &slot)); /* the memory is as it was */
-			scene_visit(&s, scene_add_vcpu(&s, 3), 0, s.pages, WRITE_FIRST);
+			slot_vm_visit(&s, slot_vm_add_vcpu(&s, 3), 0, s.pages, WRITE_FIRST);
 		} else {
 			OK(kvmfault_memslot_set(s.m.library, &slot));
 			expect_read_only(&s);
 		}
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 	}
 }
 
@@ -61,9 +61,9 @@ static void read_only_automatic(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
 		const struct abi *abi = expected_abi();
-		struct scene s;
+		struct slot_vm s;
 		struct ram other;
-		scene_attach(&s, backing, 64 * PAGE, KVMFAULT_MECHANISM_AUTO, NULL);
+		slot_vm_attach(&s, backing, 64 * PAGE, KVMFAULT_MECHANISM_AUTO, NULL);
 		struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
 		slot.kvm_flags = KVM_MEM_READONLY;
 		OK(kvmfault_memslot_set(s.m.library, &slot));
@@ -76,7 +76,7 @@ static void read_only_automatic(void)
 		EQUAL("the read-only slot has the flag", with == KVMFAULT_MECHANISM_MEMSLOT_FLAG, abi && abi->readonly);
 		EQUAL("the writable slot has the flag", without == KVMFAULT_MECHANISM_MEMSLOT_FLAG, abi != NULL);
 		expect_read_only(&s);
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 		ram_destroy(&other);
 	}
 }
@@ -86,8 +86,8 @@ static void read_only_automatic(void)
 static void read_only_window(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct scene s;
-		scene_attach(&s, backing, 64 * PAGE, test_mechanism(), NULL);
+		struct slot_vm s;
+		slot_vm_attach(&s, backing, 64 * PAGE, test_mechanism(), NULL);
 		struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
 		slot.block_hva = s.ram.hva;
 		slot.block_len = s.ram.len;
@@ -98,17 +98,17 @@ static void read_only_window(void)
 		slot.hva = s.ram.hva + slot.len;
 		slot.kvm_flags = KVM_MEM_READONLY;
 		OK(kvmfault_memslot_set(s.m.library, &slot));
-		struct vcpu *v = scene_add_vcpu(&s, 3);
-		scene_visit(&s, v, 0, 32, WRITE_FIRST);
-		scene_visit(&s, v, 32, 16, READ_FIRST);
+		struct vcpu *v = slot_vm_add_vcpu(&s, 3);
+		slot_vm_visit(&s, v, 0, 32, WRITE_FIRST);
+		slot_vm_visit(&s, v, 32, 16, READ_FIRST);
 		if (is_able())
 			OK(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT + 1, 1));
 		else
 			REFUSED(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT + 1, 1), EOPNOTSUPP, "READONLY");
 		expect_write_exit(&s, v, slot.gpa + 16);
-		scene_visit(&s, v, 32, 32, READ_FIRST);
+		slot_vm_visit(&s, v, 32, 32, READ_FIRST);
 		vcpu_detach(v);
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 	}
 }
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* Fast-only turned on and off on a live slot, as post-copy does. */
 #define _GNU_SOURCE
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -13,27 +13,27 @@ static void on_and_off(void)
 	bool uffd = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD;
 	enum { STEP = 32, STEPS = 9 };
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct scene s;
-		scene_create(&s, backing, (uint64_t)STEP * STEPS * PAGE, KVMFAULT_MEMSLOT_SLOW, 0);
-		struct vcpu *v = scene_add_vcpu(&s, 3);
+		struct slot_vm s;
+		slot_vm_create(&s, backing, (uint64_t)STEP * STEPS * PAGE, KVMFAULT_MEMSLOT_SLOW, 0);
+		struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 		for (uint64_t step = 0; step < STEPS; step++) {
 			bool on = step % 2;
 			unsigned long here = s.here, elsewhere = s.elsewhere;
 			OK(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT, on));
 			OK(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT, on));
-			scene_visit(&s, v, step * STEP, STEP, step % 3 ? READ_FIRST : WRITE_FIRST);
+			slot_vm_visit(&s, v, step * STEP, STEP, step % 3 ? READ_FIRST : WRITE_FIRST);
 			EQUAL("faults on the vCPU's thread", s.here - here, on && !uffd ? STEP : 0);
 			EQUAL("faults on reader threads", s.elsewhere - elsewhere, on && !uffd ? 0 : STEP);
 			/* Pages of the steps before, too: KVM may have forgotten them. */
 			for (uint64_t page = 0; page < step * STEP; page++)
-				EQUAL("a word of an earlier step", scene_read(&s, v, RAM_GPA + page * PAGE),
+				EQUAL("a word of an earlier step", slot_vm_read(&s, v, RAM_GPA + page * PAGE),
 				      pattern_word(&s.source.pattern, page, 0));
 		}
 		EQUAL("resolver calls", s.source.total, s.pages);
 		REFUSED(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT, 2), EINVAL, "on");
 		REFUSED(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT + 1, 1), ENOENT, "slot");
 		vcpu_detach(v);
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 	}
 }
 
@@ -42,7 +42,7 @@ static atomic_ulong toggles;
 
 static void *toggle(void *opaque)
 {
-	struct scene *s = opaque;
+	struct slot_vm *s = opaque;
 	for (int on = 0; toggling; on = !on, toggles++) {
 		OK(kvmfault_memslot_set_fast_only(s->m.library, RAM_SLOT, on));
 		poll(NULL, 0, on ? 3 : 1); /* emulated machines need a while to get anything done in between */
@@ -56,9 +56,9 @@ static void toggled(enum backing backing)
 	enum { VCPUS = 3, MOST_ROUNDS = 40 };
 	bool uffd = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD;
 	unsigned rounds = 0, enough = (unsigned)scaled(4);
-	struct scene s;
+	struct slot_vm s;
 	pthread_t thread;
-	scene_create(&s, backing, 8ul << 20, 0, 0);
+	slot_vm_create(&s, backing, 8ul << 20, 0, 0);
 	list_shuffle(s.list, s.pages, 99);
 	for (int i = 0; i < VCPUS; i++)
 		machine_add_vcpu(&s.m, i % 2 ? 0 : 3);
@@ -67,11 +67,11 @@ static void toggled(enum backing backing)
 	for (; rounds < MOST_ROUNDS && (rounds < enough || !s.elsewhere || (!uffd && !s.here)); rounds++) {
 		for (uint64_t i = 0; i < VCPUS; i++) {
 			uint64_t first = s.pages * i / VCPUS;
-			scene_start_visit(&s, s.m.vcpu[i], first, s.pages * (i + 1) / VCPUS - first, READ_FIRST);
+			slot_vm_start_visit(&s, s.m.vcpu[i], first, s.pages * (i + 1) / VCPUS - first, READ_FIRST);
 		}
 		for (int i = 0; i < VCPUS; i++)
 			vcpu_join(s.m.vcpu[i]);
-		scene_expect_all_present(&s);
+		slot_vm_expect_all_present(&s);
 		EQUAL("resolver calls", s.source.total, s.pages * (rounds + 1));
 		pattern_check(&s.source.pattern, s.ram.hva, 0, s.pages);
 		OK(kvmfault_pages_discard(s.m.library, RAM_GPA, s.ram.len));
@@ -82,7 +82,7 @@ static void toggled(enum backing backing)
 	     (unsigned long)s.here, (unsigned long)s.elsewhere);
 	CHECK(uffd || s.here, "no fault came to a vCPU's thread");
 	CHECK(s.elsewhere, "no fault came to a reader thread");
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 static void toggled_anon(void)

@@ -4,7 +4,7 @@
  * the guest goes on. SIGBUS by mask and by handler, the library's loop and the VMM's own.
  */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -81,7 +81,7 @@ static atomic_uint go, done;
 static void *count_interrupted(struct vcpu *v)
 {
 	attach(v);
-	vcpu_load_script(v, lab.steps_gpa);
+	vcpu_load_script(v, resolver_vm.steps_gpa);
 	started = true;
 	while (!stop) {
 		struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
@@ -113,12 +113,12 @@ static void burst(void)
 	pthread_t kicker[KICKERS];
 	unsigned long bursts = SCALED(800, 50);
 	surplus = interrupted = seen = go = done = 0;
-	lab_set_up(MEMFD, lab_answer_pending, 1, 3);
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 1, 3);
 	/* Counts for ever. */
-	uint64_t *counter = (uint64_t *)(lab.steps + 64);
-	lab.steps[0] = (struct step){ ADD64, lab.steps_gpa + 64 * sizeof(struct step), 1, 0 };
-	lab.steps[1] = (struct step){ JUMP, lab.steps_gpa, 0, 0 };
-	vcpu_start(lab.m.vcpu[0], count_interrupted, NULL);
+	uint64_t *counter = (uint64_t *)(resolver_vm.steps + 64);
+	resolver_vm.steps[0] = (struct step){ ADD64, resolver_vm.steps_gpa + 64 * sizeof(struct step), 1, 0 };
+	resolver_vm.steps[1] = (struct step){ JUMP, resolver_vm.steps_gpa, 0, 0 };
+	vcpu_start(resolver_vm.m.vcpu[0], count_interrupted, NULL);
 	UNTIL(started);
 	for (int i = 0; i < KICKERS; i++)
 		CHECK(!pthread_create(&kicker[i], NULL, kick_in_bursts, NULL), "pthread_create");
@@ -141,7 +141,7 @@ static void burst(void)
 	for (int i = 0; i < KICKERS; i++)
 		pthread_join(kicker[i], NULL);
 	note("%s, loop %d: INTERRUPTED %lu times for %lu kicks", by_handler ? "by handler" : "by mask", loop, (unsigned long)interrupted, (unsigned long)seen);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 static void bursts(void)
@@ -156,7 +156,7 @@ static atomic_int failures;
 static int fail_once(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	return failures++ ? source_install(&lab.source, vm, fault->gpa, fault->len) : -EIO;
+	return failures++ ? source_install(&resolver_vm.source, vm, fault->gpa, fault->len) : -EIO;
 }
 
 /* A resolver that fails is told once, also by a reader thread, and the next page comes. */
@@ -165,21 +165,21 @@ static void fail_and_go_on(void)
 	uint32_t value;
 	failures = 0;
 	require_interruptible_sleep();
-	lab_set_up(MEMFD, fail_once, 1, 3);
-	struct vcpu *v = lab.m.vcpu[0];
+	resolver_vm_set_up(MEMFD, fail_once, 1, 3);
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	attach(v);
-	lab_load_read(v, 5);
+	resolver_vm_load_read(v, 5);
 	int ret = run(v);
 	EQUAL("the failure", ret, -EIO);
 	for (int page = 5; page < 12; page++) {
 		ret = run(v);
 		CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
-		lab_check_read(v, page);
+		resolver_vm_check_read(v, page);
 		EQUAL("immediate_exit", v->run->immediate_exit, 0);
-		lab_load_read(v, page + 1);
+		resolver_vm_load_read(v, page + 1);
 	}
 	vcpu_detach(v);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 static void news(void)
@@ -194,7 +194,7 @@ static int fail_late(void *opaque, struct kvmfault_vm *vm, const struct kvmfault
 {
 	(void)opaque;
 	if (asked++)
-		return source_install(&lab.source, vm, fault->gpa, fault->len);
+		return source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 	UNTIL(leave == 1);
 	leave = 2;
 	return -EIO;
@@ -204,19 +204,19 @@ static void *leave_and_come_back(struct vcpu *v)
 {
 	uint32_t value;
 	attach(v);
-	lab_load_read(v, 5);
+	resolver_vm_load_read(v, 5);
 	started = true;
 	int ret = run(v);
 	CHECK(ret == KVMFAULT_INTERRUPTED, "%s", vcpu_describe(v, ret));
-	lab_install(5);
+	resolver_vm_install(5);
 	leave = 1;
 	UNTIL(leave == 2);
 	usleep(20000); /* the reader is told; nothing shows when */
 	while (!stop) {
 		ret = run(v);
 		CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
-		lab_check_read(v, 5);
-		lab_load_read(v, 5);
+		resolver_vm_check_read(v, 5);
+		resolver_vm_load_read(v, 5);
 		stop = true;
 	}
 	vcpu_detach(v);
@@ -230,13 +230,13 @@ static void late_failure(void)
 	require_interruptible_sleep();
 	if (test_mechanism() != KVMFAULT_MECHANISM_USERFAULTFD)
 		skip("the resolver is called on the vCPU's thread, which can't leave it");
-	lab_set_up(MEMFD, fail_late, 1, 3);
-	vcpu_start(lab.m.vcpu[0], leave_and_come_back, NULL);
+	resolver_vm_set_up(MEMFD, fail_late, 1, 3);
+	vcpu_start(resolver_vm.m.vcpu[0], leave_and_come_back, NULL);
 	UNTIL(asked == 1);
 	usleep(20000); /* the vCPU sleeps */
 	OK(kvmfault_vcpu_kick(the->handle));
 	vcpu_join(the);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 static void old_news(void)
@@ -250,11 +250,11 @@ static void old_news(void)
 static void set_immediate_exit(void)
 {
 	uint32_t value;
-	lab_set_up(MEMFD, fail_once, 1, 3);
+	resolver_vm_set_up(MEMFD, fail_once, 1, 3);
 	failures = 1;
-	struct vcpu *v = lab.m.vcpu[0];
+	struct vcpu *v = resolver_vm.m.vcpu[0];
 	attach(v);
-	lab_load_read(v, 5);
+	resolver_vm_load_read(v, 5);
 	v->run->immediate_exit = 1;
 	for (int i = 0; i < 3; i++) {
 		int ret = run(v);
@@ -273,9 +273,9 @@ static void set_immediate_exit(void)
 	while (loop == OWN && by_handler && ret == KVMFAULT_INTERRUPTED)
 		ret = run(v);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
-	lab_check_read(v, 5);
+	resolver_vm_check_read(v, 5);
 	vcpu_detach(v);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 static void immediate_exit(void)
@@ -295,10 +295,10 @@ static void *read_one_page(struct vcpu *v)
 	uint32_t value;
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
 	attach(v);
-	lab_load_read(v, ASLEEP_AT);
+	resolver_vm_load_read(v, ASLEEP_AT);
 	int ret = run(v);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
-	lab_check_read(v, ASLEEP_AT);
+	resolver_vm_check_read(v, ASLEEP_AT);
 	OK(kvmfault_vcpu_stats(v->handle, &stats));
 	EQUAL("kicks of the vCPU that sleeps", stats.kicks, 0);
 	awake++;
@@ -310,7 +310,7 @@ static void *count_until_kicked(struct vcpu *v)
 {
 	struct kvmfault_stats stats = KVMFAULT_STATS_INIT;
 	attach(v);
-	vcpu_load_script(v, lab.steps_gpa + COUNTER_STEP * sizeof(struct step));
+	vcpu_load_script(v, resolver_vm.steps_gpa + COUNTER_STEP * sizeof(struct step));
 	started = true;
 	int ret = run(v);
 	CHECK(ret == KVMFAULT_INTERRUPTED && stop, "%s, and there was no kick", vcpu_describe(v, ret));
@@ -329,40 +329,40 @@ static void set_while_a_vcpu_sleeps(void)
 	struct ram other;
 	require_interruptible_sleep_in_slow_slots();
 	awake = 0;
-	lab_set_up(MEMFD, lab_answer_pending, 2, 3);
-	lab.calls = 0;
-	OK(kvmfault_memslot_set_fast_only(lab.m.library, RAM_SLOT, 0));
+	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 2, 3);
+	resolver_vm.calls = 0;
+	OK(kvmfault_memslot_set_fast_only(resolver_vm.m.library, RAM_SLOT, 0));
 	/* Counts for ever. */
-	uint64_t *counter = (uint64_t *)(lab.steps + COUNTER_STEP + 2);
-	uint64_t counter_gpa = lab.steps_gpa + (COUNTER_STEP + 2) * sizeof(struct step);
-	lab.steps[COUNTER_STEP] = (struct step){ ADD64, counter_gpa, 1, 0 };
-	lab.steps[COUNTER_STEP + 1] = (struct step){ JUMP, lab.steps_gpa + COUNTER_STEP * sizeof(struct step), 0, 0 };
-	vcpu_start(lab.m.vcpu[1], count_until_kicked, NULL);
+	uint64_t *counter = (uint64_t *)(resolver_vm.steps + COUNTER_STEP + 2);
+	uint64_t counter_gpa = resolver_vm.steps_gpa + (COUNTER_STEP + 2) * sizeof(struct step);
+	resolver_vm.steps[COUNTER_STEP] = (struct step){ ADD64, counter_gpa, 1, 0 };
+	resolver_vm.steps[COUNTER_STEP + 1] = (struct step){ JUMP, resolver_vm.steps_gpa + COUNTER_STEP * sizeof(struct step), 0, 0 };
+	vcpu_start(resolver_vm.m.vcpu[1], count_until_kicked, NULL);
 	UNTIL(started && __atomic_load_n(counter, __ATOMIC_RELAXED) > 0);
 	struct vcpu *counting = the;
-	vcpu_start(lab.m.vcpu[0], read_one_page, NULL);
-	UNTIL(lab.calls == 1);
+	vcpu_start(resolver_vm.m.vcpu[0], read_one_page, NULL);
+	UNTIL(resolver_vm.calls == 1);
 
 	ram_create(&other, MEMFD, 4 * PAGE);
 	for (int i = 0; i < 5; i++) {
 		struct kvmfault_memslot gone = KVMFAULT_MEMSLOT_INIT;
 		gone.slot = OTHER_SLOT;
-		machine_set_slot(&lab.m, &other, OTHER_SLOT, OTHER_GPA);
-		machine_set_slot(&lab.m, &other, OTHER_SLOT, 2 * OTHER_GPA); /* moved */
-		OK(kvmfault_memslot_set(lab.m.library, &gone));
-		OK(kvmfault_memslot_set_fast_only(lab.m.library, RAM_SLOT, 1));
-		OK(kvmfault_memslot_set_fast_only(lab.m.library, RAM_SLOT, 0));
+		machine_set_slot(&resolver_vm.m, &other, OTHER_SLOT, OTHER_GPA);
+		machine_set_slot(&resolver_vm.m, &other, OTHER_SLOT, 2 * OTHER_GPA); /* moved */
+		OK(kvmfault_memslot_set(resolver_vm.m.library, &gone));
+		OK(kvmfault_memslot_set_fast_only(resolver_vm.m.library, RAM_SLOT, 1));
+		OK(kvmfault_memslot_set_fast_only(resolver_vm.m.library, RAM_SLOT, 0));
 	}
 	uint64_t before = __atomic_load_n(counter, __ATOMIC_RELAXED);
 	UNTIL(__atomic_load_n(counter, __ATOMIC_RELAXED) > before);
 	EQUAL("vCPUs that have the page", awake, 0);
-	lab_install(ASLEEP_AT);
-	vcpu_join(lab.m.vcpu[0]);
+	resolver_vm_install(ASLEEP_AT);
+	vcpu_join(resolver_vm.m.vcpu[0]);
 	stop = true;
 	OK(kvmfault_vcpu_kick(counting->handle));
 	vcpu_join(counting);
 	ram_destroy(&other);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 static void nudges(void)

@@ -4,7 +4,7 @@
  * before it runs, and their pages may be absent: KVM finds them all the same. And the library knows which guests don't go with markers.
  */
 #define _GNU_SOURCE
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -58,13 +58,13 @@ static void restore(struct vcpu *v, bool taken[AREAS])
 		skip("this KVM has neither kvmclock nor steal time");
 }
 
-static bool is_present(struct scene *s, uint64_t page)
+static bool is_present(struct slot_vm *s, uint64_t page)
 {
 	return kvmfault_pages_state(s->m.library, RAM_GPA + page * PAGE) == KVMFAULT_PAGE_PRESENT;
 }
 
 /* The bytes of an area as they were at the source. */
-static void pattern_of(struct scene *s, const struct area *a, uint8_t *bytes)
+static void pattern_of(struct slot_vm *s, const struct area *a, uint8_t *bytes)
 {
 	uint8_t pages[2 * PAGE];
 	pattern_fill(&s->source.pattern, a->page, pages);
@@ -72,7 +72,7 @@ static void pattern_of(struct scene *s, const struct area *a, uint8_t *bytes)
 	memcpy(bytes, pages + a->offset, a->len);
 }
 
-static void check_areas(struct scene *s, const bool taken[AREAS], bool brought)
+static void check_areas(struct slot_vm *s, const bool taken[AREAS], bool brought)
 {
 	uint8_t before[64];
 	for (int i = 0; i < AREAS; i++) {
@@ -95,40 +95,40 @@ static void restored(void)
 {
 	bool trap = test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP;
 	for (int backing = ANON; backing <= MEMFD; backing++) {
-		struct scene s;
+		struct slot_vm s;
 		bool taken[AREAS];
-		scene_create(&s, backing, PAGES * PAGE, 0, 0);
-		struct vcpu *v = scene_add_vcpu(&s, 3);
+		slot_vm_create(&s, backing, PAGES * PAGE, 0, 0);
+		struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 		restore(v, taken);
 		/* A kick that came before is seen before the guest runs, or while its areas are brought; it is not an error. */
 		kvmfault_vcpu_kick(v->handle);
 		vcpu_load_verify(v, RAM_GPA, s.list_gpa, 8, &s.source.pattern, READ_FIRST);
 		int ret = kvmfault_vcpu_run(v->handle);
 		CHECK(ret == KVMFAULT_INTERRUPTED, "%s", vcpu_describe(v, ret));
-		scene_visit(&s, v, 0, 8, READ_FIRST);
+		slot_vm_visit(&s, v, 0, 8, READ_FIRST);
 		check_areas(&s, taken, trap);
 		/* Once is enough: what is discarded later is the VMM's to know. */
 		unsigned long total = s.source.total;
-		scene_visit(&s, v, 0, 8, READ_FIRST);
+		slot_vm_visit(&s, v, 0, 8, READ_FIRST);
 		EQUAL("resolver calls", s.source.total, total);
 		vcpu_detach(v);
-		scene_destroy(&s);
+		slot_vm_destroy(&s);
 	}
 }
 
 /* A page of theirs that is lost keeps nobody from running. */
 static void lost_area(void)
 {
-	struct scene s;
+	struct slot_vm s;
 	bool taken[AREAS];
-	scene_create(&s, MEMFD, PAGES * PAGE, 0, 0);
-	struct vcpu *v = scene_add_vcpu(&s, 3);
+	slot_vm_create(&s, MEMFD, PAGES * PAGE, 0, 0);
+	struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 	for (int i = 0; i < AREAS; i++)
 		OK(kvmfault_pages_lost(s.m.library, RAM_GPA + areas[i].page * PAGE, PAGE));
 	restore(v, taken); /* which may touch some */
-	scene_visit(&s, v, 0, 8, READ_FIRST);
+	slot_vm_visit(&s, v, 0, 8, READ_FIRST);
 	vcpu_detach(v);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 /* The same for a VMM that calls KVM_RUN itself. */
@@ -136,10 +136,10 @@ static void restored_own_loop(void)
 {
 	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
 	bool taken[AREAS], trap = test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP;
-	struct scene s;
+	struct slot_vm s;
 	uint32_t value;
 	int ret;
-	scene_create(&s, MEMFD, PAGES * PAGE, 0, 0);
+	slot_vm_create(&s, MEMFD, PAGES * PAGE, 0, 0);
 	struct vcpu *v = machine_add_vcpu(&s.m, 3);
 	options.fd = v->fd;
 	options.run = v->run;
@@ -156,7 +156,7 @@ static void restored_own_loop(void)
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
 	check_areas(&s, taken, trap);
 	vcpu_detach(v);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 /* ---- areas that a guest names while it runs ---- */
@@ -325,22 +325,22 @@ static void named_later(void)
 static void management_mode(void)
 {
 	enum { HANDLER = 8, SAVED = 15, SMBASE_MSR = 0x9e }; /* pages: SMBASE + 0x8000, and + 0xfe00 */
-	struct scene s;
+	struct slot_vm s;
 	uint8_t code[PAGE] = { 0x0f, 0xaa }, before[PAGE]; /* rsm */
-	scene_create(&s, MEMFD, PAGES * PAGE, 0, 0);
-	struct vcpu *v = scene_add_vcpu(&s, 3);
+	slot_vm_create(&s, MEMFD, PAGES * PAGE, 0, 0);
+	struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 	if (ioctl(s.m.vm, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM) <= 0 || !set_msr(v, SMBASE_MSR, RAM_GPA))
 		skip("this KVM has no system management mode");
 	machine_set_slot(&s.m, &s.ram, 1u << 16 | RAM_SLOT, RAM_GPA);
 	OK(kvmfault_pages_install(s.m.library, RAM_GPA + HANDLER * PAGE, code, PAGE));
 	SYS(ioctl(v->fd, KVM_SMI));
-	scene_visit(&s, v, 0, HANDLER, READ_FIRST);
+	slot_vm_visit(&s, v, 0, HANDLER, READ_FIRST);
 	UNTIL(is_present(&s, SAVED));
 	pattern_fill(&s.source.pattern, SAVED, before);
 	CHECK(!memcmp(s.ram.hva + SAVED * PAGE, before, 0xe00), "what is beside the registers has changed");
 	CHECK(memcmp(s.ram.hva + SAVED * PAGE + 0xe00, before + 0xe00, 0x200), "KVM has saved nothing");
 	vcpu_detach(v);
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 /* ---- which guests ---- */
@@ -361,7 +361,7 @@ static struct kvm_cpuid_entry2 *leaf(uint32_t function)
 }
 
 /* What KVM can do, without nesting. */
-static void plain_guest(struct scene *s)
+static void plain_guest(struct slot_vm *s)
 {
 	cpuid.head.nent = 256;
 	SYS(ioctl(s->m.kvm, KVM_GET_SUPPORTED_CPUID, &cpuid));
@@ -407,9 +407,9 @@ static void check_guest(void)
 	} guests[] = { { nested_vmx, "VMX" }, { nested_svm, "SVM" }, { hyper_v, "Hyper-V" }, { xen, "Xen" } };
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
 	bool trap = test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP;
-	struct scene s;
+	struct slot_vm s;
 	OK(kvmfault_probe(-1, &probe));
-	scene_create(&s, MEMFD, PAGES * PAGE, 0, 0);
+	slot_vm_create(&s, MEMFD, PAGES * PAGE, 0, 0);
 	plain_guest(&s);
 	struct vcpu *v = machine_add_vcpu(&s.m, 3);
 	SYS(ioctl(v->fd, KVM_SET_CPUID2, &cpuid));
@@ -429,7 +429,7 @@ static void check_guest(void)
 	}
 	REFUSED(kvmfault_vm_check_guest(s.m.library, -1), EBADF, "vcpu_fd");
 	REFUSED(kvmfault_vm_check_guest(s.m.library, s.m.vm), EINVAL, "vcpu_fd");
-	scene_destroy(&s);
+	slot_vm_destroy(&s);
 }
 
 static const struct test_case cases[] = {

@@ -4,7 +4,7 @@
  * of the handle; and the VMM can give one up.
  */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <string.h>
@@ -45,7 +45,7 @@ static int answer_or_install(void *opaque, struct kvmfault_vm *vm, const struct 
 {
 	(void)opaque;
 	asked++;
-	return answer ? answer : source_install(&lab.source, vm, fault->gpa, fault->len);
+	return answer ? answer : source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 }
 
 static struct vcpu *set_up(int first_answer)
@@ -54,15 +54,15 @@ static struct vcpu *set_up(int first_answer)
 		skip("accesses at CPL 0 to such pages don't come as MMIO exits here with %s", mechanism_name(test_mechanism()));
 	answer = first_answer;
 	asked = 0;
-	lab_set_up(MEMFD, answer_or_install, 1, 0);
-	attach(lab.m.vcpu[0]);
-	return lab.m.vcpu[0];
+	resolver_vm_set_up(MEMFD, answer_or_install, 1, 0);
+	attach(resolver_vm.m.vcpu[0]);
+	return resolver_vm.m.vcpu[0];
 }
 
 static void tear_down(struct vcpu *v)
 {
 	vcpu_detach(v);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 static void each_loop(void (*test)(void))
@@ -74,20 +74,20 @@ static void each_loop(void (*test)(void))
 /* Reads across the border of two pages, then writes across another; all four are absent. */
 static void load_crossing(struct vcpu *v)
 {
-	lab.steps[0] = (struct step){ READ64, RAM_GPA + PAGE - 3, 0, 0 };
-	lab.steps[1] = (struct step){ WRITE64, RAM_GPA + 3 * PAGE - 2, 0x1122334455667788, 0 };
-	lab.steps[2] = (struct step){ STOP, 0, 5, 0 };
-	vcpu_load_script(v, lab.steps_gpa);
+	resolver_vm.steps[0] = (struct step){ READ64, RAM_GPA + PAGE - 3, 0, 0 };
+	resolver_vm.steps[1] = (struct step){ WRITE64, RAM_GPA + 3 * PAGE - 2, 0x1122334455667788, 0 };
+	resolver_vm.steps[2] = (struct step){ STOP, 0, 5, 0 };
+	vcpu_load_script(v, resolver_vm.steps_gpa);
 }
 
 static void check_crossing(struct vcpu *v, int ret)
 {
-	uint64_t words[2] = { pattern_word(&lab.source.pattern, 0, 511), pattern_word(&lab.source.pattern, 1, 0) }, word;
+	uint64_t words[2] = { pattern_word(&resolver_vm.source.pattern, 0, 511), pattern_word(&resolver_vm.source.pattern, 1, 0) }, word;
 	uint32_t value;
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value) && value == 5, "%s", vcpu_describe(v, ret));
 	memcpy(&word, (uint8_t *)words + 5, 8);
-	EQUAL("what the guest read", lab.steps[0].value, word);
-	memcpy(&word, lab.ram.hva + 3 * PAGE - 2, 8);
+	EQUAL("what the guest read", resolver_vm.steps[0].value, word);
+	memcpy(&word, resolver_vm.ram.hva + 3 * PAGE - 2, 8);
 	EQUAL("what the guest wrote", word, 0x1122334455667788);
 }
 
@@ -107,8 +107,8 @@ static void left_by_errors(void)
 		answer = 0;
 		/* Of what comes next the first is to fail again. */
 		uint64_t page = (v->run->mmio.phys_addr - RAM_GPA) / PAGE;
-		if (kvmfault_pages_state(lab.m.library, RAM_GPA + page * PAGE) == KVMFAULT_PAGE_ABSENT)
-			lab_install(page);
+		if (kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + page * PAGE) == KVMFAULT_PAGE_ABSENT)
+			resolver_vm_install(page);
 		answer = -EIO;
 	}
 	EQUAL("failures", failures, 4);
@@ -145,7 +145,7 @@ static void left_by_a_kick(void)
 	OK(kvmfault_vcpu_kick(v->handle));
 	vcpu_join(v);
 	answer = 0;
-	lab_install(0);
+	resolver_vm_install(0);
 	attach(v);
 	check_crossing(v, go_on(v));
 	EQUAL("exit reason is the last one's", v->run->exit_reason, KVM_EXIT_IO);
@@ -167,10 +167,10 @@ static void finished(void)
 	uint32_t value;
 	for (loop = RUN; loop <= OWN_RESUMES; loop++) {
 		struct vcpu *v = set_up(0);
-		lab.steps[0] = (struct step){ READ64, NOWHERE_GPA, 0, 0 };
-		lab.steps[1] = (struct step){ READ64, RAM_GPA, 0, 0 };
-		lab.steps[2] = (struct step){ STOP, 0, 0, 0 };
-		vcpu_load_script(v, lab.steps_gpa);
+		resolver_vm.steps[0] = (struct step){ READ64, NOWHERE_GPA, 0, 0 };
+		resolver_vm.steps[1] = (struct step){ READ64, RAM_GPA, 0, 0 };
+		resolver_vm.steps[2] = (struct step){ STOP, 0, 0, 0 };
+		vcpu_load_script(v, resolver_vm.steps_gpa);
 		int ret = go_on(v);
 		CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO, "%s", vcpu_describe(v, ret));
 		memset(v->run->mmio.data, 0x42, 8);
@@ -178,8 +178,8 @@ static void finished(void)
 		attach(v);
 		ret = go_on(v);
 		CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
-		EQUAL("what the device answered", lab.steps[0].value, 0x4242424242424242);
-		EQUAL("what the guest read", lab.steps[1].value, pattern_word(&lab.source.pattern, 0, 0));
+		EQUAL("what the device answered", resolver_vm.steps[0].value, 0x4242424242424242);
+		EQUAL("what the guest read", resolver_vm.steps[1].value, pattern_word(&resolver_vm.source.pattern, 0, 0));
 		tear_down(v);
 	}
 }
@@ -203,15 +203,15 @@ static void comes_back(void)
 	load_crossing(v);
 	for (uint64_t page = 0; page < 4; page++) {
 		expect_lost(v, page);
-		OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + page * PAGE, PAGE));
+		OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + page * PAGE, PAGE));
 		if (page % 2) {
 			vcpu_detach(v); /* that it is unfinished is known without the handle */
 			attach(v);
 		} else {
 			expect_lost(v, page); /* the resolver was asked anew, and says so again */
-			OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + page * PAGE, PAGE));
+			OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + page * PAGE, PAGE));
 		}
-		lab_install(page);
+		resolver_vm_install(page);
 	}
 	check_crossing(v, go_on(v));
 	tear_down(v);
@@ -227,28 +227,28 @@ static void given_up(void)
 {
 	uint32_t value;
 	struct vcpu *v = set_up(KVMFAULT_LOST);
-	lab_load_read(v, 0);
+	resolver_vm_load_read(v, 0);
 	expect_lost(v, 0);
 	answer = 0;
 	int ret = go_on(v);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
-	EQUAL("what the guest read", lab.steps[0].value, -1);
+	EQUAL("what the guest read", resolver_vm.steps[0].value, -1);
 	/* Another access to the page is told anew. */
-	lab_load_read(v, 0);
+	resolver_vm_load_read(v, 0);
 	expect_lost(v, 0);
-	OK(kvmfault_pages_discard(lab.m.library, RAM_GPA, PAGE));
+	OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA, PAGE));
 	ret = go_on(v);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
-	lab_check_read(v, 0);
+	resolver_vm_check_read(v, 0);
 	/* A write is dropped. */
-	OK(kvmfault_pages_lost(lab.m.library, RAM_GPA + 9 * PAGE, PAGE));
-	lab.steps[0] = (struct step){ WRITE64, RAM_GPA + 9 * PAGE, 1, 0 };
-	vcpu_load_script(v, lab.steps_gpa);
+	OK(kvmfault_pages_lost(resolver_vm.m.library, RAM_GPA + 9 * PAGE, PAGE));
+	resolver_vm.steps[0] = (struct step){ WRITE64, RAM_GPA + 9 * PAGE, 1, 0 };
+	vcpu_load_script(v, resolver_vm.steps_gpa);
 	expect_lost(v, 9);
 	ret = go_on(v);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
-	OK(kvmfault_pages_discard(lab.m.library, RAM_GPA + 9 * PAGE, PAGE));
-	lab_read(v, 9);
+	OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + 9 * PAGE, PAGE));
+	resolver_vm_read(v, 9);
 	tear_down(v);
 }
 
@@ -266,7 +266,7 @@ static int late_install(void *opaque, struct kvmfault_vm *vm, const struct kvmfa
 	(void)opaque;
 	asked++;
 	UNTIL(deleted);
-	int ret = kvmfault_pages_install(vm, fault->gpa, lab.m.low, fault->len);
+	int ret = kvmfault_pages_install(vm, fault->gpa, resolver_vm.m.low, fault->len);
 	EQUAL("installing where no slot is", ret, -ENOENT);
 	return ret;
 }
@@ -274,7 +274,7 @@ static int late_install(void *opaque, struct kvmfault_vm *vm, const struct kvmfa
 static void *read_where_none_is(struct vcpu *v)
 {
 	attach(v);
-	lab_load_read(v, 3);
+	resolver_vm_load_read(v, 3);
 	int ret = go_on(v);
 	CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO, "%s", vcpu_describe(v, ret));
 	EQUAL("the address", v->run->mmio.phys_addr, RAM_GPA + 3 * PAGE);
@@ -292,13 +292,13 @@ static void slot_is_deleted(void)
 		slot.slot = RAM_SLOT;
 		asked = deleted = 0;
 		loop = RUN;
-		lab_set_up(MEMFD, late_install, 1, cpl);
-		vcpu_start(lab.m.vcpu[0], read_where_none_is, NULL);
+		resolver_vm_set_up(MEMFD, late_install, 1, cpl);
+		vcpu_start(resolver_vm.m.vcpu[0], read_where_none_is, NULL);
 		UNTIL(asked == 1);
-		OK(kvmfault_memslot_set(lab.m.library, &slot));
+		OK(kvmfault_memslot_set(resolver_vm.m.library, &slot));
 		deleted = 1;
-		vcpu_join(lab.m.vcpu[0]);
-		lab_tear_down();
+		vcpu_join(resolver_vm.m.vcpu[0]);
+		resolver_vm_tear_down();
 	}
 }
 

@@ -4,7 +4,7 @@
  * table that is absent must not become a page fault in the guest. The guest has no table of interrupts: one page fault and it is over.
  */
 #define _GNU_SOURCE
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <stdio.h>

@@ -89,7 +89,8 @@ class Cases(unittest.TestCase):
 
 class Fault(unittest.TestCase):
     def test_whose_fault(self):
-        kernel, ours, theirs = "the guest kernel oopsed: int3", "peer.c:99: the memory is wrong", f"peer.c:77: {tier.SELFTEST_FAILED}: SHUTDOWN"
+        kernel, ours = "the guest kernel oopsed: int3", "kernel_selftest.c:99: the memory is wrong"
+        theirs = f"kernel_selftest.c:77: {tier.SELFTEST_FAILED}: SHUTDOWN"
         for thread, problem, failed, fault in (
                 ("multi", None, [], None), ("multi", None, [ours], None), ("multi", "no end after 3 s", [theirs], None),
                 ("multi", kernel, [ours], kernel), ("multi", None, [theirs], theirs), ("multi", None, [theirs, ours], None),
@@ -98,7 +99,8 @@ class Fault(unittest.TestCase):
                 self.assertEqual(tier.not_the_librarys(problem, failed), fault)
 
     def test_as_the_case_says_it(self):
-        self.assertIn(f'"{tier.SELFTEST_FAILED}: ', (pathlib.Path(__file__).parents[1] / "whole/peer.c").read_text())
+        program = pathlib.Path(__file__).parents[1] / "whole/kernel_selftest.c"
+        self.assertIn(f'"{tier.SELFTEST_FAILED}: ', program.read_text())
 
 
 class Matrix(unittest.TestCase):

@@ -23,8 +23,9 @@ environment (all optional; several values are separated by blanks or commas):
   KERNEL   stock-6.1, stock-6.12, newest, or a kernel release; default: all three, stock and patched
   ABI      kvm.fault_abi values; only the patched kernel is booted then, unless KERNEL asks for more; `stock` = unpatched
   FILTER   handed to the runner, as its argument and in FILTER
-  KVMFAULT_PEER_STRICT  asks for more than "no slower" beside the kernel's selftest: 2x memslot-flag, 1.4x poison-trap
-  KVMFAULT_PEER_ROUNDS  how often they take turns (default: 3)
+  KVMFAULT_SELFTEST_STRICT  asks for more than "no slower" beside the kernel's selftest:
+                            2x memslot-flag, 1.4x poison-trap
+  KVMFAULT_SELFTEST_ROUNDS  how often they take turns (default: 3)
   KVMFAULT_TEST_SCALE   shortens what tests repeat very often (default: 0.01)
 
 exit status: 0 all passed; 1 something failed; 77 nothing could be run here (the reason is on stderr)
@@ -68,10 +69,10 @@ FILTERS = {
 # of the host's: in single-threaded emulation userfaultfd's reader and its vCPU can't run at the
 # same time, and neither would be seen as it is. There QEMU 7.2 loses to the kernel's own code
 # patching about one boot in ten (see machine.py); such a boot is done again.
-PEER = "peer"
-PEER_ABI = "v7"
-PEER_TRIES = 5
-SELFTEST_FAILED = "the selftest failed"  # as peer.c says it
+SELFTEST = "kernel_selftest"
+SELFTEST_ABI = "v7"
+SELFTEST_TRIES = 5
+SELFTEST_FAILED = "the selftest failed"  # as kernel_selftest.c says it
 
 # Longer than any one case may take (the runner ends it before): a machine that is merely slow says
 # something meanwhile.
@@ -86,10 +87,11 @@ def scale():
     return os.environ.get("KVMFAULT_TEST_SCALE", "0.01")
 
 
-def passed_on(peer):
+def passed_on(with_selftest):
     """What the environment says to the comparison."""
-    found = {"KVMFAULT_PEER_ROUNDS": "3"} if peer else {}
-    found.update((key, value) for key, value in os.environ.items() if key in ("KVMFAULT_PEER_ROUNDS", "KVMFAULT_PEER_STRICT"))
+    found = {"KVMFAULT_SELFTEST_ROUNDS": "3"} if with_selftest else {}
+    names = ("KVMFAULT_SELFTEST_ROUNDS", "KVMFAULT_SELFTEST_STRICT")
+    found.update((key, value) for key, value in os.environ.items() if key in names)
     return [f"{key}={value}" for key, value in found.items()]
 
 
@@ -98,12 +100,12 @@ def boot(name, abi, options, reader):
     kernel = kernels.find(name)
     filters = options.filter.split() or FILTERS.get(abi, ())
     copies = command.copies(options.copy)
-    if options.peer:
+    if options.selftest:
         # The selftest's rate falls to a twentieth at times; a few rounds, and time for them.
-        filters = ["--timeout", "280", f"{PEER}/anon"]
+        filters = ["--timeout", "280", f"{SELFTEST}/anon"]
         copies.append((selftest.set_up_and_build(), f"{PROGRAMS}/demand_paging_test"))
     words = ["env", f"FILTER={options.filter}", f"PATH={PROGRAMS}:{PROGRAMS}/bin:/bin:/sbin", f"KVMFAULT_VM_KERNEL={name}",
-             f"KVMFAULT_VM_ABI={abi or ''}", f"KVMFAULT_TEST_SCALE={scale()}", *passed_on(options.peer),
+             f"KVMFAULT_VM_ABI={abi or ''}", f"KVMFAULT_TEST_SCALE={scale()}", *passed_on(options.selftest),
              RUNNER, *options.runner_arguments, *filters]
     outcome = command.run(kernel, words, [(options.programs, PROGRAMS), *copies], abi=abi, module_directory=options.modules,
                           hugepages=options.hugepages, smp=options.smp, memory=options.memory,
@@ -175,7 +177,7 @@ def table(entries):
             where = "/".join(filter(None, (e["kernel"], e["abi"], e["mechanism"], e["group"])))
             print(f"{'FAIL' if e['failed'] else 'SKIP'} {where}: {e['reason']}")
     for e in entries:
-        if e["group"] == PEER and e["passed"] and e["reason"] and not e["skipped"]:
+        if e["group"] == SELFTEST and e["passed"] and e["reason"] and not e["skipped"]:
             print(f"NOTE {e['kernel']}/{e['abi']}: {e['reason']}")
     print("%d passed, %d failed, %d skipped" % tuple(total(entries, k) for k in ("passed", "failed", "skipped")))
 
@@ -198,7 +200,7 @@ def main():
                    help="machines at a time (default: one more than CPUs)")
     # A machine's own process, and one that compares the library with the kernel's selftest.
     p.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    p.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--selftest", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("-q", "--quiet", action="store_true", help="no case lines, only the table")
     p.add_argument("runner_arguments", nargs="*", metavar="ARGUMENT", help="after --: for the runner")
     options = p.parse_args()
@@ -217,8 +219,8 @@ def main():
     if options.one:
         return run_one(*pairs[0], options)
     machines = [(name, abi, False) for name, abi in pairs]
-    if (kernels.PATCHED, PEER_ABI) in pairs and (not options.filter or PEER in options.filter):
-        machines.append((kernels.PATCHED, PEER_ABI, True))
+    if (kernels.PATCHED, SELFTEST_ABI) in pairs and (not options.filter or SELFTEST in options.filter):
+        machines.append((kernels.PATCHED, SELFTEST_ABI, True))
     try:
         results = run_all(machines, options)
     except machine.Interrupted as error:
@@ -235,7 +237,7 @@ def main():
 
 def run_one(name, abi, options):
     """Runs one machine in a process of its own: prints its cases, writes its rows (--json)."""
-    tries = PEER_TRIES if options.peer else 1
+    tries = SELFTEST_TRIES if options.selftest else 1
     for n in range(1, tries + 1):
         reader = cases.Reader((lambda line: None) if options.quiet else (lambda line: print(line, flush=True)))
         status = 0
@@ -275,9 +277,9 @@ def run_all(machines, options):
         try:
             while waiting or running:
                 while waiting and len(running) < options.jobs and not (running and waiting[0][1][2]):
-                    n, (name, abi, peer) = waiting.pop(0)
-                    print(f"# started: {describe(name, abi, peer)}", flush=True)
-                    running[n] = start_one(pathlib.Path(scratch), n, name, abi, peer, options)
+                    n, (name, abi, with_selftest) = waiting.pop(0)
+                    print(f"# started: {describe(name, abi, with_selftest)}", flush=True)
+                    running[n] = start_one(pathlib.Path(scratch), n, name, abi, with_selftest, options)
                 for n in [n for n, (process, *_) in running.items() if process.poll() is not None]:
                     process, log, rows_file, since = running.pop(n)
                     print(f"# {describe(*machines[n])}: {time.monotonic() - since:.1f} s", flush=True)
@@ -295,11 +297,11 @@ def run_all(machines, options):
     return [results[n] for n in range(len(machines))]
 
 
-def describe(name, abi, peer):
-    return f"{name}{f', patched: {abi}' if abi else ''}{', beside the kernel selftest' if peer else ''}"
+def describe(name, abi, with_selftest):
+    return f"{name}{f', patched: {abi}' if abi else ''}{', beside the kernel selftest' if with_selftest else ''}"
 
 
-def start_one(scratch, n, name, abi, peer, options):
+def start_one(scratch, n, name, abi, with_selftest, options):
     log, rows_file = scratch / f"{n}.log", scratch / f"{n}.json"
     environment = dict(os.environ, KERNEL=name, ABI=abi or "stock")
     words = ["--one", "--json", rows_file, "--programs", options.programs, "--timeout", options.timeout, "--smp", options.smp,
@@ -308,8 +310,8 @@ def start_one(scratch, n, name, abi, peer, options):
     words += ["--quiet"] if options.quiet else []
     for copy in options.copy:
         words += ["--copy", copy]
-    if peer:
-        words.append("--peer")
+    if with_selftest:
+        words.append("--selftest")
         environment.setdefault("KVMFAULT_VM_TCG_THREAD", "multi")
     words += ["--", *options.runner_arguments]
     with open(log, "w") as output:

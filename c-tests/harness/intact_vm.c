@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 #define _GNU_SOURCE
-#include "bad.h"
+#include "intact_vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -13,30 +13,30 @@
 
 enum { PRESENT_PAGES = 2, LOST_PAGE = 3, FIRST_ABSENT = 4 };
 
-void subject_create(struct subject *s)
+void intact_vm_create(struct intact_vm *s)
 {
-	subject_create_with(s, NULL);
+	intact_vm_create_with(s, NULL);
 }
 
-void subject_create_with(struct subject *s, const struct kvmfault_vm_options *options)
+void intact_vm_create_with(struct intact_vm *s, const struct kvmfault_vm_options *options)
 {
 	memset(s, 0, sizeof(*s));
 	machine_create(&s->machine, 4 * PAGE);
-	ram_create(&s->ram, MEMFD, SUBJECT_LEN);
-	source_create(&s->source, SUBJECT_GPA, SUBJECT_LEN, PATTERN);
+	ram_create(&s->ram, MEMFD, INTACT_VM_LEN);
+	source_create(&s->source, INTACT_VM_GPA, INTACT_VM_LEN, PATTERN);
 	machine_attach(&s->machine, &s->source, options);
-	machine_set_slot(&s->machine, &s->ram, RAM_SLOT, SUBJECT_GPA);
+	machine_set_slot(&s->machine, &s->ram, RAM_SLOT, INTACT_VM_GPA);
 	s->script = machine_share(&s->machine, PAGE, &s->script_gpa);
 	s->vcpu = machine_add_vcpu(&s->machine, 3);
 	vcpu_attach(s->vcpu);
 
-	OK(source_install(&s->source, s->machine.library, SUBJECT_GPA, PRESENT_PAGES * PAGE));
-	OK(kvmfault_pages_lost(s->machine.library, SUBJECT_GPA + LOST_PAGE * PAGE, PAGE));
+	OK(source_install(&s->source, s->machine.library, INTACT_VM_GPA, PRESENT_PAGES * PAGE));
+	OK(kvmfault_pages_lost(s->machine.library, INTACT_VM_GPA + LOST_PAGE * PAGE, PAGE));
 	s->next = FIRST_ABSENT;
-	subject_learn(s);
+	intact_vm_learn(s);
 }
 
-void subject_destroy(struct subject *s)
+void intact_vm_destroy(struct intact_vm *s)
 {
 	machine_destroy(&s->machine);
 	ram_destroy(&s->ram);
@@ -44,48 +44,48 @@ void subject_destroy(struct subject *s)
 }
 
 /* Who waits in userfaultfd goes on as soon as the page is there, and the reader thread books it after that. */
-static int settled_state(const struct subject *s, uint64_t page)
+static int settled_state(const struct intact_vm *s, uint64_t page)
 {
 	int state;
 	double end = now() + 5;
-	while ((state = OK(kvmfault_pages_state(s->machine.library, SUBJECT_GPA + page * PAGE))) == KVMFAULT_PAGE_RESOLVING && now() < end)
+	while ((state = OK(kvmfault_pages_state(s->machine.library, INTACT_VM_GPA + page * PAGE))) == KVMFAULT_PAGE_RESOLVING && now() < end)
 		usleep(100);
 	return state;
 }
 
-void subject_learn(struct subject *s)
+void intact_vm_learn(struct intact_vm *s)
 {
-	for (uint64_t page = 0; page < SUBJECT_PAGES; page++)
+	for (uint64_t page = 0; page < INTACT_VM_PAGES; page++)
 		s->state[page] = settled_state(s, page);
 }
 
-int subject_read(struct subject *s, uint64_t page)
+int intact_vm_read(struct intact_vm *s, uint64_t page)
 {
-	s->script[0] = (struct step){ .operation = READ64, .address = SUBJECT_GPA + page * PAGE };
+	s->script[0] = (struct step){ .operation = READ64, .address = INTACT_VM_GPA + page * PAGE };
 	s->script[1] = (struct step){ .operation = STOP };
 	vcpu_load_script(s->vcpu, s->script_gpa);
 	return kvmfault_vcpu_run(s->vcpu->handle);
 }
 
-static void expect_states(const struct subject *s)
+static void expect_states(const struct intact_vm *s)
 {
 	uint64_t absent = 0;
-	for (uint64_t page = 0; page < SUBJECT_PAGES; page++) {
-		int state = OK(kvmfault_pages_state(s->machine.library, SUBJECT_GPA + page * PAGE));
+	for (uint64_t page = 0; page < INTACT_VM_PAGES; page++) {
+		int state = OK(kvmfault_pages_state(s->machine.library, INTACT_VM_GPA + page * PAGE));
 		CHECK(state == s->state[page], "page %lu: its state was %d and is %d now", page, s->state[page], state);
 		absent += state == KVMFAULT_PAGE_ABSENT || state == KVMFAULT_PAGE_RESOLVING;
 	}
 	EQUAL("absent pages", OK(kvmfault_pages_absent(s->machine.library)), absent);
 }
 
-void subject_unharmed(struct subject *s)
+void intact_vm_check(struct intact_vm *s)
 {
 	uint32_t value;
 	uint64_t page = s->next++;
 
 	expect_states(s);
-	CHECK(page < SUBJECT_PAGES && s->state[page] == KVMFAULT_PAGE_ABSENT, "page %lu isn't absent", page);
-	int ret = subject_read(s, page);
+	CHECK(page < INTACT_VM_PAGES && s->state[page] == KVMFAULT_PAGE_ABSENT, "page %lu isn't absent", page);
+	int ret = intact_vm_read(s, page);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(s->vcpu, &value), "%s", vcpu_describe(s->vcpu, ret));
 	EQUAL("what the guest read", s->script[0].value, pattern_word(&s->source.pattern, page, 0));
 	EQUAL("calls of the resolver for the page", s->source.calls[page], 1);

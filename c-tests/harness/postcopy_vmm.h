@@ -3,15 +3,15 @@
  * A VMM that has a post-copy of its own, as QEMU does (KVMFAULT_VM_EXTERNAL_UFFD): its userfaultfd serves its threads, a stream brings the pages,
  * and the library spares the vCPUs that userfaultfd.
  */
-#ifndef VMM_H
-#define VMM_H
+#ifndef POSTCOPY_VMM_H
+#define POSTCOPY_VMM_H
 
 #include "machine.h"
 
 enum { PAGES = 2048, VCPUS = 4 };
 
 /* The VMM: one memory, half of it brought before the vCPUs run (pre-copy), the rest by a stream, asked for or not. */
-extern struct vmm {
+extern struct postcopy_vmm {
 	struct machine m;
 	struct ram ram;
 	struct source source; /* the other side's memory */
@@ -25,19 +25,19 @@ extern struct vmm {
 	atomic_bool paused, stop;
 	atomic_uint *waits_for; /* until this isn't 0 any more, the stream sends only what is requested */
 	atomic_bool held; /* the resolver doesn't return, nor look at anything */
-} vmm;
+} postcopy_vmm;
 
 /* The VM and its memory, of which five eighths are missing; `stream` false: the stream is paused at first. */
-void vmm_set_up(enum backing backing, bool stream);
-void vmm_tear_down(void);
+void postcopy_vmm_set_up(enum backing backing, bool stream);
+void postcopy_vmm_tear_down(void);
 /* A userfaultfd of the VMM's; skips the case if it can't be had. */
-int vmm_open_uffd(void);
-/* What vmm_set_up gives to kvmfault_vm_new, and a slot on all of the memory. */
-struct kvmfault_vm_options vmm_options(void);
-struct kvmfault_memslot vmm_slot(uint32_t number, uint64_t gpa);
+int postcopy_vmm_open_uffd(void);
+/* What postcopy_vmm_set_up gives to kvmfault_vm_new, and a slot on all of the memory. */
+struct kvmfault_vm_options postcopy_vmm_options(void);
+struct kvmfault_memslot postcopy_vmm_slot(uint32_t number, uint64_t gpa);
 /* A page has come: brings it into the VMM's mapping, and tells the library. */
-void vmm_place(uint64_t page);
+void postcopy_vmm_place(uint64_t page);
 /* All vCPUs, at both levels, each its part of the list. */
-void vmm_run_guests(int mode);
+void postcopy_vmm_run_guests(int mode);
 
 #endif

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 #define _GNU_SOURCE
-#include "scene.h"
+#include "slot_vm.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -10,9 +10,9 @@
 
 static _Thread_local int my_vcpu = -1;
 
-int scene_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+int slot_vm_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
-	struct scene *s = opaque;
+	struct slot_vm *s = opaque;
 	if (my_vcpu >= 0) {
 		EQUAL("the vCPU whose thread the resolver runs on", my_vcpu, fault->vcpu);
 		EQUAL("origin", fault->origin, KVMFAULT_ORIGIN_VCPU);
@@ -26,15 +26,15 @@ int scene_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fa
 	return ret < 0 && ret != -EEXIST ? ret : KVMFAULT_RESOLVED;
 }
 
-static void scene_written(void *opaque, uint64_t gpa, uint64_t len)
+static void slot_vm_written(void *opaque, uint64_t gpa, uint64_t len)
 {
-	struct scene *s = opaque;
+	struct slot_vm *s = opaque;
 	s->written += len;
 	for (uint64_t at = gpa / PAGE * PAGE; at < gpa + len; at += PAGE)
 		s->was_written[(at - RAM_GPA) / PAGE] = 1;
 }
 
-void scene_attach(struct scene *s, enum backing backing, uint64_t len, int mechanism, const char *abi)
+void slot_vm_attach(struct slot_vm *s, enum backing backing, uint64_t len, int mechanism, const char *abi)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	memset(s, 0, sizeof(*s));
@@ -47,15 +47,15 @@ void scene_attach(struct scene *s, enum backing backing, uint64_t len, int mecha
 	list_sequential(s->list, s->pages);
 	options.mechanism = mechanism;
 	options.abi = abi;
-	options.resolver = scene_resolve;
-	options.written = scene_written;
+	options.resolver = slot_vm_resolve;
+	options.written = slot_vm_written;
 	options.opaque = s;
 	machine_attach(&s->m, &s->source, &options);
 }
 
-void scene_create(struct scene *s, enum backing backing, uint64_t len, uint32_t flags, uint32_t kvm_flags)
+void slot_vm_create(struct slot_vm *s, enum backing backing, uint64_t len, uint32_t flags, uint32_t kvm_flags)
 {
-	scene_attach(s, backing, len, test_mechanism(), NULL);
+	slot_vm_attach(s, backing, len, test_mechanism(), NULL);
 	struct kvmfault_memslot slot = slot_on(&s->ram, RAM_SLOT, RAM_GPA);
 	slot.flags |= flags;
 	slot.kvm_flags = kvm_flags;
@@ -63,7 +63,7 @@ void scene_create(struct scene *s, enum backing backing, uint64_t len, uint32_t 
 	EQUAL("the slot's mechanism", kvmfault_memslot_mechanism(s->m.library, RAM_SLOT), test_mechanism());
 }
 
-void scene_destroy(struct scene *s)
+void slot_vm_destroy(struct slot_vm *s)
 {
 	machine_destroy(&s->m);
 	ram_destroy(&s->ram);
@@ -71,7 +71,7 @@ void scene_destroy(struct scene *s)
 	free((void *)s->was_written);
 }
 
-struct vcpu *scene_add_vcpu(struct scene *s, int cpl)
+struct vcpu *slot_vm_add_vcpu(struct slot_vm *s, int cpl)
 {
 	struct vcpu *v = machine_add_vcpu(&s->m, cpl);
 	my_vcpu = v->number;
@@ -79,20 +79,20 @@ struct vcpu *scene_add_vcpu(struct scene *s, int cpl)
 	return v;
 }
 
-void scene_expect_all_present(struct scene *s)
+void slot_vm_expect_all_present(struct slot_vm *s)
 {
 	for (double start = now(); kvmfault_pages_absent(s->m.library) && now() - start < 5;)
 		poll(NULL, 0, 1);
 	EQUAL("pages absent", kvmfault_pages_absent(s->m.library), 0);
 }
 
-void scene_visit(struct scene *s, struct vcpu *v, uint64_t first, uint64_t count, int mode)
+void slot_vm_visit(struct slot_vm *s, struct vcpu *v, uint64_t first, uint64_t count, int mode)
 {
 	vcpu_load_verify(v, RAM_GPA, s->list_gpa + first * sizeof(*s->list), count, &s->source.pattern, mode);
 	vcpu_verify(v);
 }
 
-struct step *scene_step(struct scene *s, struct vcpu *v, struct step step)
+struct step *slot_vm_step(struct slot_vm *s, struct vcpu *v, struct step step)
 {
 	struct step *steps = (struct step *)(s->m.low + v->stack);
 	steps[0] = step;
@@ -101,20 +101,20 @@ struct step *scene_step(struct scene *s, struct vcpu *v, struct step step)
 	return steps;
 }
 
-uint64_t scene_read(struct scene *s, struct vcpu *v, uint64_t address)
+uint64_t slot_vm_read(struct slot_vm *s, struct vcpu *v, uint64_t address)
 {
-	struct step *steps = scene_step(s, v, (struct step){ READ64, address, 0, 0 });
+	struct step *steps = slot_vm_step(s, v, (struct step){ READ64, address, 0, 0 });
 	vcpu_run(v);
 	return steps[0].value;
 }
 
-void scene_write(struct scene *s, struct vcpu *v, uint64_t address, uint64_t value)
+void slot_vm_write(struct slot_vm *s, struct vcpu *v, uint64_t address, uint64_t value)
 {
-	scene_step(s, v, (struct step){ WRITE64, address, value, 0 });
+	slot_vm_step(s, v, (struct step){ WRITE64, address, value, 0 });
 	vcpu_run(v);
 }
 
-void scene_dirty_log(struct scene *s, uint64_t *log)
+void slot_vm_dirty_log(struct slot_vm *s, uint64_t *log)
 {
 	struct kvm_dirty_log get = { .slot = RAM_SLOT, .dirty_bitmap = log };
 	memset(log, 0, s->pages / 8);
@@ -122,7 +122,7 @@ void scene_dirty_log(struct scene *s, uint64_t *log)
 }
 
 struct visit {
-	struct scene *scene;
+	struct slot_vm *vm;
 	uint64_t first, count;
 	int mode;
 };
@@ -132,13 +132,13 @@ static void *visit_main(struct vcpu *v)
 	struct visit *visit = v->opaque;
 	my_vcpu = v->number;
 	vcpu_attach(v);
-	scene_visit(visit->scene, v, visit->first, visit->count, visit->mode);
+	slot_vm_visit(visit->vm, v, visit->first, visit->count, visit->mode);
 	vcpu_detach(v);
 	free(visit);
 	return NULL;
 }
 
-void scene_start_visit(struct scene *s, struct vcpu *v, uint64_t first, uint64_t count, int mode)
+void slot_vm_start_visit(struct slot_vm *s, struct vcpu *v, uint64_t first, uint64_t count, int mode)
 {
 	struct visit *visit = malloc(sizeof(*visit));
 	CHECK(visit, "no memory");

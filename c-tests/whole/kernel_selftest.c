@@ -4,7 +4,7 @@
  * boot: one vCPU at CPL 0 that writes to each page once, in order, one page a fault, a resolver that copies it. And then with readahead, which the
  * selftest doesn't have.
  *
- * KVMFAULT_PEER names the selftest; else it is looked for beside this program. KVMFAULT_PEER_ROUNDS is how often (7).
+ * KVMFAULT_SELFTEST names the selftest; else it is looked for beside this program. KVMFAULT_SELFTEST_ROUNDS is how often (7).
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -21,11 +21,11 @@ enum { MEBIBYTES = 16, MOST_ROUNDS = 100, SKIPPED_BY_SELFTEST = 4, READAHEAD = 6
 
 /*
  * At least so many times the selftest's rate. An emulated machine on a busy host measures the host as well: there it only has to be no slower.
- * KVMFAULT_PEER_STRICT in the environment asks for what the mechanisms are for.
+ * KVMFAULT_SELFTEST_STRICT in the environment asks for what the mechanisms are for.
  */
 static double required(void)
 {
-	bool strict = getenv("KVMFAULT_PEER_STRICT") != NULL;
+	bool strict = getenv("KVMFAULT_SELFTEST_STRICT") != NULL;
 	switch (test_mechanism()) {
 	case KVMFAULT_MECHANISM_MEMSLOT_FLAG:
 		return strict ? 2.0 : 1.0;
@@ -38,10 +38,10 @@ static double required(void)
 
 /* ---- the selftest ---- */
 
-static const char *find_peer(void)
+static const char *find_selftest(void)
 {
 	static char path[4096];
-	const char *named = getenv("KVMFAULT_PEER");
+	const char *named = getenv("KVMFAULT_SELFTEST");
 	if (named && *named) {
 		snprintf(path, sizeof(path), "%s", named);
 	} else {
@@ -51,12 +51,12 @@ static const char *find_peer(void)
 		strcpy(slash ? slash + 1 : path, "demand_paging_test");
 	}
 	if (access(path, X_OK) != 0)
-		skip("no selftest to compare with: %s: %s (c-tests/vm/selftest builds it; KVMFAULT_PEER names it)", path, strerror(errno));
+		skip("no selftest to compare with: %s: %s (c-tests/vm/selftest builds it; KVMFAULT_SELFTEST names it)", path, strerror(errno));
 	return path;
 }
 
 /* Pages a second. */
-static double run_peer(const char *path, const char *type)
+static double run_selftest(const char *path, const char *type)
 {
 	char command[5000], line[512], last[512] = "it said nothing";
 	double rate = 0;
@@ -148,12 +148,12 @@ static struct spread compare(const char *path, enum backing backing, int rounds,
 	 */
 	machine_create(&keeper, 0);
 	machine_add_vcpu(&keeper, 0);
-	theirs[0] = run_peer(path, type);
+	theirs[0] = run_selftest(path, type);
 	for (int i = 0; i < rounds; i++) {
 		ours[i] = run_ours(backing, 0, 1);
 		asked[i] = run_ours(backing, KVMFAULT_VM_PRE_FAULT, 1) / ours[i];
 		aheads[i] = run_ours(backing, 0, READAHEAD);
-		theirs[i + 1] = run_peer(path, type);
+		theirs[i + 1] = run_selftest(path, type);
 		ratios[i] = ours[i] / ((theirs[i] + theirs[i + 1]) / 2);
 		aheads[i] /= (theirs[i] + theirs[i + 1]) / 2;
 	}
@@ -170,19 +170,19 @@ static struct spread compare(const char *path, enum backing backing, int rounds,
 
 static int rounds_wanted(void)
 {
-	const char *told = getenv("KVMFAULT_PEER_ROUNDS");
+	const char *told = getenv("KVMFAULT_SELFTEST_ROUNDS");
 	int rounds = told ? atoi(told) : 7;
 	return rounds < 1 ? 1 : rounds > MOST_ROUNDS ? MOST_ROUNDS : rounds;
 }
 
 static void private_memory(void)
 {
-	const char *path = find_peer();
+	const char *path = find_selftest();
 	memset(bytes, 0xab, sizeof(bytes));
 	struct spread ahead, ratio = compare(path, ANON, rounds_wanted(), &ahead);
 	CHECK(ratio.median >= required(), "%s restores %.2f times as fast as the kernel's selftest, not %.1f (%.2f to %.2f in %d rounds)",
 	      mechanism_name(test_mechanism()), ratio.median, required(), ratio.least, ratio.most, rounds_wanted());
-	double times = test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG ? 1 : getenv("KVMFAULT_PEER_STRICT") ? 5 : 2;
+	double times = test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG ? 1 : getenv("KVMFAULT_SELFTEST_STRICT") ? 5 : 2;
 	CHECK(ahead.median >= times, "with readahead %s restores %.2f times as fast as the selftest, not %.1f", mechanism_name(test_mechanism()),
 	      ahead.median, times);
 }
@@ -190,7 +190,7 @@ static void private_memory(void)
 /* The same with shared memory, which costs poison-trap a second mapping of each page: told, not judged. */
 static void shared_memory(void)
 {
-	const char *path = find_peer();
+	const char *path = find_selftest();
 	memset(bytes, 0xab, sizeof(bytes));
 	struct spread ahead;
 	compare(path, MEMFD, (rounds_wanted() + 1) / 2, &ahead);

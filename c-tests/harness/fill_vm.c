@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 #define _GNU_SOURCE
-#include "filling.h"
+#include "fill_vm.h"
 
 #include <errno.h>
 #include <string.h>
@@ -8,7 +8,7 @@
 
 static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
-	struct filling *t = opaque;
+	struct fill_vm *t = opaque;
 	if (fault->origin != KVMFAULT_ORIGIN_FILL) {
 		EQUAL("the window of a fault", fault->window_len, fault->len);
 		t->holding++;
@@ -35,10 +35,10 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	return ret == -EEXIST || ret == -EBADF || ret == -ESHUTDOWN ? 0 : OK(ret);
 }
 
-void filling_create(struct filling *t, enum backing backing, uint64_t len)
+void fill_vm_create(struct fill_vm *t, enum backing backing, uint64_t len)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
-	struct scene *s = &t->s;
+	struct slot_vm *s = &t->s;
 	memset(t, 0, sizeof(*t));
 	ram_create(&s->ram, backing, len);
 	s->pages = s->ram.len / PAGE;
@@ -52,7 +52,7 @@ void filling_create(struct filling *t, enum backing backing, uint64_t len)
 	machine_set_slot(&s->m, &s->ram, RAM_SLOT, RAM_GPA);
 }
 
-struct kvmfault_fill *filling_start(struct filling *t, const struct kvmfault_fill_options *options)
+struct kvmfault_fill *fill_vm_start(struct fill_vm *t, const struct kvmfault_fill_options *options)
 {
 	struct kvmfault_fill_options usual = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_fill *fill;
@@ -60,9 +60,9 @@ struct kvmfault_fill *filling_start(struct filling *t, const struct kvmfault_fil
 	return fill;
 }
 
-void fill_all(struct filling *t, const struct kvmfault_fill_options *options)
+void fill_vm_fill_all(struct fill_vm *t, const struct kvmfault_fill_options *options)
 {
-	struct kvmfault_fill *fill = filling_start(t, options);
+	struct kvmfault_fill *fill = fill_vm_start(t, options);
 	OK(kvmfault_fill_wait(fill, 60000));
 	OK(kvmfault_fill_wait(fill, 0));
 	kvmfault_fill_free(fill);
