@@ -9,20 +9,22 @@
 #ifndef MACHINE_H
 #define MACHINE_H
 
+#include "guest.h"
+#include "kvm_traits.h"
 #include "ram.h"
-
-#include <linux/kvm.h>
-#include <pthread.h>
-#include <stdatomic.h>
+#include "source.h"
+#include "vcpu.h"
 
 #define RAM_GPA 0x40000000ul      /* where test memory usually is */
-#define GUEST_LIMIT 0x200000000ul /* the guest's page tables end here: 8 GiB, addresses equal physical ones */
+#define GUEST_LIMIT 0x200000000ul /* the guest's page tables end here: 8 GiB */
 #define NOWHERE_GPA 0x180000000ul /* reachable, and no memory is there */
 #define RAM_SLOT 1
-#define STOP_PORT 0x10
 enum { MOST_VCPUS = 256 };
 
-/* ---- the machine ---- */
+/* What is where in low memory. Guest-virtual addresses equal guest-physical ones. */
+#define LOW_PAGE_TABLES 0x1000ul
+#define LOW_CODE 0x10000ul
+#define LOW_SHARED 0x20000ul
 
 struct machine {
 	int kvm, vm;
@@ -52,76 +54,5 @@ struct kvmfault_stats machine_stats(const struct machine *machine);
  * may be done with all of its memory while a reader thread is still booking the last page.
  */
 struct kvmfault_stats machine_settled_stats(const struct machine *machine);
-
-/* Does KVM emulate CPL 0 here? (As far as can be told: with the mechanism poison-trap.) */
-bool cpl0_is_emulated(void);
-/* Skips the case where a vCPU that sleeps for a page can't be made to leave: in userfaultfd before Linux 6.2. */
-void require_interruptible_sleep(void);
-/* The same with any mechanism, while the fast path of the slot is off. */
-void require_interruptible_sleep_in_slow_slots(void);
-
-/* Do accesses at CPL 0 to absent pages come as MMIO exits, with the case's mechanism? */
-bool cpl0_comes_as_mmio(void);
-
-/* ---- vCPUs ---- */
-
-struct vcpu {
-	struct machine *machine;
-	int number, cpl, fd;
-	struct kvm_run *run;
-	struct kvmfault_vcpu *handle; /* NULL until vcpu_attach */
-	uint64_t stack;
-	pthread_t thread;
-	void *(*main)(struct vcpu *);
-	void *opaque; /* the case's */
-};
-struct vcpu *machine_add_vcpu(struct machine *machine, int cpl);
-/* kvmfault_vcpu_new with the usual options; on the thread that will run it. */
-void vcpu_attach(struct vcpu *vcpu);
-void vcpu_detach(struct vcpu *vcpu);
-/* Runs until the guest stops, and returns the value that it stops with; anything else fails the case. */
-uint32_t vcpu_run(struct vcpu *vcpu);
-/* After KVMFAULT_PASS: did the guest stop? */
-bool vcpu_stopped(const struct vcpu *vcpu, uint32_t *value);
-/* What a return value of run or handle_exit that wasn't expected means. */
-const char *vcpu_describe(const struct vcpu *vcpu, int ret);
-void vcpu_start(struct vcpu *vcpu, void *(*main)(struct vcpu *), void *opaque);
-void vcpu_join(struct vcpu *vcpu);
-
-/* ---- guests ---- */
-
-enum { READ_FIRST = 0, WRITE_FIRST = 1 };
-/* guest/verify.S: checks `count` pages of the list at guest address `list`, pages counted from `gpa`. */
-void vcpu_load_verify(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, const struct pattern *pattern, int mode);
-/* Runs it, and fails the case with what the guest found if that is wrong. */
-void vcpu_verify(struct vcpu *vcpu);
-/* The same on a thread of its own, to be joined with vcpu_join; with a handle for as long. */
-void vcpu_start_verify(struct vcpu *vcpu);
-/* The latter half of it, for a loop of the case's own: what the guest has stopped with. */
-void vcpu_check_verified(struct vcpu *vcpu, uint32_t stopped_with);
-/* guest/touch.S */
-void vcpu_load_touch(struct vcpu *vcpu, uint64_t gpa, uint64_t pages, uint64_t step);
-
-/* guest/walk.S: writes to `count` pages of the list at guest address `list`, and notes at `times` how long each took. */
-void vcpu_load_walk(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, uint64_t times);
-
-/* guest/script.S */
-enum {
-	STOP, READ8, READ16, READ32, READ64, WRITE8, WRITE16, WRITE32, WRITE64,
-	JUMP,     /* to the step at `address` */
-	ADD64,    /* atomically; `value` becomes what was there */
-	CALL,     /* the code at `address`, with `value` in %rax; `value` becomes %rax */
-	COPY,     /* `more` bytes from guest address `value`, with a string instruction */
-	READ128, WRITE128, /* `value` and `more`; an SSE instruction */
-	FILL,     /* `more` words of 64 bits */
-};
-struct step {
-	uint64_t operation, address, value, more;
-};
-void vcpu_load_script(struct vcpu *vcpu, uint64_t first_step);
-
-/* Lists of page numbers. */
-void list_sequential(uint32_t *list, uint64_t count);
-void list_shuffle(uint32_t *list, uint64_t count, uint64_t seed);
 
 #endif

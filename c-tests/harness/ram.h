@@ -1,12 +1,9 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Memory that the library looks after in tests, what is to be in it, and resolvers that bring that. */
+/* Memory for slots under test: private, shared (memfd), or of huge pages. */
 #ifndef RAM_H
 #define RAM_H
 
 #include "harness.h"
-
-#include <pthread.h>
-#include <stdatomic.h>
 
 #define PAGE 4096ul
 #define HUGE_PAGE (2ul << 20)
@@ -15,8 +12,6 @@ static inline uint64_t round_up(uint64_t n, uint64_t to)
 {
 	return (n + to - 1) / to * to;
 }
-
-/* ---- memory under test ---- */
 
 enum backing { ANON, MEMFD, HUGETLB };
 struct ram {
@@ -33,57 +28,5 @@ void ram_create(struct ram *ram, enum backing backing, uint64_t len);
 void ram_destroy(struct ram *ram);
 /* All of its file by another mapping, as another process has it; at a multiple of 2 MiB. Not for ANON. */
 uint8_t *ram_map_again(const struct ram *ram);
-
-/* ---- what is in it ---- */
-
-/* Word w of page p (4 KiB, 512 words) is (p + 1) * factor + w, or zero if zero_mask != 0 and (p & zero_mask) == zero_mask. */
-struct pattern {
-	uint64_t factor, zero_mask;
-};
-#define PATTERN ((struct pattern){ .factor = 0x9e3779b97f4a7c15ul, .zero_mask = 0 })
-uint64_t pattern_word(const struct pattern *pattern, uint64_t page, unsigned word);
-void pattern_fill(const struct pattern *pattern, uint64_t page, void *to);
-/* Fails the case at the first word of the 4 KiB pages [first, first + count) that isn't the pattern's. */
-void pattern_check(const struct pattern *pattern, const void *memory, uint64_t first, uint64_t count);
-
-/* A resolver that brings the pattern, and counts its calls. `opaque` of kvmfault_vm_options. */
-struct source {
-	struct pattern pattern;
-	uint64_t gpa; /* of page 0 */
-	uint64_t pages;
-	bool window;              /* install all of the readahead window */
-	_Atomic uint32_t *calls;  /* of each page, by the page that was asked for */
-	atomic_ulong total, vcpu, host, prefetch; /* calls; by origin */
-};
-void source_create(struct source *source, uint64_t gpa, uint64_t len, struct pattern pattern);
-void source_destroy(struct source *source);
-int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault);
-/* Raised while a VM is being freed: a resolver call that is under way finds it gone, and that is no failure. */
-extern atomic_uint vms_going;
-/*
- * Installs what the fault asks for, without counting: for resolvers of a test's own. Returns what kvmfault_pages_install does, but 0 for a VM
- * that machine_destroy is about to free.
- */
-int source_install(const struct source *source, struct kvmfault_vm *vm, uint64_t gpa, uint64_t len);
-
-/*
- * A resolver that answers KVMFAULT_PENDING for some pages: another thread installs them after a while. `opaque` is the struct.
- * Start and stop it around the vCPUs' run.
- */
-struct later {
-	struct source *source;
-	unsigned every; /* one page in so many is left to the thread */
-	unsigned most_us; /* it waits up to so many microseconds before each */
-	struct kvmfault_vm *vm;
-	pthread_t thread;
-	pthread_mutex_t lock;
-	pthread_cond_t news;
-	uint64_t queue[4096];
-	unsigned head, tail;
-	bool stop;
-};
-void later_create(struct later *later, struct source *source, unsigned every, unsigned most_us);
-void later_stop(struct later *later);
-int later_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault);
 
 #endif

@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * What this machine's KVM does where KVMs differ: how it runs a guest's CPL 0, and whether a vCPU
+ * that sleeps for a page can be interrupted.
+ */
+#ifndef KVM_TRAITS_H
+#define KVM_TRAITS_H
+
+#include <stdbool.h>
+
+/* Does KVM emulate CPL 0 here? (As far as can be told: with the mechanism poison-trap.) */
+bool cpl0_is_emulated(void);
+/* Skips the case where a vCPU that sleeps for a page can't be made to leave: in userfaultfd before Linux 6.2. */
+void require_interruptible_sleep(void);
+/* The same with any mechanism, while the fast path of the slot is off. */
+void require_interruptible_sleep_in_slow_slots(void);
+
+/* Do accesses at CPL 0 to absent pages come as MMIO exits, with the case's mechanism? */
+bool cpl0_comes_as_mmio(void);
+
+#endif
