@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 static _Thread_local int my_vcpu = -1;
 
@@ -61,6 +63,21 @@ void slot_vm_create(struct slot_vm *s, enum backing backing, uint64_t len, uint3
 	slot.kvm_flags = kvm_flags;
 	OK(kvmfault_memslot_set(s->m.library, &slot));
 	EQUAL("the slot's mechanism", kvmfault_memslot_mechanism(s->m.library, RAM_SLOT), test_mechanism());
+}
+
+void slot_vm_create_of(struct slot_vm *s, enum memory_kind kind, uint64_t units, uint32_t flags)
+{
+	enum backing backing = kind == OF_ANON ? ANON : kind == OF_HUGETLB ? HUGETLB : MEMFD;
+	slot_vm_attach(s, backing, units * (kind == OF_HUGETLB ? HUGE_PAGE : PAGE), test_mechanism(), NULL);
+	struct kvmfault_memslot slot = slot_on(&s->ram, RAM_SLOT, RAM_GPA);
+	if (kind == OF_SHARED_ANON) {
+		int fixed = MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED;
+		CHECK(mmap(s->ram.hva, s->ram.len, PROT_READ | PROT_WRITE, fixed, -1, 0) == s->ram.hva, "mmap");
+		close(s->ram.fd);
+		s->ram.fd = slot.fd = -1;
+	}
+	slot.flags |= flags;
+	OK(kvmfault_memslot_set(s->m.library, &slot));
 }
 
 void slot_vm_destroy(struct slot_vm *s)

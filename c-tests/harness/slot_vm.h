@@ -23,6 +23,9 @@ struct slot_vm {
 void slot_vm_attach(struct slot_vm *s, enum backing backing, uint64_t len, int mechanism, const char *abi);
 /* With the case's mechanism, and the slot; `flags` are more of KVMFAULT_MEMSLOT_*. */
 void slot_vm_create(struct slot_vm *s, enum backing backing, uint64_t len, uint32_t flags, uint32_t kvm_flags);
+/* A slot of `units` pages of the memory (4 KiB or 2 MiB), by kind: also of shared memory without a file. */
+enum memory_kind { OF_ANON, OF_MEMFD, OF_HUGETLB, OF_SHARED_ANON };
+void slot_vm_create_of(struct slot_vm *s, enum memory_kind kind, uint64_t units, uint32_t flags);
 void slot_vm_destroy(struct slot_vm *s);
 /* The resolver of each slot_vm. Fails the case if it isn't called on the thread of the vCPU that faults, or on a thread of no vCPU. */
 int slot_vm_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault);

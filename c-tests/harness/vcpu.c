@@ -3,11 +3,13 @@
 #include "machine.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 static void set_mode(struct vcpu *v)
 {
@@ -60,6 +62,37 @@ void vcpu_attach(struct vcpu *v)
 	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
 	options.fd = v->fd;
 	options.run = v->run;
+	OK(kvmfault_vcpu_new(v->machine->library, &options, &v->handle));
+}
+
+/* The vCPU of this thread: SIGBUS comes to the thread that touched the memory. */
+static _Thread_local struct vcpu *attached;
+
+static void on_kick(int signal)
+{
+	(void)signal;
+}
+
+static void on_sigbus(int signal, siginfo_t *info, void *context)
+{
+	(void)signal, (void)context;
+	if (!attached || kvmfault_vcpu_on_sigbus(attached->handle, info->si_code, info->si_addr) != 1)
+		_exit(99);
+}
+
+void vcpu_attach_by_handler(struct vcpu *v, uint32_t flags)
+{
+	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
+	struct sigaction kick = { .sa_handler = on_kick };
+	struct sigaction bus = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO };
+	SYS(sigaction(SIGUSR1, &kick, NULL));
+	SYS(sigaction(SIGBUS, &bus, NULL));
+	attached = v;
+	options.fd = v->fd;
+	options.run = v->run;
+	options.flags = flags;
+	options.sigbus = KVMFAULT_SIGBUS_BY_HANDLER;
+	options.kick_signal = SIGUSR1;
 	OK(kvmfault_vcpu_new(v->machine->library, &options, &v->handle));
 }
 

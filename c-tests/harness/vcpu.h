@@ -28,6 +28,11 @@ struct vcpu {
 struct vcpu *machine_add_vcpu(struct machine *machine, int cpl);
 /* kvmfault_vcpu_new with the usual options; on the thread that will run it. */
 void vcpu_attach(struct vcpu *vcpu);
+/*
+ * vcpu_attach for a VMM with signal handlers: SIGBUS goes to kvmfault_vcpu_on_sigbus, and SIGUSR1
+ * kicks. `flags` are KVMFAULT_VCPU_*. A SIGBUS that the library refuses ends the process (99).
+ */
+void vcpu_attach_by_handler(struct vcpu *vcpu, uint32_t flags);
 void vcpu_detach(struct vcpu *vcpu);
 /* Runs until the guest stops, and returns the value that it stops with; anything else fails the case. */
 uint32_t vcpu_run(struct vcpu *vcpu);

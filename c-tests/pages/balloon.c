@@ -16,23 +16,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum kind { OF_ANON, OF_MEMFD, OF_HUGETLB, OF_SHARED_ANON };
 enum { UNITS = 16 };
-
-static void create(struct slot_vm *s, enum kind kind, uint32_t flags)
-{
-	enum backing backing = kind == OF_ANON ? ANON : kind == OF_HUGETLB ? HUGETLB : MEMFD;
-	slot_vm_attach(s, backing, UNITS * (kind == OF_HUGETLB ? HUGE_PAGE : PAGE), test_mechanism(), NULL);
-	struct kvmfault_memslot slot = slot_on(&s->ram, RAM_SLOT, RAM_GPA);
-	if (kind == OF_SHARED_ANON) {
-		int fixed = MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED;
-		CHECK(mmap(s->ram.hva, s->ram.len, PROT_READ | PROT_WRITE, fixed, -1, 0) == s->ram.hva, "mmap");
-		close(s->ram.fd);
-		s->ram.fd = slot.fd = -1;
-	}
-	slot.flags |= flags;
-	OK(kvmfault_memslot_set(s->m.library, &slot));
-}
 
 static uint64_t gpa_of(const struct ram *ram, uint64_t unit)
 {
@@ -91,10 +75,10 @@ static void touch(struct slot_vm *s, struct vcpu *v, uint64_t unit)
 }
 
 /* Units that are there, absent, and lost, of which the guest reads what it ought to, and then gives some back. */
-static void reread(enum kind kind, uint32_t flags)
+static void reread(enum memory_kind kind, uint32_t flags)
 {
 	struct slot_vm s;
-	create(&s, kind, flags);
+	slot_vm_create_of(&s, kind, UNITS, flags);
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
 		struct vcpu *v = slot_vm_add_vcpu(&s, cpl);
 		uint64_t base = cpl ? UNITS / 2 : 0, words = s.ram.page / PAGE;

@@ -13,22 +13,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum kind { OF_ANON, OF_MEMFD, OF_HUGETLB, OF_SHARED_ANON };
 enum { UNITS = 16 };
-
-static void create(struct slot_vm *s, enum kind kind, uint32_t flags)
-{
-	enum backing backing = kind == OF_ANON ? ANON : kind == OF_HUGETLB ? HUGETLB : MEMFD;
-	slot_vm_attach(s, backing, UNITS * (kind == OF_HUGETLB ? HUGE_PAGE : PAGE), test_mechanism(), NULL);
-	struct kvmfault_memslot slot = slot_on(&s->ram, RAM_SLOT, RAM_GPA);
-	if (kind == OF_SHARED_ANON) {
-		int fixed = MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED;
-		CHECK(mmap(s->ram.hva, s->ram.len, PROT_READ | PROT_WRITE, fixed, -1, 0) == s->ram.hva, "mmap");
-		slot.fd = -1;
-	}
-	slot.flags |= flags;
-	OK(kvmfault_memslot_set(s->m.library, &slot));
-}
 
 static uint64_t gpa_of(const struct slot_vm *s, uint64_t unit)
 {
@@ -69,10 +54,10 @@ static void touch_all(struct slot_vm *s)
 	EQUAL("pages absent", kvmfault_pages_absent(s->m.library), 0);
 }
 
-static void present(enum kind kind)
+static void present(enum memory_kind kind)
 {
 	struct slot_vm s;
-	create(&s, kind, KVMFAULT_MEMSLOT_PRESENT);
+	slot_vm_create_of(&s, kind, UNITS, KVMFAULT_MEMSLOT_PRESENT);
 	touch_all(&s);
 	/* With the flag KVM's own fault may put a page of its own there. */
 	if (test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG)
@@ -88,10 +73,10 @@ static void present_shared_anon(void) { present(OF_SHARED_ANON); }
 /* The same with the fast path off, and turned on later. */
 static void slow(void)
 {
-	for (enum kind kind = OF_ANON; kind <= OF_MEMFD; kind++)
+	for (enum memory_kind kind = OF_ANON; kind <= OF_MEMFD; kind++)
 		for (int on = 0; on <= 1; on++) {
 			struct slot_vm s;
-			create(&s, kind, KVMFAULT_MEMSLOT_PRESENT | KVMFAULT_MEMSLOT_SLOW);
+			slot_vm_create_of(&s, kind, UNITS, KVMFAULT_MEMSLOT_PRESENT | KVMFAULT_MEMSLOT_SLOW);
 			if (on)
 				OK(kvmfault_memslot_set_fast_only(s.m.library, RAM_SLOT, 1));
 			touch_all(&s);
@@ -103,7 +88,7 @@ static void slow(void)
 static void behind(void)
 {
 	struct slot_vm s;
-	create(&s, OF_MEMFD, 0);
+	slot_vm_create_of(&s, OF_MEMFD, UNITS, 0);
 	struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 	for (int page = 0; page < UNITS; page++)
 		EQUAL("before", slot_vm_read(&s, v, gpa_of(&s, page)), pattern_word(&s.source.pattern, page, 0));
@@ -125,7 +110,7 @@ static void mapped_over(void)
 		skip("KVM uses what is mapped there now, and the library never hears of it");
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
 		struct slot_vm s;
-		create(&s, OF_MEMFD, 0);
+		slot_vm_create_of(&s, OF_MEMFD, UNITS, 0);
 		struct vcpu *v = slot_vm_add_vcpu(&s, cpl);
 		int fixed = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
 		CHECK(mmap(s.ram.hva, s.ram.len, PROT_READ | PROT_WRITE, fixed, -1, 0) == s.ram.hva, "mmap");

@@ -140,37 +140,11 @@ static void failed_prefetch(void)
 
 static struct vcpu *the;
 
-static void on_kick(int signal)
-{
-	(void)signal;
-}
-
-static void on_sigbus(int signal, siginfo_t *info, void *context)
-{
-	(void)signal, (void)context;
-	if (kvmfault_vcpu_on_sigbus(the->handle, info->si_code, info->si_addr) != 1)
-		_exit(99);
-}
-
-static void attach_by_handler(struct vcpu *v)
-{
-	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
-	struct sigaction kick = { .sa_handler = on_kick };
-	struct sigaction bus = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO };
-	SYS(sigaction(SIGUSR1, &kick, NULL));
-	SYS(sigaction(SIGBUS, &bus, NULL));
-	options.fd = v->fd;
-	options.run = v->run;
-	options.sigbus = KVMFAULT_SIGBUS_BY_HANDLER;
-	options.kick_signal = SIGUSR1;
-	OK(kvmfault_vcpu_new(v->machine->library, &options, &v->handle));
-}
-
 static void *wait_for_page_5(struct vcpu *v)
 {
 	uint32_t value;
 	if (v->opaque)
-		attach_by_handler(v);
+		vcpu_attach_by_handler(v, 0);
 	else
 		vcpu_attach(v);
 	resolver_vm_load_read(v, 5);

@@ -18,33 +18,18 @@ static enum { RUN, OWN, OWN_RESUMES } loop;
 static struct vcpu *the;
 static atomic_bool started, stop;
 
-static void on_kick(int signal)
-{
-	(void)signal;
-}
-
-static void on_sigbus(int signal, siginfo_t *info, void *context)
-{
-	(void)signal, (void)context;
-	if (kvmfault_vcpu_on_sigbus(the->handle, info->si_code, info->si_addr) != 1)
-		_exit(99);
-}
-
 static void attach(struct vcpu *v)
 {
 	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
-	struct sigaction kick = { .sa_handler = on_kick };
-	struct sigaction bus = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO };
+	uint32_t flags = loop == OWN_RESUMES ? KVMFAULT_VCPU_RESUMES : 0;
 	the = v;
+	if (by_handler) {
+		vcpu_attach_by_handler(v, flags);
+		return;
+	}
 	options.fd = v->fd;
 	options.run = v->run;
-	options.flags = loop == OWN_RESUMES ? KVMFAULT_VCPU_RESUMES : 0;
-	if (by_handler) {
-		SYS(sigaction(SIGUSR1, &kick, NULL));
-		SYS(sigaction(SIGBUS, &bus, NULL));
-		options.sigbus = KVMFAULT_SIGBUS_BY_HANDLER;
-		options.kick_signal = SIGUSR1;
-	}
+	options.flags = flags;
 	OK(kvmfault_vcpu_new(v->machine->library, &options, &v->handle));
 }
 

@@ -70,37 +70,13 @@ static void load(struct vcpu *v)
 		vcpu_load_script(v, steps_gpa);
 }
 
-static struct vcpu *the_vcpu;
-
-static void on_kick(int signal)
-{
-	(void)signal;
-}
-
-static void on_sigbus(int signal, siginfo_t *info, void *context)
-{
-	(void)signal, (void)context;
-	if (kvmfault_vcpu_on_sigbus(the_vcpu->handle, info->si_code, info->si_addr) != 1)
-		_exit(99);
-}
-
 static void *vcpu_main(struct vcpu *v)
 {
 	uint32_t value;
-	if (by_handler) {
-		struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
-		struct sigaction kick = { .sa_handler = on_kick };
-		struct sigaction bus = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO };
-		SYS(sigaction(SIGUSR1, &kick, NULL));
-		SYS(sigaction(SIGBUS, &bus, NULL));
-		options.fd = v->fd;
-		options.run = v->run;
-		options.sigbus = KVMFAULT_SIGBUS_BY_HANDLER;
-		options.kick_signal = SIGUSR1;
-		OK(kvmfault_vcpu_new(m.library, &options, &v->handle));
-	} else {
+	if (by_handler)
+		vcpu_attach_by_handler(v, 0);
+	else
 		vcpu_attach(v);
-	}
 	load(v);
 	tid = (int)syscall(SYS_gettid);
 	for (;;) {
@@ -169,7 +145,7 @@ static void kicks(enum what w, bool handler, unsigned long count)
 	struct step *steps = machine_share(&m, PAGE, &steps_gpa);
 	steps[0] = (struct step){ what == WAITING ? READ64 : JUMP, what == WAITING ? RAM_GPA : steps_gpa, 0, 0 };
 	steps[1] = (struct step){ STOP, 0, 1, 0 };
-	struct vcpu *v = the_vcpu = machine_add_vcpu(&m, 3);
+	struct vcpu *v = machine_add_vcpu(&m, 3);
 	vcpu_start(v, vcpu_main, NULL);
 	while (!tid)
 		usleep(1000);
