@@ -144,13 +144,14 @@ $(INSTALLED): stage ;
 C_FLAGS = -std=gnu11 -Wall -Wextra -Werror -pthread $(CFLAGS) -MMD -MP
 C_LIBS = $$($(PKG_CONFIG) --libs kvmfault) -Wl,-rpath,'$$ORIGIN' -pthread $(LDFLAGS)
 
-# A C file with a header of its own name is part of every program; guest code (.S) is, too. The
-# other C files are programs.
+# A C file with a header of its own name is part of every program of its folder, and so is guest
+# code (.S). The other C files are programs.
 programs_in = $(filter-out $(patsubst %.h,%.c,$(wildcard $1/*.h)),$(wildcard $1/*.c))
 parts_of = $(patsubst %,$T/objects/%.o,$(wildcard $(patsubst %.h,%.c,$(wildcard $1/*.h))) $(wildcard $1/*.S $1/guest/*.S))
 EXAMPLES = $(patsubst %.c,$T/%,$(call programs_in,examples))
-# Each C file in a folder of c-tests is a program of its base name (c-tests/README.md), except in these.
-TEST_SOURCES = $(filter-out $(addprefix c-tests/,harness/% header/% kernel/% vm/%),$(wildcard c-tests/*/*.c))
+# c-tests/README.md says what is in which folder. The parts in harness/ are parts of all programs.
+NO_TESTS = $(addprefix c-tests/,harness/% header/% kernel/% vm/%) $(patsubst %.h,%.c,$(wildcard c-tests/*/*.h))
+TEST_SOURCES = $(filter-out $(NO_TESTS),$(wildcard c-tests/*/*.c))
 TESTS = $(patsubst %.c,$(PROGRAMS)/%,$(notdir $(TEST_SOURCES)))
 TEST_PARTS = $(call parts_of,c-tests/harness)
 
@@ -178,7 +179,7 @@ $(EXAMPLES): $T/examples/%: $T/objects/examples/%.c.o $(call parts_of,examples)
 	@mkdir -p $(@D)
 	$(CC) -o $@ $^ $(C_LIBS)
 define test_program
-$(PROGRAMS)/$(notdir $(1:.c=)) $(VM_PROGRAMS)/$(notdir $(1:.c=)): $T/objects/$1.o
+$(PROGRAMS)/$(notdir $(1:.c=)) $(VM_PROGRAMS)/$(notdir $(1:.c=)): $T/objects/$1.o $(call parts_of,$(patsubst %/,%,$(dir $1)))
 
 endef
 $(eval $(foreach source,$(TEST_SOURCES),$(call test_program,$(source))))

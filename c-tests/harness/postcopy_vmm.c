@@ -139,9 +139,9 @@ void postcopy_vmm_set_up(enum backing backing, bool stream)
 {
 	struct kvmfault_vm_options options = postcopy_vmm_options();
 	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
-		skip("the VMM's own userfaultfd is that mechanism (see refusals)");
+		skip("the VMM's own userfaultfd is that mechanism (see bad_external)");
 	if (backing == ANON && test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP)
-		skip("poison-trap leaves private memory to the VMM's userfaultfd (see refusals)");
+		skip("poison-trap leaves private memory to the VMM's userfaultfd (see bad_external)");
 	memset(&postcopy_vmm, 0, sizeof(postcopy_vmm));
 	ram_create(&postcopy_vmm.ram, backing, PAGES * PAGE);
 	machine_create(&postcopy_vmm.m, PAGES * sizeof(uint32_t));

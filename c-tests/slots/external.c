@@ -1,13 +1,10 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/*
- * The library beside a post-copy of the VMM's own (postcopy_vmm.h): the whole of one, its end at the wrong time, and what doesn't go together.
- */
+/* The library beside a post-copy of the VMM's own (postcopy_vmm.h): a whole one, and its end at the wrong time. */
 #define _GNU_SOURCE
 #include "postcopy_vmm.h"
 
 #include <errno.h>
 #include <linux/userfaultfd.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -218,217 +215,6 @@ static void addresses(void)
 	postcopy_vmm_tear_down();
 }
 
-/* ---- a kick by the handler of the kick signal, as QEMU's ---- */
-
-static _Thread_local struct vcpu *current;
-static atomic_uint signals;
-
-static void on_kick(int signal)
-{
-	(void)signal;
-	signals++;
-	if (current && kvmfault_vcpu_kick(current->handle))
-		_exit(98);
-}
-
-static void on_sigbus(int signal, siginfo_t *info, void *context)
-{
-	(void)signal, (void)context;
-	if (!current || kvmfault_vcpu_on_sigbus(current->handle, info->si_code, info->si_addr) != 1)
-		_exit(99);
-}
-
-static atomic_uint interrupted, done;
-
-static void *own_loop(struct vcpu *v)
-{
-	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
-	uint32_t value;
-	int ret;
-	current = v;
-	options.fd = v->fd;
-	options.run = v->run;
-	options.flags = KVMFAULT_VCPU_RESUMES;
-	options.sigbus = KVMFAULT_SIGBUS_BY_HANDLER;
-	options.kick_signal = SIGUSR1;
-	OK(kvmfault_vcpu_new(v->machine->library, &options, &v->handle));
-	for (;;) {
-		ret = kvmfault_vcpu_resume(v->handle);
-		if (ret == KVMFAULT_HANDLED)
-			ret = kvmfault_vcpu_handle_exit(v->handle, ioctl(v->fd, KVM_RUN, 0));
-		if (ret == KVMFAULT_INTERRUPTED)
-			interrupted++;
-		else if (ret != KVMFAULT_HANDLED)
-			break;
-	}
-	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
-	EQUAL("the guest's verdict", value, 0);
-	done++;
-	return NULL;
-}
-
-/* The signal alone ends each wait, in time and once; it doesn't bring forth another. */
-static void kick_in_handler(void)
-{
-	struct sigaction kick = { .sa_handler = on_kick };
-	struct sigaction bus = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO };
-	double slowest = 0;
-	enum { KICKS = 200 };
-	SYS(sigaction(SIGUSR1, &kick, NULL));
-	SYS(sigaction(SIGBUS, &bus, NULL));
-	for (int cpl = 0; cpl <= 3; cpl += 3) {
-		postcopy_vmm_set_up(MEMFD, false);
-		signals = interrupted = done = 0;
-		postcopy_vmm.list[0] = PAGES - 1; /* missing */
-		struct vcpu *v = machine_add_vcpu(&postcopy_vmm.m, cpl);
-		vcpu_load_verify(v, RAM_GPA, postcopy_vmm.list_gpa, 1, &postcopy_vmm.source.pattern, READ_FIRST);
-		vcpu_start(v, own_loop, NULL);
-		UNTIL(postcopy_vmm.calls == 1);
-		for (unsigned i = 0; i < KICKS; i++) {
-			double began = now();
-			CHECK(!pthread_kill(v->thread, SIGUSR1), "pthread_kill");
-			UNTIL(interrupted > i);
-			slowest = now() - began > slowest ? now() - began : slowest;
-		}
-		usleep(50000);
-		EQUAL("signals", signals, KICKS);
-		EQUAL("INTERRUPTED", interrupted, KICKS);
-		postcopy_vmm.paused = false;
-		UNTIL(done);
-		vcpu_join(v);
-		postcopy_vmm_tear_down();
-	}
-	note("slowest of %d: %.1f ms", 2 * KICKS, slowest * 1e3);
-}
-
-/* ---- pages that KVM itself needs ---- */
-
-static atomic_int last;
-
-/* The vCPU's thread before its first KVM_RUN, as a VMM's is with the clock page of its guest. */
-static void *resolve_main(struct vcpu *v)
-{
-	int ret;
-	vcpu_attach(v);
-	const uint64_t border = RAM_GPA + (PAGES - 1) * PAGE;
-	REFUSED(kvmfault_vcpu_resolve(v->handle, border, 0), EINVAL, "len");
-	REFUSED(kvmfault_vcpu_resolve(v->handle, border, -border), EINVAL, "len");
-	REFUSED(kvmfault_vcpu_resolve(v->handle, RAM_GPA - 1, 1), ENOENT, "gpa");
-	EQUAL("present pages", kvmfault_vcpu_resolve(v->handle, RAM_GPA + PAGE + 5, 2 * PAGE), KVMFAULT_HANDLED);
-	EQUAL("resolver calls for present pages", postcopy_vmm.calls, 0);
-	while ((ret = kvmfault_vcpu_resolve(v->handle, border - 8, 16)) == KVMFAULT_INTERRUPTED)
-		interrupted++;
-	last = ret;
-	done++;
-	vcpu_detach(v);
-	return NULL;
-}
-
-static void resolve_by_vcpu(void)
-{
-	postcopy_vmm_set_up(MEMFD, false);
-	done = interrupted = 0;
-	struct vcpu *v = machine_add_vcpu(&postcopy_vmm.m, 3);
-	vcpu_start(v, resolve_main, NULL);
-	UNTIL(postcopy_vmm.calls == 1);
-	for (unsigned i = 0; i < 10; i++) {
-		OK(kvmfault_vcpu_kick(v->handle));
-		UNTIL(interrupted == i + 1);
-	}
-	postcopy_vmm_place(PAGES - 2);
-	UNTIL(postcopy_vmm.calls == 2); /* the other page that the range touches */
-	EQUAL("done with one page of two", done, 0);
-	postcopy_vmm_place(PAGES - 1);
-	UNTIL(done);
-	EQUAL("vcpu_resolve", last, KVMFAULT_HANDLED);
-	vcpu_join(v);
-	REFUSED(kvmfault_vcpu_resolve(NULL, RAM_GPA, 1), EINVAL, "vcpu");
-	postcopy_vmm_tear_down();
-}
-
-/* ---- what doesn't go together ---- */
-
-static void refusals(void)
-{
-	struct kvmfault_vm_options options = postcopy_vmm_options();
-	struct machine plain;
-	struct source source;
-	struct ram ram;
-
-	/* Without the flag the pages are the library's. */
-	ram_create(&ram, MEMFD, 16 * PAGE);
-	machine_create(&plain, PAGE);
-	source_create(&source, RAM_GPA, ram.len, PATTERN);
-	machine_attach(&plain, &source, NULL);
-	machine_set_slot(&plain, &ram, RAM_SLOT, RAM_GPA);
-	REFUSED(kvmfault_pages_arrived(plain.library, ram.hva, PAGE), EOPNOTSUPP, "KVMFAULT_VM_EXTERNAL_UFFD");
-	REFUSED(kvmfault_pages_missing(plain.library, ram.hva, PAGE), EOPNOTSUPP, "KVMFAULT_VM_EXTERNAL_UFFD");
-	EQUAL("pages absent", kvmfault_pages_absent(plain.library), 16);
-	machine_destroy(&plain);
-
-	/* With it, none of these. */
-	machine_create(&plain, PAGE);
-	options.kvm_fd = plain.kvm;
-	options.vm_fd = plain.vm;
-	options.mechanism = test_mechanism();
-	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD) {
-		REFUSED(kvmfault_vm_new(&options, &plain.library), EOPNOTSUPP, "KVMFAULT_VM_EXTERNAL_UFFD");
-		machine_destroy(&plain);
-		return;
-	}
-	options.reader_threads = 1;
-	REFUSED(kvmfault_vm_new(&options, &plain.library), EINVAL, "reader_threads");
-	machine_destroy(&plain);
-	postcopy_vmm_set_up(MEMFD, false);
-	struct kvmfault_vm *vm = postcopy_vmm.m.library;
-	uint8_t *hva = postcopy_vmm.ram.hva, *missing = hva + (PAGES - 1) * PAGE;
-	static uint8_t bytes[PAGE];
-	REFUSED(kvmfault_pages_install(vm, RAM_GPA, bytes, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
-	REFUSED(kvmfault_pages_zero(vm, RAM_GPA, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
-	REFUSED(kvmfault_pages_map(vm, RAM_GPA, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
-	REFUSED(kvmfault_pages_discard(vm, RAM_GPA, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
-	REFUSED(kvmfault_pages_give_back(vm, RAM_GPA, PAGE), EOPNOTSUPP, "kvmfault_pages_arrived");
-	struct kvmfault_fill_options fill_options = KVMFAULT_FILL_OPTIONS_INIT;
-	struct kvmfault_fill *fill;
-	REFUSED(kvmfault_fill_start(vm, &fill_options, &fill), EOPNOTSUPP, "kvmfault_pages_arrived");
-	int (*const functions[])(const struct kvmfault_vm *, const void *, uint64_t) = { kvmfault_pages_arrived, kvmfault_pages_missing };
-	for (int i = 0; i < 2; i++) {
-		REFUSED(functions[i](NULL, hva, PAGE), EINVAL, "vm");
-		REFUSED(functions[i](vm, NULL, PAGE), ENOENT, "hva");
-		REFUSED(functions[i](vm, bytes, PAGE), ENOENT, "hva");
-		REFUSED(functions[i](vm, hva + postcopy_vmm.ram.len, PAGE), ENOENT, "hva");
-		REFUSED(functions[i](vm, hva, 0), EINVAL, "len");
-		REFUSED(functions[i](vm, hva, PAGE - 1), EINVAL, "len");
-		REFUSED(functions[i](vm, hva + 8, PAGE), EINVAL, "hva");
-		REFUSED(functions[i](vm, hva + PAGE, postcopy_vmm.ram.len), EINVAL, "len");
-		REFUSED(functions[i](vm, hva, -PAGE), EINVAL, "len");
-	}
-	if (test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP) {
-		struct ram anon;
-		ram_create(&anon, ANON, 16 * PAGE);
-		struct kvmfault_memslot slot = slot_on(&anon, RAM_SLOT + 1, RAM_GPA + postcopy_vmm.ram.len);
-		REFUSED(kvmfault_memslot_set(vm, &slot), EOPNOTSUPP, "private");
-		ram_destroy(&anon);
-		/* What arrived without bytes reads as zeros. */
-		struct vcpu *v = machine_add_vcpu(&postcopy_vmm.m, 3);
-		vcpu_load_touch(v, RAM_GPA + (PAGES - 1) * PAGE, 1, PAGE);
-		OK(kvmfault_pages_arrived(vm, missing, PAGE));
-		EQUAL("pages found empty before", machine_stats(&postcopy_vmm.m).pages_empty, 0);
-		vcpu_attach(v);
-		vcpu_run(v);
-		vcpu_detach(v);
-		EQUAL("pages found empty", machine_stats(&postcopy_vmm.m).pages_empty, 1);
-		SYS(madvise(missing, PAGE, MADV_REMOVE));
-		OK(kvmfault_pages_missing(vm, missing, PAGE));
-		EQUAL("the page", kvmfault_pages_state(vm, RAM_GPA + (PAGES - 1) * PAGE), KVMFAULT_PAGE_ABSENT);
-	}
-	/* A lost page is lost for vCPUs; the VMM's threads still get it, if it comes. */
-	OK(kvmfault_pages_lost(vm, RAM_GPA + (PAGES - 1) * PAGE, PAGE));
-	REFUSED(kvmfault_pages_arrived(vm, missing, PAGE), EHWPOISON, "lost");
-	EQUAL("pages missing", kvmfault_pages_absent(vm), PAGES / 2 + PAGES / 8 - 1);
-	postcopy_vmm_tear_down();
-}
-
 /* Huge pages that are missing are dropped all the same, as post-copy does with what it has never got. */
 struct punched {
 	struct source source;
@@ -460,7 +246,7 @@ static void punched_hugetlb(void)
 	struct kvmfault_vm_options options = postcopy_vmm_options();
 	uint64_t list_gpa, pages = COUNT * HUGE_PAGE / PAGE;
 	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
-		skip("the VMM's own userfaultfd is that mechanism (see refusals)");
+		skip("the VMM's own userfaultfd is that mechanism (see bad_external)");
 	ram_create(&p.ram, HUGETLB, COUNT * HUGE_PAGE);
 	source_create(&p.source, RAM_GPA, p.ram.len, PATTERN);
 	machine_create(&m, pages * sizeof(uint32_t));
@@ -496,9 +282,6 @@ static const struct test_case cases[] = {
 	{ "stale-missing", stale_missing, true },
 	{ "slots-change", slots_change, true },
 	{ "addresses", addresses, true },
-	{ "kick-in-handler", kick_in_handler, true },
-	{ "resolve-by-vcpu", resolve_by_vcpu, true },
 	{ "punched-hugetlb", punched_hugetlb, true },
-	{ "refusals", refusals, true },
 };
 TEST_MAIN(cases)

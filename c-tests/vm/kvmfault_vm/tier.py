@@ -58,7 +58,8 @@ def matrix(environment):
 # that are least alike, and with the others what goes by way of an exit or a memslot. In the order
 # of how long that takes.
 EVERY_ABI = ("flag/", "toggle/")
-BY_ABI = ("dirty_log", "guests", "mmio", "own_loop", "prefault", "present", "race", "read_only", "restore", "slots", "taken_away")
+BY_ABI = ("dirty_log", "guests", "mmio", "own_loop", "prefault", "present", "race", "read_only", "restore",
+          "slots", "slots_in_use", "taken_away")
 FILTERS = {
     **dict.fromkeys(("v7", "userfault"), (*EVERY_ABI, "memslot-flag")),
     **dict.fromkeys(("v2", "v3", "v4"), (*EVERY_ABI, *(f"{group}/+memslot-flag" for group in BY_ABI))),
