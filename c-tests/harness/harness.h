@@ -7,9 +7,9 @@
  *                     "NOTE: figures" is what it measured
  *   PROGRAM           runs all, each in a process of its own
  *
- * How they are built: c-tests/GROUP.c with the files that have a header (harness.c, machine.c and what stands on it) and guest/ *.S into
- * PROGRAM, against an installed library (pkg-config kvmfault) and nothing else but libc and pthread. Two files are no groups: runner.c is
- * kvmfault-runner, alone and without the library; compare.c, built like a group, is a benchmark.
+ * A program is its file, the parts of its folder and those of harness/, built against an installed
+ * library (pkg-config kvmfault) and nothing else but libc and pthread. runner.c is no part: it is
+ * kvmfault-runner, which runs programs without the library.
  *
  * KVMFAULT_TEST_SCALE in the environment, a number like 0.1, shortens what is repeated very often, for slow (emulated) machines.
  */
