@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Handles that are NULL, freed, of another type, or no handles at all: each function refuses them, and nobody crashes.
+ * Handles that are NULL, freed, of another type, or no handles at all: each function refuses them
+ * without crashing.
  */
 #define _GNU_SOURCE
 #include "intact_vm.h"
@@ -122,7 +123,10 @@ static void null_handles(void)
 	intact_vm_destroy(&s);
 }
 
-/* Another VM's handle is freed, and freed again. Neither the subject nor the finalizer notices the second time. */
+/*
+ * Another VM's handle is freed, and freed again. The second time affects neither the intact VM nor
+ * the finalizer.
+ */
 static void freed_vm(void)
 {
 	struct intact_vm s;
@@ -200,7 +204,7 @@ static void freed_fill(void)
 	intact_vm_destroy(&s);
 }
 
-/* vCPU handles outlive their VM, as a VMM's threads do: they say that it is gone. */
+/* vCPU handles outlive their VM, as a VMM's threads do: each call reports that the VM is gone. */
 static void vcpu_of_a_freed_vm(void)
 {
 	struct intact_vm s;
@@ -262,7 +266,10 @@ static void no_handles_at_all(void)
 	intact_vm_destroy(&s);
 }
 
-/* Freed by several threads at once, while others use it: one of them frees, and nobody crashes. */
+/*
+ * A handle is freed by several threads at once, while others use it: one of them frees it, and
+ * nothing crashes.
+ */
 static struct kvmfault_vm *shared;
 static atomic_bool go;
 

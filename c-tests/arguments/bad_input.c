@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Structures, arrays and addresses from outside that are not what the header asks for: nothing beyond them is read, no half of a field is
- * taken for the whole, and the library's own memory is not taken for the VMM's.
+ * Structures, arrays and addresses that are not what the header requires: the library reads nothing
+ * beyond them, takes no half field for a whole one, and does not mistake its own memory for the
+ * VMM's.
  */
 #define _GNU_SOURCE
 #include "intact_vm.h"
@@ -164,8 +165,8 @@ static const struct structure {
 };
 
 /*
- * Every structure with every size up to 8 bytes more than it has, at the end of what may be touched. A size that ends in the middle of a
- * field is refused, and no other.
+ * Every structure with every size up to 8 bytes more than it has, at the end of what may be
+ * touched. A size that ends in the middle of a field is refused, and no other.
  */
 static void every_size(void)
 {
@@ -321,7 +322,7 @@ static void faults(void)
 
 /* ---- addresses ---- */
 
-/* KVM's mapping of the memory is the library's own: what lies there is not what the VMM has brought. */
+/* KVM's mapping of the memory is the library's own: the bytes there are not the VMM's source. */
 static void addresses_of_the_alias(void)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;

@@ -63,7 +63,7 @@ static int (*const functions[])(struct kvmfault_vm *, uint64_t, uint64_t) = { in
 enum { FUNCTIONS = sizeof(functions) / sizeof(*functions) };
 
 #define END (INTACT_VM_GPA + INTACT_VM_LEN)
-#define FREE (INTACT_VM_GPA + 500 * PAGE) /* absent in every subject */
+#define FREE (INTACT_VM_GPA + 500 * PAGE) /* absent in every intact_vm */
 
 static void wrong_ranges(void)
 {
@@ -139,7 +139,9 @@ static void wrong_source(void)
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, (void *)(1ul << 47), PAGE), EFAULT, "src");
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, hole + 2 * PAGE, PAGE), EFAULT, "src");
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, hole + 3 * PAGE, PAGE), EFAULT, "src");
-	/* Guest memory that isn't there itself: who copied from it would wait for a page, or for ever. */
+	/*
+	 * A source in absent guest memory: copying from it would wait for a page, possibly forever.
+	 */
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - INTACT_VM_GPA) + PAGE, PAGE), EFAULT, "src");
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - INTACT_VM_GPA) - 1, PAGE), EFAULT, "src");
 	/* Reaches into the hole from the middle of a page: nothing of that page is installed. */
@@ -157,7 +159,7 @@ static void wrong_source(void)
 	intact_vm_destroy(&s);
 }
 
-/* PRESENT pages keep their bytes, whoever wants to install others. */
+/* PRESENT pages keep their bytes when an install has other ones. */
 static void over_present_pages(void)
 {
 	struct intact_vm s;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A bug in the library itself: with KVMFAULT_TEST_PANIC=function in the environment that function panics. The program must live on and be
- * told with -ENOTRECOVERABLE; the handle is of no more use, but can be freed.
+ * A bug in the library itself: with KVMFAULT_TEST_PANIC=function in the environment that function
+ * panics. The program must survive and get -ENOTRECOVERABLE; the handle can only be freed.
  */
 #define _GNU_SOURCE
 #include "intact_vm.h"
@@ -31,7 +31,10 @@ static int zeros(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fau
 	return ret ? ret : KVMFAULT_RESOLVED;
 }
 
-/* The environment is read once: each function gets a process of its own, which has not called the library before. */
+/*
+ * The environment is read once: each function gets a process of its own, which has not called the
+ * library before.
+ */
 static void in_child(const char *function, void (*body)(void))
 {
 	int status;
@@ -126,7 +129,10 @@ static const struct function of_a_vm[] = {
 	{ "kvmfault_fill_start", fill_start },
 	{ "kvmfault_working_set_record", working_set_record },
 	{ "kvmfault_working_set_save", working_set_save },
-	/* kvmfault_vcpu_new clears its result before: that is an entry without a handle, and poisons nothing. */
+	/*
+	 * kvmfault_vcpu_new clears its result before: that is an entry without a handle, and
+	 * poisons nothing.
+	 */
 };
 static const struct function *current;
 
@@ -315,7 +321,10 @@ static void freeing(void)
 
 /* ---- in the middle of a fault ---- */
 
-/* A function that the resolver calls on the vCPU's thread panics: the run ends with the error, the page is absent again. */
+/*
+ * A function that the resolver calls on the vCPU's thread panics: the run ends with the error, the
+ * page is absent again.
+ */
 static void in_the_resolver(void)
 {
 	struct ram ram;

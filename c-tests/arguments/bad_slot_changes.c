@@ -48,13 +48,15 @@ static void overlapping(void)
 	slot = spare_slot_on(s.ram.hva + INTACT_VM_LEN - PAGE);
 	slot.len = 2 * PAGE;
 	CHECK(mmap(s.ram.hva + INTACT_VM_LEN, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED ||
-	      errno == EEXIST, "mmap behind the subject's memory: %s", strerror(errno));
+	      errno == EEXIST, "mmap behind the intact VM's memory: %s", strerror(errno));
 	spare_slot_refused(&s, &slot, EINVAL, "hva");
 	intact_vm_check(&s);
 	intact_vm_destroy(&s);
 }
 
-/* Somebody else's business: memory of another userfaultfd, guest memory that KVM has from the VMM itself. */
+/*
+ * Taken already: memory of another userfaultfd, guest memory that the VMM itself has given to KVM.
+ */
 static void taken_already(void)
 {
 	struct intact_vm s;
@@ -80,7 +82,7 @@ static void taken_already(void)
 	REFUSED(kvmfault_memslot_set(s.machine.library, &slot), EEXIST, "KVM_SET_USER_MEMORY_REGION");
 	REFUSED(kvmfault_memslot_mechanism(s.machine.library, slot.slot), ENOENT, "slot");
 	REFUSED(kvmfault_pages_state(s.machine.library, SPARE_GPA), ENOENT, "gpa");
-	memory[0] = 1; /* must not wait for anybody */
+	memory[0] = 1; /* must not wait */
 	own.memory_size = 0;
 	SYS(ioctl(s.machine.vm, KVM_SET_USER_MEMORY_REGION, &own));
 	spare_slot_accepted(&s, &slot);

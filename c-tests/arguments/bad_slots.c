@@ -148,7 +148,10 @@ static void wrong_sizes(void)
 		in.bytes[size - 1] = 0x80;
 		spare_slot_refused(&s, &in.slot, E2BIG, "slot.size");
 	}
-	/* Shorter: the rest has its initial value; so a structure that ends after `hva` is a whole slot. */
+	/*
+	 * Shorter: the rest has its initial value; so a structure that ends after `hva` is a whole
+	 * slot.
+	 */
 	slot = good;
 	slot.size = offsetof(struct kvmfault_memslot, block_hva);
 	slot.memory = slot.fd = slot.reserved = 0x7777777;

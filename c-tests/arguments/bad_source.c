@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Snapshots that kvmfault_file_source_new must refuse, and what becomes of faults that a snapshot can't serve.
+ * Snapshots that kvmfault_file_source_new must refuse, and what becomes of faults that a snapshot
+ * can't serve.
  */
 #define _GNU_SOURCE
 #include "intact_vm.h"
@@ -118,7 +119,10 @@ static void wrong_sizes(void)
 	refuse(fd, &newer[0].range, 2, EINVAL, "size");
 }
 
-/* The guest wants a page that the snapshot doesn't have: its vCPU's loop says so, and goes on when the page comes otherwise. */
+/*
+ * The guest wants a page that the snapshot doesn't have: its vCPU's loop says so, and goes on when
+ * the page comes otherwise.
+ */
 static void a_page_that_is_not_in_it(void)
 {
 	struct intact_vm s;

@@ -12,7 +12,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-/* A vCPU of the subject's VM that has no handle yet. */
+/* A vCPU of the intact VM that has no handle yet. */
 static int spare_vcpu(const struct intact_vm *s, int number)
 {
 	return SYS(ioctl(s->machine.vm, KVM_CREATE_VCPU, number));
@@ -203,11 +203,17 @@ static void wrong_results(void)
 		CHECK(got == KVMFAULT_PASS, "handle_exit(%d) returned %d: %s", *ret, got, kvmfault_last_error());
 		intact_vm_check(&s);
 	}
-	/* A SIGBUS that isn't KVM's; and with SIGBUS by mask nobody calls this, but it must not hurt. */
+	/*
+	 * A SIGBUS that isn't KVM's. With SIGBUS by mask no VMM calls this, but the call must do no
+	 * harm.
+	 */
 	EQUAL("on_sigbus(BUS_ADRALN)", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_ADRALN, NULL), 0);
 	EQUAL("on_sigbus(BUS_MCEERR_AO)", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_MCEERR_AO, s.ram.hva), 0);
 	EQUAL("on_sigbus(INT_MIN)", kvmfault_vcpu_on_sigbus(s.vcpu->handle, INT_MIN, (void *)-1l), 0);
-	/* The same before the first has been seen: not KVM's, but of a thread that touches broken memory again and again. */
+	/*
+	 * The same before the first has been seen: not KVM's, but of a thread that touches broken
+	 * memory again and again.
+	 */
 	EQUAL("on_sigbus", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_MCEERR_AR, s.ram.hva), 1);
 	EQUAL("the same again", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_MCEERR_AR, s.ram.hva), 0);
 	EQUAL("another", kvmfault_vcpu_on_sigbus(s.vcpu->handle, BUS_MCEERR_AR, s.ram.hva + PAGE), 1);

@@ -24,7 +24,7 @@ static void finalizer(void *opaque)
 	finalized++;
 }
 
-/* Options that are right, for another handle on the subject's VM. */
+/* Options that are right, for another handle on the intact VM. */
 static struct kvmfault_vm_options good(const struct intact_vm *s)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
@@ -213,7 +213,10 @@ static void forced_mechanism(void)
 	intact_vm_destroy(&s);
 }
 
-/* An option structure of `size` bytes, of which those beyond what this header knows are zero, except the last if `dirty`. */
+/*
+ * An option structure of `size` bytes, of which those beyond what this header knows are zero,
+ * except the last if `dirty`.
+ */
 static int new_with_size(const struct intact_vm *s, size_t stated, bool dirty)
 {
 	union {
@@ -241,7 +244,10 @@ static void wrong_sizes(void)
 		REFUSED(new_with_size(&s, size, false), EINVAL, "options.size");
 	for (const size_t *bad = (const size_t[]){ 4097, 1 << 20, SIZE_MAX / 2, SIZE_MAX, 0 }; *bad; bad++)
 		REFUSED(new_with_size(&s, *bad, false), EINVAL, "options.size");
-	/* Too short to hold a resolver, and so no options at all; what is cut off has its initial value. */
+	/*
+	 * Too short to hold a resolver, and so no options at all; what is cut off has its initial
+	 * value.
+	 */
 	REFUSED(new_with_size(&s, offsetof(struct kvmfault_vm_options, vm_fd), false), EINVAL, "resolver");
 	REFUSED(new_with_size(&s, offsetof(struct kvmfault_vm_options, resolver), false), EINVAL, "resolver");
 	OK(new_with_size(&s, offsetof(struct kvmfault_vm_options, reader_threads), false));
@@ -291,7 +297,10 @@ static void probe_and_explain(void)
 	intact_vm_destroy(&s);
 }
 
-/* An output structure of an older program is filled as far as it goes, and a newer one is zero where we know nothing. */
+/*
+ * An output structure of an older program is filled up to its size; in a newer one, fields that the
+ * library does not know are zero.
+ */
 static void probe_sizes(void)
 {
 	union {
@@ -341,7 +350,7 @@ static void descriptors_are_duplicated(void)
 	close(kvm);
 	close(vm);
 	close(vcpu);
-	/* Their numbers belong to somebody else now. */
+	/* The descriptors' numbers are reused for other files. */
 	for (int i = 0; i < 16; i++)
 		SYS(open("/dev/null", O_RDWR | O_CLOEXEC));
 	intact_vm_check(&s);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Sentences of the header that a VMM developer looks for, each as a case. */
+/* Promises of the header that a VMM developer relies on, one case each. */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
 
@@ -54,7 +54,7 @@ static void pending_is_for_the_page(void)
 	UNTIL(kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + announced * PAGE) == KVMFAULT_PAGE_RESOLVING);
 	for (uint64_t page = announced_first; page < announced_first + announced_len; page++)
 		expect_state(page, page == announced ? KVMFAULT_PAGE_RESOLVING : KVMFAULT_PAGE_ABSENT);
-	/* So the others are asked for when they are needed, without another word from the VMM. */
+	/* The other pages are fetched when they are needed, without a further call of the VMM. */
 	resolver_vm_install(announced);
 	UNTIL(resolver_vm.finished == 1);
 	vcpu_join(resolver_vm.m.vcpu[0]);
@@ -92,7 +92,7 @@ static void address_space_of_pages(void)
 	expect_state(0, KVMFAULT_PAGE_PRESENT);
 	OK(kvmfault_pages_zero(resolver_vm.m.library, RAM_GPA + RESOLVER_VM_PAGES * PAGE, PAGE));
 	expect_state(RESOLVER_VM_PAGES, KVMFAULT_PAGE_PRESENT);
-	/* When address space 0 has nothing there any more, the same address means the other. */
+	/* Once address space 0 has no slot there, the same address means the other space's slot. */
 	struct kvmfault_memslot gone = KVMFAULT_MEMSLOT_INIT;
 	gone.slot = RAM_SLOT;
 	OK(kvmfault_memslot_set(resolver_vm.m.library, &gone));
@@ -106,7 +106,7 @@ static void address_space_of_pages(void)
 
 /* ---- "while a kept slot is away, host accesses to absent pages wait" ---- */
 
-static int bring(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+static int install(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
 	resolver_vm.calls++;
@@ -128,7 +128,7 @@ static void host_waits_while_kept(void)
 {
 	pthread_t thread;
 	struct kvmfault_memslot gone = KVMFAULT_MEMSLOT_INIT;
-	resolver_vm_set_up(MEMFD, bring, 1, 3);
+	resolver_vm_set_up(MEMFD, install, 1, 3);
 	gone.slot = RAM_SLOT;
 	gone.flags = KVMFAULT_MEMSLOT_KEEP;
 	OK(kvmfault_memslot_set(resolver_vm.m.library, &gone));

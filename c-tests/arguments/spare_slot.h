@@ -12,11 +12,11 @@ enum { SPARE_SLOT = 7, SPARE_PAGES = 64 };
 #define SPARE_GPA (INTACT_VM_GPA + 2 * INTACT_VM_LEN) /* not a neighbour */
 #define SPARE_LEN (SPARE_PAGES * PAGE)
 
-/* A slot that is right: to be spoiled in one place. */
+/* A slot that is right, to be made wrong in one place. */
 struct kvmfault_memslot spare_slot_on(void *memory);
-/* Both ways refuse it, and leave no trace: neither slot nor pages nor result. */
+/* Both ways to set the slot refuse it, and leave no trace: neither slot nor pages nor result. */
 void spare_slot_refused(struct intact_vm *s, const struct kvmfault_memslot *slot, int error, const char *words);
-/* What was refused in one way is accepted when it is right: nothing of the tries is left. Ends without the slot. */
+/* The slot is accepted when it is right: refusals have left nothing behind. Deletes it again. */
 void spare_slot_accepted(struct intact_vm *s, const struct kvmfault_memslot *slot);
 
 #endif

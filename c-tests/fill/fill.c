@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Background fill: beside a running guest, within its limits, and what memory is when it has ended. */
+/*
+ * Background fill: beside a running guest, within its limits, and what memory is when it has ended.
+ */
 #define _GNU_SOURCE
 #include "fill_vm.h"
 
@@ -9,7 +11,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
-/* ---- what it brings ---- */
+/* ---- what a fill installs ---- */
 
 static void whole(void)
 {
@@ -41,7 +43,10 @@ static void huge(void)
 	slot_vm_destroy(&t.s);
 }
 
-/* The guest runs meanwhile, in another order, and writes: every page comes once, and what was written stays. */
+/*
+ * The guest runs meanwhile, in another order, and writes: every page comes once, and what was
+ * written stays.
+ */
 static void beside_the_guest(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
@@ -112,7 +117,10 @@ static void limited(void)
 
 /* ---- the end ---- */
 
-/* Memory is the VMM's own again: nobody is asked for what it drops. And when it turns the fast path on again, all is as before. */
+/*
+ * The memory is the VMM's own again: the resolver is not called for pages that the VMM drops. When
+ * the VMM turns the fast path on again, all is as before.
+ */
 static void ordinary(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
@@ -160,7 +168,10 @@ static void kept_armed(void)
 	slot_vm_destroy(&t.s);
 }
 
-/* A slot that is deleted and set anew on memory that a fill has completed: a VMM changes its memory map at any time. */
+/*
+ * A slot that is deleted and set anew on memory that a fill has completed: a VMM changes its memory
+ * map at any time.
+ */
 static void slots_afterwards(void)
 {
 	struct fill_vm t;
@@ -219,12 +230,16 @@ static bool can_collapse(enum backing backing)
 	ram_create(&ram, backing, 4 * HUGE_PAGE);
 	madvise(ram.hva, ram.len, MADV_HUGEPAGE);
 	memset(ram.hva, 1, ram.len);
-	bool can = madvise((void *)(((uintptr_t)ram.hva + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE), HUGE_PAGE, 25 /* MADV_COLLAPSE */) == 0;
+	enum { COLLAPSE = 25 /* MADV_COLLAPSE */ };
+	bool can = madvise((void *)round_up((uintptr_t)ram.hva, HUGE_PAGE), HUGE_PAGE, COLLAPSE) == 0;
 	ram_destroy(&ram);
 	return can;
 }
 
-/* The guest then runs as fast as with memory that the library has never seen, in huge pages where there are some to be had. */
+/*
+ * The guest then runs as fast as with memory that the library has never seen, in huge pages where
+ * there are some to be had.
+ */
 static void full_speed(void)
 {
 	char figures[256] = "";
@@ -247,7 +262,10 @@ static void full_speed(void)
 			pattern_fill(&plain.source.pattern, page, plain.ram.hva + page * PAGE);
 		struct vcpu *w = slot_vm_add_vcpu(&plain, 3);
 
-		/* In turns, until both had their luck on a busy machine: what is really slower stays so. */
+		/*
+		 * In turns, until both had their luck on a busy machine: what is really slower
+		 * stays so.
+		 */
 		double filled = 1e9, never = 1e9, end = now() + 15;
 		for (int round = 0; round < 2 || (filled / never > 1.15 && (now() < end || round < 6)); round++) {
 			double one = reading(&t.s, v), other = reading(&plain, w);

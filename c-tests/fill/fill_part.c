@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A fill of a part of memory: what it brings, and that it leaves the rest alone. */
+/* A fill of a part of memory: what it installs, and that it leaves the rest alone. */
 #define _GNU_SOURCE
 #include "fill_vm.h"
 
@@ -12,7 +12,10 @@ enum { LOW_SLOT = 2, HIGH_SLOT, FEW = 1024, GAP = 512, BATCH = 16 };
 #define LOW_GPA RAM_GPA
 #define HIGH_GPA (RAM_GPA + (FEW + GAP) * PAGE) /* behind a hole */
 
-/* Two slots with a hole between them; memory in the order opposite to that of the guest's addresses, and not adjacent. */
+/*
+ * Two slots with a hole between them; memory in the order opposite to that of the guest's
+ * addresses, and not adjacent.
+ */
 struct parts {
 	struct machine m;
 	struct ram ram;
@@ -63,7 +66,10 @@ static void destroy(struct parts *p)
 	source_destroy(&p->source);
 }
 
-/* Fills [from, to), and checks each page of both slots: present if it lies inside or is one of [touched, touched_end), absent if not. */
+/*
+ * Fills [from, to), and checks each page of both slots: present if it lies inside or is one of
+ * [touched, touched_end), absent if not.
+ */
 static void fill_part(struct parts *p, uint64_t from, uint64_t to, struct kvmfault_fill_options options, uint64_t touched, uint64_t touched_end)
 {
 	struct kvmfault_fill *fill;
@@ -110,7 +116,7 @@ static void slot(void)
 		fill_part(&p, LOW_GPA + 101 * PAGE, LOW_GPA + 603 * PAGE, USUAL, 0, 0);
 		OK(kvmfault_pages_discard(p.m.library, LOW_GPA, FEW * PAGE));
 		fill_part(&p, LOW_GPA, LOW_GPA + FEW * PAGE, USUAL, 0, 0);
-		/* And what is there already. */
+		/* A fill skips pages that are present already. */
 		OK(kvmfault_pages_resolve(p.m.library, LOW_GPA, FEW * PAGE));
 		p.calls = 0;
 		fill_part(&p, LOW_GPA, LOW_GPA + FEW * PAGE, USUAL, 0, 0);
@@ -119,7 +125,10 @@ static void slot(void)
 	}
 }
 
-/* The end of one slot, the hole, and the beginning of another; then more than there is. A fill without a range then makes all of it ordinary. */
+/*
+ * The end of one slot, the hole, and the beginning of another; then more than there is. A fill
+ * without a range then makes all of it ordinary.
+ */
 static void across(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {

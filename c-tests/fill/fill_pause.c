@@ -24,7 +24,9 @@ static struct kvmfault_fill_options usual(void)
 	return options;
 }
 
-/* A fill that is paused while each of its threads is in its first call, and those calls have ended. */
+/*
+ * A fill that is paused while each of its threads is in its first call, and those calls have ended.
+ */
 static struct kvmfault_fill *start_and_pause(struct fill_vm *t, const struct kvmfault_fill_options *options)
 {
 	t->fill_held = true;
@@ -41,7 +43,10 @@ static struct kvmfault_fill *start_and_pause(struct fill_vm *t, const struct kvm
 	return fill;
 }
 
-/* Calls that are under way end, and no other begins until it is resumed; the guest's own faults are served. */
+/*
+ * Calls that are under way end, and no other begins until it is resumed; the guest's own faults are
+ * served.
+ */
 static void calls(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
@@ -69,7 +74,7 @@ static void calls(void)
 	}
 }
 
-/* Others bring all that is absent: it ends when it is resumed, and not before. */
+/* Other threads install all absent pages: the fill ends when it is resumed, and not before. */
 static void overtaken(void)
 {
 	struct fill_vm t;
@@ -89,8 +94,8 @@ static void overtaken(void)
 }
 
 /*
- * What the resolver reads from is gone, and comes back while the fill is paused: that is no end. A page that fails three times in a row would be
- * one, without the pauses.
+ * The resolver's source fails, and recovers while the fill is paused: the fill does not end.
+ * Without the pauses, a page that fails three times in a row would end it.
  */
 static void mended(void)
 {
@@ -261,7 +266,8 @@ static void limited(void)
 	double begin = now();
 	OK(kvmfault_fill_resume(fill));
 	OK(kvmfault_fill_wait(fill, 60000));
-	double seconds = now() - begin, least = (left < 64 ? 0 : left - 64) * PAGE / rate; /* the first piece goes at once */
+	/* the first piece goes at once */
+	double seconds = now() - begin, least = (left < 64 ? 0 : left - 64) * PAGE / rate;
 	CHECK(seconds > 0.97 * least, "%lu pages in %.3f s, not %.3f", (unsigned long)left, seconds, least);
 	note("%lu pages in %.3f s; the limit allows %.3f", (unsigned long)left, seconds, least);
 	kvmfault_fill_free(fill);

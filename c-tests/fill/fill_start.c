@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A fill that can't be started: KVMFAULT_TEST_MOST_THREADS lets so many of its threads start, and no more. */
+/* A fill that can't be started: KVMFAULT_TEST_MOST_THREADS limits how many of its threads start. */
 #define _GNU_SOURCE
 #include "fill_vm.h"
 

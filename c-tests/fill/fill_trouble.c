@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Background fill in trouble: stopped, freed, with resolvers that fail; and what the VMM is told, and may do. */
+/*
+ * Background fill in trouble: stopped, freed, with resolvers that fail; what its callbacks report,
+ * and what the VMM may call from them.
+ */
 #define _GNU_SOURCE
 #include "fill_vm.h"
 
@@ -45,7 +48,10 @@ static void finalizer(void *opaque)
 	finalized++;
 }
 
-/* Its handle is freed while it is at it, or the whole VM: the threads go when their call is over, and the finalizer is called once. */
+/*
+ * Its handle is freed while it is at it, or the whole VM: the threads go when their call is over,
+ * and the finalizer is called once.
+ */
 static void freed(void)
 {
 	for (int what = 0; what < 2; what++) {
@@ -70,14 +76,18 @@ static void freed(void)
 		UNTIL(finalized == 1);
 		if (what == 0) {
 			t.us = 0;
-			fill_vm_fill_all(&t, NULL); /* its threads are gone: another one may start */
+			/* its threads are gone: another one may start */
+			fill_vm_fill_all(&t, NULL);
 			pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, PAGES);
 			slot_vm_destroy(&t.s);
 		}
 	}
 }
 
-/* Pages that the resolver fails for: the others come, the fill ends with the resolver's error, and later it works. */
+/*
+ * Pages that the resolver fails for: the others come, the fill ends with the resolver's error, and
+ * later it works.
+ */
 static void failing(void)
 {
 	struct fill_vm t;
@@ -96,7 +106,8 @@ static void failing(void)
 	CHECK(progress.failures >= bad, "%lu failures", progress.failures);
 	EQUAL("absent pages", kvmfault_pages_absent(t.s.m.library), bad);
 	kvmfault_fill_free(fill);
-	slot_vm_visit(&t.s, v, 0, PAGES / 2, READ_FIRST); /* a fault of the guest's own is another matter */
+	/* a fault of the guest's own is another matter */
+	slot_vm_visit(&t.s, v, 0, PAGES / 2, READ_FIRST);
 	t.answer = 0;
 	fill_vm_fill_all(&t, NULL);
 	slot_vm_visit(&t.s, v, 0, PAGES, READ_FIRST);
@@ -104,7 +115,10 @@ static void failing(void)
 	slot_vm_destroy(&t.s);
 }
 
-/* The one page that is left, of which the guest, a device and the fill think at the same time, and for which the fill's call fails. */
+/*
+ * The guest, a device and the fill want the last page at the same time, and the fill's call for it
+ * fails.
+ */
 struct wanted {
 	struct fill_vm t;
 	atomic_bool seen;
@@ -118,7 +132,10 @@ static void *look_at_page_5(void *arg)
 	return NULL;
 }
 
-/* Who waits for a page that a fill is bringing, and the fill fails: asks by himself then, and doesn't wait for the next fill. */
+/*
+ * A thread that waits for a page when the fill's call for it fails calls the resolver itself, and
+ * does not wait for the next fill.
+ */
 static void failing_while_wanted(void)
 {
 	struct wanted w = { .seen = false };
@@ -144,7 +161,8 @@ static void failing_while_wanted(void)
 	pthread_join(device, NULL);
 	vcpu_join(v);
 	int ret = kvmfault_fill_wait(fill, 60000);
-	CHECK(ret == 0 || ret == -EREMOTEIO /* it has tried again, and was faster */, "%d: %s", ret, kvmfault_last_error());
+	/* With -EREMOTEIO the fill has tried the page again, before the others had it. */
+	CHECK(ret == 0 || ret == -EREMOTEIO, "%d: %s", ret, kvmfault_last_error());
 	UNTIL(kvmfault_pages_absent(t->s.m.library) == 0);
 	kvmfault_fill_free(fill);
 	slot_vm_destroy(&t->s);
@@ -218,7 +236,10 @@ static void lost(void)
 	slot_vm_destroy(&t.s);
 }
 
-/* A resolver that only asks for the pages, as a post-copy destination does: they come from another thread. */
+/*
+ * A resolver that only requests the pages, as a post-copy destination does; another thread installs
+ * them.
+ */
 static void pending(void)
 {
 	struct machine m;
@@ -249,7 +270,7 @@ static void pending(void)
 	source_destroy(&source);
 }
 
-/* Pages become absent again while it is at it: it brings those too. */
+/* Pages that become absent again during the fill are filled, too. */
 static void discarded_meanwhile(void)
 {
 	struct fill_vm t;
@@ -278,7 +299,7 @@ static void discarded_meanwhile(void)
 
 struct beginning {
 	struct fill_vm t;
-	atomic_ulong round, taken; /* the page went in so many rounds */
+	atomic_ulong round, taken; /* rounds in which the page was discarded */
 	atomic_bool over;
 };
 
@@ -311,7 +332,10 @@ static void *take_and_bring(void *arg)
 	return NULL;
 }
 
-/* Ordinary memory gets its fast path again, and pages go the moment they may: then everything must be there that keeps the guest from the hole. */
+/*
+ * Ordinary memory gets its fast path again, and pages go the moment they may: then everything must
+ * be there that keeps the guest from the hole.
+ */
 static void discarded_as_it_begins(void)
 {
 	struct beginning b = { .round = 0 };
@@ -338,7 +362,7 @@ static void discarded_as_it_begins(void)
 	slot_vm_destroy(&b.t.s);
 }
 
-/* ---- what the VMM is told, and what it may do ---- */
+/* ---- what callbacks report, and what the VMM may call from them ---- */
 
 struct reports {
 	struct kvmfault_fill *_Atomic fill;
@@ -435,7 +459,10 @@ static void wrong_arguments(void)
 	slot_vm_destroy(&t.s);
 }
 
-/* A vCPU is on its way to the resolver while all pages come: only then a VMM may put away what its resolver reads from. */
+/*
+ * A vCPU is on its way to the resolver while all pages come: only then a VMM may put away what its
+ * resolver reads from.
+ */
 static void overtaken(void)
 {
 	for (int stopped = 0; stopped <= 1; stopped++) {

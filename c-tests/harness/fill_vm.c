@@ -31,7 +31,7 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 		if ((gpa - RAM_GPA) / PAGE % 97 == 5)
 			return t->answer;
 	int ret = source_install(&t->s.source, vm, fault->window_gpa, fault->window_len);
-	/* Others may have brought it; or the VM was freed. */
+	/* Another thread may have installed the page; or the VM was freed. */
 	return ret == -EEXIST || ret == -EBADF || ret == -ESHUTDOWN ? 0 : OK(ret);
 }
 

@@ -13,18 +13,30 @@
 void guest_copy_programs(uint8_t *low);
 
 enum { READ_FIRST = 0, WRITE_FIRST = 1 };
-/* guest/verify.S: checks `count` pages of the list at guest address `list`, pages counted from `gpa`. */
+/*
+ * guest/verify.S: checks `count` pages of the list at guest address `list`, pages counted from
+ * `gpa`.
+ */
 void vcpu_load_verify(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, const struct pattern *pattern, int mode);
-/* Runs it, and fails the case with what the guest found if that is wrong. */
+/* Runs guest/verify.S, and fails the case with what the guest found if that is wrong. */
 void vcpu_verify(struct vcpu *vcpu);
-/* The same on a thread of its own, to be joined with vcpu_join; with a handle for as long. */
+/*
+ * vcpu_verify on a thread of its own, which attaches the vCPU meanwhile; to be joined with
+ * vcpu_join.
+ */
 void vcpu_start_verify(struct vcpu *vcpu);
-/* The latter half of it, for a loop of the case's own: what the guest has stopped with. */
+/*
+ * For a loop of the case's own: fails the case if the value that the guest stopped with reports a
+ * wrong word.
+ */
 void vcpu_check_verified(struct vcpu *vcpu, uint32_t stopped_with);
 /* guest/touch.S */
 void vcpu_load_touch(struct vcpu *vcpu, uint64_t gpa, uint64_t pages, uint64_t step);
 
-/* guest/walk.S: writes to `count` pages of the list at guest address `list`, and notes at `times` how long each took. */
+/*
+ * guest/walk.S: writes to `count` pages of the list at guest address `list`, and notes at `times`
+ * how long each took.
+ */
 void vcpu_load_walk(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, uint64_t times);
 
 /* guest/script.S */

@@ -153,7 +153,10 @@ static int no_resolver(void *opaque, struct kvmfault_vm *vm, const struct kvmfau
 	return -EIO;
 }
 
-/* Skips the case if its mechanism doesn't work here. That the library says so of one that does is what other tests are for. */
+/*
+ * Skips the case if its mechanism doesn't work here. Other tests notice a library that reports so
+ * of one that works.
+ */
 static void require_mechanism(void)
 {
 	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
@@ -187,7 +190,10 @@ static void run_case(const struct test_case *c, int number)
 	fflush(stdout);
 	if (cleanup)
 		cleanup();
-	/* Not exit: threads that a case has left behind (a resolver that never returns) may be anywhere. */
+	/*
+	 * Not exit: threads that a case has left behind (a resolver that never returns) may be
+	 * anywhere.
+	 */
 	_exit(0);
 }
 

@@ -2,8 +2,8 @@
 /*
  * Test programs: one file, one program, one group of named cases.
  *
- *   PROGRAM --list    the names of the cases
- *   PROGRAM CASE      runs one: exits 0 (passed), 77 (skipped, "SKIP: reason" on stdout) or else (failed, "FAIL: reason");
+ *   PROGRAM --list the names of the cases PROGRAM CASE runs one: exits 0 (passed), 77 (skipped,
+ *   "SKIP: reason" on stdout) or else (failed, "FAIL: reason");
  *                     "NOTE: figures" is what it measured
  *   PROGRAM           runs all, each in a process of its own
  *
@@ -11,7 +11,8 @@
  * library (pkg-config kvmfault) and nothing else but libc and pthread. runner.c is no part: it is
  * kvmfault-runner, which runs programs without the library.
  *
- * KVMFAULT_TEST_SCALE in the environment, a number like 0.1, shortens what is repeated very often, for slow (emulated) machines.
+ * KVMFAULT_TEST_SCALE in the environment, a number like 0.1, shortens what is repeated very often,
+ * for slow (emulated) machines.
  */
 #ifndef HARNESS_H
 #define HARNESS_H
@@ -24,7 +25,10 @@
 struct test_case {
 	const char *name;
 	void (*run)(void);
-	/* Run with each mechanism, as name[memslot-flag] and so on; skipped, with the library's reason, where one doesn't work. */
+	/*
+	 * Run with each mechanism, as name[memslot-flag] and so on; skipped, with the library's
+	 * reason, where one doesn't work.
+	 */
 	bool each_mechanism;
 };
 
@@ -36,14 +40,20 @@ int harness_main(int argc, char **argv, const struct test_case *cases, size_t co
 		return harness_main(argc, argv, cases, sizeof(cases) / sizeof(*cases)); \
 	}
 
-/* The mechanism that the case is to use (KVMFAULT_MECHANISM_*); AUTO for a case that isn't run with each. */
+/*
+ * The mechanism that the case is to use (KVMFAULT_MECHANISM_*); AUTO for a case that isn't run with
+ * each.
+ */
 int test_mechanism(void);
 const char *mechanism_name(int mechanism);
 
 /* End the case; from any thread. */
 void fail(const char *file, int line, const char *format, ...) __attribute__((format(printf, 3, 4), noreturn));
 void skip(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
-/* What the case measured or counted: shown with its result if it passes. Only the last note is kept. */
+/*
+ * What the case measured or counted: shown with its result if it passes. Only the last note is
+ * kept.
+ */
 void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #define FAIL(...) fail(__FILE__, __LINE__, __VA_ARGS__)
@@ -60,15 +70,21 @@ void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 			FAIL("%s: is %lld (%#llx), not %lld (%#llx)", what, got_, (unsigned long long)got_, expected_, \
 			     (unsigned long long)expected_);                                                        \
 	} while (0)
-/* Waits for something that other threads do; 10 seconds at most. */
+/* Waits until other threads have made the condition true; fails the case after 10 seconds. */
 #define UNTIL(condition)                                                         \
 	do {                                                                     \
 		for (double end_ = now() + 10; !(condition); wait_a_little())    \
 			CHECK(now() < end_, "not within 10 s: " #condition);     \
 	} while (0)
-/* A call to the library succeeds (with 0 or more, and tells what); else the case ends with the library's message. */
+/*
+ * A call to the library succeeds (the value is its result, 0 or more); else the case ends with the
+ * library's message.
+ */
 #define OK(call) expect_ok(__FILE__, __LINE__, #call, (call))
-/* A call to the library fails with -errno, and its message has `words` in it (an argument's name, for example). */
+/*
+ * A call to the library fails with -errno, and its message has `words` in it (an argument's name,
+ * for example).
+ */
 #define REFUSED(call, error, words) expect_refused(__FILE__, __LINE__, #call, (call), error, words)
 /* A system call succeeds. */
 #define SYS(call) expect_sys(__FILE__, __LINE__, #call, (call))
@@ -77,12 +93,14 @@ long long expect_ok(const char *file, int line, const char *call, long long resu
 void expect_refused(const char *file, int line, const char *call, long long result, int error, const char *words);
 long expect_sys(const char *file, int line, const char *call, long result);
 
-/* Called when the case ends, however that is (but not if it crashes or is killed). One at a time. */
+/*
+ * `cleanup` is called when the case ends in any way but a crash or a kill. There is one at a time.
+ */
 void test_cleanup(void (*cleanup)(void));
 
-/* `n`, or less if KVMFAULT_TEST_SCALE says so; at least 1. */
+/* `n` times KVMFAULT_TEST_SCALE; at least 1. */
 unsigned long scaled(unsigned long n);
-/* The same, but not below `least`. */
+/* scaled(n), but not below `least`. */
 #define SCALED(n, least) (scaled(n) > (least) ? scaled(n) : (unsigned long)(least))
 
 double now(void); /* seconds, monotonic */

@@ -43,7 +43,10 @@ void intact_vm_destroy(struct intact_vm *s)
 	source_destroy(&s->source);
 }
 
-/* Who waits in userfaultfd goes on as soon as the page is there, and the reader thread books it after that. */
+/*
+ * A thread that waits in userfaultfd goes on as soon as the page is there; the reader thread counts
+ * the page after that.
+ */
 static int settled_state(const struct intact_vm *s, uint64_t page)
 {
 	int state;

@@ -8,14 +8,20 @@
 
 #include <stdbool.h>
 
-/* Does KVM emulate CPL 0 here? (As far as can be told: with the mechanism poison-trap.) */
+/* Whether KVM emulates CPL 0 on this machine, as far as the mechanism poison-trap shows it. */
 bool cpl0_is_emulated(void);
-/* Skips the case where a vCPU that sleeps for a page can't be made to leave: in userfaultfd before Linux 6.2. */
+/*
+ * Skips the case where a vCPU that sleeps for a page can't be interrupted: in userfaultfd before
+ * Linux 6.2.
+ */
 void require_interruptible_sleep(void);
-/* The same with any mechanism, while the fast path of the slot is off. */
+/*
+ * Skips the case where a vCPU that sleeps in a slot without the fast path can't be interrupted,
+ * with any mechanism.
+ */
 void require_interruptible_sleep_in_slow_slots(void);
 
-/* Do accesses at CPL 0 to absent pages come as MMIO exits, with the case's mechanism? */
+/* Whether accesses at CPL 0 to absent pages come as MMIO exits, with the case's mechanism. */
 bool cpl0_comes_as_mmio(void);
 
 #endif

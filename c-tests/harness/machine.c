@@ -40,7 +40,10 @@ void machine_create(struct machine *m, uint64_t shared)
 	guest_copy_programs(m->low);
 }
 
-/* Of the VMs that machine_attach gave a finalizer: how many machine_destroy has freed, and how many the library is done with. */
+/*
+ * Of the VMs that machine_attach gave a finalizer: how many machine_destroy has freed, and how many
+ * the library is done with.
+ */
 static atomic_uint freed, finished;
 
 static void finalize(void *opaque)
@@ -58,7 +61,10 @@ void machine_destroy(struct machine *m)
 		kvmfault_vcpu_free(m->vcpu[i]->handle);
 		m->vcpu[i]->handle = NULL;
 	}
-	/* Threads of the library may be in the resolver: memory, and what the resolver uses, must stay until they are done. */
+	/*
+	 * Threads of the library may be in the resolver: memory, and what the resolver uses, must
+	 * stay until they are done.
+	 */
 	if (m->finalized) {
 		freed++;
 		UNTIL(finished >= freed);
@@ -177,6 +183,8 @@ struct kvmfault_stats machine_settled_stats(const struct machine *m)
 			served += stats.latency_us_log2[i];
 		CHECK(now() < deadline, "%lu faults, but %lu in the histogram", faults, served);
 	} while (faults != served);
-	/* Counters are read one after the other: those before the histogram may be older than it. */
+	/*
+	 * Counters are read one after the other: those before the histogram may be older than it.
+	 */
 	return machine_stats(m);
 }

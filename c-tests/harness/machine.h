@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A small virtual machine for tests: ordinary low memory for page tables, code and lists; test memory that the library looks
- * after; vCPUs in long mode at CPL 0 or 3; and guests that check what they find (guest/ *.S).
+ * A small virtual machine for tests: ordinary low memory for page tables, code and lists; memory
+ * under test; vCPUs in long mode at CPL 0 or 3; guests that check what they read (guest/ *.S).
  *
- * On KVMs without hardware virtualisation CPL 3 runs natively and CPL 0 is emulated instruction by instruction. Both are paths that
- * guests take through KVM, so most tests do both.
+ * On KVMs without hardware virtualisation CPL 3 runs natively and CPL 0 is emulated instruction by
+ * instruction. Both are paths that guests take through KVM, so most tests use both.
  */
 #ifndef MACHINE_H
 #define MACHINE_H
@@ -35,23 +35,30 @@ struct machine {
 	unsigned vcpus;
 	struct vcpu *vcpu[MOST_VCPUS];
 };
-/* `shared` bytes will be asked for with machine_share. */
+/* `shared`: how many bytes machine_share will be called for. */
 void machine_create(struct machine *machine, uint64_t shared);
-/* Frees the library's VM too, waits for resolver calls that are under way, and frees the vCPUs. */
+/* Frees the library's VM, waits for resolver calls that are under way, and frees the vCPUs. */
 void machine_destroy(struct machine *machine);
 /* Memory for host and guest, zeros; *gpa is its guest address. */
 void *machine_share(struct machine *machine, uint64_t len, uint64_t *gpa);
-/* kvmfault_vm_new with the case's mechanism. `options` may be NULL; what is 0 there (mechanism, resolver) has the usual value. */
+/*
+ * kvmfault_vm_new with the case's mechanism. `options` may be NULL; what is 0 there (mechanism,
+ * resolver) has the usual value.
+ */
 void machine_attach(struct machine *machine, struct source *source, const struct kvmfault_vm_options *options);
-/* A slot on all of `ram`, ready for kvmfault_memslot_set. Private memory is declared as touched by vCPUs only. */
+/*
+ * A slot on all of `ram`, ready for kvmfault_memslot_set. Private memory is declared as touched by
+ * vCPUs only.
+ */
 struct kvmfault_memslot slot_on(const struct ram *ram, uint32_t slot, uint64_t gpa);
 void machine_set_slot(struct machine *machine, const struct ram *ram, uint32_t slot, uint64_t gpa);
-/* Tells KVM what kvmfault_memslot_prepare said, as a VMM with ioctls of its own does. */
+/* Makes the ioctl that kvmfault_memslot_prepare describes, as a VMM with ioctls of its own does. */
 void machine_set_region(const struct machine *machine, const struct kvmfault_region *region);
 struct kvmfault_stats machine_stats(const struct machine *machine);
 /*
- * The same when all faults have been served. With userfaultfd the kernel lets a vCPU go on the moment its page is there: the guest
- * may be done with all of its memory while a reader thread is still booking the last page.
+ * machine_stats when all faults have been counted. With userfaultfd the kernel lets a vCPU go on
+ * the moment its page is there: the guest may be done with all of its memory while a reader thread
+ * has yet to count the last page.
  */
 struct kvmfault_stats machine_settled_stats(const struct machine *machine);
 

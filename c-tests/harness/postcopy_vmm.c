@@ -119,7 +119,10 @@ struct kvmfault_memslot postcopy_vmm_slot(uint32_t number, uint64_t gpa)
 	return slot;
 }
 
-/* KVM has the slot already, on the VMM's mapping: it is made anew through the library, as when a post-copy begins in a VM that runs. */
+/*
+ * KVM has the slot already, on the VMM's mapping: it is made anew through the library, as when a
+ * post-copy begins in a VM that runs.
+ */
 static void arm(uint32_t number, uint64_t gpa)
 {
 	struct kvmfault_memslot slot = postcopy_vmm_slot(number, gpa);
@@ -188,7 +191,7 @@ void postcopy_vmm_tear_down(void)
 	source_destroy(&postcopy_vmm.source);
 }
 
-/* All vCPUs, at both levels, each its part of the list. */
+/* Runs all vCPUs, at both privilege levels; each verifies its part of the list. */
 void postcopy_vmm_run_guests(int mode)
 {
 	struct vcpu *v[VCPUS];

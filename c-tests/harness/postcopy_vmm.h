@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A VMM that has a post-copy of its own, as QEMU does (KVMFAULT_VM_EXTERNAL_UFFD): its userfaultfd serves its threads, a stream brings the pages,
- * and the library spares the vCPUs that userfaultfd.
+ * A VMM with a post-copy of its own, as QEMU has one (KVMFAULT_VM_EXTERNAL_UFFD): its userfaultfd
+ * serves its threads, a stream delivers the pages, and the library serves the vCPUs instead of that
+ * userfaultfd. There is one, `postcopy_vmm`.
  */
 #ifndef POSTCOPY_VMM_H
 #define POSTCOPY_VMM_H
@@ -10,7 +11,10 @@
 
 enum { PAGES = 2048, VCPUS = 4 };
 
-/* The VMM: one memory, half of it brought before the vCPUs run (pre-copy), the rest by a stream, asked for or not. */
+/*
+ * The VMM: half of its memory is there before the vCPUs run (pre-copy); a stream installs the rest,
+ * requested or not.
+ */
 extern struct postcopy_vmm {
 	struct machine m;
 	struct ram ram;
@@ -23,11 +27,14 @@ extern struct postcopy_vmm {
 	_Atomic uint8_t requested[PAGES];
 	atomic_uint calls, there_already, host_faults;
 	atomic_bool paused, stop;
-	atomic_uint *waits_for; /* until this isn't 0 any more, the stream sends only what is requested */
-	atomic_bool held; /* the resolver doesn't return, nor look at anything */
+	atomic_uint *waits_for; /* while this is 0, the stream sends only requested pages */
+	atomic_bool held; /* the resolver neither returns nor looks at a page */
 } postcopy_vmm;
 
-/* The VM and its memory, of which five eighths are missing; `stream` false: the stream is paused at first. */
+/*
+ * The VM and its memory, of which five eighths are missing; `stream` false: the stream is paused at
+ * first.
+ */
 void postcopy_vmm_set_up(enum backing backing, bool stream);
 void postcopy_vmm_tear_down(void);
 /* A userfaultfd of the VMM's; skips the case if it can't be had. */
@@ -35,9 +42,9 @@ int postcopy_vmm_open_uffd(void);
 /* What postcopy_vmm_set_up gives to kvmfault_vm_new, and a slot on all of the memory. */
 struct kvmfault_vm_options postcopy_vmm_options(void);
 struct kvmfault_memslot postcopy_vmm_slot(uint32_t number, uint64_t gpa);
-/* A page has come: brings it into the VMM's mapping, and tells the library. */
+/* A page has come: installs it in the VMM's mapping, and reports it to the library. */
 void postcopy_vmm_place(uint64_t page);
-/* All vCPUs, at both levels, each its part of the list. */
+/* Runs all vCPUs, at both privilege levels; each verifies its part of the list. */
 void postcopy_vmm_run_guests(int mode);
 
 #endif

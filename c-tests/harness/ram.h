@@ -21,12 +21,17 @@ struct ram {
 	int fd;             /* -1 for ANON */
 };
 const char *backing_name(enum backing backing);
-/* So many of 2 MiB that nothing has reserved yet; skips the case if they can't be had. */
+/*
+ * Makes sure that `n` pages of 2 MiB are neither used nor reserved; skips the case if that fails.
+ */
 void huge_pages_provide(uint64_t n);
-/* HUGETLB provides for itself. */
+/* With HUGETLB it provides the huge pages itself. */
 void ram_create(struct ram *ram, enum backing backing, uint64_t len);
 void ram_destroy(struct ram *ram);
-/* All of its file by another mapping, as another process has it; at a multiple of 2 MiB. Not for ANON. */
+/*
+ * Another mapping of the whole file, as another process has it; at a multiple of 2 MiB. Not for
+ * ANON.
+ */
 uint8_t *ram_map_again(const struct ram *ram);
 
 #endif

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* A machine whose guests read words, for tests of what a resolver may answer and do; the resolver is the case's. There is one, called `resolver_vm`. */
+/*
+ * The one VM of a case (`resolver_vm`) whose guests read single words, for tests of what a resolver
+ * may answer and do; the resolver is the case's own.
+ */
 #ifndef RESOLVER_VM_H
 #define RESOLVER_VM_H
 
@@ -13,27 +16,27 @@ struct resolver_vm {
 	struct source source;
 	struct step *steps; /* 128 of them */
 	uint64_t steps_gpa;
-	atomic_uint calls, calls_for[RESOLVER_VM_PAGES]; /* of the resolver, as far as it counts them */
+	atomic_uint calls, calls_for[RESOLVER_VM_PAGES]; /* of the resolver, if it counts them */
 	atomic_int finished;                     /* vCPUs' threads */
 };
 extern struct resolver_vm resolver_vm;
 
 void resolver_vm_set_up(enum backing backing, kvmfault_resolver resolver, int vcpus, int cpl);
-/* With more options than a resolver. `opaque` is the resolver_vm. */
+/* resolver_vm_set_up with more options than a resolver; `opaque` becomes the resolver_vm. */
 void resolver_vm_set_up_with(struct kvmfault_vm_options *options, enum backing backing, int vcpus, int cpl);
 void resolver_vm_tear_down(void);
 
 uint64_t resolver_vm_page_of(const struct kvmfault_fault *fault);
-/* Brings a page, as another thread does. */
+/* Installs a page, as a thread of the VMM's does. */
 void resolver_vm_install(uint64_t page);
 /* A resolver that counts, and answers KVMFAULT_PENDING. */
 int resolver_vm_answer_pending(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault);
 
-/* The vCPU is to read the first word of a page and stop. */
+/* Loads a guest that reads the first word of a page and stops. */
 void resolver_vm_load_read(struct vcpu *v, uint64_t page);
-/* It has read what it ought to. */
+/* Checks that the guest has read the right word. */
 void resolver_vm_check_read(const struct vcpu *v, uint64_t page);
-/* Both, and the run in between; of one page, or of all. */
+/* Loads, runs and checks a read of one page, or of each page. */
 void resolver_vm_read(struct vcpu *v, uint64_t page);
 void resolver_vm_read_all(struct vcpu *v);
 /* For vcpu_start: runs what is loaded. */

@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * kvmfault-runner: runs the cases of test programs, each in a process group of its own and not longer than a given time, and
- * prints a line for each:
+ * kvmfault-runner: runs the cases of test programs, each in a process group of its own and not
+ * longer than a given time, and prints a line for each:
  *
  *   PASS group/case seconds [what it measured]
  *   FAIL group/case seconds reason
  *   SKIP group/case seconds reason
  *   N passed, N failed, N skipped
  *
- * The output of cases that fail follows their line, indented. A program that can't list its cases is a failed case.
+ * The output of cases that fail follows their line, indented. A program that can't list its cases
+ * is a failed case.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -39,7 +40,7 @@ static unsigned passed, failed, skipped;
 
 /* What became of a child. */
 struct outcome {
-	char *output; /* what it said on stdout and stderr, the last KEPT bytes */
+	char *output; /* its stdout and stderr, the last KEPT bytes */
 	int status;   /* as of waitpid */
 	bool timed_out;
 	double seconds;
@@ -100,7 +101,10 @@ static void run(const char *program, const char *argument, double limit, struct 
 	while (!ended || open_end) {
 		struct pollfd p = { .fd = open_end ? out[0] : -1, .events = POLLIN };
 		char bytes[4096];
-		/* The end of the output usually comes with the child's end, so this rarely waits for its time. */
+		/*
+		 * The end of the output usually comes with the child's end, so this rarely waits
+		 * for its time.
+		 */
 		if (poll(&p, 1, open_end ? 20 : 1) > 0) {
 			ssize_t got = read(out[0], bytes, sizeof(bytes));
 			if (got > 0)
@@ -111,16 +115,19 @@ static void run(const char *program, const char *argument, double limit, struct 
 		if (!ended && waitpid(child, &o->status, WNOHANG) == child) {
 			ended = true;
 			o->seconds = now() - start;
-			/* What it left behind goes too, and with it the other end of the pipe. */
+			/*
+			 * Ends what the child left behind, which may hold the other end of the
+			 * pipe.
+			 */
 			kill(-child, SIGKILL);
 			deadline = now() + 5;
 		}
 		if (now() > deadline) {
 			if (ended)
-				break; /* somebody outside the group holds the pipe */
+				break; /* a process outside the group holds the pipe */
 			o->timed_out = true;
 			kill(-child, SIGKILL);
-			deadline = now() + 30; /* a child that the kernel doesn't let go would hold us up for ever */
+			deadline = now() + 30; /* the kernel may never end the child */
 			if (o->seconds)
 				break;
 			o->seconds = now() - start;

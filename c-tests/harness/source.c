@@ -77,7 +77,10 @@ int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	*(fault->origin == KVMFAULT_ORIGIN_VCPU ? &s->vcpu : fault->origin == KVMFAULT_ORIGIN_HOST ? &s->host : &s->prefetch) += 1;
 	int ret = s->window ? source_install(s, vm, fault->window_gpa, fault->window_len) :
 			      source_install(s, vm, fault->gpa, fault->len);
-	/* With windows another vCPU may have been first: the library is to take that from a resolver. */
+	/*
+	 * With windows another vCPU may have been first: the library is to take that from a
+	 * resolver.
+	 */
 	if (!(s->window && ret == -EEXIST))
 		OK(ret);
 	return ret;

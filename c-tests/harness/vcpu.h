@@ -34,7 +34,10 @@ void vcpu_attach(struct vcpu *vcpu);
  */
 void vcpu_attach_by_handler(struct vcpu *vcpu, uint32_t flags);
 void vcpu_detach(struct vcpu *vcpu);
-/* Runs until the guest stops, and returns the value that it stops with; anything else fails the case. */
+/*
+ * Runs until the guest stops, and returns the value that it stops with; anything else fails the
+ * case.
+ */
 uint32_t vcpu_run(struct vcpu *vcpu);
 /* After KVMFAULT_PASS: did the guest stop? */
 bool vcpu_stopped(const struct vcpu *vcpu, uint32_t *value);

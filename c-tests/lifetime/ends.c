@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Beginnings and ends of slots and VMs under way in one thread while others use the memory: threads of the VMM that touch it are never left asleep, an
- * end that overtakes a beginning ends that, too.
+ * Slots and VMs begin and end in one thread while others use the memory: threads of the VMM that
+ * touch it are never left asleep, and an end that overtakes a beginning ends that, too.
  */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
@@ -29,7 +29,7 @@ static struct ram ram;
 static atomic_ulong touched[TOUCHERS];
 static atomic_bool stop_touching;
 
-static int bring_zeros(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+static int install_zeros(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
 	int ret = kvmfault_pages_zero(vm, fault->gpa, fault->len);
@@ -64,7 +64,7 @@ static void end_touching(pthread_t *threads)
 		pthread_join(threads[i], NULL);
 }
 
-/* None of them sleeps for ever, whatever has just been done. */
+/* None of them sleeps forever, whatever has just been done. */
 static void expect_all_go_on(void)
 {
 	for (int i = 0; i < TOUCHERS; i++) {
@@ -79,7 +79,7 @@ static void touched_while_set(void)
 	struct machine m;
 	pthread_t threads[TOUCHERS];
 	unsigned long rounds = SCALED(100, 5);
-	options.resolver = bring_zeros;
+	options.resolver = install_zeros;
 	machine_create(&m, 0);
 	machine_attach(&m, NULL, &options);
 	ram_create(&ram, MEMFD, SCALED(128ul << 20, 8ul << 20) & -HUGE_PAGE);
@@ -132,7 +132,7 @@ static void free_while(void *(*call)(void *), bool needs_slot)
 {
 	unsigned long rounds = SCALED(60, 6);
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
-	options.resolver = bring_zeros;
+	options.resolver = install_zeros;
 	options.finalizer = count_finalizers;
 	ram_create(&ram, MEMFD, SCALED(64ul << 20, 8ul << 20) & -HUGE_PAGE);
 	unsigned long cut_short = 0;
@@ -257,7 +257,7 @@ static void closed(void)
 	struct kvmfault_memslot slot = slot_on(&resolver_vm.ram, RAM_SLOT, RAM_GPA);
 	slot.len = 0;
 	OK(kvmfault_memslot_set(vm, &slot));
-	/* Nobody brings the page any more, and nobody waits for it. */
+	/* No call installs the page any more, and no thread waits for it. */
 	UNTIL(resolver_vm.finished == 1);
 	pthread_join(thread, NULL);
 	let_go = true;
@@ -290,21 +290,24 @@ static void finalized_before_handles(void)
 	forget_handles();
 }
 
-static int bring_all(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+static int install_all(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
 	int ret = source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 	return ret == -EEXIST ? 0 : ret;
 }
 
-/* A fill's finalizer runs when the fill has ended, not when its handle goes; also if it ends before kvmfault_fill_start has returned. */
+/*
+ * A fill's finalizer runs when the fill has ended, not when its handle goes; also if it ends before
+ * kvmfault_fill_start has returned.
+ */
 static void fill_finalized_at_its_end(void)
 {
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_vm_options vm_options = KVMFAULT_VM_OPTIONS_INIT;
 	struct kvmfault_fill *fill;
 	int rounds = SCALED(100, 5);
-	vm_options.resolver = bring_all;
+	vm_options.resolver = install_all;
 	resolver_vm_set_up_with(&vm_options, MEMFD, 0, 3);
 	options.finalizer = count_finalizers;
 	options.flags = KVMFAULT_FILL_KEEP_ARMED;
@@ -347,7 +350,7 @@ static void addresses_kept(void)
 	enum { MAPPINGS = 200, WRITTEN = 0x6b6b6b6b };
 	uint64_t *own[MAPPINGS];
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
-	options.resolver = bring_all;
+	options.resolver = install_all;
 	resolver_vm_set_up_with(&options, MEMFD, 1, 3);
 	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
@@ -366,7 +369,10 @@ static void addresses_kept(void)
 	resolver_vm.steps[1] = (struct step){ WRITE64, RAM_GPA + 2 * PAGE, WRITTEN, 0 };
 	resolver_vm.steps[2] = (struct step){ STOP, 0, 1, 0 };
 	vcpu_load_script(v, resolver_vm.steps_gpa);
-	/* An error where its memory was an alias of the library's; else it has its memory as before. */
+	/*
+	 * An error where its memory was an alias of the library's; else it has its memory as
+	 * before.
+	 */
 	while (ioctl(v->fd, KVM_RUN, 0) < 0 && errno == EINTR)
 		;
 	CHECK(resolver_vm.steps[0].value != 0x5e5e5e5e5e5e5e5e, "the guest reads memory of the VMM's own");

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Handles in a forked child: refused there, freed there without effect on the parent; and a VM of the child's own. */
+/*
+ * Handles in a forked child: refused there, freed there without effect on the parent; and a VM of
+ * the child's own.
+ */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
 
@@ -42,7 +45,10 @@ static void complain(const char *format, ...)
 			complain("%s: is %lld, not %lld: %s", what, got_, expected_, kvmfault_last_error()); \
 	} while (0)
 
-/* Runs in a forked child, which ends by _exit(0) if it returns. It must do so soon: it may find no lock held for ever. */
+/*
+ * Runs in a forked child, which ends by _exit(0) if it returns. It must return soon: a lock that
+ * was held at the fork must not block it forever.
+ */
 static void in_child(void (*body)(void))
 {
 	int status;
@@ -79,7 +85,10 @@ static void finalizer(void *opaque)
 	shared->finalized++;
 }
 
-/* Half of the guest's memory is there, one page is held by a fill, and there is a handle of each type. */
+/*
+ * Half of the guest's memory is there, one page is held by a fill, and there is a handle of each
+ * type.
+ */
 static void set_up(enum backing backing)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
@@ -107,7 +116,10 @@ static void set_up(enum backing backing)
 	close(file);
 }
 
-/* What was there is there, and the rest comes, for the guest and the host; then all handles end as always. */
+/*
+ * What was there is there, and the rest comes, for the guest and the host; then all handles end as
+ * always.
+ */
 static void go_on_and_tear_down(void)
 {
 	struct vcpu *v = resolver_vm.m.vcpu[0];
@@ -118,7 +130,7 @@ static void go_on_and_tear_down(void)
 	for (int page = 0; page < RESOLVER_VM_PAGES; page++)
 		if (page != held)
 			resolver_vm_read(v, page);
-	CHECK(machine_stats(&resolver_vm.m).resolver_calls > calls, "pages were brought by nobody");
+	CHECK(machine_stats(&resolver_vm.m).resolver_calls > calls, "pages came without a resolver call");
 	let_go = true;
 	OK(kvmfault_fill_wait(fill, 60000));
 	resolver_vm_read(v, held);
@@ -354,7 +366,10 @@ static void own_vm(void)
 
 static atomic_bool enough;
 
-/* Comes and goes, makes handles and frees them: whatever the library locks for that is locked much of the time. */
+/*
+ * Makes handles and frees them, again and again: the locks that the library takes for that are held
+ * much of the time.
+ */
 static void *visit(void *opaque)
 {
 	(void)opaque;

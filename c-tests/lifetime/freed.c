@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* kvmfault_vm_free: while a resolver is at it, while vCPUs wait, and when nothing ever ran; and when the finalizer is called. */
+/*
+ * kvmfault_vm_free during a resolver call, while vCPUs wait, and before anything ran; and when the
+ * finalizer is called.
+ */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
 
@@ -23,7 +26,7 @@ static int answer_when_let_go(void *opaque, struct kvmfault_vm *vm, const struct
 	resolver_vm.calls++;
 	while (!let_go)
 		usleep(1000);
-	/* The VM is gone by now: an error, and nothing worse. */
+	/* The VM may be gone by now: an error, and nothing worse. */
 	int ret = source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 	EQUAL("installing in a VM that was freed", ret, -ESHUTDOWN);
 	left = true;
@@ -62,7 +65,7 @@ static void free_vm(void)
 	kvmfault_vm_free(vm); /* left alone */
 }
 
-/* The resolver never returns, as far as anybody can see: the VM can be freed all the same, and nothing waits. */
+/* The resolver does not return: the VM can be freed all the same, and nothing waits. */
 static void free_during_call(void)
 {
 	set_up_with_finalizer(answer_when_let_go, 1);
@@ -107,7 +110,10 @@ static void free_while_waiting(void)
 	resolver_vm_tear_down();
 }
 
-/* A VM that never ran: its finalizer runs, too; one that couldn't be made leaves `opaque` to the caller. */
+/*
+ * A VM that never ran: its finalizer runs, too; one that couldn't be made leaves `opaque` to the
+ * caller.
+ */
 static void free_unused(void)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;

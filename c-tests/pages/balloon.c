@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Pages that the guest gives back (kvmfault_pages_give_back): a balloon, free page reporting, virtio-mem. Their memory goes to the system, the next
- * touch finds zeros, and they are never fetched again: not by a fault, not by a fill, not by a call that was under way.
+ * Pages that the guest gives back (kvmfault_pages_give_back): a balloon, free page reporting,
+ * virtio-mem. Their memory is freed, the next touch finds zeros, and no fault, fill or pending call
+ * fetches them again.
  */
 #define _GNU_SOURCE
 #include "fill_vm.h"
@@ -74,7 +75,10 @@ static void touch(struct slot_vm *s, struct vcpu *v, uint64_t unit)
 	EQUAL("what a vCPU reads", slot_vm_read(s, v, gpa_of(&s->ram, unit)), 0);
 }
 
-/* Units that are there, absent, and lost, of which the guest reads what it ought to, and then gives some back. */
+/*
+ * Units that are there, absent, and lost, of which the guest reads what it ought to, and then gives
+ * some back.
+ */
 static void reread(enum memory_kind kind, uint32_t flags)
 {
 	struct slot_vm s;
@@ -86,7 +90,7 @@ static void reread(enum memory_kind kind, uint32_t flags)
 		for (uint64_t unit = base; unit < base + 6; unit++)
 			EQUAL("before", slot_vm_read(&s, v, gpa_of(&s.ram, unit)), pattern_word(&s.source.pattern, unit * words, 0));
 		UNTIL(kvmfault_pages_absent(s.m.library) == absent - 6);
-		/* All are there, but for the last two: one was never asked for, one is lost. */
+		/* All pages are present but the last two: one was never fetched, one is lost. */
 		uint64_t used = in_use(&s.ram);
 		unsigned long calls = s.source.total;
 		give_back(&s.m, &s.ram, base, 4);
@@ -111,7 +115,8 @@ static void reread(enum memory_kind kind, uint32_t flags)
 		OK(kvmfault_pages_discard(s.m.library, gpa_of(&s.ram, base), s.ram.page));
 		EQUAL("discarded", slot_vm_read(&s, v, gpa_of(&s.ram, base)), pattern_word(&s.source.pattern, base * words, 0));
 		EQUAL("resolver calls", s.source.total, calls + 1);
-		UNTIL(kvmfault_pages_state(s.m.library, gpa_of(&s.ram, base)) == KVMFAULT_PAGE_PRESENT); /* a reader may be a moment behind */
+		/* a reader may be a moment behind */
+		UNTIL(kvmfault_pages_state(s.m.library, gpa_of(&s.ram, base)) == KVMFAULT_PAGE_PRESENT);
 		vcpu_detach(v);
 	}
 	slot_vm_destroy(&s);
@@ -127,9 +132,12 @@ static void slow(void)
 	reread(OF_MEMFD, KVMFAULT_MEMSLOT_SLOW);
 }
 
-/* ---- while others bring them ---- */
+/* ---- while other threads install the pages ---- */
 
-/* A fill is under way, and one of its calls too. What was given back stays away, also when huge pages are made at the end. */
+/*
+ * A fill is under way, and one of its calls too. What was given back stays away, also when huge
+ * pages are made at the end.
+ */
 static void filling(enum backing backing)
 {
 	struct fill_vm t;
@@ -189,7 +197,10 @@ static uint64_t word_read(const struct vcpu *v)
 	return resolver_vm.steps[2 * v->number].value;
 }
 
-/* Announced pages that a vCPU and a thread wait for: they go on, with zeros. What was announced comes too late. */
+/*
+ * Announced pages that a vCPU and a thread wait for: they go on, with zeros. What was announced
+ * comes too late.
+ */
 static void *look_at_page_6(void *seen)
 {
 	*(_Atomic uint64_t *)seen = *(volatile uint64_t *)(resolver_vm.ram.hva + 6 * PAGE);
@@ -321,11 +332,15 @@ enum { OWNERS = 3 };
 struct crowd {
 	struct fill_vm t;
 	atomic_bool stop;
-	_Atomic uint8_t *given; /* of each page: it was given back, and the source's bytes may never be there again */
+	/* of each page: it was given back, and the source's bytes may never be there again */
+	_Atomic uint8_t *given;
 	unsigned long pushes, reads;
 };
 
-/* Pages that are a vCPU's own: what it reads is always what it wrote last, or zeros since it gave the page back. */
+/*
+ * Pages that are a vCPU's own: what it reads is always what it wrote last, or zeros since it gave
+ * the page back.
+ */
 static void *own(struct vcpu *v)
 {
 	struct crowd *c = v->opaque;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Pages that are present and have nothing in them: a hole that the memory had when its slot was set with KVMFAULT_MEMSLOT_PRESENT, or one that the
- * VMM made without telling the library. They read as zeros, for whatever touches them.
+ * PRESENT pages without memory: holes that were there when the slot was set with
+ * KVMFAULT_MEMSLOT_PRESENT, or that the VMM made without a call to the library. They read as zeros,
+ * for guests and threads.
  */
 #define _GNU_SOURCE
 #include "slot_vm.h"
@@ -20,7 +21,10 @@ static uint64_t gpa_of(const struct slot_vm *s, uint64_t unit)
 	return RAM_GPA + unit * s->ram.page;
 }
 
-/* Nothing is in unit `n` of the memory; each way to touch it finds zeros, and what is written there stays. */
+/*
+ * Nothing is in unit `n` of the memory; each way to touch it finds zeros, and what is written there
+ * stays.
+ */
 static void touch_all(struct slot_vm *s)
 {
 	uint64_t unit = 0;
@@ -70,7 +74,7 @@ static void present_memfd(void) { present(OF_MEMFD); }
 static void present_hugetlb(void) { present(OF_HUGETLB); }
 static void present_shared_anon(void) { present(OF_SHARED_ANON); }
 
-/* The same with the fast path off, and turned on later. */
+/* Holes in a slot whose fast path is off, and turned on later. */
 static void slow(void)
 {
 	for (enum memory_kind kind = OF_ANON; kind <= OF_MEMFD; kind++)
@@ -84,7 +88,10 @@ static void slow(void)
 		}
 }
 
-/* A VMM takes memory away by itself, which it may not. Guests and threads read zeros all the same, and the counter tells. */
+/*
+ * A VMM drops memory without the library, which it must not. Guests and threads read zeros all the
+ * same, and a counter shows it.
+ */
 static void behind(void)
 {
 	struct slot_vm s;
@@ -103,7 +110,10 @@ static void behind(void)
 	slot_vm_destroy(&s);
 }
 
-/* Another mapping in the place of the memory: an error that says so, for an absent page, and no wait. */
+/*
+ * Another mapping in the place of the memory: an error that names it, for an absent page, and no
+ * wait.
+ */
 static void mapped_over(void)
 {
 	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
@@ -122,7 +132,10 @@ static void mapped_over(void)
 	}
 }
 
-/* A VMM with a userfaultfd of its own, which doesn't know of holes: all of its memory is present when the fast path comes on. */
+/*
+ * A VMM with a userfaultfd of its own, which doesn't know of holes: all of its memory is present
+ * when the fast path comes on.
+ */
 static int never(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque, (void)vm, (void)fault;

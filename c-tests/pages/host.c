@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The VMM itself touches shared memory that is absent: its threads load and store, its system calls read and write, while vCPUs
- * run. Everybody gets the right bytes, and each page is still brought once.
+ * The VMM itself touches absent shared memory: its threads load and store, its system calls read
+ * and write, while vCPUs run. All of them get the right bytes, and each page is still fetched once.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -67,7 +67,10 @@ static void *load_all(void *arg)
 	return NULL;
 }
 
-/* vCPUs verify all of the memory while host threads, numbered from 0, do something with it. `first`: the same with page 0, before. */
+/*
+ * vCPUs verify all of the memory while host threads, numbered from 0, run `thread` on it. `first`
+ * runs before, on page 0.
+ */
 static void verify_beside(void *(*host_thread)(void *), void (*first)(void))
 {
 	pthread_t threads[THREADS];
@@ -94,7 +97,7 @@ static void load_first(void)
 	pattern_check(&source.pattern, ram.hva, 0, 1);
 }
 
-/* Over the same memory, in different orders. */
+/* Several host threads use the same memory, in different orders. */
 static void loads(void)
 {
 	verify_beside(load_all, load_first);
@@ -115,7 +118,10 @@ static void *store_odd(void *arg)
 	return NULL;
 }
 
-/* Host threads write to pages that they never read; what they don't write is the snapshot's. vCPUs have the other pages. */
+/*
+ * Host threads write to pages that they never read; what they don't write is the snapshot's. vCPUs
+ * have the other pages.
+ */
 static void stores(void)
 {
 	pthread_t thread;
@@ -191,7 +197,10 @@ static void system_calls(void)
 			CHECK(bytes[i] == (uint8_t)(word >> (at + i) % 8 * 8), "byte %lu of the output is %#x", at + i, bytes[i]);
 		}
 	}
-	/* read(2) puts bytes into absent memory, from the middle of a page to the middle of the next but one. */
+	/*
+	 * read(2) puts bytes into absent memory, from the middle of a page to the middle of the
+	 * next but one.
+	 */
 	for (unsigned i = 0; i < sizeof(bytes); i++)
 		bytes[i] = (uint8_t)(i * 31 + 7);
 	EQUAL("pwrite", pwrite(in, bytes, 2 * PAGE, 0), 2 * PAGE);
@@ -201,7 +210,7 @@ static void system_calls(void)
 			pattern_fill(&source.pattern, page + i, before + i * PAGE);
 		memcpy(before + 100, bytes, 2 * PAGE);
 		CHECK(!memcmp(ram.hva + page * PAGE, before, 3 * PAGE), "read(2) into page %lu left other bytes there", page);
-		/* Whoever waited may be ahead of the books. */
+		/* A thread that waited may be ahead of the counters. */
 		UNTIL(kvmfault_pages_state(m.library, RAM_GPA + page * PAGE) == KVMFAULT_PAGE_PRESENT);
 	}
 	vcpu_join(v);
@@ -227,7 +236,7 @@ static void resolve_first(void)
 	OK(kvmfault_pages_resolve(m.library, RAM_GPA, PAGE));
 }
 
-/* Pages that are asked for, while vCPUs fault on them. */
+/* kvmfault_pages_resolve for pages on which vCPUs fault. */
 static void prefetch(void)
 {
 	verify_beside(resolve_all, resolve_first);
@@ -274,7 +283,10 @@ static void *wait_by_call(void *page)
 	return NULL;
 }
 
-/* A thread and a system call that wait for pages which are then given up; the memory beside is unharmed. */
+/*
+ * A thread and a system call that wait for pages which are then given up; the memory beside is
+ * unharmed.
+ */
 static void lost(void)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
@@ -313,7 +325,7 @@ static int fails_at_first(void *opaque, struct kvmfault_vm *vm, const struct kvm
 	return KVMFAULT_RESOLVED;
 }
 
-/* There is nobody to tell: the thread waits on, and the resolver is asked again. */
+/* A host thread can get no error: it waits on, and the resolver is called again. */
 static void failing(void)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Pages that can't be had any more: KVMFAULT_LOST and kvmfault_pages_lost, for vCPUs, for the host, and after a discard. */
+/*
+ * Pages that are lost: KVMFAULT_LOST and kvmfault_pages_lost, for vCPUs, for the host, and after a
+ * discard.
+ */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
 
@@ -75,14 +78,23 @@ static void lost(enum backing backing, int cpl)
 	resolver_vm_load_read(v, 9);
 	expect_lost(v, 9);
 	EQUAL("calls", resolver_vm.calls, 2);
-	/* With userfaultfd the vCPU is told by a marker, which counts as a fault of its own. */
+	/*
+	 * With userfaultfd a marker makes the vCPU's access fail, which counts as a fault of its
+	 * own.
+	 */
 	CHECK(machine_settled_stats(&resolver_vm.m).outcome_lost >= 1, "outcome_lost is 0");
 	if (cpl == 0 && cpl0_is_emulated()) {
-		/* KVM's emulator has its access answered in any case; it reads ones, as from where no device is. */
+		/*
+		 * KVM's emulator has its access answered in any case; it reads ones, as from where
+		 * no device is.
+		 */
 		EQUAL("stop", vcpu_run(v), 0);
 		EQUAL("what the guest read", resolver_vm.steps[0].value, -1);
 	} else {
-		/* The guest repeats the access, and it is still lost; the resolver isn't asked again. */
+		/*
+		 * The guest repeats the access, and it is still lost; the resolver isn't asked
+		 * again.
+		 */
 		expect_lost(v, 9);
 		resolver_vm_load_read(v, 9);
 		expect_lost(v, 9);
@@ -92,13 +104,15 @@ static void lost(enum backing backing, int cpl)
 	resolver_vm_read(v, 10);
 	REFUSED(kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 9 * PAGE, resolver_vm.ram.hva + 10 * PAGE, PAGE), EHWPOISON, "lost");
 	REFUSED(kvmfault_pages_resolve(resolver_vm.m.library, RAM_GPA + 9 * PAGE, PAGE), EHWPOISON, "lost");
-	UNTIL(kvmfault_pages_absent(resolver_vm.m.library) == RESOLVER_VM_PAGES - 3); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(resolver_vm.m.library) == RESOLVER_VM_PAGES - 3);
 
 	/* A host thread gets SIGBUS at the address, a system call EFAULT. */
 	pthread_t toucher;
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
 	OK(kvmfault_probe(-1, &probe));
-	if (probe.mechanisms_anon & 1u << KVMFAULT_MECHANISM_POISON_TRAP) { /* before Linux 6.6 it is SIGSEGV */
+	/* before Linux 6.6 it is SIGSEGV */
+	if (probe.mechanisms_anon & 1u << KVMFAULT_MECHANISM_POISON_TRAP) {
 		CHECK(!pthread_create(&toucher, NULL, touch_lost, resolver_vm.ram.hva + 9 * PAGE + 123), "pthread_create");
 		pthread_join(toucher, NULL);
 		EQUAL("the address of SIGBUS", ((uintptr_t)bus_address & -PAGE) - (uintptr_t)resolver_vm.ram.hva, 9 * PAGE);
@@ -137,7 +151,7 @@ static void *expect_lost_page_3(struct vcpu *v)
 	return NULL;
 }
 
-/* A vCPU that waits for a pending page is told that it is lost. */
+/* A vCPU that waits for a pending page gets a memory error when the page is lost. */
 static void lost_while_pending(void)
 {
 	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 2, 3);
@@ -167,7 +181,7 @@ static int answer_too_late(void *opaque, struct kvmfault_vm *vm, const struct kv
 	return late_answers[resolver_vm_page_of(fault)];
 }
 
-/* Then it is lost, whatever the resolver says. */
+/* The page is lost, whatever the resolver answers. */
 static void lost_while_resolving(void)
 {
 	enum { N = sizeof(late_answers) / sizeof(*late_answers) };
@@ -178,16 +192,19 @@ static void lost_while_resolving(void)
 		resolver_vm_load_read(v, i);
 		expect_lost(v, i);
 		EQUAL("calls", resolver_vm.calls, i + 1);
-		/* A reader thread may still be at it; for a page that is absent again it would ask again. */
+		/*
+		 * A reader thread may still be at it; for a page that is absent again it would ask
+		 * again.
+		 */
 		machine_settled_stats(&resolver_vm.m);
-		/* Before Linux 6.6 the address is told only while one page is lost. */
+		/* Before Linux 6.6 the address is known only while a single page is lost. */
 		OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + i * PAGE, PAGE));
 	}
 	EQUAL("outcome_failed", machine_settled_stats(&resolver_vm.m).outcome_failed, 0);
 	resolver_vm_tear_down();
 }
 
-/* A lost page is told as such to whoever comes to it, also when the VMM has dropped what shows that. */
+/* Each access to a lost page fails, also when the VMM has dropped the marker. */
 static void lost_and_dropped(void)
 {
 	pthread_t thread;

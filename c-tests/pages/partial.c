@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * System calls that do a part of what they are asked and then fail: each page is what its state says, and the threads waiting for it are
- * released.
+ * System calls that do a part of their range and then fail: each page is what its state says, and
+ * the threads that wait for it are released.
  */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
@@ -30,7 +30,10 @@ struct uffdio_continue {
 
 enum { PAGES = 16, FIRST_LOCKED = 6, LOCKED = 4 };
 
-/* The next UFFDIO_CONTINUE of several pages maps half of them, and the one after it fails. Page tables may not be had (a memory cgroup). */
+/*
+ * The next UFFDIO_CONTINUE of several pages maps half of them, and the one after it fails. Page
+ * tables may not be had (a memory cgroup).
+ */
 static atomic_int half, failing;
 
 /* In the place of libc's, for the library, too. */
@@ -53,7 +56,7 @@ int ioctl(int fd, unsigned long request, ...)
 			return -1;
 		half = 0;
 		failing = 1;
-		c->mapped = less.range.len; /* as the kernel tells it of less than all */
+		c->mapped = less.range.len; /* as the kernel reports a partial result */
 		errno = EAGAIN;
 		return -1;
 	}
@@ -71,7 +74,10 @@ static void expect_state(const struct slot_vm *s, uint64_t page, int state)
 	CHECK(is == state, "page %lu: its state is %d, not %d", page, is, state);
 }
 
-/* Pages are mapped for KVM in part: what the guest has written there stays, and a repeated install doesn't bring the old bytes back. */
+/*
+ * Pages are mapped for KVM in part: what the guest has written there stays, and a repeated install
+ * doesn't restore the old bytes.
+ */
 static void install(void)
 {
 	if (test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP)
@@ -112,7 +118,7 @@ static void *touch(void *hva)
 	return NULL;
 }
 
-/* Locked memory can't be dropped: what is before and behind it goes, and it stays. */
+/* Locked memory can't be dropped: the pages before and after it are dropped, and it stays. */
 static void locked(enum backing backing)
 {
 	struct slot_vm s;
@@ -158,7 +164,10 @@ static void locked(enum backing backing)
 static void locked_anon(void) { locked(ANON); }
 static void locked_memfd(void) { locked(MEMFD); }
 
-/* The kernel punches no hole in a file that is sealed against writing. The pages stay what they are, and vCPUs find them. */
+/*
+ * The kernel punches no hole in a file that is sealed against writing. The pages stay what they
+ * are, and vCPUs find them.
+ */
 static void sealed(void)
 {
 	struct slot_vm s;
@@ -197,7 +206,10 @@ static void *wait_for_page(void *hva)
 	return NULL;
 }
 
-/* Pages that are given up where that can't be shown, as something else is mapped there: the threads waiting for them go on. */
+/*
+ * Pages that are given up where that can't be shown, as something else is mapped there: the threads
+ * waiting for them go on.
+ */
 static void lost(void)
 {
 	pthread_t thread;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Memory that is one block for the library and several mappings for the kernel: of several files side by side, or of one mapping that was cut
- * by what the VMM has done with a part of it (madvise, mbind, mlock). The kernel's installs stop at a mapping's end.
+ * Memory that is one block for the library and several mappings for the kernel: of several files
+ * side by side, or of one mapping that was cut by what the VMM has done with a part of it (madvise,
+ * mbind, mlock). The kernel's installs stop at a mapping's end.
  */
 #define _GNU_SOURCE
 #include "slot_vm.h"
@@ -18,13 +19,16 @@ static uint64_t length_of(enum backing backing)
 	return backing == HUGETLB ? HUGE_PAGES * HUGE_PAGE : PAGES * PAGE;
 }
 
-/* The middle third is of another file, and the last of the first file again, from its beginning on. */
+/*
+ * The middle third is of another file, and the last of the first file again, from its beginning on.
+ */
 static void mix(const struct ram *ram)
 {
 	uint64_t third = ram->len / THIRDS;
 	int other = SYS(memfd_create("another file", ram->backing == HUGETLB ? MFD_HUGETLB | 21u << 26 : 0));
 	if (ram->backing == HUGETLB)
-		huge_pages_provide(third / HUGE_PAGE); /* the first file keeps what it has reserved */
+		/* the first file keeps what it has reserved */
+		huge_pages_provide(third / HUGE_PAGE);
 	SYS(ftruncate(other, 2 * third));
 	CHECK(mmap(ram->hva + third, third, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, other, third) != MAP_FAILED, "mmap: %s", strerror(errno));
 	CHECK(mmap(ram->hva + 2 * third, third, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, ram->fd, third) != MAP_FAILED, "mmap: %s",

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Shared memory that isn't empty when its slot is set, though all its pages are absent: it was preallocated, or used before. Whatever it holds,
- * nobody sees it; what the resolver brings takes its place. Unless the VMM says that it is what the guest is to have.
+ * Shared memory that isn't empty when its slot is set, though all its pages are absent: it was
+ * preallocated, or used before. No guest or thread sees the old bytes; what the resolver installs
+ * replaces them, unless the VMM declares them to be the guest's.
  */
 #define _GNU_SOURCE
 #include "slot_vm.h"
@@ -37,7 +38,10 @@ static void create(struct slot_vm *s, enum backing backing)
 	EQUAL("pages absent before", kvmfault_pages_absent(s->m.library), s->ram.len / s->ram.page);
 }
 
-/* Guests at both privilege levels and a thread of the VMM's, each with memory that nobody else has touched. */
+/*
+ * Guests at both privilege levels and a thread of the VMM's, each with pages that no other has
+ * touched.
+ */
 static void seen(enum backing backing)
 {
 	struct slot_vm s;
@@ -69,7 +73,7 @@ static void seen_hugetlb(void)
 	seen(HUGETLB);
 }
 
-/* By the VMM's stream, in one piece and across what is there; and zeros. */
+/* Pages from the VMM's stream, in one piece and across present ones; and zeros. */
 static void pushed(void)
 {
 	struct slot_vm s;
@@ -95,7 +99,10 @@ static void pushed(void)
 	slot_vm_destroy(&s);
 }
 
-/* Streams overlap with each other and with guests that write to each page as soon as it is there: what a guest has written must stay. */
+/*
+ * Streams overlap with each other and with guests that write to each page as soon as it is there:
+ * what a guest has written must stay.
+ */
 enum { STREAMS = 2, ROUNDS = 20 };
 static struct slot_vm raced_vm;
 static atomic_bool raced_over;
@@ -143,7 +150,7 @@ static void raced(void)
 	}
 }
 
-/* Fill and readahead bring it in windows. */
+/* Fill and readahead install the memory in windows. */
 static void filled(void)
 {
 	struct slot_vm s;
@@ -197,7 +204,10 @@ static void shown(void)
 	ram_destroy(&ram);
 }
 
-/* What is written to the file of absent pages, by another mapping and bit by bit, the guest sees when the resolver says so and not before. */
+/*
+ * What is written to the file of absent pages, by another mapping and bit by bit, the guest sees
+ * when the resolver says so and not before.
+ */
 static void written(enum backing backing)
 {
 	struct slot_vm s;
@@ -228,7 +238,10 @@ static void written_hugetlb(void)
 	written(HUGETLB);
 }
 
-/* The kernel makes a huge page of it (khugepaged does that by itself), and for that drops page tables of all mappings. */
+/*
+ * The kernel makes a huge page of it (khugepaged does that by itself), and for that drops page
+ * tables of all mappings.
+ */
 static void collapsed(void)
 {
 	struct slot_vm s;
@@ -247,7 +260,10 @@ static void collapsed(void)
 	slot_vm_destroy(&s);
 }
 
-/* Locked memory can't be hidden, and says so; what is locked as it comes, and what else a VMM locks, is no trouble. */
+/*
+ * Locked memory can't be hidden, and says so; what is locked as it comes, and what else a VMM
+ * locks, is no trouble.
+ */
 static void locked(void)
 {
 	for (int backing = ANON; backing <= HUGETLB; backing++) {
@@ -290,7 +306,10 @@ static void locked_on_fault(void)
 	slot_vm_destroy(&s);
 }
 
-/* mlockall() once the slot is there: it gets all pages, and of what it locks the VMM knows only its own mapping. */
+/*
+ * mlockall() once the slot is there: it gets all pages, and of what it locks the VMM knows only its
+ * own mapping.
+ */
 static void locked_later(void)
 {
 	struct slot_vm s;

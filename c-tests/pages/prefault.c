@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * KVM_PRE_FAULT_MEMORY after a fault: what the guest sees is the same with it and without, it leaves KVM's exits away that readahead alone
- * can't, and it does no harm while memslots come and go.
+ * KVM_PRE_FAULT_MEMORY after a fault: the guest sees the same bytes with it and without, it avoids
+ * exits that readahead alone can't avoid, and it does no harm while memslots come and go.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -26,7 +26,10 @@ static void require_pre_fault(void)
 		skip("KVM has no KVM_PRE_FAULT_MEMORY that is of use here (x86 with EPT or NPT has)");
 }
 
-/* A counter of a vCPU by KVM's name (Documentation/virt/kvm/api.rst, KVM_GET_STATS_FD); -1 if there is none. */
+/*
+ * A counter of a vCPU by KVM's name (Documentation/virt/kvm/api.rst, KVM_GET_STATS_FD); -1 if there
+ * is none.
+ */
 static long long vcpu_counter(const struct vcpu *v, const char *name)
 {
 	struct kvm_stats_header header;
@@ -89,8 +92,9 @@ static struct result restore(enum backing backing, uint64_t flags, int mode)
 }
 
 /*
- * The same bytes with and without; with it, pages of the window that were installed beside the one that was asked for don't make the guest
- * exit. (With `userfaultfd` the vCPU sleeps inside KVM, and the library has no place to call it from.)
+ * The guest reads the same bytes with and without; with it, pages of the window other than the
+ * faulting one cause no exit. (With `userfaultfd` the vCPU sleeps inside KVM, and the library has
+ * no place to call it from.)
  */
 static void exits(void)
 {
@@ -150,8 +154,9 @@ static void *watch(void *unused)
 }
 
 /*
- * Deleting a memslot makes KVM forget all of its page tables. A KVM_PRE_FAULT_MEMORY that is under way (or, before Linux 6.15, comes before the
- * next KVM_RUN) then tries again and again until a signal ends it, and meanwhile keeps the next change of memslots waiting. A VMM changes memslots
+ * Deleting a memslot makes KVM forget all of its page tables. A KVM_PRE_FAULT_MEMORY that is under
+ * way (or, before Linux 6.15, comes before the next KVM_RUN) then tries again and again until a
+ * signal ends it, and meanwhile keeps the next change of memslots waiting. A VMM changes memslots
  * at any time, so the library must not get there unless it was asked to (KVMFAULT_VM_PRE_FAULT).
  */
 static void slot_changes(void)

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Pages that are present, but not as the access wants them: KVM's fast path fails though nothing is absent. */
+/*
+ * Pages that are present, but not as the access wants them: KVM's fast path fails though nothing is
+ * absent.
+ */
 #define _GNU_SOURCE
 #include "slot_vm.h"
 
@@ -7,7 +10,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* Zeros are the shared zero page in private memory, which can't be written: KVM's fast path fails though nothing is absent. */
+/*
+ * Zeros are the shared zero page in private memory, which can't be written: KVM's fast path fails
+ * though nothing is absent.
+ */
 static void zero_page(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
@@ -32,7 +38,10 @@ static void zero_page(void)
 	}
 }
 
-/* A fork makes private pages copy-on-write, those that KVM has mapped as well; shared memory stays shared. */
+/*
+ * A fork makes private pages copy-on-write, those that KVM has mapped as well; shared memory stays
+ * shared.
+ */
 static void forked(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
@@ -42,7 +51,8 @@ static void forked(void)
 		slot_vm_create(&s, backing, 256 * PAGE, 0, 0);
 		struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 		slot_vm_visit(&s, v, 0, 64, READ_FIRST);                 /* mapped by KVM */
-		OK(source_install(&s.source, s.m.library, RAM_GPA + 64 * PAGE, 64 * PAGE)); /* present, and not mapped by KVM */
+		/* present, and not mapped by KVM */
+		OK(source_install(&s.source, s.m.library, RAM_GPA + 64 * PAGE, 64 * PAGE));
 		SYS(pipe(quit));
 		pid_t child = SYS(fork());
 		if (child == 0) {
@@ -86,7 +96,10 @@ static void protected_once(void)
 	}
 }
 
-/* Swapped out, or dropped from the page tables: present for the library, and not for KVM's fast path. */
+/*
+ * Swapped out, or dropped from the page tables: present for the library, and not for KVM's fast
+ * path.
+ */
 static void dropped_mappings(void)
 {
 	struct slot_vm s;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What becomes of pages that were asked for when the VMM starts over: a resolver call that is overtaken, announcements that are withdrawn, and the
- * states of a range at a glance.
+ * Requested pages when the VMM starts over (a lost connection): a resolver call that is overtaken,
+ * announcements that are withdrawn, and the states of a range in one call.
  */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
@@ -15,9 +15,9 @@
 enum { MOST_CALLS = 8 };
 static atomic_int begun, under_way, most_at_once, answer[MOST_CALLS];
 static sem_t go_on[MOST_CALLS];
-static atomic_int brought;
+static atomic_int installed;
 
-/* Installs the page before it returns, if it says so. */
+/* Installs the page before it returns, if the case says so. */
 static int held_call(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	int number = begun++, now_in = ++under_way, ret;
@@ -38,7 +38,7 @@ static int held_call(void *opaque, struct kvmfault_vm *vm, const struct kvmfault
 
 static void held_set_up(int vcpus)
 {
-	begun = under_way = most_at_once = brought = 0;
+	begun = under_way = most_at_once = installed = 0;
 	for (int i = 0; i < MOST_CALLS; i++) {
 		answer[i] = KVMFAULT_RESOLVED;
 		SYS(sem_init(&go_on[i], 0, 0));
@@ -51,17 +51,18 @@ static int state_of(uint64_t page)
 	return OK(kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + page * PAGE));
 }
 
-static void *bring_page_5(void *arg)
+static void *install_page_5(void *arg)
 {
 	(void)arg;
 	OK(kvmfault_pages_resolve(resolver_vm.m.library, RAM_GPA + 5 * PAGE, PAGE));
-	brought++;
+	installed++;
 	return NULL;
 }
 
 /*
- * A vCPU that sleeps in userfaultfd may wake while the page is LOST, before it is discarded: it says so, and its next run repeats the access.
- * Where the vCPU's own thread is in the resolver's call, it can't.
+ * A vCPU that sleeps in userfaultfd may wake while the page is LOST, before the page is discarded:
+ * its run returns a memory error, and the next run repeats the access. A vCPU whose own thread is
+ * in the resolver's call can't wake then.
  */
 static void *run_despite_loss(struct vcpu *v)
 {
@@ -82,7 +83,7 @@ static void *run_despite_loss(struct vcpu *v)
 	return NULL;
 }
 
-/* How a page goes while a call for it is under way. */
+/* How a page becomes absent again while a call for it is under way. */
 static void push_and_discard(void)
 {
 	resolver_vm_install(5);
@@ -107,8 +108,9 @@ static void push_discard_push(void)
 }
 
 /*
- * A vCPU's call is under way, the page goes, others want it: they wait, there is no second call. The first one answers late; whatever it says, the
- * page is asked for once more, by one of them.
+ * During a vCPU's call the page becomes absent, and other threads want it: they wait, there is no
+ * second call. The first call answers late; whatever it answers, one of them calls the resolver
+ * once more.
  */
 static void overtaken(void (*go)(void), int late_answer)
 {
@@ -122,12 +124,12 @@ static void overtaken(void (*go)(void), int late_answer)
 	go(); /* marked already */
 	EQUAL("state while the call is under way", state_of(5), KVMFAULT_PAGE_RESOLVING);
 	for (int i = 0; i < 2; i++)
-		CHECK(!pthread_create(&others[i], NULL, bring_page_5, NULL), "pthread_create");
+		CHECK(!pthread_create(&others[i], NULL, install_page_5, NULL), "pthread_create");
 	struct timespec moment = { .tv_nsec = 20000000 };
 	nanosleep(&moment, NULL); /* a second call would have begun */
 	EQUAL("calls begun", begun, 1);
 	sem_post(&go_on[0]);
-	if (late_answer != KVMFAULT_RESOLVED) { /* else this very call has brought it */
+	if (late_answer != KVMFAULT_RESOLVED) { /* else this call has installed it */
 		UNTIL(begun == 2);
 		EQUAL("state while the second call is under way", state_of(5), KVMFAULT_PAGE_RESOLVING);
 		EQUAL("calls at once", under_way, 1);
@@ -161,7 +163,10 @@ static void overtaken_by_withdrawal(void)
 		overtaken(withdraw, answers[i]);
 }
 
-/* It comes again by a push before the call returns: then it is there, and no answer takes it away. */
+/*
+ * A push installs the page again before the call returns: the page stays present, whatever the call
+ * answers.
+ */
 static void overtaken_and_pushed(void)
 {
 	held_set_up(1);
@@ -181,7 +186,10 @@ static void overtaken_and_pushed(void)
 
 /* ---- announcements that are withdrawn ---- */
 
-/* vCPUs and a host thread wait for pages that were announced; the connection dies, all are asked for anew. */
+/*
+ * vCPUs and a host thread wait for announced pages; the connection dies, and all pages are
+ * requested anew.
+ */
 static void *read_from_the_host(void *arg)
 {
 	EQUAL("a host thread's word", *(uint64_t *)(resolver_vm.ram.hva + 9 * PAGE), pattern_word(&resolver_vm.source.pattern, 9, 0));
@@ -203,10 +211,12 @@ static void withdrawn(void)
 	}
 	CHECK(!pthread_create(&host, NULL, read_from_the_host, &done), "pthread_create");
 	UNTIL(resolver_vm.calls == 3 && state_of(0) == 1 && state_of(1) == 1 && state_of(9) == 1);
-	/* All of them are asked for anew, and announced anew, as often as that is done. */
+	/* Each withdrawal makes the waiting threads request all of the pages anew. */
 	for (unsigned round = 2; round < 5; round++) {
 		struct kvmfault_vm *vm = resolver_vm.m.library;
-		/* A call that is under way still makes its page RESOLVING, and is withdrawn, too. */
+		/*
+		 * A call that is under way still makes its page RESOLVING, and is withdrawn, too.
+		 */
 		EQUAL("pages withdrawn", OK(kvmfault_pages_withdraw(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE)), 3);
 		UNTIL(resolver_vm.calls_for[0] >= round && resolver_vm.calls_for[1] >= round && resolver_vm.calls_for[9] >= round);
 		UNTIL(state_of(0) == 1 && state_of(1) == 1 && state_of(9) == 1);
@@ -226,12 +236,12 @@ static void withdrawn(void)
 	resolver_vm_tear_down();
 }
 
-/* A fill, too, asks for its announced pages anew. */
+/* A fill, too, requests its announced pages anew. */
 static int pending_until_told(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
 	resolver_vm.calls++;
-	if (brought) {
+	if (installed) {
 		int ret = source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 		return ret == -EEXIST ? KVMFAULT_RESOLVED : ret;
 	}
@@ -242,7 +252,7 @@ static void withdrawn_from_fill(void)
 {
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_fill *fill;
-	brought = 0;
+	installed = 0;
 	resolver_vm_set_up(MEMFD, pending_until_told, 0, 3);
 	options.threads = 2;
 	options.batch = 1;
@@ -250,7 +260,7 @@ static void withdrawn_from_fill(void)
 	UNTIL(resolver_vm.calls == RESOLVER_VM_PAGES);
 	UNTIL(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA + 63 * PAGE, PAGE) == 1);
 	UNTIL(resolver_vm.calls == RESOLVER_VM_PAGES + 1);
-	brought = 1;
+	installed = 1;
 	UNTIL(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE) >= 0 && kvmfault_pages_absent(resolver_vm.m.library) == 0);
 	OK(kvmfault_fill_wait(fill, 10000));
 	kvmfault_fill_free(fill);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The VMM took memory away behind the library's back. KVM fails with an EFAULT that says nothing (or, by some ABIs, says where): the
- * vCPU's loop ends with an error, soon. A memfd's poison-trap alias doesn't suffer from what happens to the VMM's mapping.
+ * The VMM unmapped memory without the library. KVM fails with an EFAULT that has no address (or,
+ * with some ABIs, has one): the vCPU's loop ends with an error, soon. A memfd's poison-trap alias
+ * does not depend on the VMM's mapping.
  */
 #define _GNU_SOURCE
 #include "slot_vm.h"
@@ -15,7 +16,10 @@
 
 static bool told_where(struct vcpu *v, int ret, uint64_t address)
 {
-	/* v7 tells of every access that failed. Where the library doesn't use the flag, that exit is the VMM's. */
+	/*
+	 * v7 reports every access that failed. Where the library doesn't use the flag, that exit is
+	 * the VMM's.
+	 */
 	return ret == KVMFAULT_PASS && v->run->exit_reason == EXIT_MEMORY_FAULT &&
 	       ((uint64_t *)&v->run->hw)[1] / PAGE == address / PAGE;
 }

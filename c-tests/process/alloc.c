@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Serving a fault allocates nothing: not on the vCPU's thread, and not on the library's reader threads. This program has its own
- * malloc, which counts; the library uses it like everything else in the process.
+ * Serving a fault allocates nothing, neither on the vCPU's thread nor on the library's reader
+ * threads. This program has its own malloc, which counts calls; the library uses it as all of the
+ * process does.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -124,7 +125,10 @@ static bool is_open(int fd)
 	return fcntl(fd, F_GETFD) >= 0;
 }
 
-/* vCPUs verify a few pages, and then, with the counter running, all: some alone, some in each other's way. */
+/*
+ * vCPUs verify a few pages, and then, with the counter running, all: some alone, some in each
+ * other's way.
+ */
 enum origin { CALLBACK, MAPPED_FILE, READ_FILE };
 
 static void faults(enum backing backing, enum origin origin)

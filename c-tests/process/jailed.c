@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A VMM that has locked itself up, and works with the descriptors that it has: /dev/kvm, VM, vCPU, userfaultfd (or its device), memory, an open snapshot
- * that nobody but root may open, a working set. The guest's memory is restored lazily from the snapshot, twice, the second time with a fill.
+ * A VMM in a jail, which works with the descriptors that it has: /dev/kvm, VM, vCPU, userfaultfd
+ * (or its device), memory, an open snapshot that only root may open, a working set. The guest's
+ * memory is restored lazily from the snapshot, twice, the second time with a fill.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -52,7 +53,7 @@ static int temporary(const char *what)
 	return fd;
 }
 
-/* The same file, open for reading only; its name is gone then. */
+/* The snapshot, open for reading only, and unlinked. */
 static int for_reading(int fd)
 {
 	char link[64], path[256] = "";
@@ -106,7 +107,10 @@ static void prepare(enum backing backing)
 static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	calls++;
-	/* The number comes from /proc, or from KVM's statistics; it is not known before Linux 5.14 without /proc. */
+	/*
+	 * The number comes from /proc, or from KVM's statistics; it is not known before Linux 5.14
+	 * without /proc.
+	 */
 	if (fault->origin == KVMFAULT_ORIGIN_VCPU && fault->vcpu != 0) {
 		strange_number = fault->vcpu;
 		wrong_numbers++;
@@ -158,7 +162,7 @@ static void restore(struct inmate *i, bool replay)
 	}
 	OK(kvmfault_pages_resolve(i->m.library, RAM_GPA, i->ram.len));
 	EQUAL("absent pages", kvmfault_pages_absent(i->m.library), 0);
-	CHECK(calls > before, "nothing was brought");
+	CHECK(calls > before, "nothing was installed");
 	pattern_check(&pattern, i->ram.hva, 0, MEMORY / PAGE);
 	vcpu_detach(v);
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A VMM that has called mlockall(MCL_FUTURE), or that may lock little: what the library maps for itself is neither filled nor locked.
+ * A VMM that has called mlockall(MCL_FUTURE), or that may lock little: what the library maps for
+ * itself is neither filled nor locked.
  */
 #define _GNU_SOURCE
 #include "machine.h"

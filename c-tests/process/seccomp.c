@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The system calls of docs/seccomp.md: a guest's memory is restored lazily under a filter that is made from the list, in each phase of it; and all that
- * the list has is really called.
+ * The system calls of docs/seccomp.md: a guest's memory is restored lazily under a filter made from
+ * the list, in each phase; and each listed call is really made.
  */
 #define _GNU_SOURCE
 #include "seccomp_filter.h"
@@ -10,7 +10,10 @@
 #include <stdio.h>
 #include <string.h>
 
-/* The same list for all of it; then one for each phase, as a VMM has that narrows its filter. */
+/*
+ * One filter for all phases; the next case has one for each phase, as a VMM that narrows its
+ * filter.
+ */
 static void enforced(void)
 {
 	seccomp_run_prepare();

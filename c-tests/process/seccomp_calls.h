@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The library's system calls, as docs/seccomp.md lists them (tests/seccomp.rs compares): the name, when it is made, and whether it is made in every run
- * of seccomp.c. The others depend on the mechanism, the kernel, the C library, or luck.
+ * The library's system calls, as docs/seccomp.md lists them (tests/seccomp.rs compares): the name,
+ * when it is made, and whether it is made in every run of seccomp.c. The others depend on the
+ * mechanism, the kernel, the C library, or luck.
  */
 #ifndef SECCOMP_CALLS_H
 #define SECCOMP_CALLS_H

@@ -84,7 +84,8 @@ static void *watch(void *opaque)
 		if (request.data.nr >= 0 && request.data.nr < SECCOMP_NUMBERS)
 			seccomp_seen[request.data.nr] |= seccomp_phase;
 		struct seccomp_notif_resp response = { .id = request.id, .flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE };
-		ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &response); /* the thread may have been killed, or have got a signal */
+		/* the thread may have been killed, or have got a signal */
+		ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &response);
 	}
 }
 
@@ -98,7 +99,10 @@ static void *wait_then_watch(void *opaque)
 void seccomp_note_all(void)
 {
 	static struct sock_filter filter[] = { BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_USER_NOTIF) };
-	/* The one call that this thread must make before the other one has the listener: what is written for the compiler is no call. */
+	/*
+	 * The one call that this thread must make before the other one has the listener: what is
+	 * written for the compiler is no call.
+	 */
 	pthread_t thread;
 	int made;
 	CHECK(!pthread_create(&thread, NULL, wait_then_watch, NULL), "pthread_create");

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A filter that refuses one call of docs/seccomp.md: either it does not matter, or an error names the
- * call; and readers that cannot read.
+ * A filter that refuses one call of docs/seccomp.md: either it does not matter, or an error names
+ * the call; and readers that cannot read.
  */
 #define _GNU_SOURCE
 #include "seccomp_filter.h"
@@ -46,8 +46,9 @@ static int run_without(const struct seccomp_call *call, int when, char *text, si
 }
 
 /*
- * Calls of which a refusal (EPERM) either doesn't matter or comes as an error that names it, from the time on when the filter is there. Not here: what the
- * C library needs to have threads (futex, rseq, mmap, mprotect, clone3, exit).
+ * Calls of which a refusal (EPERM) either doesn't matter or comes as an error that names it, from
+ * the time on when the filter is there. Not here: what the C library needs to have threads (futex,
+ * rseq, mmap, mprotect, clone3, exit).
  */
 static const struct {
 	const char *name, *words; /* in the error; NULL: as it is named */
@@ -93,7 +94,7 @@ static void refused(void)
 {
 	char text[2000];
 	unsigned harmless = 0, named = 0;
-	require_interruptible_sleep(); /* without read a vCPU that sleeps must be told */
+	require_interruptible_sleep(); /* without read a sleeping vCPU must be interrupted */
 	for (size_t n = 0; n < sizeof(refusals) / sizeof(*refusals); n++)
 		for (int when = SET_UP; when <= RUNNING; when *= 2) {
 			const char *name = refusals[n].name, *words = refusals[n].words ? refusals[n].words : name;
@@ -123,7 +124,7 @@ static void *touch_from_the_host(void *arg)
 	return NULL;
 }
 
-/* Runs until it is told; what else comes is no more than an interruption. */
+/* Runs until it gets the error; before that the run may only be interrupted. */
 static void await_the_news(struct vcpu *v)
 {
 	int ret;
@@ -135,8 +136,9 @@ static void await_the_news(struct vcpu *v)
 }
 
 /*
- * From some time on no reader can read: a host thread waits, and with userfaultfd a vCPU. Every vCPU is told, each time; new memory is refused. The
- * end of the VM releases the host thread.
+ * At some time the readers can no longer read: a host thread waits, and with userfaultfd a vCPU.
+ * Each run of each vCPU returns the error; new memory is refused. The end of the VM releases the
+ * host thread.
  */
 static void unread_with(const int *refused, size_t count)
 {
@@ -183,7 +185,7 @@ static void unread_unpolled(void)
 	unread_with(both, 2);
 }
 
-/* Where only poll is refused all goes on. */
+/* Where only poll is refused, all works. */
 static void unpolled(void)
 {
 	seccomp_run_prepare();
@@ -193,7 +195,10 @@ static void unpolled(void)
 	seccomp_run_end();
 }
 
-/* Signals that come by handler are neither blocked nor taken: a filter without these two calls is as good. */
+/*
+ * Signals that come by handler are neither blocked nor taken: a filter without these two calls is
+ * as good.
+ */
 static void refused_by_handler(void)
 {
 	seccomp_run_by_handler();

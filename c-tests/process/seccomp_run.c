@@ -93,7 +93,7 @@ static void attach(struct vcpu *v)
 	OK(kvmfault_vcpu_new(seccomp_run.machine.library, &options, &v->handle));
 }
 
-/* The same at CPL 3 and at CPL 0, of which KVM may emulate the accesses. */
+/* Visits pages at CPL 3 and at CPL 0, whose accesses KVM may emulate. */
 static void *visit(struct vcpu *v)
 {
 	mine = v;

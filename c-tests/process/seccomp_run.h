@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What is run under a filter: a guest's memory is restored lazily, in each way that the library has,
- * in the phases that seccomp_calls.h knows.
+ * What is run under a filter: a guest's memory is restored lazily, in each way that the library
+ * has, in the phases that seccomp_calls.h knows.
  */
 #ifndef SECCOMP_RUN_H
 #define SECCOMP_RUN_H

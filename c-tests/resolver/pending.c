@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* Resolvers that don't bring the page yet: KVMFAULT_PENDING, and KVMFAULT_RETRY. */
+/*
+ * Resolvers that don't install the page before they return: KVMFAULT_PENDING, and KVMFAULT_RETRY.
+ */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
 
@@ -19,7 +21,10 @@ static void *run_and_note(struct vcpu *v)
 	return NULL;
 }
 
-/* Eight vCPUs wait for eight pages; these come from another thread, last first, and each wakes its vCPU and no other. */
+/*
+ * Eight vCPUs wait for eight pages; these come from another thread, last first, and each wakes its
+ * vCPU and no other.
+ */
 static void pending_out_of_order(void)
 {
 	enum { N = 8 };
@@ -156,7 +161,7 @@ static int always_retry(void *opaque, struct kvmfault_vm *vm, const struct kvmfa
 	return KVMFAULT_RETRY;
 }
 
-/* Not for ever: in the end there is an error that names the page. (Takes some 20 s, asleep.) */
+/* Retries end with an error that names the page. (Takes some 20 s, asleep.) */
 static void retry_ends(void)
 {
 	require_interruptible_sleep();

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Readahead: the guest's pattern of access decides what is brought together. What is brought is counted from both sides: calls of the resolver
- * (too many: the pattern wasn't seen) and pages that arrived (too many: memory that nobody wanted).
+ * Readahead: the guest's pattern of access decides which pages are fetched together. Two counts
+ * show it: calls of the resolver (too many: the pattern was not recognised) and pages that arrived
+ * (too many: memory that the guest did not want).
  */
 #define _GNU_SOURCE
 #include "slot_vm.h"
@@ -19,7 +20,7 @@ struct ahead {
 	atomic_ulong calls, refused, prefetched, not_absent;
 };
 
-/* Brings the window; checks that it is what the header says. */
+/* Installs the window; checks that it is what the header promises. */
 static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	struct ahead *a = opaque;
@@ -40,11 +41,17 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 		return -EIO;
 	}
 	int ret = source_install(&a->s.source, vm, a->less ? fault->gpa : fault->window_gpa, a->less ? fault->len : fault->window_len);
-	/* Whoever waits in the kernel goes on a moment before the library's books are written: it may have asked another reader. */
+	/*
+	 * A vCPU that waits in the kernel goes on a moment before the library counts the page:
+	 * another reader may have got its request.
+	 */
 	return ret == -EEXIST ? 0 : OK(ret);
 }
 
-/* `readers`: 0 for the usual number. Two may serve a vCPU in turns, and what each brings ahead is then a matter of luck. */
+/*
+ * `readers`: 0 for the usual number. Two readers may serve a vCPU in turns, and what each reads
+ * ahead is then a matter of luck.
+ */
 static void create(struct ahead *a, enum backing backing, uint64_t pages, int cpl, int readers)
 {
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
@@ -121,12 +128,18 @@ static void walk(order *order, uint32_t count, unsigned long most_faults, unsign
 			struct kvmfault_stats stats = finish(&a);
 			/* Faults that only had to be mapped are the mechanism's affair. */
 			unsigned long faults = stats.outcome_resolved + stats.outcome_waited;
-			/* A guest that waited in the kernel is a moment ahead of the library's books. */
+			/*
+			 * A guest that waited in the kernel is a moment ahead of the library's
+			 * counters.
+			 */
 			unsigned long more = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? most_faults / 4 : 0;
 			CHECK(faults <= most_faults + more, "%lu faults, %lu expected", faults, most_faults);
 			CHECK(stats.pages_copied >= count && stats.pages_copied <= most_pages, "%lu pages came for %u, %lu expected",
 			      stats.pages_copied, count, most_pages);
-			/* A page may be asked for twice: a vCPU that sleeps in the kernel goes on before the whole window is there. */
+			/*
+			 * A page may be requested twice: a vCPU that sleeps in the kernel goes on
+			 * before the whole window is there.
+			 */
 			unsigned long asked = stats.ahead_asked + stats.resolver_calls - a.prefetched;
 			CHECK(asked >= stats.pages_copied, "%lu pages asked for, %lu came", asked, stats.pages_copied);
 			if (test_mechanism() != KVMFAULT_MECHANISM_USERFAULTFD)
@@ -147,7 +160,10 @@ static void down(void)
 	walk(descending, PAGES, 5 + PAGES / MOST, PAGES);
 }
 
-/* A strided run is brought page by page, for as long as that takes no time: on a slow machine one ahead of each fault, elsewhere many. */
+/*
+ * A strided run is fetched page by page while that takes little time: on a slow machine one page
+ * ahead of each fault, elsewhere many.
+ */
 static void strided(void)
 {
 	walk(every_seventh, PAGES / 7, PAGES / 7 / 2 + 8, PAGES / 7 + MOST);
@@ -159,7 +175,9 @@ static void two_at_once(void)
 	walk(two_runs, PAGES, 2 * (5 + PAGES / MOST), PAGES);
 }
 
-/* Without a pattern nothing is brought but what was asked for. Some pages are next to each other by chance. */
+/*
+ * Without a pattern only the faulting page is fetched. Some pages are next to each other by chance.
+ */
 static void shuffled(void)
 {
 	struct ahead a;
@@ -172,7 +190,10 @@ static void shuffled(void)
 	note("%lu pages for %lu", stats.pages_copied, PAGES);
 }
 
-/* A resolver that fails for all that isn't needed: the guest gets its pages all the same, and nothing is lost. */
+/*
+ * A resolver that fails for all that isn't needed: the guest gets its pages all the same, and
+ * nothing is lost.
+ */
 static void failing(void)
 {
 	order *const orders[] = { ascending, every_seventh };
@@ -192,7 +213,7 @@ static void failing(void)
 	}
 }
 
-/* A resolver may bring less. */
+/* A resolver may install less than the window. */
 static void less(void)
 {
 	struct ahead a;
@@ -205,7 +226,7 @@ static void less(void)
 	EQUAL("pages that failed", stats.ahead_failed, 0);
 }
 
-/* The guest doesn't wait for many calls that nobody asked for, each of which takes long. */
+/* The guest doesn't wait for many readahead calls, each of which takes long. */
 static void slow(void)
 {
 	struct ahead a;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* What else a resolver may answer, rightly or wrongly; and what may be called from it. */
+/* What a resolver may answer, rightly or wrongly; and what may be called from it. */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
 
@@ -77,7 +77,7 @@ static void installs_nothing_cpl0(void)
 	bad_answer(answer_nothing, 1, EPROTO, "installed nothing", 0);
 }
 
-/* -EEXIST from a resolver means that somebody else was first: no error, as the page is there. */
+/* -EEXIST from a resolver means that another thread installed the page first: no error. */
 static void eexist(void)
 {
 	answer = -EEXIST;
@@ -98,7 +98,7 @@ static void eexist_wrong(void)
 	bad_answer(answer_as_told, -EEXIST, EEXIST, "0x40004000", 3);
 }
 
-/* A resolver that installs more than it is asked for. */
+/* A resolver that installs more than the fault. */
 static int answer_all(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque, (void)fault;
@@ -113,7 +113,8 @@ static void installs_more(void)
 	struct vcpu *v = resolver_vm.m.vcpu[0];
 	vcpu_attach(v);
 	resolver_vm_read(v, 0);
-	UNTIL(kvmfault_pages_absent(resolver_vm.m.library) == 0); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(resolver_vm.m.library) == 0);
 	resolver_vm_read_all(v);
 	EQUAL("calls", resolver_vm.calls, 1);
 	resolver_vm_tear_down();
@@ -160,7 +161,8 @@ static int call_everything(void *opaque, struct kvmfault_vm *vm, const struct kv
 	OK(source_install(&resolver_vm.source, vm, third, PAGE));
 	OK(kvmfault_pages_lost(vm, third + PAGE, PAGE));
 	EQUAL("pages_map of what isn't in the page cache", kvmfault_pages_map(vm, third + 2 * PAGE, PAGE), -ENOENT);
-	UNTIL(kvmfault_pages_absent(vm) == RESOLVER_VM_PAGES - 3); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(vm) == RESOLVER_VM_PAGES - 3);
 	EQUAL("state", kvmfault_pages_state(vm, other), KVMFAULT_PAGE_PRESENT);
 	OK(kvmfault_vm_stats(vm, &stats));
 	OK(kvmfault_vcpu_stats(v->handle, &stats));

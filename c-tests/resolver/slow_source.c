@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * An install reads from memory that doesn't answer: a file on a network that is gone, another pager that hangs. Here it is memory under a userfaultfd
- * that is served when the case says so. Nobody else waits for it.
+ * An install whose source does not answer: a file on a network that is gone, another pager that
+ * hangs. Here the source is memory under a userfaultfd that the case serves when it likes. No other
+ * thread waits for it.
  */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
@@ -66,7 +67,10 @@ static void *install_page_5(void *arg)
 	return NULL;
 }
 
-/* Everything else goes on in the same 2 MiB: pages are given up, discarded, installed and read by a vCPU; the slot is switched and deleted. */
+/*
+ * Meanwhile all else works in the same 2 MiB: pages are marked lost, discarded, installed and read
+ * by a vCPU; the slot is switched and deleted.
+ */
 static void others_go_on(void)
 {
 	pthread_t thread;
@@ -111,7 +115,10 @@ static void *install_again(void *arg)
 	return install_page_5(NULL);
 }
 
-/* Then a discard in the same 2 MiB can't get in: it gives up, vCPUs go on meanwhile, and the end of the VM ends it. */
+/*
+ * Then a discard in the same 2 MiB can't get in: it gives up, vCPUs go on meanwhile, and the end of
+ * the VM ends it.
+ */
 static void gone_again(void)
 {
 	pthread_t installer, loser;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Snapshots that are no file in a file system with mmap: block devices, files of sysfs and procfs, files that the process may not map. And bytes that
- * can't be read, mapped or not.
+ * Snapshots that can't be mapped: block devices, files of sysfs and procfs, files that the process
+ * may not map. And bytes that can't be read, mapped or not.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -142,10 +142,10 @@ static void restore(struct kvmfault_file_source *file, enum backing backing, uin
 	}
 	for (int i = 0; i < 2; i++)
 		vcpu_join(m.vcpu[i]);
-	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
+	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the counters */
 	pattern_check(&pattern, ram.hva, 0, pages);
 	if (backing != HUGETLB)
-		EQUAL("holes brought as zeros", machine_settled_stats(&m).pages_zeroed, holes ? pages / 4 : 0);
+		EQUAL("holes installed as zeros", machine_settled_stats(&m).pages_zeroed, holes ? pages / 4 : 0);
 	machine_destroy(&m);
 	ram_destroy(&ram);
 }
@@ -162,7 +162,10 @@ static void process_may_not_map(void)
 	close(fd);
 }
 
-/* Pages of 2 MiB are larger than what is read at a time otherwise. The snapshot's holes are small, so it has none here. */
+/*
+ * Pages of 2 MiB are larger than what is read at a time otherwise. The snapshot's holes are small,
+ * so it has none here.
+ */
 static void huge_pages(void)
 {
 	struct pattern pattern = with_zeros();
@@ -272,7 +275,10 @@ static struct kvmfault_fault fault_at(uint64_t page, uint64_t window, uint64_t w
 	return fault;
 }
 
-/* All but the first two of eight pages can't be read any more: a fault in the first two is served though its window has the others. */
+/*
+ * All but the first two of eight pages can't be read any more: a fault in the first two is served
+ * though its window has the others.
+ */
 static void cut_short(void)
 {
 	for (int is_read = 0; is_read < 2; is_read++) {
@@ -310,7 +316,8 @@ static void cut_short(void)
 			      page < 2 ? KVMFAULT_PAGE_PRESENT : KVMFAULT_PAGE_ABSENT);
 		REFUSED(kvmfault_file_source_resolve(source, m.library, &bad), EIO, "gpa 0x40002000");
 		EQUAL("state", OK(kvmfault_pages_state(m.library, bad.gpa)), KVMFAULT_PAGE_ABSENT);
-		if (test_mechanism() != KVMFAULT_MECHANISM_USERFAULTFD) { /* a vCPU that waits there waits until the page comes */
+		/* a vCPU that waits there waits until the page comes */
+		if (test_mechanism() != KVMFAULT_MECHANISM_USERFAULTFD) {
 			struct vcpu *v = machine_add_vcpu(&m, 3);
 			steps[0] = (struct step){ READ64, bad.gpa, 0, 0 };
 			steps[1] = (struct step){ STOP, 0, 7, 0 };

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Wake-ups one at a time. The harness keeps sleepers from looking around by themselves (KVMFAULT_TEST_NO_LOOK_AROUND), so that a wake-up that is missing
- * leaves its sleeper asleep, and the case says so after ten seconds.
+ * Each wake-up by itself. The harness keeps sleepers from waking up by themselves
+ * (KVMFAULT_TEST_NO_LOOK_AROUND), so that a missing wake-up leaves its sleeper asleep, and the case
+ * fails after ten seconds.
  */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
@@ -34,7 +35,7 @@ static bool is_asleep(int thread)
 static sem_t fail_now;
 static atomic_int begun, results[3], returned[3], thread_of[3];
 
-/* The first call fails when the case says so; each later one brings the page. */
+/* The first call fails when the case says so; each later one installs the page. */
 static int fail_first(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
@@ -67,7 +68,7 @@ static void *read_page_5(struct vcpu *v)
 	return NULL;
 }
 
-static void *bring_page_5(void *arg)
+static void *install_page_5(void *arg)
 {
 	(void)arg;
 	thread_of[2] = (int)syscall(SYS_gettid);
@@ -83,7 +84,10 @@ static void *read_from_the_host(void *arg)
 	return NULL;
 }
 
-/* A vCPU's call fails for good. Another vCPU and a thread that wait for the page ask the resolver themselves. */
+/*
+ * A vCPU's call fails for good. Another vCPU and a thread that wait for the page ask the resolver
+ * themselves.
+ */
 static void failed_call(void)
 {
 	pthread_t thread;
@@ -92,7 +96,7 @@ static void failed_call(void)
 	vcpu_start(resolver_vm.m.vcpu[0], read_page_5, NULL);
 	UNTIL(begun == 1);
 	vcpu_start(resolver_vm.m.vcpu[1], read_page_5, NULL);
-	CHECK(!pthread_create(&thread, NULL, bring_page_5, NULL), "pthread_create");
+	CHECK(!pthread_create(&thread, NULL, install_page_5, NULL), "pthread_create");
 	if (test_mechanism() != KVMFAULT_MECHANISM_USERFAULTFD)
 		UNTIL(machine_stats(&resolver_vm.m).faults_vcpu == 2);
 	UNTIL(machine_stats(&resolver_vm.m).faults_prefetch == 1);
@@ -100,7 +104,10 @@ static void failed_call(void)
 	EQUAL("calls", begun, 1);
 	sem_post(&fail_now);
 	UNTIL(returned[0]);
-	/* In userfaultfd the page wakes it, too, when another thread has it brought before the error is told. */
+	/*
+	 * In userfaultfd the page wakes the thread, too, if another thread's call installs it
+	 * before the error arrives.
+	 */
 	CHECK(results[0] == -EIO || (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD && results[0] == KVMFAULT_PASS), "the first vCPU's run: %d", results[0]);
 	UNTIL(begun == 2);
 	UNTIL(returned[1] && returned[2]);
@@ -114,14 +121,15 @@ static void failed_call(void)
 }
 
 /*
- * The call of kvmfault_pages_resolve fails while a host thread sleeps in userfaultfd. No reader thread wakes that one: its page was another's to bring.
+ * A call of kvmfault_pages_resolve fails while a host thread sleeps in userfaultfd for the same
+ * page. No reader thread wakes the host thread: the page was not the reader's.
  */
 static void failed_prefetch(void)
 {
 	pthread_t thread, host;
 	atomic_bool done = false;
 	set_up(0);
-	CHECK(!pthread_create(&thread, NULL, bring_page_5, NULL), "pthread_create");
+	CHECK(!pthread_create(&thread, NULL, install_page_5, NULL), "pthread_create");
 	UNTIL(begun == 1);
 	CHECK(!pthread_create(&host, NULL, read_from_the_host, &done), "pthread_create");
 	UNTIL(machine_stats(&resolver_vm.m).faults_host == 1 && machine_stats(&resolver_vm.m).outcome_waited == 1);

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* The working set: recorded in one run of a guest, brought first in the next; and files that are of no use. */
+/*
+ * The working set: recorded in one run of a guest, fetched first in the next; and files that are of
+ * no use.
+ */
 #define _GNU_SOURCE
 #include "slot_vm.h"
 
@@ -174,7 +177,10 @@ static void useless_files(void)
 	}
 	SYS(ftruncate(bad, 2ul << 30));
 	REFUSED_WITH("no working set");
-	/* No larger than one of this memory can be, so that a few bytes of guest don't cost a VMM what the file likes. */
+	/*
+	 * No larger than one of this memory can be, so that a few bytes of guest don't cost a VMM
+	 * what the file likes.
+	 */
 	SYS(ftruncate(bad, PAGES * 30 + 41));
 	REFUSED_WITH("no working set");
 	options.working_set_fd = directory;
@@ -214,7 +220,7 @@ static void recording(void)
 	OK(kvmfault_working_set_save(r.s.m.library, fd));
 	off_t empty = size_of(fd);
 	slot_vm_visit(&r.s, r.v, 0, 100, READ_FIRST);
-	machine_settled_stats(&r.s.m); /* the guest may be ahead of the books */
+	machine_settled_stats(&r.s.m); /* the guest may be ahead of the counters */
 	OK(kvmfault_working_set_save(r.s.m.library, fd));
 	off_t some = size_of(fd);
 	slot_vm_visit(&r.s, r.v, 100, 100, READ_FIRST);
@@ -226,7 +232,7 @@ static void recording(void)
 	EQUAL("bytes", size_of(fd), empty);
 	OK(kvmfault_working_set_record(r.s.m.library, 0));
 	REFUSED(kvmfault_working_set_save(r.s.m.library, fd), ENODATA, "recorded");
-	/* What a fill brings is nothing that the guest needed. */
+	/* Pages of a fill are not part of the working set. */
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_fill *fill;
 	OK(kvmfault_working_set_record(r.s.m.library, 1));

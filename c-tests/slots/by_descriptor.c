@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* I/O on the memory's descriptor, and a second mapping: they don't see that a page is absent, and are right after kvmfault_pages_resolve. */
+/*
+ * I/O on the memory's descriptor, and a second mapping: they don't see that a page is absent, and
+ * are right after kvmfault_pages_resolve.
+ */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
 
@@ -57,7 +60,10 @@ static void resolved(void)
 {
 	resolver_vm_set_up(MEMFD, resolve, 1, 3);
 	vcpu_attach(resolver_vm.m.vcpu[0]);
-	/* As documented: an absent page reads as zeros, and a write to it is lost when the page comes. */
+	/*
+	 * As documented: an absent page reads as zeros, and a write to it is lost when the page
+	 * comes.
+	 */
 	read_by_each(1, 0);
 	write_by_descriptor(2, 42);
 	EQUAL("a write to an absent page", guest_reads(2), pattern_word(&resolver_vm.source.pattern, 2, 0));
@@ -74,7 +80,10 @@ static void resolved(void)
 	resolver_vm_tear_down();
 }
 
-/* A buffer in guest memory is no I/O on the descriptor: the kernel brings its pages as it copies. */
+/*
+ * A buffer in guest memory is no I/O on the descriptor: the kernel faults its pages in as it
+ * copies.
+ */
 static void buffers(void)
 {
 	uint64_t value = 0;

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* KVM_MEM_LOG_DIRTY_PAGES beside fast-only memory: what the guest writes is in the log, or told by the library. */
+/*
+ * KVM_MEM_LOG_DIRTY_PAGES beside fast-only memory: what the guest writes is in the log, or the
+ * library reports it.
+ */
 #define _GNU_SOURCE
 #include "slot_vm.h"
 
@@ -20,8 +23,9 @@ static void set_logging(struct slot_vm *s, bool on)
 }
 
 /*
- * What the guest writes is in the log (or told by the library, where that wrote), and what it doesn't touch isn't. What it reads may be: without
- * hardware help KVM logs a page when it maps it writable.
+ * What the guest writes is in the log (or reported by the library, where the library wrote), and
+ * what it doesn't touch isn't. What it reads may be: without hardware help KVM logs a page when it
+ * maps it writable.
  */
 static void expect_logged(struct slot_vm *s, struct vcpu *v, uint64_t first, uint64_t count)
 {
@@ -52,7 +56,10 @@ static void dirty_log(void)
 			struct vcpu *v = slot_vm_add_vcpu(&s, cpl);
 			expect_logged(&s, v, 0, 64);
 			expect_logged(&s, v, 0, 128); /* pages that are present, and more */
-			/* Turned off and on with absent pages about: by a VMM that begins to migrate. */
+			/*
+			 * Turned off and on with absent pages about: by a VMM that begins to
+			 * migrate.
+			 */
 			set_logging(&s, false);
 			slot_vm_visit(&s, v, 128, 64, WRITE_FIRST);
 			set_logging(&s, true);

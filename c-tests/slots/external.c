@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* The library beside a post-copy of the VMM's own (postcopy_vmm.h): a whole one, and its end at the wrong time. */
+/*
+ * The library beside a post-copy of the VMM's own (postcopy_vmm.h): a whole post-copy, and one that
+ * ends at the wrong time.
+ */
 #define _GNU_SOURCE
 #include "postcopy_vmm.h"
 
@@ -19,7 +22,10 @@ static void *touch_from_the_host(void *arg)
 	return NULL;
 }
 
-/* The whole of a post-copy. Afterwards the memory is as any other: the fast path is off, and vCPUs write all of it. */
+/*
+ * The whole of a post-copy. Afterwards the memory is as any other: the fast path is off, and vCPUs
+ * write all of it.
+ */
 static void postcopy(enum backing backing)
 {
 	pthread_t host;
@@ -95,7 +101,10 @@ static void *end_once(void *arg)
 	return NULL;
 }
 
-/* A vCPU is on its way to the resolver while the last pages come: after the end a VMM puts away what its resolver looks at. */
+/*
+ * A vCPU is on its way to the resolver while the last pages come: after the end a VMM puts away
+ * what its resolver looks at.
+ */
 static void end_waits_for_resolver(void)
 {
 	for (int cpl = 0; cpl <= 3; cpl += 3) {
@@ -132,7 +141,8 @@ static void too_early(void)
 		REFUSED(kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT, 0), EBUSY, "missing");
 	else /* the flag goes, and KVM sleeps in the VMM's userfaultfd */
 		OK(kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT, 0));
-	postcopy_vmm.waits_for = trap ? &postcopy_vmm.calls : &postcopy_vmm.host_faults; /* or all might be there before a guest has begun */
+	/* or all might be there before a guest has begun */
+	postcopy_vmm.waits_for = trap ? &postcopy_vmm.calls : &postcopy_vmm.host_faults;
 	postcopy_vmm.paused = false;
 	postcopy_vmm_run_guests(READ_FIRST);
 	UNTIL(kvmfault_pages_absent(postcopy_vmm.m.library) == 0);
@@ -145,7 +155,10 @@ static void too_early(void)
 	postcopy_vmm_tear_down();
 }
 
-/* A page is called missing after it came (its VMM looked at its books too early): the resolver is asked, knows better, and nothing is lost. */
+/*
+ * A page is reported missing after it came (the VMM looked too early): the resolver is called,
+ * finds the page, and nothing is lost.
+ */
 static void stale_missing(void)
 {
 	postcopy_vmm_set_up(MEMFD, false);
@@ -156,7 +169,10 @@ static void stale_missing(void)
 	OK(kvmfault_pages_missing(postcopy_vmm.m.library, postcopy_vmm.ram.hva, postcopy_vmm.ram.len));
 	EQUAL("pages called missing", kvmfault_pages_absent(postcopy_vmm.m.library), PAGES);
 	postcopy_vmm_run_guests(READ_FIRST);
-	/* With the memslot flag KVM may find the pages in the VMM's page tables, and then doesn't ask. */
+	/*
+	 * With the memslot flag KVM may find the pages in the VMM's page tables, and then doesn't
+	 * ask.
+	 */
 	if (test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP)
 		EQUAL("resolver calls", postcopy_vmm.calls, PAGES);
 	EQUAL("of those for pages that were there", postcopy_vmm.there_already, postcopy_vmm.calls);
@@ -164,7 +180,10 @@ static void stale_missing(void)
 	postcopy_vmm_tear_down();
 }
 
-/* Slots come and go while pages are missing, and a second one shows the same memory; states stay with the memory. */
+/*
+ * Slots come and go while pages are missing, and a second one shows the same memory; states stay
+ * with the memory.
+ */
 static void slots_change(void)
 {
 	struct kvmfault_memslot slot;
@@ -215,14 +234,14 @@ static void addresses(void)
 	postcopy_vmm_tear_down();
 }
 
-/* Huge pages that are missing are dropped all the same, as post-copy does with what it has never got. */
+/* Missing huge pages are dropped all the same, as post-copy does with pages that never came. */
 struct punched {
 	struct source source;
 	struct ram ram;
 	int uffd;
 };
 
-static int bring_huge_page(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
+static int install_huge_page(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	struct punched *p = opaque;
 	void *bytes = aligned_alloc(PAGE, HUGE_PAGE);
@@ -251,7 +270,7 @@ static void punched_hugetlb(void)
 	source_create(&p.source, RAM_GPA, p.ram.len, PATTERN);
 	machine_create(&m, pages * sizeof(uint32_t));
 	list_sequential(machine_share(&m, pages * sizeof(uint32_t), &list_gpa), pages);
-	options.resolver = bring_huge_page;
+	options.resolver = install_huge_page;
 	options.opaque = &p;
 	machine_attach(&m, NULL, &options);
 	struct uffdio_register reg = { .range = { (uintptr_t)p.ram.hva, p.ram.len }, .mode = UFFDIO_REGISTER_MODE_MISSING };

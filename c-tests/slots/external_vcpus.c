@@ -60,7 +60,7 @@ static void *own_loop(struct vcpu *v)
 	return NULL;
 }
 
-/* The signal alone ends each wait, in time and once; it doesn't bring forth another. */
+/* The signal alone ends each wait, in time and once; no kick follows from it. */
 static void kick_in_handler(void)
 {
 	struct sigaction kick = { .sa_handler = on_kick };

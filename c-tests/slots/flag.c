@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The memslot flag: recognised by what it does and by nothing else; served on the vCPU's thread; told to a VMM with ioctls of its own. What
- * isn't peculiar to the flag runs with each mechanism.
+ * The memslot flag: recognised by its behaviour alone; faults are served on the vCPU's thread; a
+ * VMM with ioctls of its own learns what to pass to KVM. Cases that are not about the flag run with
+ * each mechanism.
  */
 #define _GNU_SOURCE
 #include "abi.h"
@@ -46,7 +47,9 @@ static void set_alarms(bool on)
 	SYS(setitimer(ITIMER_REAL, &every, NULL));
 }
 
-/* The probe finds the kernel's ABI with no hint, or none; and what it says is what can be had. */
+/*
+ * The probe finds the kernel's ABI without a hint, or finds none; and what it reports can be used.
+ */
 static void recognised(void)
 {
 	const struct abi *abi = expected_abi();
@@ -104,7 +107,10 @@ static void false_friends(void)
 		char *text = explanation(kvm);
 		const char *line = line_of(text, abi->name);
 		CHECK(line && strstr(line, ": no: "), "the explanation of %s: %s", abi->name, line ? line : "none");
-		/* v2 has a mask to enable, of which the false friend takes all; mainline's 236 makes v7 worth a try. */
+		/*
+		 * v2 has a mask to enable, of which the false friend takes all; mainline's 236
+		 * makes v7 worth a try.
+		 */
 		if (friendly && strcmp(abi->name, "v7") != 0)
 			CHECK(strstr(line, "accepted, but") || strstr(line, "does not exit"), "the explanation: %s", line);
 		if (!friendly && !strcmp(abi->name, "v7"))
@@ -114,7 +120,10 @@ static void false_friends(void)
 	}
 }
 
-/* Without the flag, forcing it fails with a reason, and not forcing it gives something else that works. */
+/*
+ * Without the flag, forcing it fails with a reason, and not forcing it gives something else that
+ * works.
+ */
 static void absent(void)
 {
 	struct machine m;
@@ -174,7 +183,10 @@ static void named(void)
 
 /* ---- on from the start ---- */
 
-/* The resolver runs on the faulting vCPU's thread (with `userfaultfd`, on none of them), for reads and writes, in both rings. */
+/*
+ * The resolver runs on the faulting vCPU's thread (with `userfaultfd`, on none of them), for reads
+ * and writes, in both rings.
+ */
 static void on_thread(enum backing backing)
 {
 	bool uffd = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD;
@@ -189,7 +201,10 @@ static void on_thread(enum backing backing)
 		slot_vm_visit(&s, ring0, s.pages / 2, s.pages - s.pages / 2, mode);
 		vcpu_detach(ring0);
 		unsigned long calls = s.ram.len / s.ram.page;
-		/* Where CPL 0 is emulated, reads of it with userfaultfd and writes come by KVM's copy_from_user: still no MMIO. */
+		/*
+		 * Where CPL 0 is emulated, reads of it with userfaultfd and writes come by KVM's
+		 * copy_from_user: still no MMIO.
+		 */
 		EQUAL("resolver calls on the vCPU's thread", s.here, uffd ? 0 : calls);
 		EQUAL("resolver calls elsewhere", s.elsewhere, uffd ? calls : 0);
 		slot_vm_expect_all_present(&s);
@@ -212,7 +227,7 @@ static void on_thread_hugetlb(void)
 	on_thread(HUGETLB);
 }
 
-/* KVM says what it found wanting; what the flag's ABI tells of the access reaches the resolver, and nothing false does. */
+/* What the flag's ABI reports of the access reaches the resolver, and nothing false does. */
 struct access_seen {
 	struct source *source;
 	uint32_t access;
@@ -256,7 +271,10 @@ static void access_told(void)
 	slot_vm_destroy(&s);
 }
 
-/* A VM ends and the next one begins at the same addresses: what is left of the first (a reader on its way out) doesn't touch it. */
+/*
+ * A VM ends and the next one begins at the same addresses: a reader thread of the first, on its way
+ * out, doesn't touch the second.
+ */
 static void next_vm(void)
 {
 	unsigned long rounds = scaled(24);
@@ -275,7 +293,10 @@ static void next_vm(void)
 
 /* ---- a VMM's own loop and ioctls ---- */
 
-/* KVM_RUN's errno at a fault is the ABI's (v2's is EPERM, so that -errno is -1), and handle_exit takes it in either way. */
+/*
+ * KVM_RUN's errno at a fault is the ABI's (v2's is EPERM, so that -errno is -1), and handle_exit
+ * takes it in either way.
+ */
 static void run_errno(void)
 {
 	const struct abi *abi = require_flag();
@@ -302,7 +323,10 @@ static void run_errno(void)
 		}
 		EQUAL("failures of KVM_RUN", failures, s.pages);
 		EQUAL("resolver calls on the vCPU's thread", s.here, s.pages);
-		/* The same errno without an exit of that kind is the VMM's: a stale exit is no fault. */
+		/*
+		 * The same errno without an exit of that kind is the VMM's: a stale exit is no
+		 * fault.
+		 */
 		unsigned long calls = s.source.total;
 		errno = EPERM; /* -EPERM is -1, which means errno */
 		EQUAL("EPERM without a fault", kvmfault_vcpu_handle_exit(v->handle, -EPERM), KVMFAULT_PASS);
@@ -312,7 +336,7 @@ static void run_errno(void)
 	}
 }
 
-/* kvmfault_memslot_prepare says what KVM is to be told, by which ioctl; the VMM tells it. */
+/* kvmfault_memslot_prepare describes the ioctl; the VMM makes it. */
 static void prepared(void)
 {
 	const struct abi *abi = require_flag();
@@ -395,7 +419,8 @@ static void pre_fault(void)
 			struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 			slot_vm_visit(&s, v, 0, 256, READ_FIRST);
 			slot_vm_visit(&s, v, 256, 256, WRITE_FIRST);
-			EQUAL("resolver calls", s.source.total, 3 + (512 - 8) / 8); /* 1, 3 and 4 pages, then 8 each */
+			/* 1, 3 and 4 pages, then 8 each */
+			EQUAL("resolver calls", s.source.total, 3 + (512 - 8) / 8);
 			vcpu_detach(v);
 			slot_vm_destroy(&s);
 		}

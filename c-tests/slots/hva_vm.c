@@ -4,7 +4,7 @@
 
 struct hva_vm hva_vm;
 
-/* The page is told by its host address: it may be shown at several guest addresses. */
+/* The host address identifies the page, which may have several guest addresses. */
 static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	uint8_t bytes[PAGE];

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A VM whose resolver knows a page by its host address: the same memory may be in several slots. There is one, `hva_vm`; a case sets
- * the slots.
+ * A VM whose resolver knows a page by its host address: the same memory may be in several slots.
+ * There is one, `hva_vm`; a case sets the slots.
  */
 #ifndef HVA_VM_H
 #define HVA_VM_H

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* KVM_MEM_READONLY: a mechanism serves such a slot, or is refused with the reason; never does a guest exit for ever. */
+/*
+ * KVM_MEM_READONLY: a mechanism serves such a slot, or is refused with the reason; a guest never
+ * exits endlessly.
+ */
 #define _GNU_SOURCE
 #include "abi.h"
 #include "slot_vm.h"
@@ -23,7 +26,7 @@ static void expect_write_exit(struct slot_vm *s, struct vcpu *v, uint64_t gpa)
 	vcpu_run(v);
 }
 
-/* The guest reads what the resolver brought; its writes are the VMM's, as MMIO exits. */
+/* The guest reads what the resolver installed; its writes are the VMM's, as MMIO exits. */
 static void expect_read_only(struct slot_vm *s)
 {
 	struct vcpu *v = slot_vm_add_vcpu(s, 3);
@@ -34,7 +37,7 @@ static void expect_read_only(struct slot_vm *s)
 	vcpu_detach(v);
 }
 
-/* With READONLY a mechanism works or is refused with the reason; never does a guest exit for ever. */
+/* With READONLY a mechanism works or is refused with the reason; a guest never exits endlessly. */
 static void read_only(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
@@ -56,7 +59,10 @@ static void read_only(void)
 	}
 }
 
-/* Without a mechanism forced, a read-only slot gets one that can, beside a writable slot that has the flag. */
+/*
+ * Without a mechanism forced, a read-only slot gets one that can, beside a writable slot that has
+ * the flag.
+ */
 static void read_only_automatic(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {
@@ -81,8 +87,10 @@ static void read_only_automatic(void)
 	}
 }
 
-/* A read-only window of memory that is writable elsewhere, as QEMU's PAM regions are: where the flag doesn't go with READONLY, the window goes
- * without, and is served all the same. */
+/*
+ * A read-only window of memory that is writable elsewhere, as QEMU's PAM regions are: where the
+ * flag and READONLY exclude each other, the window has no flag, and is served all the same.
+ */
 static void read_only_window(void)
 {
 	for (int backing = ANON; backing <= MEMFD; backing++) {

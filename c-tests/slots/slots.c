@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Memslots as VMMs set them: two on one piece of memory, windows of a larger block, deleted and made
- * anew, moved.
+ * Memslots as VMMs set them: two on one piece of memory, windows of a larger block, deleted and
+ * made anew, moved.
  */
 #define _GNU_SOURCE
 #include "hva_vm.h"
@@ -15,17 +15,22 @@ static void one_range_twice(void)
 	hva_vm_set_up(MEMFD, PAGES);
 	machine_set_slot(&hva_vm.m, &hva_vm.ram, RAM_SLOT, RAM_GPA);
 	machine_set_slot(&hva_vm.m, &hva_vm.ram, OTHER_SLOT, OTHER_GPA);
-	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == PAGES); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == PAGES);
 	struct vcpu *v = hva_vm_add_vcpu(3);
 	hva_vm_check_pages(v, RAM_GPA, 0, PAGES / 2);
 	hva_vm_check_pages(v, OTHER_GPA, PAGES / 2, PAGES / 2);
-	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0);
 	hva_vm_check_pages(v, RAM_GPA, 0, PAGES);
 	hva_vm_check_pages(v, OTHER_GPA, 0, PAGES);
 	hva_vm_check_pages(hva_vm_add_vcpu(0), OTHER_GPA, 0, PAGES);
 	EQUAL("resolver calls", hva_vm.source.total, PAGES);
 
-	/* A discard through one slot is one for both; what the guest writes through one it sees through the other. */
+	/*
+	 * A discard through one slot is one for both; what the guest writes through one it sees
+	 * through the other.
+	 */
 	OK(kvmfault_pages_discard(hva_vm.m.library, OTHER_GPA, 4 * PAGE));
 	EQUAL("state through the other", kvmfault_pages_state(hva_vm.m.library, RAM_GPA + PAGE), KVMFAULT_PAGE_ABSENT);
 	hva_vm.steps[0] = (struct step){ WRITE64, RAM_GPA + PAGE, 99, 0 };
@@ -45,19 +50,21 @@ static void one_range_twice(void)
 	hva_vm_tear_down();
 }
 
-/* The same memory in both of KVM's address spaces, as for system management mode. */
+/* One memory in both of KVM's address spaces, as for system management mode. */
 static void address_spaces(void)
 {
 	hva_vm_set_up(MEMFD, PAGES);
 	if (ioctl(hva_vm.m.vm, KVM_CHECK_EXTENSION, KVM_CAP_MULTI_ADDRESS_SPACE) < 2)
 		skip("KVM_CAP_MULTI_ADDRESS_SPACE is below 2 here");
 	machine_set_slot(&hva_vm.m, &hva_vm.ram, RAM_SLOT, RAM_GPA);
-	machine_set_slot(&hva_vm.m, &hva_vm.ram, 1u << 16 | RAM_SLOT, RAM_GPA); /* the same address: no overlap */
-	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == PAGES); /* the guest may be ahead of the books */
+	/* the same address: no overlap */
+	machine_set_slot(&hva_vm.m, &hva_vm.ram, 1u << 16 | RAM_SLOT, RAM_GPA);
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == PAGES);
 	struct vcpu *v = hva_vm_add_vcpu(3);
 	hva_vm_check_pages(v, RAM_GPA, 0, PAGES / 2);
 	hva_vm_delete_slot(RAM_SLOT, 0);
-	/* The guest may be ahead of the books. */
+	/* The guest may be ahead of the counters. */
 	UNTIL(kvmfault_pages_state(hva_vm.m.library, RAM_GPA + hva_vm.list[0] * PAGE) == KVMFAULT_PAGE_PRESENT);
 	machine_set_slot(&hva_vm.m, &hva_vm.ram, RAM_SLOT, RAM_GPA);
 	hva_vm_check_pages(v, RAM_GPA, 0, PAGES);
@@ -65,7 +72,7 @@ static void address_spaces(void)
 	hva_vm_tear_down();
 }
 
-/* Two windows of one block, with their order turned round, and pages between that nobody shows. */
+/* Two windows of one block in reverse order, and between them pages in no slot. */
 static void windows(void)
 {
 	hva_vm_set_up(MEMFD, PAGES);
@@ -85,13 +92,14 @@ static void windows(void)
 	hva_vm_check_pages(v, RAM_GPA - 40 * PAGE, 40, 16);
 	hva_vm_check_pages(v, OTHER_GPA - 8 * PAGE, 8, 16);
 	EQUAL("resolver calls", hva_vm.source.total, 32);
-	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == PAGES - 32); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == PAGES - 32);
 	EQUAL("beyond a window", kvmfault_pages_state(hva_vm.m.library, RAM_GPA + 16 * PAGE), -ENOENT);
 	REFUSED(kvmfault_pages_discard(hva_vm.m.library, RAM_GPA + 8 * PAGE, 16 * PAGE), EINVAL, "len");
 	hva_vm_tear_down();
 }
 
-/* Deleted to be made anew in another shape (QEMU does that): with KEEP the states stay. */
+/* A slot is deleted and made anew in another shape, as QEMU does: with KEEP the states stay. */
 static void kept(void)
 {
 	hva_vm_set_up(MEMFD, PAGES);
@@ -110,7 +118,8 @@ static void kept(void)
 	slot.gpa += slot.len;
 	slot.hva = hva_vm.ram.hva + slot.len;
 	OK(kvmfault_memslot_set(hva_vm.m.library, &slot));
-	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == PAGES / 2); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == PAGES / 2);
 	hva_vm_check_pages(v, RAM_GPA, 0, PAGES);
 	EQUAL("resolver calls", hva_vm.source.total, PAGES);
 	for (int page = 0; page < PAGES; page++)
@@ -118,7 +127,10 @@ static void kept(void)
 	hva_vm_tear_down();
 }
 
-/* Without KEEP it becomes ordinary memory: what came stays, what did not reads as zeros, and nobody is asked. */
+/*
+ * Without KEEP the memory becomes ordinary: pages that came stay, the others read as zeros, and the
+ * resolver is not called.
+ */
 static void forgotten(enum backing backing)
 {
 	static const uint8_t zeros[PAGE];
@@ -134,7 +146,8 @@ static void forgotten(enum backing backing)
 			CHECK(!memcmp(hva_vm.ram.hva + hva_vm.list[i] * PAGE, zeros, PAGE), "page %u isn't zero", hva_vm.list[i]);
 	}
 	EQUAL("resolver calls", hva_vm.source.total, PAGES / 2);
-	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0);
 	hva_vm_tear_down();
 }
 
@@ -148,7 +161,7 @@ static void forgotten_anon(void)
 	forgotten(ANON);
 }
 
-/* The same slot at another guest address. */
+/* A slot moves to another guest address. */
 static void moved(void)
 {
 	hva_vm_set_up(MEMFD, PAGES);

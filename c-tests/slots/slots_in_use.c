@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Memslots that change while vCPUs use them: deleted, switched and discarded; filled by pre-copy and
- * then by post-copy; with dirty logging.
+ * Memslots that change while vCPUs use them: deleted, switched and discarded; filled by pre-copy
+ * and then by post-copy; with dirty logging.
  */
 #define _GNU_SOURCE
 #include "hva_vm.h"
@@ -23,7 +23,7 @@ static int pending(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	return KVMFAULT_PENDING;
 }
 
-/* Its slot goes while it waits: there is no memory any more, so what it wanted is for the VMM. */
+/* Its slot is deleted while it waits: there is no memory any more, so the access is the VMM's. */
 static void *expect_no_memory(struct vcpu *v)
 {
 	vcpu_attach(v);
@@ -88,7 +88,7 @@ static void join_vcpus(void)
 		vcpu_join(hva_vm.m.vcpu[i]);
 }
 
-/* The fast path goes off and on while the guest runs: each page still comes once. */
+/* The fast path is turned off and on while the guest runs: each page is still fetched once. */
 static void toggled(enum backing backing)
 {
 	unsigned toggles = 0;
@@ -107,7 +107,8 @@ static void toggled(enum backing backing)
 	EQUAL("resolver calls", stats.resolver_calls, MANY);
 	for (uint64_t page = 0; page < MANY; page++)
 		EQUAL("calls for a page", hva_vm.source.calls[page], 1);
-	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0);
 	pattern_check(&hva_vm.source.pattern, hva_vm.ram.hva, 0, MANY);
 	note("%u toggles, %lu faults", toggles, stats.faults_vcpu);
 	CHECK(toggles > 2, "only %u toggles", toggles);
@@ -132,15 +133,18 @@ static void end_discards(uint64_t pages, unsigned long discards, unsigned long b
 	note("%lu discards of %lu pages (%lu times busy), %lu resolver calls, %lu found the page there", discards, stats.pages_discarded, busy,
 	     stats.resolver_calls, stats.outcome_mapped);
 	CHECK(stats.pages_discarded > 0 && stats.resolver_calls > pages, "the vCPUs met no discard");
-	/* What was brought is there, or was taken away. A reader may have in hand what a vCPU wanted before the last discards: so all is brought. */
+	/*
+	 * Each installed page is present or was discarded. A reader may be about to install a page
+	 * that was discarded last: so all pages are resolved first.
+	 */
 	OK(kvmfault_pages_resolve(hva_vm.m.library, RAM_GPA, pages * PAGE));
 	stats = machine_settled_stats(&hva_vm.m);
-	EQUAL("pages brought", stats.pages_copied - stats.pages_discarded, pages);
+	EQUAL("pages installed", stats.pages_copied - stats.pages_discarded, pages);
 	EQUAL("outcome_failed", stats.outcome_failed, 0);
 	hva_vm_tear_down();
 }
 
-/* Pages go while vCPUs look at them: they see the right bytes and nothing else. */
+/* Pages are discarded while vCPUs read them: the vCPUs see the right bytes and nothing else. */
 static void discarded(enum backing backing)
 {
 	uint64_t seed = 17;
@@ -175,8 +179,8 @@ static void discarded_anon(void)
 }
 
 /*
- * The same few pages are wanted by all vCPUs and taken away at once: whoever has just seen one PRESENT finds it gone when it comes to map it.
- * Zeros in its place would be taken for the page.
+ * All vCPUs want the same few pages, which are discarded at once: a thread that has just seen a
+ * page PRESENT finds it gone when it comes to map it. It must not map zeros in its place.
  */
 static void discarded_few(enum backing backing)
 {
@@ -210,7 +214,10 @@ static void discarded_few_anon(void)
 
 /* ---- post-copy ---- */
 
-/* Pre-copy has brought all pages; some of them have changed since, and are fetched when they are touched. */
+/*
+ * Pre-copy has installed all pages; some of them have changed since, and are fetched when they are
+ * touched.
+ */
 static void post_copy(enum backing backing)
 {
 	struct pattern old = { .factor = 0x1234567812345677, .zero_mask = 0 };
@@ -220,7 +227,8 @@ static void post_copy(enum backing backing)
 	struct kvmfault_memslot slot = slot_on(&hva_vm.ram, RAM_SLOT, RAM_GPA);
 	slot.flags |= KVMFAULT_MEMSLOT_PRESENT;
 	OK(kvmfault_memslot_set(hva_vm.m.library, &slot));
-	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0);
 	struct vcpu *v = hva_vm_add_vcpu(3);
 	struct vcpu *slow = hva_vm_add_vcpu(0);
 	vcpu_load_verify(v, RAM_GPA, hva_vm.list_gpa, MANY, &old, READ_FIRST);
@@ -230,14 +238,16 @@ static void post_copy(enum backing backing)
 	/* The second half of the (shuffled) list has changed. */
 	for (unsigned i = MANY / 2; i < MANY; i++)
 		OK(kvmfault_pages_discard(hva_vm.m.library, RAM_GPA + hva_vm.list[i] * PAGE, PAGE));
-	UNTIL((uint64_t)kvmfault_pages_absent(hva_vm.m.library) == MANY / 2); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL((uint64_t)kvmfault_pages_absent(hva_vm.m.library) == MANY / 2);
 	vcpu_load_verify(v, RAM_GPA, hva_vm.list_gpa, MANY / 2, &old, READ_FIRST);
 	vcpu_verify(v);
 	EQUAL("resolver calls for what is still present", hva_vm.source.total, 0);
 	hva_vm_check_pages(v, RAM_GPA, MANY / 2, MANY / 4);
 	hva_vm_check_pages(slow, RAM_GPA, MANY / 2, MANY / 2);
 	EQUAL("resolver calls", hva_vm.source.total, MANY / 2);
-	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0); /* the guest may be ahead of the books */
+	/* the guest may be ahead of the counters */
+	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0);
 	for (unsigned i = 0; i < MANY; i++)
 		pattern_check(i < MANY / 2 ? &old : &hva_vm.source.pattern, hva_vm.ram.hva + hva_vm.list[i] * PAGE, hva_vm.list[i], 1);
 	hva_vm_tear_down();
@@ -255,7 +265,10 @@ static void post_copy_anon(void)
 
 /* ---- dirty logging ---- */
 
-/* The guest's writes are in KVM's log, or `written` was told; and the flag can be switched on a slot that is in use. */
+/*
+ * The guest's writes are in KVM's log, or `written` was called; and logging can be switched on a
+ * slot in use.
+ */
 static void dirty_log(void)
 {
 	uint64_t bitmap[PAGES / 64 + 1] = { 0 };
@@ -269,7 +282,9 @@ static void dirty_log(void)
 	OK(kvmfault_memslot_set(hva_vm.m.library, &slot));
 	SYS(ioctl(hva_vm.m.vm, KVM_GET_DIRTY_LOG, &log)); /* fetches and clears */
 
-	/* Writes to pages that are present (the first quarter of the list) and absent (the second). */
+	/*
+	 * Writes to pages that are present (the first quarter of the list) and absent (the second).
+	 */
 	vcpu_load_verify(v, RAM_GPA, hva_vm.list_gpa, PAGES / 2, &hva_vm.source.pattern, WRITE_FIRST);
 	vcpu_verify(v);
 	memset(bitmap, 0, sizeof(bitmap));
@@ -277,7 +292,7 @@ static void dirty_log(void)
 	for (unsigned i = 0; i < PAGES / 2; i++)
 		CHECK(bitmap[hva_vm.list[i] / 64] >> hva_vm.list[i] % 64 & 1, "page %u was written by the guest and isn't in the dirty log", hva_vm.list[i]);
 
-	/* At CPL 0, the third quarter: where KVM emulates, the library writes, and says so. */
+	/* At CPL 0, the third quarter: where KVM emulates, the library writes, and reports it. */
 	vcpu_load_verify(slow, RAM_GPA, hva_vm.list_gpa + PAGES / 2 * sizeof(*hva_vm.list), PAGES / 4, &hva_vm.source.pattern, WRITE_FIRST);
 	vcpu_verify(slow);
 	memset(bitmap, 0, sizeof(bitmap));

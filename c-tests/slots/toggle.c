@@ -7,7 +7,10 @@
 #include <poll.h>
 #include <stdio.h>
 
-/* Off, faults come by userfaultfd; on, to the vCPU. What was brought in one way stays for the other. */
+/*
+ * With the fast path off, faults come by userfaultfd; with it on, to the vCPU. A page installed in
+ * one way stays for the other.
+ */
 static void on_and_off(void)
 {
 	bool uffd = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD;
@@ -45,12 +48,16 @@ static void *toggle(void *opaque)
 	struct slot_vm *s = opaque;
 	for (int on = 0; toggling; on = !on, toggles++) {
 		OK(kvmfault_memslot_set_fast_only(s->m.library, RAM_SLOT, on));
-		poll(NULL, 0, on ? 3 : 1); /* emulated machines need a while to get anything done in between */
+		/* emulated machines need a while to get anything done in between */
+		poll(NULL, 0, on ? 3 : 1);
 	}
 	return NULL;
 }
 
-/* As a post-copy that begins and ends: another thread turns the flag on and off while vCPUs touch absent pages. */
+/*
+ * As a post-copy that begins and ends: another thread turns the flag on and off while vCPUs touch
+ * absent pages.
+ */
 static void toggled(enum backing backing)
 {
 	enum { VCPUS = 3, MOST_ROUNDS = 40 };

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Guests that have nothing but absent memory: code, stack and tables (of pages, segments, interrupts) come lazily like everything else, as
- * when a whole VM is restored. Long mode at CPL 0, 32-bit protected mode with and without paging, and a guest with the in-kernel interrupt
- * controller, its timer, kvmclock and steal time. guest/lazy.S, guest/clock.S
+ * Guests whose memory is all absent, as when a whole VM is restored: code, stack and tables (of
+ * pages, segments, interrupts) are fetched lazily, too. Long mode at CPL 0, 32-bit protected mode
+ * with and without paging, and a guest with the in-kernel interrupt controller, its timer, kvmclock
+ * and steal time (guest/lazy.S, guest/clock.S).
  *
- * Each guest is first run with all of its memory present and without the library: where KVM can't run it at all, the case is skipped.
+ * Each guest first runs with all of its memory present and without the library: where KVM can't run
+ * it at all, the case is skipped.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -67,7 +69,8 @@ static void put_code(uint8_t *image, const uint8_t *start, const uint8_t *end)
 
 static void put_tables64(uint8_t *image)
 {
-	enum { ALL = 3 /* present, writable; accessed and dirty are the processor's to set */, LARGE = 0x80 };
+	/* Present and writable; the processor sets accessed and dirty. */
+	enum { ALL = 3, LARGE = 0x80 };
 	uint64_t *words = (uint64_t *)image;
 	words[TOP_TABLE * 512] = AT(PDPT) | ALL;
 	words[PDPT * 512] = AT(LOW_DIRECTORY) | ALL; /* ordinary memory at 0 */
@@ -296,14 +299,17 @@ static void run_lazily(struct lazy *l, enum kind kind, enum backing backing)
 	l->clock = share_clock(&l->m, &shared);
 	options.resolver = resolve;
 	options.opaque = &l->source;
-	options.flags = KVMFAULT_VM_FILTER_MSRS; /* the guest tells KVM of its areas before it has touched them */
+	/* the guest tells KVM of its areas before it has touched them */
+	options.flags = KVMFAULT_VM_FILTER_MSRS;
 	machine_attach(&l->m, NULL, &options);
 	machine_set_slot(&l->m, &l->ram, RAM_SLOT, RAM_GPA);
 	l->v = add_vcpu(&l->m, kind, shared);
 	if (test_mechanism() == KVMFAULT_MECHANISM_POISON_TRAP && !two_dimensional()) {
 		OK(kvmfault_pages_resolve(l->m.library, AT(TOP_TABLE), (LOW_DIRECTORY + 1 - TOP_TABLE) * PAGE));
 		OK(kvmfault_pages_resolve(l->m.library, AT(TABLES), RAM_PAGES / 512 * PAGE));
-		/* Where KVM emulates the guest it also reads the tables of segments and interrupts. */
+		/*
+		 * Where KVM emulates the guest it also reads the tables of segments and interrupts.
+		 */
 		OK(kvmfault_pages_resolve(l->m.library, AT(GDT), 2 * PAGE));
 	}
 	vcpu_attach(l->v);
@@ -324,7 +330,7 @@ static void finish(struct lazy *l)
 	/* Nothing came but what was needed. */
 	expect_calls(l, "data", DATA, DATA_PAGES);
 	for (int page = DATA + DATA_PAGES; page < RAM_PAGES; page++)
-		CHECK(l->source.calls[page] == 0, "page %d, which nobody uses, was brought", page);
+		CHECK(l->source.calls[page] == 0, "page %d, which the guest does not use, was fetched", page);
 	EQUAL("state of a page that nobody uses", kvmfault_pages_state(l->m.library, AT(RAM_PAGES - 1)), KVMFAULT_PAGE_ABSENT);
 	pattern_check(&pattern, l->ram.hva + DATA * PAGE, 0, DATA_PAGES);
 	vcpu_detach(l->v);
@@ -428,7 +434,8 @@ static void check_steal_time(struct lazy *l)
 	CHECK(s->flags == 0, "flags %#x", s->flags);
 	for (int i = 0; i < 5; i++) {
 		poll(NULL, 0, 2);
-		vcpu_run(l->v); /* KVM_RUN loads the vCPU anew, which is when the record is written */
+		/* KVM_RUN loads the vCPU anew, which is when the record is written */
+		vcpu_run(l->v);
 	}
 	CHECK(s->version > version && s->version % 2 == 0, "steal time isn't written any more: version %u, then %u", version, s->version);
 	CHECK(s->steal >= stolen && s->steal <= run_delay(), "%lu ns stolen, then %lu", stolen, s->steal);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * KVMFAULT_INTERRUPTED counted: never without a kick (or a signal of the VMM's own), never more often than there were kicks, and after each of them
- * the guest goes on. SIGBUS by mask and by handler, the library's loop and the VMM's own.
+ * KVMFAULT_INTERRUPTED is returned only for a kick (or a signal of the VMM's own), never more often
+ * than there were kicks, and the guest goes on after each. SIGBUS by mask and by handler, the
+ * library's loop and the VMM's own.
  */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
@@ -99,7 +100,7 @@ static void burst(void)
 	unsigned long bursts = SCALED(800, 50);
 	surplus = interrupted = seen = go = done = 0;
 	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 1, 3);
-	/* Counts for ever. */
+	/* Counts forever. */
 	uint64_t *counter = (uint64_t *)(resolver_vm.steps + 64);
 	resolver_vm.steps[0] = (struct step){ ADD64, resolver_vm.steps_gpa + 64 * sizeof(struct step), 1, 0 };
 	resolver_vm.steps[1] = (struct step){ JUMP, resolver_vm.steps_gpa, 0, 0 };
@@ -144,7 +145,7 @@ static int fail_once(void *opaque, struct kvmfault_vm *vm, const struct kvmfault
 	return failures++ ? source_install(&resolver_vm.source, vm, fault->gpa, fault->len) : -EIO;
 }
 
-/* A resolver that fails is told once, also by a reader thread, and the next page comes. */
+/* A resolver's failure is reported once, also by a reader thread, and the next page comes. */
 static void fail_and_go_on(void)
 {
 	uint32_t value;
@@ -208,7 +209,9 @@ static void *leave_and_come_back(struct vcpu *v)
 	return NULL;
 }
 
-/* What becomes of a fault that the vCPU has left is no news, with a loop of the VMM's own either. */
+/*
+ * What becomes of a fault that the vCPU has left is no news, with a loop of the VMM's own either.
+ */
 static void late_failure(void)
 {
 	asked = leave = 0;
@@ -231,7 +234,9 @@ static void old_news(void)
 
 /* ---- a VMM's own way ---- */
 
-/* A VMM that sets and clears immediate_exit itself is heard, and what it sets is its to take back. */
+/*
+ * A VMM that sets and clears immediate_exit itself is heard, and what it sets is its to take back.
+ */
 static void set_immediate_exit(void)
 {
 	uint32_t value;
@@ -248,7 +253,8 @@ static void set_immediate_exit(void)
 	}
 	EQUAL("immediate_exit", v->run->immediate_exit & 1, 1);
 	v->run->immediate_exit = 0;
-	if (loop != OWN || !by_handler) { /* without _resume nothing looks between here and KVM_RUN */
+	/* without _resume nothing looks between here and KVM_RUN */
+	if (loop != OWN || !by_handler) {
 		int ret = run(v);
 		CHECK(ret == KVMFAULT_INTERRUPTED, "the last kick is lost: %s", vcpu_describe(v, ret));
 	} else {
@@ -306,8 +312,9 @@ static void *count_until_kicked(struct vcpu *v)
 }
 
 /*
- * A vCPU sleeps in the kernel, inside KVM_RUN, for a page that nobody brings. KVM waits for it when a slot is set; the library makes it leave for a
- * moment, and neither it nor the VMM sees anything of that.
+ * A vCPU sleeps in the kernel, inside KVM_RUN, for a page that does not come. KVM waits for the
+ * vCPU when a slot is set; the library makes it leave KVM_RUN for a moment, unseen by the guest and
+ * the VMM.
  */
 static void set_while_a_vcpu_sleeps(void)
 {
@@ -317,7 +324,7 @@ static void set_while_a_vcpu_sleeps(void)
 	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 2, 3);
 	resolver_vm.calls = 0;
 	OK(kvmfault_memslot_set_fast_only(resolver_vm.m.library, RAM_SLOT, 0));
-	/* Counts for ever. */
+	/* Counts forever. */
 	uint64_t *counter = (uint64_t *)(resolver_vm.steps + COUNTER_STEP + 2);
 	uint64_t counter_gpa = resolver_vm.steps_gpa + (COUNTER_STEP + 2) * sizeof(struct step);
 	resolver_vm.steps[COUNTER_STEP] = (struct step){ ADD64, counter_gpa, 1, 0 };

@@ -1,13 +1,16 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * kvmfault_vcpu_kick makes a vCPU's loop return KVMFAULT_INTERRUPTED, once, wherever the vCPU is: no kick is lost, none is
- * invented. Each kick comes at a random moment, and the next one only after it was seen.
+ * kvmfault_vcpu_kick makes a vCPU's loop return KVMFAULT_INTERRUPTED, once, wherever the vCPU is:
+ * no kick is lost, none is invented. Each kick comes at a random moment, and the next one only
+ * after it was seen.
  *
- * Seen means within 100 ms, without the time for which a thread had no CPU; or within 5 s on a machine that is declared slow by
- * KVMFAULT_TEST_SCALE (an emulated CPU stands still without knowing).
+ * Seen means within 100 ms, without the time for which a thread had no CPU; or within 5 s on a
+ * machine that is declared slow by KVMFAULT_TEST_SCALE (an emulated CPU stands still without
+ * knowing).
  *
- * By handler, one thing can add an INTERRUPTED: a kick that was seen when its signal had yet to be sent. The library waits 100 ms for
- * the kicking thread then; if that has no CPU for longer, the late signal looks like one of the VMM's own.
+ * By handler, one thing can add an INTERRUPTED: a kick that is seen before its signal is sent. The
+ * library then waits 100 ms for the kicking thread; if that thread has no CPU for longer, the late
+ * signal looks like one of the VMM's own.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -37,7 +40,7 @@ static atomic_ulong seen;        /* kicks among them */
 static _Atomic double seen_at;   /* when the last of them came */
 static atomic_int tid;
 static atomic_bool stop;
-static atomic_ulong sweeps; /* FAULTING: how often all pages were brought */
+static atomic_ulong sweeps; /* FAULTING: how often all pages were installed */
 
 static int pending(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
@@ -45,7 +48,10 @@ static int pending(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	return KVMFAULT_PENDING;
 }
 
-/* For how long a thread was ready to run and had no CPU, in seconds: nobody's fault but the machine's. */
+/*
+ * For how many seconds a thread was ready to run and had no CPU: the machine's fault, not the
+ * library's.
+ */
 static double starved(int fd)
 {
 	char text[128] = "";
@@ -86,7 +92,8 @@ static void *vcpu_main(struct vcpu *v)
 			interrupted++;
 			OK(kvmfault_vcpu_stats(v->handle, &stats));
 			if (stats.kicks != seen) {
-				bool last = stop; /* as soon as `seen` says so, the next kick may come */
+				/* as soon as `seen` says so, the next kick may come */
+				bool last = stop;
 				seen_at = now();
 				seen = stats.kicks;
 				if (last)
@@ -101,7 +108,7 @@ static void *vcpu_main(struct vcpu *v)
 	}
 }
 
-/* Some time that nobody can foresee: mostly as long as an exit takes, sometimes as a fault takes. */
+/* A random time: mostly as long as an exit takes, sometimes as long as a fault takes. */
 static void pass_time(uint64_t *seed)
 {
 	uint64_t n = random_number(seed);
@@ -158,7 +165,8 @@ static void kicks(enum what w, bool handler, unsigned long count)
 		EQUAL("kicks seen before a kick", before, n);
 		check_interrupted(n);
 		if (n == count - 1 && what == FAULTING)
-			UNTIL(sweeps > 0); /* a few kicks are over before a slow machine has brought all pages */
+			/* a few kicks are over before a slow machine has installed all pages */
+			UNTIL(sweeps > 0);
 		stop = n == count - 1;
 		double waited = starved(vcpu_stat) + starved(own_stat);
 		double sent = now();

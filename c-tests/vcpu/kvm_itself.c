@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What KVM itself accesses in a guest's memory. A guest that goes on elsewhere (restored, or migrated by post-copy) has told KVM of its areas
- * before it runs, and their pages may be absent: KVM finds them all the same. And the library knows which guests don't go with markers.
+ * What KVM itself accesses in a guest's memory. A restored or migrated guest has registered its
+ * areas with KVM before it runs, and their pages may be absent: the library resolves them first.
+ * And it recognises guests for which markers are not supported.
  */
 #define _GNU_SOURCE
 #include "slot_vm.h"
@@ -28,7 +29,8 @@ static const struct area {
 	{ "async page faults", 0x4b564d02, 43, 64, 64, true, false },
 	{ "steal time", 0x4b564d03, 45, 128, 64, true, true },
 	{ "PV EOI", 0x4b564d04, 47, 256, 4, true, false },
-	{ "wall clock", 0x4b564d00, 50, PAGE - 4, 12, false, false }, /* written when the MSR is; in two pages */
+	/* Written when the MSR is; in two pages. */
+	{ "wall clock", 0x4b564d00, 50, PAGE - 4, 12, false, false },
 };
 enum { KVMCLOCK, ASYNC_PF, STEAL_TIME, PV_EOI, WALL_CLOCK, AREAS };
 _Static_assert(AREAS == sizeof(areas) / sizeof(*areas), "one each");
@@ -47,7 +49,7 @@ static bool set_msr(struct vcpu *v, uint32_t index, uint64_t value)
 	return ioctl(v->fd, KVM_SET_MSRS, &msrs) == 1;
 }
 
-/* As a VMM does that restores a vCPU; says which areas this KVM takes. */
+/* Registers the areas as a VMM that restores a vCPU does; returns which of them this KVM takes. */
 static void restore(struct vcpu *v, bool taken[AREAS])
 {
 	for (int i = 0; i < AREAS; i++) {
@@ -72,7 +74,7 @@ static void pattern_of(struct slot_vm *s, const struct area *a, uint8_t *bytes)
 	memcpy(bytes, pages + a->offset, a->len);
 }
 
-static void check_areas(struct slot_vm *s, const bool taken[AREAS], bool brought)
+static void check_areas(struct slot_vm *s, const bool taken[AREAS], bool resolved)
 {
 	uint8_t before[64];
 	for (int i = 0; i < AREAS; i++) {
@@ -80,11 +82,12 @@ static void check_areas(struct slot_vm *s, const bool taken[AREAS], bool brought
 		if (!taken[i])
 			continue;
 		uint64_t last = a->page + (a->offset + a->len - 1) / PAGE;
-		if (brought)
-			CHECK(is_present(s, a->page) && is_present(s, last), "%s: a page was not brought", a->name);
+		if (resolved)
+			CHECK(is_present(s, a->page) && is_present(s, last), "%s: a page was not resolved", a->name);
 		if (!a->written)
 			continue;
-		UNTIL(is_present(s, a->page) && is_present(s, last)); /* the guest may be ahead of the books */
+		/* the guest may be ahead of the counters */
+		UNTIL(is_present(s, a->page) && is_present(s, last));
 		pattern_of(s, a, before);
 		CHECK(memcmp(s->ram.hva + a->page * PAGE + a->offset, before, a->len), "%s: KVM has written nothing", a->name);
 	}
@@ -100,7 +103,10 @@ static void restored(void)
 		slot_vm_create(&s, backing, PAGES * PAGE, 0, 0);
 		struct vcpu *v = slot_vm_add_vcpu(&s, 3);
 		restore(v, taken);
-		/* A kick that came before is seen before the guest runs, or while its areas are brought; it is not an error. */
+		/*
+		 * An earlier kick is seen before the guest runs, or while its areas are resolved;
+		 * it is not an error.
+		 */
 		kvmfault_vcpu_kick(v->handle);
 		vcpu_load_verify(v, RAM_GPA, s.list_gpa, 8, &s.source.pattern, READ_FIRST);
 		int ret = kvmfault_vcpu_run(v->handle);
@@ -116,7 +122,7 @@ static void restored(void)
 	}
 }
 
-/* A page of theirs that is lost keeps nobody from running. */
+/* A lost page of such an area does not keep the vCPU from running. */
 static void lost_area(void)
 {
 	struct slot_vm s;
@@ -131,7 +137,7 @@ static void lost_area(void)
 	slot_vm_destroy(&s);
 }
 
-/* The same for a VMM that calls KVM_RUN itself. */
+/* The areas are resolved for a VMM that calls KVM_RUN itself, too. */
 static void restored_own_loop(void)
 {
 	struct kvmfault_vcpu_options options = KVMFAULT_VCPU_OPTIONS_INIT;
@@ -162,10 +168,12 @@ static void restored_own_loop(void)
 /* ---- areas that a guest names while it runs ---- */
 
 static struct vcpu *later_vcpu;
-static enum trouble { NONE, KICK, FAILURE } trouble_at[PAGES]; /* the first fault at these pages gets that instead */
-static uint64_t asked_for;                                       /* the page of the last one that got a kick */
+/* the first fault at these pages gets that instead */
+static enum trouble { NONE, KICK, FAILURE } trouble_at[PAGES];
+/* the page of the last one that got a kick */
+static uint64_t asked_for;
 
-static int bring(struct kvmfault_vm *vm, uint64_t page)
+static int install(struct kvmfault_vm *vm, uint64_t page)
 {
 	uint8_t bytes[PAGE];
 	pattern_fill(&PATTERN, page, bytes);
@@ -179,7 +187,7 @@ static int resolve_later(void *opaque, struct kvmfault_vm *vm, const struct kvmf
 	enum trouble trouble = trouble_at[page];
 	trouble_at[page] = NONE;
 	if (trouble == NONE)
-		return bring(vm, page);
+		return install(vm, page);
 	if (trouble == FAILURE)
 		return -EIO;
 	asked_for = page;
@@ -191,7 +199,8 @@ static int resolve_later(void *opaque, struct kvmfault_vm *vm, const struct kvmf
 static void find_msrs(struct vcpu *v, bool taken[AREAS])
 {
 	for (int i = 0; i < AREAS; i++)
-		taken[i] = set_msr(v, areas[i].msr, 0) && i != ASYNC_PF; /* which wants more than an address */
+		/* which wants more than an address */
+		taken[i] = set_msr(v, areas[i].msr, 0) && i != ASYNC_PF;
 	if (!taken[KVMCLOCK] && !taken[STEAL_TIME])
 		skip("this KVM has neither kvmclock nor steal time");
 }
@@ -207,10 +216,12 @@ static void put_writes(uint8_t *code, const bool taken[AREAS])
 		memcpy(code, &areas[i].msr, 4);
 		code[4] = 0xb8; /* mov eax, imm32 */
 		memcpy(code + 5, &value, 4);
-		memcpy(code + 9, (uint8_t[]){ 0x31, 0xd2, 0x0f, 0x30 }, 4); /* xor edx, edx; wrmsr */
+		/* xor edx, edx; wrmsr */
+		memcpy(code + 9, (uint8_t[]){ 0x31, 0xd2, 0x0f, 0x30 }, 4);
 		code += 13;
 	}
-	memcpy(code, (uint8_t[]){ 0xe7, STOP_PORT, 0xeb, 0xfc }, 4); /* stop: out STOP_PORT, eax; jmp stop */
+	/* stop: out STOP_PORT, eax; jmp stop */
+	memcpy(code, (uint8_t[]){ 0xe7, STOP_PORT, 0xeb, 0xfc }, 4);
 }
 
 static void check_wall_clock(const struct ram *ram)
@@ -276,7 +287,7 @@ static void name_later(bool own_loop, enum trouble trouble)
 	while ((ret = run_once(v, own_loop)) == KVMFAULT_HANDLED || ret == KVMFAULT_INTERRUPTED || ret == -EIO) {
 		if (ret == KVMFAULT_INTERRUPTED && asked_for) {
 			troubles++;
-			OK(bring(m.library, asked_for));
+			OK(install(m.library, asked_for));
 			asked_for = 0;
 		}
 		for (; ret == -EIO; troubles++)
@@ -285,11 +296,12 @@ static void name_later(bool own_loop, enum trouble trouble)
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
 	for (int i = 0; i < AREAS; i++) {
 		const struct area *a = &areas[i];
-		if (!taken[i] || (i == PV_EOI && !trap)) /* that area KVM writes with an interrupt */
+		/* KVM writes the area of PV EOI with an interrupt. */
+		if (!taken[i] || (i == PV_EOI && !trap))
 			continue;
 		printf("%s\n", a->name);
 		CHECK(trouble_at[a->page] == NONE, "the page was not asked for");
-		/* With userfaultfd the guest is ahead of the books. */
+		/* With userfaultfd the guest is ahead of the counters. */
 		UNTIL(kvmfault_pages_state(m.library, RAM_GPA + a->page * PAGE) == KVMFAULT_PAGE_PRESENT);
 		pattern_fill(&PATTERN, a->page, before);
 		pattern_fill(&PATTERN, a->page + 1, before + PAGE);
@@ -319,12 +331,13 @@ static void named_later(void)
 }
 
 /*
- * System management mode: KVM saves the registers at the vCPU's SMBASE, and reads them from there, in address space 1. The handler is the one
- * instruction that ends it.
+ * System management mode: KVM saves the registers at the vCPU's SMBASE, and reads them from there,
+ * in address space 1. The handler is the one instruction that ends it.
  */
 static void management_mode(void)
 {
-	enum { HANDLER = 8, SAVED = 15, SMBASE_MSR = 0x9e }; /* pages: SMBASE + 0x8000, and + 0xfe00 */
+	/* pages: SMBASE + 0x8000, and + 0xfe00 */
+	enum { HANDLER = 8, SAVED = 15, SMBASE_MSR = 0x9e };
 	struct slot_vm s;
 	uint8_t code[PAGE] = { 0x0f, 0xaa }, before[PAGE]; /* rsm */
 	slot_vm_create(&s, MEMFD, PAGES * PAGE, 0, 0);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Memory that breaks although it is PRESENT, as by a hardware error: the vCPU's loop says so, tells where, and doesn't ask the
- * resolver for what it had brought. The breaking is done by UFFDIO_POISON, through a userfaultfd that the VMM opened and shares
- * with the library.
+ * PRESENT memory that breaks, as by a hardware error: the vCPU's loop returns a memory error with
+ * the address, and does not fetch the page again. UFFDIO_POISON breaks it, through a userfaultfd
+ * that the VMM opened and shares with the library.
  */
 #define _GNU_SOURCE
 #include "abi.h"
@@ -127,13 +127,16 @@ static void broken_at(int cpl)
 	for (int page = 0; page < PAGES; page++)
 		check_read(v, page);
 	EQUAL("resolver calls", source.total, PAGES);
-	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
+	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the counters */
 
 	break_page(5);
 	EQUAL("state", kvmfault_pages_state(m.library, RAM_GPA + 5 * PAGE), KVMFAULT_PAGE_PRESENT);
 	load_read(v, 5);
 	expect_error(v, 5, 0);
-	/* Should the VMM go on, the error comes again; an access that KVM emulates is over, and the guest has read ones. */
+	/*
+	 * Should the VMM go on, the error comes again; an access that KVM emulates is over, and the
+	 * guest has read ones.
+	 */
 	if (!cpl && cpl0_is_emulated()) {
 		EQUAL("stop", vcpu_run(v), 0);
 		EQUAL("the word that the guest read", steps[0].value, UINT64_MAX);
@@ -145,7 +148,7 @@ static void broken_at(int cpl)
 	/* Other pages are as they were, and the vCPU goes on. */
 	check_read(v, 4);
 	check_read(v, 6);
-	/* The VMM takes the page out and has it brought anew. */
+	/* The VMM discards the page, and it is fetched anew. */
 	OK(kvmfault_pages_discard(m.library, RAM_GPA + 5 * PAGE, PAGE));
 	check_read(v, 5);
 	EQUAL("resolver calls", source.total, PAGES + 1);
@@ -162,13 +165,16 @@ static void broken_cpl0(void)
 	broken_at(0);
 }
 
-/* KVM doesn't say where in a read-only slot it was; one page that can't be had is told all the same. */
+/*
+ * KVM doesn't report where in a read-only slot the access was; a single lost page is found all the
+ * same.
+ */
 static void broken_rom(void)
 {
 	struct vcpu *v = set_up_slot(3, ANON, KVM_MEM_READONLY);
 	for (int page = 0; page < PAGES; page++)
 		check_read(v, page);
-	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
+	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the counters */
 	break_page(5);
 	load_read(v, 5);
 	expect_error(v, 5, 0);
@@ -194,12 +200,16 @@ static void *come_and_go(void *unused)
 		int ret = kvmfault_pages_discard(m.library, RAM_GPA + 2 * PAGE, PAGE);
 		CHECK(ret == 0 || ret == -EBUSY, "discard: %d", ret);
 		ret = source_install(&source, m.library, RAM_GPA + 2 * PAGE, PAGE);
-		CHECK(ret == 0 || ret == -EEXIST, "install: %d", ret); /* the resolver may have been first */
+		/* the resolver may have been first */
+		CHECK(ret == 0 || ret == -EEXIST, "install: %d", ret);
 	}
 	return unused;
 }
 
-/* A vCPU that finds an absent page's marker, and the page PRESENT whenever it looks, has met no memory error, however often. */
+/*
+ * A vCPU that finds an absent page's marker, and the page PRESENT whenever it looks, has met no
+ * memory error, however often.
+ */
 static void coming_and_going(enum backing backing)
 {
 	pthread_t thread;
@@ -228,7 +238,10 @@ static void coming_and_going_anon(void)
 	coming_and_going(ANON);
 }
 
-/* One marker more or less is no memory error: an absent page that is touched, broken and discarded many times. */
+/*
+ * One marker more or less is no memory error: an absent page that is touched, broken and discarded
+ * many times.
+ */
 static void mended(void)
 {
 	struct vcpu *v = set_up(3, ANON);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Where KVM emulates the guest's instructions it takes absent memory for a device. The library completes such accesses: of every
- * size, across pages, by every kind of instruction; and leaves alone what really is for a device.
+ * Where KVM emulates the guest's instructions it mistakes absent memory for a device. The library
+ * completes such accesses: of every size, across pages, by every kind of instruction; and leaves
+ * real device accesses to the VMM.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -72,7 +73,10 @@ static uint64_t expected_bytes(uint64_t offset, unsigned size)
 	return value;
 }
 
-/* Every size, at places where it lies in one absent page, and across the border of two: 16 accesses, 3 pages apart. */
+/*
+ * Every size, at places where it lies in one absent page, and across the border of two: 16
+ * accesses, 3 pages apart.
+ */
 static void sizes(bool write, int cpl)
 {
 	static const unsigned size_of[] = { 1, 2, 4, 8 };
@@ -83,7 +87,10 @@ static void sizes(bool write, int cpl)
 	for (unsigned i = 0; i < N; i++) {
 		uint64_t page = 1 + i * 3;
 		sizes[i] = size_of[i % 4];
-		/* First byte of a page, odd place, last bytes of a page, across (a single byte can't be). */
+		/*
+		 * First byte of a page, odd place, last bytes of a page, across (a single byte
+		 * can't be).
+		 */
 		offsets[i] = page * PAGE + (const uint64_t[]){ 0, 1001, PAGE - sizes[i], PAGE - (sizes[i] + 1) / 2 }[i / 4];
 		steps[i] = (struct step){ (write ? WRITE8 : READ8) + i % 4, RAM_GPA + offsets[i], 0x8877665544332211 + i, 0 };
 	}
@@ -114,7 +121,10 @@ static void sizes(bool write, int cpl)
 	printf("%lu reads and %lu writes as MMIO, `written` %u times for %lu bytes\n", stats.mmio_reads, stats.mmio_writes,
 	       written_calls, written_bytes);
 	if (cpl == 0 && cpl0_comes_as_mmio()) {
-		/* KVM cuts accesses at page borders. The page after an access is present where an earlier one brought it. */
+		/*
+		 * KVM cuts accesses at page borders. The page after an access is present where an
+		 * earlier one installed it.
+		 */
 		EQUAL("MMIO", write ? stats.mmio_writes : stats.mmio_reads, N + crossing);
 		EQUAL("MMIO of the other kind", write ? stats.mmio_reads : stats.mmio_writes, 0);
 		EQUAL("bytes that `written` was told of", written_bytes, write ? bytes : 0);
@@ -144,7 +154,10 @@ static void write_cpl3(void)
 	sizes(true, 3);
 }
 
-/* Instructions that touch memory in other ways: read-modify-write, string instructions, SSE, and code in absent memory. */
+/*
+ * Instructions that touch memory in other ways: read-modify-write, string instructions, SSE, and
+ * code in absent memory.
+ */
 static void instructions(int cpl)
 {
 	/* xor $0x5a, %eax; ret: two bytes of it in one page, and two in the next */
@@ -202,7 +215,10 @@ static void instructions_cpl3(void)
 	instructions(3);
 }
 
-/* Code in pages that are absent: the source's bytes are made such that each page begins with an instruction and a return. */
+/*
+ * Code in pages that are absent: the source's bytes are made such that each page begins with an
+ * instruction and a return.
+ */
 static int resolve_code(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	/* mov $page, %eax; ret */
@@ -289,7 +305,8 @@ static void read_only(void)
 			skip("%s", kvmfault_last_error());
 		OK(ret);
 		steps[0] = (struct step){ READ64, READONLY_GPA + 8, 0, 0 };
-		steps[1] = (struct step){ WRITE32, READONLY_GPA + 16, 0xdeadbeef, 0 };  /* present */
+		/* present */
+		steps[1] = (struct step){ WRITE32, READONLY_GPA + 16, 0xdeadbeef, 0 };
 		steps[2] = (struct step){ WRITE8, READONLY_GPA + 5 * PAGE, 0x77, 0 };   /* absent */
 		steps[3] = (struct step){ READ64, READONLY_GPA + 5 * PAGE, 0, 0 };
 		steps[4] = (struct step){ READ64, READONLY_GPA + 16, 0, 0 };
@@ -302,7 +319,10 @@ static void read_only(void)
 		EQUAL("the first read", steps[0].value, pattern_word(p, 0, 1));
 		EQUAL("a read after the write that didn't happen", steps[3].value, pattern_word(p, 5, 0));
 		EQUAL("another", steps[4].value, pattern_word(p, 0, 2));
-		/* poison-trap isn't told which page of a read-only slot it is, and brings them all. */
+		/*
+		 * poison-trap doesn't learn which page of a read-only slot it is, and resolves them
+		 * all.
+		 */
 		if (test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP)
 			EQUAL("resolver calls", readonly_source.total, 2);
 		for (int page = 0; page < PAGES; page++)

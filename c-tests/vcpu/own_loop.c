@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A VMM that keeps its own KVM_RUN loop and its own memslot ioctls (as QEMU does): kvmfault_memslot_prepare, _handle_exit, _resume,
- * _on_sigbus and _kick are all that it calls.
+ * A VMM that keeps its own KVM_RUN loop and its own memslot ioctls (as QEMU does): it calls only
+ * kvmfault_memslot_prepare, _handle_exit, _resume, _on_sigbus and _kick.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -169,7 +169,7 @@ static void restore(bool by_handler, bool resumes)
 	struct kvmfault_stats stats = machine_settled_stats(&m);
 	EQUAL("resolver calls", stats.resolver_calls, PAGES);
 	EQUAL("the resolver's own count", source.total, PAGES);
-	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
+	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the counters */
 	pattern_check(&source.pattern, ram.hva, 0, PAGES);
 	printf("%lu faults, %lu MMIO reads, %lu kicks, INTERRUPTED %lu times\n", stats.faults_vcpu, stats.mmio_reads, kicks,
 	       loop.interrupted);
@@ -276,7 +276,10 @@ static void middle_finish(struct middle *t)
 	middle_destroy(t);
 }
 
-/* With KVMFAULT_VCPU_RESUMES a kick ends the wait, as often as one comes, and the access still ends with the right bytes. */
+/*
+ * With KVMFAULT_VCPU_RESUMES a kick ends the wait, as often as one comes, and the access still ends
+ * with the right bytes.
+ */
 static void middle_resumes(void)
 {
 	static struct middle t;
@@ -323,8 +326,9 @@ static int unreliable(void *opaque, struct kvmfault_vm *vm, const struct kvmfaul
 }
 
 /*
- * After an error nothing of such an access is lost if KVM isn't called before _resume has succeeded, also without KVMFAULT_VCPU_RESUMES. The guest
- * reads and writes across borders of pages that are both absent.
+ * After an error nothing of such an access is lost if KVM isn't called before _resume has
+ * succeeded, also without KVMFAULT_VCPU_RESUMES. The guest reads and writes across borders of pages
+ * that are both absent.
  */
 static void middle_fails(void)
 {

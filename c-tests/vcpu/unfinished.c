@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Accesses that KVM emulates and that could not be finished at once: for a kick, an error, or a page that is lost. None is forgotten, whatever becomes
- * of the handle; and the VMM can give one up.
+ * Emulated accesses that could not be finished at once, because of a kick, an error or a lost page.
+ * None is forgotten, even if the handle is freed; and the VMM can give one up.
  */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
@@ -208,7 +208,8 @@ static void comes_back(void)
 			vcpu_detach(v); /* that it is unfinished is known without the handle */
 			attach(v);
 		} else {
-			expect_lost(v, page); /* the resolver was asked anew, and says so again */
+			/* the resolver was called anew, with the same answer */
+			expect_lost(v, page);
 			OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + page * PAGE, PAGE));
 		}
 		resolver_vm_install(page);
@@ -222,7 +223,10 @@ static void lost_comes_back(void)
 	each_loop(comes_back);
 }
 
-/* A VMM that goes on though the page is still lost (it has injected a machine check) gets no second error for the access: it is given up. */
+/*
+ * A VMM that goes on though the page is still lost (it has injected a machine check) gets no second
+ * error for the access, which is given up.
+ */
 static void given_up(void)
 {
 	uint32_t value;
@@ -233,7 +237,7 @@ static void given_up(void)
 	int ret = go_on(v);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
 	EQUAL("what the guest read", resolver_vm.steps[0].value, -1);
-	/* Another access to the page is told anew. */
+	/* Another access to the page is an error of its own. */
 	resolver_vm_load_read(v, 0);
 	expect_lost(v, 0);
 	OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA, PAGE));
@@ -257,7 +261,7 @@ static void lost_given_up(void)
 	each_loop(given_up);
 }
 
-/* ---- a slot that goes ---- */
+/* ---- a slot that is deleted ---- */
 
 static atomic_int deleted;
 
@@ -282,7 +286,10 @@ static void *read_where_none_is(struct vcpu *v)
 	return NULL;
 }
 
-/* A fault whose slot is deleted meanwhile is no failure of its resolver: the guest finds that no memory is there. */
+/*
+ * A fault whose slot is deleted meanwhile is no failure of its resolver: the guest finds that no
+ * memory is there.
+ */
 static void slot_is_deleted(void)
 {
 	if (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* What making and freeing a vCPU's handle does to the VM, to its other vCPUs, to threads and to signals: nothing that lasts. */
+/*
+ * Making and freeing a vCPU's handle has no lasting effect on the VM, on other vCPUs, on threads or
+ * on signals.
+ */
 #define _GNU_SOURCE
 #include "resolver_vm.h"
 
@@ -29,7 +32,10 @@ static void *set_events(void *unused)
 	return unused;
 }
 
-/* No switch of the VM's is turned, not even for a moment: KVM_SET_VCPU_EVENTS of another vCPU would fail. */
+/*
+ * No switch of the VM's is turned, not even for a moment: KVM_SET_VCPU_EVENTS of another vCPU would
+ * fail.
+ */
 static void leaves_the_vm_alone(void)
 {
 	pthread_t thread;
@@ -58,7 +64,10 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	return source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 }
 
-/* A vCPU of another VM isn't noticed, and nobody is harmed: its guest runs, and what is in no slot is the VMM's. */
+/*
+ * A vCPU of another VM goes unnoticed and does no harm: its guest runs, and accesses in no slot are
+ * the VMM's.
+ */
 static void of_another_vm(void)
 {
 	struct machine other;
@@ -117,7 +126,10 @@ static void do_nothing(int signal)
 	(void)signal;
 }
 
-/* A kick may come at any moment of a handle's life and after. `run` NULL: the library's mapping of kvm_run goes with the handle. */
+/*
+ * A kick may come at any moment of a handle's life and after. `run` NULL: the library's mapping of
+ * kvm_run goes with the handle.
+ */
 static void kick_and_free(int sigbus, bool own_mapping)
 {
 	pthread_t thread[2];
@@ -183,7 +195,10 @@ static void attach_with(struct vcpu *v, int kick_signal)
 	OK(kvmfault_vcpu_new(resolver_vm.m.library, &options, &v->handle));
 }
 
-/* KVM lets through what the thread blocks, as before: the mask that the library gave the vCPU goes with the handle. */
+/*
+ * KVM lets through what the thread blocks, as before: the mask that the library gave the vCPU goes
+ * with the handle.
+ */
 static void gives_kvms_mask_back(void)
 {
 	uint32_t value;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Page tables that KVM walks itself: for what a string instruction writes or reads on its way from or to a device the processor hasn't, and a
- * table that is absent must not become a page fault in the guest. The guest has no table of interrupts: one page fault and it is over.
+ * Page tables that KVM walks itself, for the memory side of a string instruction that reads from or
+ * writes to a port: an absent table must not become a page fault in the guest. The guest has no
+ * interrupt table: one page fault ends it.
  */
 #define _GNU_SOURCE
 #include "slot_vm.h"
@@ -11,7 +12,10 @@
 #include <string.h>
 #include <sys/ioctl.h>
 
-/* Pages of the memory under test. Code and device have directories of their own, so that the processor doesn't come to the buffer's. */
+/*
+ * Pages of the memory under test. Code and device have directories of their own, so that the
+ * processor doesn't come to the buffer's.
+ */
 enum { TOP, PDPT, DIRECTORY, TABLE, CODE_DIRECTORY, DEVICE_DIRECTORY, CODE, BUFFER = 8, PAGES = 16 };
 enum { PORT = 0x99, LEN = 64, FIRST = 100 };
 #define AT(page) (RAM_GPA + (page) * PAGE)
@@ -25,7 +29,7 @@ enum operation { OUTS, INS, FROM_DEVICE, TO_DEVICE };
 
 static uint8_t image[PAGES * PAGE] __attribute__((aligned(PAGE)));
 static struct vcpu *the_vcpu;
-static int kick_at; /* a page that is brought later, and a kick comes instead; 0: none */
+static int kick_at; /* a page that is installed later, and a kick comes instead; 0: none */
 
 static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
@@ -66,7 +70,10 @@ static void put_tables(enum mode mode)
 		words[TABLE * 512 + i] = AT(i) | ALL;
 }
 
-/* Returns where it begins. In the middle: the string instruction is the first that the guest executes, as if it was interrupted there. */
+/*
+ * Returns where it begins. In the middle: the string instruction is the first that the guest
+ * executes, as if it was interrupted there.
+ */
 static uint64_t put_code(enum operation operation, bool middle)
 {
 	static const uint8_t instruction[] = { [OUTS] = 0x6e, [INS] = 0x6c, [FROM_DEVICE] = 0xa4, [TO_DEVICE] = 0xa4 };
@@ -81,7 +88,8 @@ static uint64_t put_code(enum operation operation, bool middle)
 		memcpy(code + ++n, &target, 4);
 		n += 4;
 	}
-	memcpy(code + n, (uint8_t[]){ 0xf3, instruction[operation], 0xe7, STOP_PORT }, 4); /* rep ...; out STOP_PORT, eax */
+	/* rep ...; out STOP_PORT, eax */
+	memcpy(code + n, (uint8_t[]){ 0xf3, instruction[operation], 0xe7, STOP_PORT }, 4);
 	return AT(CODE);
 }
 
@@ -164,7 +172,10 @@ static void transfer(enum mode mode, enum operation operation, bool middle, bool
 	for (;;) {
 		int ret = kvmfault_vcpu_run(v->handle);
 		if (ret == KVMFAULT_INTERRUPTED) {
-			/* Here the page has to come before the vCPU goes on, with what it and the device were in the middle of. */
+			/*
+			 * Here the page has to come before the vCPU goes on, with what it and the
+			 * device were in the middle of.
+			 */
 			kicks++;
 			OK(kvmfault_pages_install(m.library, AT(TABLE), image + TABLE * PAGE, PAGE));
 			continue;
@@ -196,7 +207,7 @@ static void all_modes(enum operation operation)
 	enum mode last = last_mode();
 	for (enum mode mode = 0; mode <= last; mode++) {
 		transfer(mode, operation, true, false);
-		/* What the first word of an OUTS needs nobody is told of. */
+		/* The library doesn't learn what the first word of an OUTS needs. */
 		if (operation != OUTS)
 			transfer(mode, operation, false, false);
 	}

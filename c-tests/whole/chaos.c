@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Everything that a VMM may do to the same few pages, done at once for a few seconds, in no order: vCPUs want them, the VMM's threads want them,
- * they are discarded, pushed, prefetched and filled in the background, the fast path and the dirty log go on and off, vCPUs are kicked, and the
- * resolver answers whatever it may. Nobody ever sees a byte that is wrong, nothing hangs, and at the end everything can still be had.
+ * Everything that a VMM may do to the same few pages, done at once for a few seconds, in no order:
+ * vCPUs want them, the VMM's threads want them, they are discarded, pushed, prefetched and filled
+ * in the background, the fast path and the dirty log go on and off, vCPUs are kicked, and the
+ * resolver answers whatever it may. Nobody ever sees a byte that is wrong, nothing hangs, and at
+ * the end everything can still be had.
  *
- * What fails here is a race that the other groups' orderly cases don't provoke. The seed differs from run to run; it is said at the
- * start, so that whatever fails tells it, and in the note.
+ * What fails here is a race that the other groups' orderly cases don't provoke. The seed differs
+ * from run to run; it is said at the start, so that whatever fails tells it, and in the note.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -21,7 +23,7 @@ static struct machine m;
 static struct ram ram;
 static struct source source;
 static uint64_t list_gpa, seed;
-static atomic_bool stop, honest; /* honest: the resolver does what it is asked for, at once */
+static atomic_bool stop, honest; /* honest: the resolver installs the page at once */
 static atomic_ulong passes, errors, interruptions, discards, busy, toggles, pushes, prefetches, fills, finished_fills, kicks, looks;
 
 /* A number of this thread's own. */
@@ -103,7 +105,7 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 			gpa = fault->gpa;
 			len = fault->len;
 			break;
-		case 5: /* brought, and called a failure: the page is there all the same */
+		case 5: /* installed, and then a failure: the page is there all the same */
 			install(fault->gpa, fault->len);
 			return -EEXIST;
 		}
@@ -274,7 +276,10 @@ static void everything(enum backing backing)
 	while (now() < begin + SCALED(6, 2) || (!enough() && now() < begin + 60))
 		wait_a_little();
 
-	/* No promise is made any more, and whoever waits for one gets it: nobody whom we join waits without end. */
+	/*
+	 * No page is announced any more, and each announced one is installed: none of the threads
+	 * that are joined waits forever.
+	 */
 	pthread_mutex_lock(&lock);
 	honest = true;
 	pthread_mutex_unlock(&lock);
@@ -288,11 +293,12 @@ static void everything(enum backing backing)
 	for (int i = 0; i < VCPUS; i++)
 		vcpu_join(m.vcpu[i]);
 
-	/* All of it can be had, and the books agree. */
+	/* All pages can be read, and the counters agree. */
 	OK(kvmfault_pages_resolve(m.library, RAM_GPA, ram.len));
 	EQUAL("absent", kvmfault_pages_absent(m.library), 0);
 	struct kvmfault_stats stats;
-	UNTIL((stats = machine_stats(&m), stats.pages_copied - stats.pages_discarded == PAGES)); /* a fill may not have booked its last pages */
+	/* a fill may not have booked its last pages */
+	UNTIL((stats = machine_stats(&m), stats.pages_copied - stats.pages_discarded == PAGES));
 	CHECK(enough(), "%lu passes, %lu errors, %lu interruptions, %lu discards, %lu pushes, %lu prefetches, %lu toggles, %lu fills", passes, errors,
 	      interruptions, discards, pushes, prefetches, toggles, fills);
 	if (backing == MEMFD)

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The kernel's own measure beside ours: demand_paging_test -u MISSING (tools/testing/selftests/kvm) and the library, in turns, in the same
- * boot: one vCPU at CPL 0 that writes to each page once, in order, one page a fault, a resolver that copies it. And then with readahead, which the
+ * The library beside the kernel's selftest demand_paging_test -u MISSING
+ * (tools/testing/selftests/kvm), in turns, in the same boot: one vCPU at CPL 0 writes to each page
+ * once, in order, one page a fault, and a resolver copies it. Then with readahead, which the
  * selftest doesn't have.
  *
- * KVMFAULT_SELFTEST names the selftest; else it is looked for beside this program. KVMFAULT_SELFTEST_ROUNDS is how often (7).
+ * KVMFAULT_SELFTEST names the selftest; else this program looks beside itself.
+ * KVMFAULT_SELFTEST_ROUNDS is the number of rounds (7).
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -20,8 +22,9 @@
 enum { MEBIBYTES = 16, MOST_ROUNDS = 100, SKIPPED_BY_SELFTEST = 4, READAHEAD = 64 };
 
 /*
- * At least so many times the selftest's rate. An emulated machine on a busy host measures the host as well: there it only has to be no slower.
- * KVMFAULT_SELFTEST_STRICT in the environment asks for what the mechanisms are for.
+ * The least ratio to the selftest's rate. An emulated machine on a busy host measures the host as
+ * well: there the library only has to be no slower. KVMFAULT_SELFTEST_STRICT in the environment
+ * requires what the mechanisms achieve on real machines.
  */
 static double required(void)
 {
@@ -106,7 +109,8 @@ static double run_ours(enum backing backing, uint64_t flags, uint32_t readahead)
 	double start = now();
 	vcpu_run(v);
 	double seconds = now() - start;
-	struct kvmfault_stats stats = machine_settled_stats(&m); /* with userfaultfd the guest is ahead of the books */
+	/* with userfaultfd the guest is ahead of the counters */
+	struct kvmfault_stats stats = machine_settled_stats(&m);
 	CHECK(readahead > 1 ? stats.resolver_calls <= pages / readahead + 8 : stats.resolver_calls == pages, "%lu resolver calls",
 	      stats.resolver_calls);
 	EQUAL("pages that came", stats.pages_copied, pages);
@@ -136,15 +140,20 @@ static struct spread spread_of(double *values, int count)
 	return (struct spread){ values[0], median, values[count - 1] };
 }
 
-/* Each of ours stands between two of theirs, and is compared with their mean: what slows the machine down for longer slows both down. */
+/*
+ * Each of ours stands between two of theirs, and is compared with their mean: what slows the
+ * machine down for longer slows both down.
+ */
 static struct spread compare(const char *path, enum backing backing, int rounds, struct spread *ahead)
 {
 	const char *type = backing == ANON ? "anonymous" : "shmem";
 	double theirs[MOST_ROUNDS + 1], ours[MOST_ROUNDS], ratios[MOST_ROUNDS], asked[MOST_ROUNDS], aheads[MOST_ROUNDS];
 	struct machine keeper;
 	/*
-	 * KVM patches the kernel's scheduler when the first VM comes and when the last one goes (preempt_notifier_inc), and itself with the first
-	 * vCPU without an APIC. Emulators with several threads don't always survive that (c-tests/vm/kvmfault_vm/machine.py): so one stays.
+	 * KVM patches the kernel's scheduler when the first VM comes and when the last one goes
+	 * (preempt_notifier_inc), and itself with the first vCPU without an APIC. Emulators with
+	 * several threads don't always survive that (c-tests/vm/kvmfault_vm/machine.py): so one
+	 * stays.
 	 */
 	machine_create(&keeper, 0);
 	machine_add_vcpu(&keeper, 0);
@@ -187,7 +196,10 @@ static void private_memory(void)
 	      ahead.median, times);
 }
 
-/* The same with shared memory, which costs poison-trap a second mapping of each page: told, not judged. */
+/*
+ * The comparison with shared memory, which costs poison-trap a second mapping of each page:
+ * measured, not judged.
+ */
 static void shared_memory(void)
 {
 	const char *path = find_selftest();

@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Many vCPUs want the same pages at the same time: each page is brought once, nobody sees anything but its bytes, and nobody is
- * forgotten. Round after round with other bytes, so that a page left over from the round before is noticed.
+ * Many vCPUs want the same pages at the same time: each page is fetched once, all vCPUs see its
+ * bytes, and none is left waiting. Each round has other bytes, so that a page left over from the
+ * round before is noticed.
  */
 #define _GNU_SOURCE
 #include "machine.h"
 
 #include <stdio.h>
 
-enum { VCPUS = 64, EMULATED = 2 /* of them at CPL 0, which is slow where it is emulated */, PAGES = 1000, ROUNDS = 200 };
+/* EMULATED of the vCPUs are at CPL 0, which is slow where KVM emulates it. */
+enum { VCPUS = 64, EMULATED = 2, PAGES = 1000, ROUNDS = 200 };
 
 static pthread_barrier_t begin, end;
 static unsigned long rounds;
@@ -53,20 +55,27 @@ static void race(enum backing backing, unsigned long most)
 		for (int i = 0; i < PAGES; i++)
 			list[PAGES + i] = list[i];
 		for (int i = 0; i < VCPUS; i++) {
-			/* All for the same page at once; or each from elsewhere, so that they also overtake each other. */
+			/*
+			 * All for the same page at once; or each from elsewhere, so that they also
+			 * overtake each other.
+			 */
 			uint64_t start = round % 2 ? i * PAGES / VCPUS : 0;
 			vcpu_load_verify(m.vcpu[i], RAM_GPA, list_gpa + start * sizeof(*list), PAGES, &source.pattern, READ_FIRST);
 		}
 		if (round > 0)
 			OK(kvmfault_pages_discard(m.library, RAM_GPA, ram.len));
-		/* A reader thread may have in hand what a vCPU wanted in the round before, and bring that page for this one. */
+		/*
+		 * A reader thread may be about to serve a fault of the round before, and fetch that
+		 * page in this one.
+		 */
 		int64_t absent = kvmfault_pages_absent(m.library), early = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? 2 : 0;
 		CHECK(absent <= PAGES && absent >= PAGES - early, "%ld pages absent", absent);
 		pthread_barrier_wait(&begin);
 		pthread_barrier_wait(&end);
 
 		struct kvmfault_stats stats = machine_settled_stats(&m);
-		UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
+		/* the guest may be ahead of the counters */
+		UNTIL(kvmfault_pages_absent(m.library) == 0);
 		EQUAL("the resolver's own count in a round", source.total, PAGES);
 		EQUAL("resolver calls in all", stats.resolver_calls, (round + 1) * PAGES);
 		EQUAL("pages that arrived in all", stats.pages_copied, (round + 1) * PAGES);
@@ -77,7 +86,7 @@ static void race(enum backing backing, unsigned long most)
 	struct kvmfault_stats stats = machine_stats(&m);
 	note("%lu rounds: %lu faults, %lu resolver calls, %lu waited, %lu found the page mapped or there", rounds,
 	     stats.faults_vcpu, stats.resolver_calls, stats.outcome_waited, stats.outcome_mapped);
-	/* A race in which nobody ever meets proves nothing. */
+	/* A race in which vCPUs never meet proves nothing. */
 	CHECK(stats.outcome_waited + stats.outcome_mapped > 0, "the vCPUs never met");
 	for (int i = 0; i < VCPUS; i++)
 		vcpu_join(m.vcpu[i]);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A VM whose memory is absent gets every page, with the right bytes, once: the guest checks each page, then the host does.
+ * A VM whose memory is absent gets each page once, with the right bytes: the guest checks each
+ * page, then the host does.
  */
 #define _GNU_SOURCE
 #include "machine.h"
@@ -19,7 +20,10 @@ struct plan {
 	int snapshot; /* a file for the built-in source, or -1 for the test's own */
 };
 
-/* Restores a VM of VCPUS vCPUs, each with its share of the list; even ones run at CPL 3 and odd ones at CPL 0. */
+/*
+ * Restores a VM of VCPUS vCPUs, each with its share of the list; even ones run at CPL 3 and odd
+ * ones at CPL 0.
+ */
 static void restore(const struct plan *p)
 {
 	struct pattern pattern = PATTERN;
@@ -66,7 +70,7 @@ static void restore(const struct plan *p)
 		vcpu_join(m.vcpu[i]);
 
 	struct kvmfault_stats stats = machine_settled_stats(&m);
-	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the books */
+	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the counters */
 	for (uint64_t page = 0; page < pages; page++) {
 		const uint64_t *words = (const uint64_t *)(ram.hva + page * PAGE);
 		for (unsigned w = 0; w < PAGE / 8; w++) {
@@ -88,7 +92,10 @@ static void restore(const struct plan *p)
 	} else {
 		/* Neighbours come along, more and more of them, where there is an order. */
 		uint64_t most = p->shuffled ? units : units / p->readahead + 8 * VCPUS;
-		/* A window with a hole comes in two pieces: with userfaultfd the guest may ask for the second before the reader has come to it. */
+		/*
+		 * A window with a hole comes in two pieces: with userfaultfd the guest may fault on
+		 * the second before the reader has come to it.
+		 */
 		if (p->snapshot >= 0 && test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
 			most += units / 64;
 		CHECK(stats.resolver_calls <= most, "%lu resolver calls for %lu pages, %u at a time", stats.resolver_calls, units,
@@ -99,7 +106,7 @@ static void restore(const struct plan *p)
 		for (uint64_t page = 0; page < pages && p->readahead <= 1; page++)
 			EQUAL("calls for a page", source.calls[page], page * PAGE % ram.page == 0);
 	} else if (p->readahead <= 1) {
-		EQUAL("holes brought as zeros", stats.pages_zeroed, units / 4);
+		EQUAL("holes installed as zeros", stats.pages_zeroed, units / 4);
 	}
 
 	machine_destroy(&m);

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A guest at CPL 0 with the in-kernel local APIC's timer, kvmclock and steal time. Its code, stack, IDT and the pages that KVM writes are in memory
- * that is absent at first.
+ * A guest at CPL 0 with the in-kernel local APIC's timer, kvmclock and steal time. Its code, stack,
+ * IDT and the pages that KVM writes are in memory that is absent at first.
  *
  *   %rdi  what the host and it share: struct clock_guest in guests.c (ordinary memory)
  *
- * The handler counts ticks in a page of its own. Between ticks the guest checks pages of the pattern, then halts until there were enough ticks.
- * It samples kvmclock at the start, after the pages and at the end: a consistent copy of the structure, and the TSC.
+ * The handler counts ticks in a page of its own. Between ticks the guest checks pages of the
+ * pattern, then halts until there were enough ticks. It samples kvmclock at the start, after the
+ * pages and at the end: a consistent copy of the structure, and the TSC.
  */
 	.section .rodata
 	.globl	guest_clock_start, guest_clock_end, guest_clock_handler

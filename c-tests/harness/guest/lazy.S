@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Guests whose code, stack and tables are in memory that is absent at first. They lie page-aligned, wherever the host puts them, and their parts are
- * in pages of their own. Both check `pages` pages of the pattern (guest/verify.S) at their first, second and last words, through a call to
- * another page, with something on the stack; then they go down the stack, a page a step.
+ * Guests whose code, stack and tables are in memory that is absent at first. They lie page-aligned,
+ * wherever the host puts them, and their parts are in pages of their own. Both check `pages` pages
+ * of the pattern (guest/verify.S) at their first, second and last words, through a call to another
+ * page, with something on the stack; then they go down the stack, a page a step.
  *
- * Long mode: %rdi first page, %rcx how many, %r8 the pattern's factor, %rdx depth of the stack in pages.
- * Protected mode: %edi, %ecx, %ebx (the factor's low half), %edx.
+ * Long mode: %rdi first page, %rcx how many, %r8 the pattern's factor, %rdx depth of the stack in
+ * pages. Protected mode: %edi, %ecx, %ebx (the factor's low half), %edx.
  *
  * Stop with 0 if all was right, or 1.
  */

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Does what a list of instructions says, one memory access each. machine.h has the same list as struct step and enum.
+ * Does what a list of instructions says, one memory access each. machine.h has the same list as
+ * struct step and enum.
  *
  *   %rdi  the first step, of 32 bytes each: operation, address, value, more (64 bits each)
  */

@@ -2,18 +2,18 @@
 /*
  * Visits 4 KiB pages in the order of a list, and checks what is in them.
  *
- *   %rdi  guest address of page 0
- *   %rsi  the list: page numbers, 32 bits each
- *   %rcx  how many there are in the list
- *   %r8   the pattern's factor
- *   %r9   the pattern's zero mask
- *   %r10  check each word whose number is a multiple of this: 1 is all of them, 73 is 8 of them including the first and the last
- *   %r12  0: the first touch is a read. 1: it is a write, of the complement of what the last word should be, to the last word;
+ *   %rdi guest address of page 0 %rsi the list: page numbers, 32 bits each %rcx how many there are
+ *   in the list %r8 the pattern's factor %r9 the pattern's zero mask %r10 check each word whose
+ *   number is a multiple of this: 1 is all of them, 73 is 8 of them including the first and the
+ *   last %r12 0: the first touch is a read. 1: it is a write, of the complement of what the last
+ *   word should be, to the last word;
  *         the last word is then checked against that
  *
- * Word w of page p (512 words of 64 bits) should be (p + 1) * factor + w, or zero if mask != 0 and (p & mask) == mask.
+ * Word w of page p (512 words of 64 bits) should be (p + 1) * factor + w, or zero if mask != 0 and
+ * (p & mask) == mask.
  *
- * Stops with 0 if all was right, or with 1 and %rdi = the address, %rdx = what should be there, %rbx = what was there.
+ * Stops with 0 if all was right, or with 1 and %rdi = the address, %rdx = what should be there,
+ * %rbx = what was there.
  */
 	.section .rodata
 	.globl	guest_verify_start, guest_verify_end
