@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The two KVM modules, out of tree: Debian's source and our patch, against Debian's headers of the same version.
+"""Builds the two KVM modules out of tree: Debian's source and our patch, with Debian's headers.
 
-Everything comes from packages unpacked in the cache; nothing of the machine's own kernel or headers is used.
+All three are of one version, and come from packages unpacked in the cache; the machine's own kernel
+and headers are not used.
 """
 
 import argparse
@@ -18,19 +19,19 @@ from kvmfault_vm.packages import Apt
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCES = ["arch/x86/kvm/", "virt/kvm/", "include/linux/kvm_host.h", "include/uapi/linux/kvm.h"]
 
-# KVM's Makefile expects to be in the kernel's tree: there are its sources, while $(srctree) has only headers.
-# NOSTDINC_FLAGS come first of all include paths, so that the patched headers hide Debian's.
+# KVM's Makefile expects to be in the kernel's tree: its sources lie there, while $(srctree) has only
+# headers. NOSTDINC_FLAGS come first of all include paths, so that the patched headers hide Debian's.
 OUT_OF_TREE = [
     ("include $(srctree)/virt/kvm/Makefile.kvm", "include $(src)/../../../virt/kvm/Makefile.kvm"),
     ("ccflags-y += -I $(srctree)/arch/x86/kvm",
      "NOSTDINC_FLAGS += -I$(src)/../../../include -I$(src)/../../../include/uapi\n"
-     # The second is for <trace/define_trace.h>, which looks for ../../arch/x86/kvm/trace.h and the like.
+     # The last is for <trace/define_trace.h>, which includes ../../arch/x86/kvm/trace.h.
      "ccflags-y += -I $(src) -I $(src)/../../../virt/kvm -I $(src)/../../../include/trace"),
 ]
 
 
 def fetch(kernel, work):
-    """Headers, kbuild and the parts of the source that hold KVM, all of the kernel's own version."""
+    """Fetches headers, kbuild and KVM's part of the source, all of the kernel's own version."""
     apt = Apt()
     common = kernel.release.replace("-cloud-amd64", "-common")
     kbuild = f"linux-kbuild-{kernel.release.replace('-cloud-amd64', '')}"
