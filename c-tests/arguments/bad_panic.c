@@ -74,6 +74,7 @@ static struct kvmfault_vcpu *new_vcpu;
 static struct kvmfault_fill_options fill_options = KVMFAULT_FILL_OPTIONS_INIT;
 static struct kvmfault_fill *fill;
 
+/* clang-format off */
 static long long vm_mechanism(void) { return kvmfault_vm_mechanism(VM); }
 static long long vm_enable(void) { return kvmfault_vm_enable(VM, 0); }
 static long long vm_check_guest(void) { return kvmfault_vm_check_guest(VM, -1); }
@@ -99,6 +100,7 @@ static long long fill_start(void) { return kvmfault_fill_start(VM, &fill_options
 static long long working_set_record(void) { return kvmfault_working_set_record(VM, 0); }
 static long long working_set_save(void) { return kvmfault_working_set_save(VM, -1); }
 static long long vcpu_new(void) { return kvmfault_vcpu_new(VM, &vcpu_options, &new_vcpu); }
+/* clang-format on */
 
 struct function {
 	const char *name;
@@ -180,12 +182,14 @@ static void vm_functions(void)
 static struct vcpu *vcpu;
 static struct kvmfault_memory_error_info info = KVMFAULT_MEMORY_ERROR_INFO_INIT;
 
+/* clang-format off */
 static long long run(void) { return kvmfault_vcpu_run(vcpu->handle); }
 static long long handle_exit(void) { return kvmfault_vcpu_handle_exit(vcpu->handle, 0); }
 static long long resume(void) { return kvmfault_vcpu_resume(vcpu->handle); }
 static long long resolve_range(void) { return kvmfault_vcpu_resolve(vcpu->handle, RAM_GPA, 1); }
 static long long memory_error(void) { return kvmfault_vcpu_memory_error(vcpu->handle, &info); }
 static long long vcpu_stats(void) { return kvmfault_vcpu_stats(vcpu->handle, &stats); }
+/* clang-format on */
 
 static const struct function of_a_vcpu[] = {
 	{ "kvmfault_vcpu_run", run },

@@ -40,6 +40,7 @@ void vcpu_load_touch(struct vcpu *vcpu, uint64_t gpa, uint64_t pages, uint64_t s
 void vcpu_load_walk(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, uint64_t times);
 
 /* guest/script.S */
+/* clang-format off */
 enum {
 	STOP, READ8, READ16, READ32, READ64, WRITE8, WRITE16, WRITE32, WRITE64,
 	JUMP,     /* to the step at `address` */
@@ -49,6 +50,7 @@ enum {
 	READ128, WRITE128, /* `value` and `more`; an SSE instruction */
 	FILL,     /* `more` words of 64 bits */
 };
+/* clang-format on */
 struct step {
 	uint64_t operation, address, value, more;
 };

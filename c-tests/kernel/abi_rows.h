@@ -43,6 +43,7 @@ struct row {
 	int run_errno;
 };
 
+/* clang-format off */
 static const struct row rows[] = {
 	{ .name = "none", .behaviour = REFUSED,
 	  .caps = { 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0 }, .run_errno = EFAULT },
@@ -88,5 +89,6 @@ static const struct row rows[] = {
 	  .region1 = 1 << 2 | 1 << 3, .region2 = 1 << 3, .readonly = true,
 	  .run_errno = EFAULT },
 };
+/* clang-format on */
 
 #endif

@@ -8,6 +8,7 @@
 #define SECCOMP_CALLS_H
 
 #define ANYTIME (SET_UP | RUNNING | ENDING)
+/* clang-format off */
 #define SECCOMP_CALLS(CALL)                              \
 	CALL(ioctl, ANYTIME, ALWAYS)                     \
 	CALL(read, SET_UP | RUNNING, ALWAYS)             \
@@ -61,5 +62,6 @@
 	CALL(setpriority, RUNNING, ALWAYS)               \
 	CALL(restart_syscall, ANYTIME, SOMETIMES)        \
 	CALL(uname, SET_UP, SOMETIMES)
+/* clang-format on */
 
 #endif
