@@ -52,7 +52,8 @@ static void refusals(void)
 	struct kvmfault_fill_options fill_options = KVMFAULT_FILL_OPTIONS_INIT;
 	struct kvmfault_fill *fill;
 	REFUSED(kvmfault_fill_start(vm, &fill_options, &fill), EOPNOTSUPP, "kvmfault_pages_arrived");
-	int (*const functions[])(const struct kvmfault_vm *, const void *, uint64_t) = { kvmfault_pages_arrived, kvmfault_pages_missing };
+	int (*const functions[])(const struct kvmfault_vm *, const void *, uint64_t) = { kvmfault_pages_arrived,
+											 kvmfault_pages_missing };
 	for (int i = 0; i < 2; i++) {
 		REFUSED(functions[i](NULL, hva, PAGE), EINVAL, "vm");
 		REFUSED(functions[i](vm, NULL, PAGE), ENOENT, "hva");

@@ -87,7 +87,9 @@ static void refuse_vcpu(struct kvmfault_vcpu *vcpu, int error)
 
 static int resolve_from(void *source, struct kvmfault_vm *vm, uint64_t gpa)
 {
-	struct kvmfault_fault fault = { .size = sizeof(fault), .gpa = gpa, .len = PAGE, .window_gpa = gpa, .window_len = PAGE };
+	struct kvmfault_fault fault = {
+		.size = sizeof(fault), .gpa = gpa, .len = PAGE, .window_gpa = gpa, .window_len = PAGE
+	};
 	return kvmfault_file_source_resolve(source, vm, &fault);
 }
 
@@ -251,7 +253,10 @@ static void no_handles_at_all(void)
 	struct intact_vm s;
 	intact_vm_create(&s);
 	memset(ones, 0xff, sizeof(ones));
-	void *const wrong[] = { zeros, ones, (char *)zeros + 1, (char *)s.machine.library + 1, (char *)s.machine.library + 4, &s, s.vcpu->run };
+	void *const wrong[] = {
+		zeros, ones,       (char *)zeros + 1, (char *)s.machine.library + 1, (char *)s.machine.library + 4,
+		&s,    s.vcpu->run
+	};
 	for (size_t i = 0; i < sizeof(wrong) / sizeof(*wrong); i++) {
 		refuse_vm(wrong[i], EBADF);
 		refuse_vcpu(wrong[i], EBADF);

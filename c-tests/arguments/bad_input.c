@@ -103,7 +103,10 @@ static int fill_status(void *p)
 	return kvmfault_fill_status(fill, p);
 }
 
-#define F(type, field) { offsetof(struct type, field), offsetof(struct type, field) + sizeof(((struct type *)0)->field) }
+#define F(type, field)                                                                                         \
+	{                                                                                                      \
+		offsetof(struct type, field), offsetof(struct type, field) + sizeof(((struct type *)0)->field) \
+	}
 struct field {
 	size_t start, end;
 };
@@ -113,55 +116,87 @@ static const struct structure {
 	size_t size;
 	struct field fields[32];
 } structures[] = {
-	{ "kvmfault_vm_options", vm_new, sizeof(struct kvmfault_vm_options),
-	  { F(kvmfault_vm_options, kvm_fd), F(kvmfault_vm_options, vm_fd), F(kvmfault_vm_options, mechanism), F(kvmfault_vm_options, uffd),
-	    F(kvmfault_vm_options, abi), F(kvmfault_vm_options, resolver), F(kvmfault_vm_options, opaque), F(kvmfault_vm_options, finalizer),
-	    F(kvmfault_vm_options, written), F(kvmfault_vm_options, reader_threads), F(kvmfault_vm_options, readahead),
+	{ "kvmfault_vm_options",
+	  vm_new,
+	  sizeof(struct kvmfault_vm_options),
+	  { F(kvmfault_vm_options, kvm_fd), F(kvmfault_vm_options, vm_fd), F(kvmfault_vm_options, mechanism),
+	    F(kvmfault_vm_options, uffd), F(kvmfault_vm_options, abi), F(kvmfault_vm_options, resolver),
+	    F(kvmfault_vm_options, opaque), F(kvmfault_vm_options, finalizer), F(kvmfault_vm_options, written),
+	    F(kvmfault_vm_options, reader_threads), F(kvmfault_vm_options, readahead),
 	    F(kvmfault_vm_options, flags) } },
-	{ "kvmfault_memslot", memslot_set, sizeof(struct kvmfault_memslot),
-	  { F(kvmfault_memslot, slot), F(kvmfault_memslot, kvm_flags), F(kvmfault_memslot, gpa), F(kvmfault_memslot, len), F(kvmfault_memslot, hva),
-	    F(kvmfault_memslot, block_hva), F(kvmfault_memslot, block_len), F(kvmfault_memslot, memory), F(kvmfault_memslot, fd),
+	{ "kvmfault_memslot",
+	  memslot_set,
+	  sizeof(struct kvmfault_memslot),
+	  { F(kvmfault_memslot, slot), F(kvmfault_memslot, kvm_flags), F(kvmfault_memslot, gpa),
+	    F(kvmfault_memslot, len), F(kvmfault_memslot, hva), F(kvmfault_memslot, block_hva),
+	    F(kvmfault_memslot, block_len), F(kvmfault_memslot, memory), F(kvmfault_memslot, fd),
 	    F(kvmfault_memslot, fd_offset), F(kvmfault_memslot, flags), F(kvmfault_memslot, reserved) } },
-	{ "kvmfault_region", memslot_prepare, sizeof(struct kvmfault_region),
-	  { F(kvmfault_region, ioctl_version), F(kvmfault_region, slot), F(kvmfault_region, flags), F(kvmfault_region, reserved),
-	    F(kvmfault_region, guest_phys_addr), F(kvmfault_region, memory_size), F(kvmfault_region, userspace_addr),
-	    F(kvmfault_region, userfault_bitmap) } },
-	{ "kvmfault_vcpu_options", vcpu_new, sizeof(struct kvmfault_vcpu_options),
-	  { F(kvmfault_vcpu_options, fd), F(kvmfault_vcpu_options, sigbus), F(kvmfault_vcpu_options, run), F(kvmfault_vcpu_options, kick_signal),
-	    F(kvmfault_vcpu_options, flags) } },
-	{ "kvmfault_memory_error_info", memory_error, sizeof(struct kvmfault_memory_error_info),
+	{ "kvmfault_region",
+	  memslot_prepare,
+	  sizeof(struct kvmfault_region),
+	  { F(kvmfault_region, ioctl_version), F(kvmfault_region, slot), F(kvmfault_region, flags),
+	    F(kvmfault_region, reserved), F(kvmfault_region, guest_phys_addr), F(kvmfault_region, memory_size),
+	    F(kvmfault_region, userspace_addr), F(kvmfault_region, userfault_bitmap) } },
+	{ "kvmfault_vcpu_options",
+	  vcpu_new,
+	  sizeof(struct kvmfault_vcpu_options),
+	  { F(kvmfault_vcpu_options, fd), F(kvmfault_vcpu_options, sigbus), F(kvmfault_vcpu_options, run),
+	    F(kvmfault_vcpu_options, kick_signal), F(kvmfault_vcpu_options, flags) } },
+	{ "kvmfault_memory_error_info",
+	  memory_error,
+	  sizeof(struct kvmfault_memory_error_info),
 	  { F(kvmfault_memory_error_info, gpa), F(kvmfault_memory_error_info, hva), F(kvmfault_memory_error_info, len),
 	    F(kvmfault_memory_error_info, lost), F(kvmfault_memory_error_info, reserved) } },
-	{ "kvmfault_probe", probe, sizeof(struct kvmfault_probe),
-	  { F(kvmfault_probe, mechanisms_anon), F(kvmfault_probe, mechanisms_shared), F(kvmfault_probe, mechanisms_hugetlb),
-	    F(kvmfault_probe, reserved), F(kvmfault_probe, uffd_features), F(kvmfault_probe, abi), F(kvmfault_probe, pre_fault_memory),
-	    F(kvmfault_probe, two_dimensional_paging) } },
-#define STATS                                                                                                                         \
-	{ F(kvmfault_stats, faults_vcpu), F(kvmfault_stats, faults_host), F(kvmfault_stats, faults_prefetch),                         \
-	  F(kvmfault_stats, resolver_calls), F(kvmfault_stats, outcome_resolved), F(kvmfault_stats, outcome_waited),                  \
-	  F(kvmfault_stats, outcome_mapped), F(kvmfault_stats, outcome_lost), F(kvmfault_stats, outcome_failed),                      \
-	  F(kvmfault_stats, outcome_interrupted), F(kvmfault_stats, outcome_retried), F(kvmfault_stats, pages_copied),                \
-	  F(kvmfault_stats, pages_zeroed), F(kvmfault_stats, pages_mapped), F(kvmfault_stats, pages_discarded),                       \
-	  F(kvmfault_stats, retries_again), F(kvmfault_stats, retries_exist), F(kvmfault_stats, mmio_reads),                          \
-	  F(kvmfault_stats, mmio_writes), F(kvmfault_stats, kicks), F(kvmfault_stats, latency_us_log2),                               \
-	  F(kvmfault_stats, ahead_asked), F(kvmfault_stats, ahead_failed),                             \
-	  F(kvmfault_stats, pages_empty), F(kvmfault_stats, pages_given_back) }
+	{ "kvmfault_probe",
+	  probe,
+	  sizeof(struct kvmfault_probe),
+	  { F(kvmfault_probe, mechanisms_anon), F(kvmfault_probe, mechanisms_shared),
+	    F(kvmfault_probe, mechanisms_hugetlb), F(kvmfault_probe, reserved), F(kvmfault_probe, uffd_features),
+	    F(kvmfault_probe, abi), F(kvmfault_probe, pre_fault_memory), F(kvmfault_probe, two_dimensional_paging) } },
+#define STATS                                                                                                       \
+	{                                                                                                           \
+		F(kvmfault_stats, faults_vcpu), F(kvmfault_stats, faults_host), F(kvmfault_stats, faults_prefetch), \
+			F(kvmfault_stats, resolver_calls), F(kvmfault_stats, outcome_resolved),                     \
+			F(kvmfault_stats, outcome_waited), F(kvmfault_stats, outcome_mapped),                       \
+			F(kvmfault_stats, outcome_lost), F(kvmfault_stats, outcome_failed),                         \
+			F(kvmfault_stats, outcome_interrupted), F(kvmfault_stats, outcome_retried),                 \
+			F(kvmfault_stats, pages_copied), F(kvmfault_stats, pages_zeroed),                           \
+			F(kvmfault_stats, pages_mapped), F(kvmfault_stats, pages_discarded),                        \
+			F(kvmfault_stats, retries_again), F(kvmfault_stats, retries_exist),                         \
+			F(kvmfault_stats, mmio_reads), F(kvmfault_stats, mmio_writes), F(kvmfault_stats, kicks),    \
+			F(kvmfault_stats, latency_us_log2), F(kvmfault_stats, ahead_asked),                         \
+			F(kvmfault_stats, ahead_failed), F(kvmfault_stats, pages_empty),                            \
+			F(kvmfault_stats, pages_given_back)                                                         \
+	}
 	{ "kvmfault_stats", vm_stats, sizeof(struct kvmfault_stats), STATS },
 	{ "kvmfault_stats", vcpu_stats, sizeof(struct kvmfault_stats), STATS },
-	{ "kvmfault_file_range", source_new, sizeof(struct kvmfault_file_range),
+	{ "kvmfault_file_range",
+	  source_new,
+	  sizeof(struct kvmfault_file_range),
 	  { F(kvmfault_file_range, gpa), F(kvmfault_file_range, len), F(kvmfault_file_range, offset) } },
-	{ "kvmfault_fault", resolve_by_hand, sizeof(struct kvmfault_fault),
-	  { F(kvmfault_fault, gpa), F(kvmfault_fault, len), F(kvmfault_fault, hva), F(kvmfault_fault, slot), F(kvmfault_fault, access),
-	    F(kvmfault_fault, origin), F(kvmfault_fault, vcpu), F(kvmfault_fault, window_gpa), F(kvmfault_fault, window_len) } },
-	{ "kvmfault_fill_options", fill_start, sizeof(struct kvmfault_fill_options),
-	  { F(kvmfault_fill_options, threads), F(kvmfault_fill_options, batch), F(kvmfault_fill_options, bytes_per_second),
-	    F(kvmfault_fill_options, progress), F(kvmfault_fill_options, opaque), F(kvmfault_fill_options, finalizer),
-	    F(kvmfault_fill_options, interval_ms), F(kvmfault_fill_options, flags), F(kvmfault_fill_options, working_set_fd),
-	    F(kvmfault_fill_options, reserved), F(kvmfault_fill_options, gpa), F(kvmfault_fill_options, len) } },
-	{ "kvmfault_fill_progress", fill_status, sizeof(struct kvmfault_fill_progress),
-	  { F(kvmfault_fill_progress, pages_total), F(kvmfault_fill_progress, pages_left), F(kvmfault_fill_progress, failures),
-	    F(kvmfault_fill_progress, bytes_per_second), F(kvmfault_fill_progress, eta_ms), F(kvmfault_fill_progress, working_set_done),
-	    F(kvmfault_fill_progress, ended), F(kvmfault_fill_progress, paused), F(kvmfault_fill_progress, threads_calling) } },
+	{ "kvmfault_fault",
+	  resolve_by_hand,
+	  sizeof(struct kvmfault_fault),
+	  { F(kvmfault_fault, gpa), F(kvmfault_fault, len), F(kvmfault_fault, hva), F(kvmfault_fault, slot),
+	    F(kvmfault_fault, access), F(kvmfault_fault, origin), F(kvmfault_fault, vcpu),
+	    F(kvmfault_fault, window_gpa), F(kvmfault_fault, window_len) } },
+	{ "kvmfault_fill_options",
+	  fill_start,
+	  sizeof(struct kvmfault_fill_options),
+	  { F(kvmfault_fill_options, threads), F(kvmfault_fill_options, batch),
+	    F(kvmfault_fill_options, bytes_per_second), F(kvmfault_fill_options, progress),
+	    F(kvmfault_fill_options, opaque), F(kvmfault_fill_options, finalizer),
+	    F(kvmfault_fill_options, interval_ms), F(kvmfault_fill_options, flags),
+	    F(kvmfault_fill_options, working_set_fd), F(kvmfault_fill_options, reserved), F(kvmfault_fill_options, gpa),
+	    F(kvmfault_fill_options, len) } },
+	{ "kvmfault_fill_progress",
+	  fill_status,
+	  sizeof(struct kvmfault_fill_progress),
+	  { F(kvmfault_fill_progress, pages_total), F(kvmfault_fill_progress, pages_left),
+	    F(kvmfault_fill_progress, failures), F(kvmfault_fill_progress, bytes_per_second),
+	    F(kvmfault_fill_progress, eta_ms), F(kvmfault_fill_progress, working_set_done),
+	    F(kvmfault_fill_progress, ended), F(kvmfault_fill_progress, paused),
+	    F(kvmfault_fill_progress, threads_calling) } },
 };
 
 /*
@@ -193,7 +228,8 @@ static void every_size(void)
 			int ret = s->call(at);
 			const char *words = ret < 0 ? kvmfault_last_error() : "";
 			bool refused = ret == -EINVAL && strstr(words, "size: is");
-			CHECK(refused == !whole, "%s with size %zu (it has %zu): returned %d, \"%s\"", s->name, size, s->size, ret, words);
+			CHECK(refused == !whole, "%s with size %zu (it has %zu): returned %d, \"%s\"", s->name, size,
+			      s->size, ret, words);
 		}
 	}
 	kvmfault_fill_free(fill);
@@ -224,7 +260,8 @@ static void array_ends(void)
 	for (int i = 1; i < 3; i++) {
 		for (const size_t *bad = (const size_t[]){ 1, 8, 24, 40, 4096, 4097, SIZE_MAX, 0 }; *bad; bad++) {
 			ranges[i].size = *bad;
-			REFUSED(kvmfault_file_source_new(fd, ranges, 3, &source), EINVAL, i == 1 ? "ranges[1].size" : "ranges[2].size");
+			REFUSED(kvmfault_file_source_new(fd, ranges, 3, &source), EINVAL,
+				i == 1 ? "ranges[1].size" : "ranges[2].size");
 		}
 		ranges[i].size = sizeof(*ranges);
 	}
@@ -280,7 +317,12 @@ static void faults(void)
 	struct kvmfault_vm *vm = subject.machine.library;
 	const uint64_t gpa = INTACT_VM_GPA + 16 * PAGE;
 	const struct kvmfault_fault good = {
-		.size = sizeof(good), .gpa = gpa, .len = PAGE, .vcpu = -1, .window_gpa = gpa - PAGE, .window_len = 4 * PAGE,
+		.size = sizeof(good),
+		.gpa = gpa,
+		.len = PAGE,
+		.vcpu = -1,
+		.window_gpa = gpa - PAGE,
+		.window_len = 4 * PAGE,
 	};
 	const struct {
 		uint64_t gpa, len, window_gpa, window_len;
@@ -351,7 +393,8 @@ static void addresses_of_the_alias(void)
 		skip("KVM has the VMM's own mapping");
 	}
 	for (int page = 0; page < 64; page++) {
-		EQUAL("translated", (int64_t)(uintptr_t)kvmfault_vm_address(vm, alias + page * PAGE), (int64_t)(uintptr_t)(ram.hva + page * PAGE));
+		EQUAL("translated", (int64_t)(uintptr_t)kvmfault_vm_address(vm, alias + page * PAGE),
+		      (int64_t)(uintptr_t)(ram.hva + page * PAGE));
 		REFUSED(kvmfault_pages_arrived(vm, alias + page * PAGE, PAGE), ENOENT, "hva");
 		REFUSED(kvmfault_pages_missing(vm, alias + page * PAGE, PAGE), ENOENT, "hva");
 		EQUAL("absent pages", kvmfault_pages_absent(vm), absent);

@@ -59,7 +59,8 @@ static int bitmap(struct kvmfault_vm *vm, uint64_t gpa, uint64_t len)
 }
 
 /* All that take a range. */
-static int (*const functions[])(struct kvmfault_vm *, uint64_t, uint64_t) = { install, zero, map, lost, discard, give_back, resolve, withdraw, bitmap };
+static int (*const functions[])(struct kvmfault_vm *, uint64_t,
+				uint64_t) = { install, zero, map, lost, discard, give_back, resolve, withdraw, bitmap };
 enum { FUNCTIONS = sizeof(functions) / sizeof(*functions) };
 
 #define END (INTACT_VM_GPA + INTACT_VM_LEN)
@@ -93,7 +94,8 @@ static void wrong_ranges(void)
 	intact_vm_create(&s);
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
 		for (int f = 0; f < FUNCTIONS; f++)
-			REFUSED(functions[f](s.machine.library, cases[i].gpa, cases[i].len), cases[i].error, cases[i].words);
+			REFUSED(functions[f](s.machine.library, cases[i].gpa, cases[i].len), cases[i].error,
+				cases[i].words);
 		intact_vm_check(&s);
 	}
 	for (const uint64_t *bad = (const uint64_t[]){ END, INTACT_VM_GPA - 1, UINT64_MAX, 1ull << 52, 0 }; *bad; bad++)
@@ -142,8 +144,10 @@ static void wrong_source(void)
 	/*
 	 * A source in absent guest memory: copying from it would wait for a page, possibly forever.
 	 */
-	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - INTACT_VM_GPA) + PAGE, PAGE), EFAULT, "src");
-	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - INTACT_VM_GPA) - 1, PAGE), EFAULT, "src");
+	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - INTACT_VM_GPA) + PAGE, PAGE),
+		EFAULT, "src");
+	REFUSED(kvmfault_pages_install(s.machine.library, FREE, s.ram.hva + (FREE - INTACT_VM_GPA) - 1, PAGE), EFAULT,
+		"src");
 	/* Reaches into the hole from the middle of a page: nothing of that page is installed. */
 	REFUSED(kvmfault_pages_install(s.machine.library, FREE, hole + PAGE + 1, PAGE), EFAULT, "src");
 	intact_vm_check(&s);

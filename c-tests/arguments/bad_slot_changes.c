@@ -47,8 +47,10 @@ static void overlapping(void)
 	/* In host memory, slots may share what they name as one block, and nothing else. */
 	slot = spare_slot_on(s.ram.hva + INTACT_VM_LEN - PAGE);
 	slot.len = 2 * PAGE;
-	CHECK(mmap(s.ram.hva + INTACT_VM_LEN, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED ||
-	      errno == EEXIST, "mmap behind the intact VM's memory: %s", strerror(errno));
+	CHECK(mmap(s.ram.hva + INTACT_VM_LEN, PAGE, PROT_READ | PROT_WRITE,
+		   MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED ||
+		      errno == EEXIST,
+	      "mmap behind the intact VM's memory: %s", strerror(errno));
 	spare_slot_refused(&s, &slot, EINVAL, "hva");
 	intact_vm_check(&s);
 	intact_vm_destroy(&s);
@@ -64,7 +66,8 @@ static void taken_already(void)
 	uint8_t *memory = map_memfd(SPARE_LEN);
 	struct kvmfault_memslot slot = spare_slot_on(memory);
 	struct uffdio_api api = { .api = UFFD_API };
-	struct uffdio_register registration = { .range = { (uintptr_t)memory, SPARE_LEN }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+	struct uffdio_register registration = { .range = { (uintptr_t)memory, SPARE_LEN },
+						.mode = UFFDIO_REGISTER_MODE_MISSING };
 
 	int uffd = new_uffd();
 	SYS(ioctl(uffd, UFFDIO_API, &api));
@@ -75,7 +78,9 @@ static void taken_already(void)
 	spare_slot_accepted(&s, &slot);
 
 	struct kvm_userspace_memory_region own = {
-		.slot = SPARE_SLOT + 1, .guest_phys_addr = SPARE_GPA + SPARE_LEN / 2, .memory_size = SPARE_LEN,
+		.slot = SPARE_SLOT + 1,
+		.guest_phys_addr = SPARE_GPA + SPARE_LEN / 2,
+		.memory_size = SPARE_LEN,
 		.userspace_addr = (uintptr_t)map_anon(SPARE_LEN),
 	};
 	SYS(ioctl(s.machine.vm, KVM_SET_USER_MEMORY_REGION, &own));
@@ -96,7 +101,10 @@ static void changes_that_fail(void)
 	struct intact_vm s;
 	intact_vm_create(&s);
 	struct kvm_userspace_memory_region own = {
-		.slot = SPARE_SLOT + 1, .guest_phys_addr = SPARE_GPA, .memory_size = SPARE_LEN, .userspace_addr = (uintptr_t)map_anon(SPARE_LEN),
+		.slot = SPARE_SLOT + 1,
+		.guest_phys_addr = SPARE_GPA,
+		.memory_size = SPARE_LEN,
+		.userspace_addr = (uintptr_t)map_anon(SPARE_LEN),
 	};
 	SYS(ioctl(s.machine.vm, KVM_SET_USER_MEMORY_REGION, &own));
 	const struct kvmfault_memslot as_it_is = slot_on(&s.ram, RAM_SLOT, INTACT_VM_GPA);
@@ -120,7 +128,8 @@ static void changes_that_fail(void)
 
 	/* Host threads still wait for absent pages, too. */
 	unsigned page = s.next++;
-	EQUAL("what a host thread reads", *(volatile uint64_t *)(s.ram.hva + page * PAGE), pattern_word(&s.source.pattern, page, 0));
+	EQUAL("what a host thread reads", *(volatile uint64_t *)(s.ram.hva + page * PAGE),
+	      pattern_word(&s.source.pattern, page, 0));
 	intact_vm_learn(&s);
 	intact_vm_check(&s);
 	intact_vm_destroy(&s);

@@ -161,8 +161,10 @@ static void wrong_sizes(void)
 	for (size_t size = sizeof(size_t) + 1; size < 256; size++) {
 		memset(&out, 0xee, sizeof(out));
 		out.region.size = size;
-		if (!size_accepted(kvmfault_memslot_prepare(s.machine.library, &good, &out.region), size, sizeof(region))) {
-			CHECK(out.bytes[size] == 0xee && out.bytes[sizeof(size_t)] == 0xee, "a refused size %zu, and something was written", size);
+		if (!size_accepted(kvmfault_memslot_prepare(s.machine.library, &good, &out.region), size,
+				   sizeof(region))) {
+			CHECK(out.bytes[size] == 0xee && out.bytes[sizeof(size_t)] == 0xee,
+			      "a refused size %zu, and something was written", size);
 			continue;
 		}
 		slot = good;
@@ -186,12 +188,12 @@ static void wrong_blocks(void)
 	const struct {
 		uint64_t offset, len;
 	} cases[] = {
-		{ PAGE, SPARE_LEN },                 /* begins after the slot */
-		{ 0, SPARE_LEN - PAGE },             /* ends before it */
-		{ 1, 2 * SPARE_LEN },                /* unaligned */
+		{ PAGE, SPARE_LEN },     /* begins after the slot */
+		{ 0, SPARE_LEN - PAGE }, /* ends before it */
+		{ 1, 2 * SPARE_LEN },    /* unaligned */
 		{ 0, SPARE_LEN + 1 },
-		{ 0, -PAGE },                        /* wraps */
-		{ 2 * SPARE_LEN, 2 * SPARE_LEN },    /* elsewhere */
+		{ 0, -PAGE },                     /* wraps */
+		{ 2 * SPARE_LEN, 2 * SPARE_LEN }, /* elsewhere */
 	};
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
 		struct kvmfault_memslot slot = spare_slot_on(memory);
@@ -248,8 +250,10 @@ static void wrong_memory(void)
 		uint8_t *memory;
 		int declared;
 	} kinds[] = {
-		{ anon, KVMFAULT_MEMORY_SHARED }, { anon, KVMFAULT_MEMORY_HUGETLB },
-		{ shared, KVMFAULT_MEMORY_ANON }, { shared, KVMFAULT_MEMORY_HUGETLB },
+		{ anon, KVMFAULT_MEMORY_SHARED },
+		{ anon, KVMFAULT_MEMORY_HUGETLB },
+		{ shared, KVMFAULT_MEMORY_ANON },
+		{ shared, KVMFAULT_MEMORY_HUGETLB },
 	};
 	for (size_t i = 0; i < sizeof(kinds) / sizeof(*kinds); i++) {
 		slot = spare_slot_on(kinds[i].memory);
@@ -259,7 +263,8 @@ static void wrong_memory(void)
 	}
 
 	/* Two kinds in one slot. */
-	CHECK(mmap(shared + SPARE_LEN / 2, SPARE_LEN / 2, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED,
+	CHECK(mmap(shared + SPARE_LEN / 2, SPARE_LEN / 2, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED,
 	      "mmap: %s", strerror(errno));
 	slot = spare_slot_on(shared);
 	spare_slot_refused(&s, &slot, EINVAL, "hva");
@@ -332,12 +337,9 @@ static void wrong_hugetlb(void)
 }
 
 static const struct test_case cases[] = {
-	{ "null-arguments", null_arguments, false },
-	{ "wrong-ranges", wrong_ranges, false },
-	{ "wrong-numbers", wrong_numbers, false },
-	{ "wrong-sizes", wrong_sizes, false },
-	{ "wrong-blocks", wrong_blocks, false },
-	{ "wrong-memory", wrong_memory, false },
+	{ "null-arguments", null_arguments, false }, { "wrong-ranges", wrong_ranges, false },
+	{ "wrong-numbers", wrong_numbers, false },   { "wrong-sizes", wrong_sizes, false },
+	{ "wrong-blocks", wrong_blocks, false },     { "wrong-memory", wrong_memory, false },
 	{ "wrong-hugetlb", wrong_hugetlb, false },
 };
 TEST_MAIN(cases)

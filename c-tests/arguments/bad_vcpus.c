@@ -41,7 +41,8 @@ static void refuse(const struct intact_vm *s, const struct kvmfault_vcpu_options
 	CHECK(vcpu == NULL, "the handle is %p after an error", (void *)vcpu);
 	after = signals_blocked();
 	for (int signal = 1; signal < NSIG; signal++)
-		CHECK(sigismember(&before, signal) == sigismember(&after, signal), "signal %d was blocked or unblocked", signal);
+		CHECK(sigismember(&before, signal) == sigismember(&after, signal), "signal %d was blocked or unblocked",
+		      signal);
 }
 
 static void accept(const struct intact_vm *s, const struct kvmfault_vcpu_options *options)
@@ -75,8 +76,14 @@ static void wrong_descriptors(void)
 	const struct {
 		int fd, error;
 	} cases[] = {
-		{ -1, EBADF }, { INT_MIN, EBADF }, { INT_MAX, EBADF }, { closed_fd(), EBADF },
-		{ s.machine.vm, EINVAL }, { s.machine.kvm, EINVAL }, { new_uffd(), EINVAL }, { s.ram.fd, EINVAL },
+		{ -1, EBADF },
+		{ INT_MIN, EBADF },
+		{ INT_MAX, EBADF },
+		{ closed_fd(), EBADF },
+		{ s.machine.vm, EINVAL },
+		{ s.machine.kvm, EINVAL },
+		{ new_uffd(), EINVAL },
+		{ s.ram.fd, EINVAL },
 		{ s.vcpu->fd, EEXIST }, /* it has a handle */
 		{ SYS(dup(s.vcpu->fd)), EEXIST },
 	};
@@ -105,7 +112,8 @@ static void wrong_options(void)
 		refuse(&s, &options, EINVAL, "sigbus");
 	}
 	/* 32 and 33 are the C library's own. */
-	for (const int *bad = (const int[]){ -1, 32, 33, 65, INT_MAX, INT_MIN, SIGKILL, SIGSTOP, SIGBUS, 0 }; *bad; bad++) {
+	for (const int *bad = (const int[]){ -1, 32, 33, 65, INT_MAX, INT_MIN, SIGKILL, SIGSTOP, SIGBUS, 0 }; *bad;
+	     bad++) {
 		options = good;
 		options.kick_signal = *bad;
 		refuse(&s, &options, EINVAL, "kick_signal");
@@ -185,7 +193,8 @@ static void memory_error_and_stats(void)
 		memset(&u, 0xee, sizeof(u));
 		u.stats.size = size;
 		bool accepted = size_accepted(kvmfault_vm_stats(s.machine.library, &u.stats), size, sizeof(u.stats));
-		EQUAL("accepted of a vCPU", size_accepted(kvmfault_vcpu_stats(s.vcpu->handle, &u.stats), size, sizeof(u.stats)), accepted);
+		EQUAL("accepted of a vCPU",
+		      size_accepted(kvmfault_vcpu_stats(s.vcpu->handle, &u.stats), size, sizeof(u.stats)), accepted);
 		CHECK(u.stats.size == size && u.bytes[size] == 0xee, "with size %zu more was written", size);
 	}
 	intact_vm_check(&s);
@@ -260,11 +269,8 @@ static void used_by_two_threads(void)
 }
 
 static const struct test_case cases[] = {
-	{ "null-arguments", null_arguments, false },
-	{ "wrong-descriptors", wrong_descriptors, false },
-	{ "wrong-options", wrong_options, false },
-	{ "memory-error-and-stats", memory_error_and_stats, false },
-	{ "wrong-results", wrong_results, false },
-	{ "used-by-two-threads", used_by_two_threads, false },
+	{ "null-arguments", null_arguments, false }, { "wrong-descriptors", wrong_descriptors, false },
+	{ "wrong-options", wrong_options, false },   { "memory-error-and-stats", memory_error_and_stats, false },
+	{ "wrong-results", wrong_results, false },   { "used-by-two-threads", used_by_two_threads, false },
 };
 TEST_MAIN(cases)

@@ -118,8 +118,8 @@ static void wrong_descriptors(void)
 static void unfit_userfaultfd(void)
 {
 	struct intact_vm s;
-	static const uint64_t unfit[] = { UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE, UFFD_FEATURE_EVENT_UNMAP,
-					  UFFD_FEATURE_SIGBUS };
+	static const uint64_t unfit[] = { UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_REMOVE,
+					  UFFD_FEATURE_EVENT_UNMAP, UFFD_FEATURE_SIGBUS };
 	intact_vm_create(&s);
 	for (size_t i = 0; i < sizeof(unfit) / sizeof(*unfit); i++) {
 		struct kvmfault_vm_options options = good(&s);
@@ -164,7 +164,8 @@ static void wrong_numbers(void)
 /* Names of ABIs: unknown ones, and known ones that this kernel doesn't have. */
 static void wrong_abi(void)
 {
-	static const char *const unknown[] = { "", "v", "v1", "V2", "v2 ", "userfault", "auto", "%s%s%s%n", "v2\nv3", "\xff\xfe" };
+	static const char *const unknown[] = { "",          "v",    "v1",       "V2",     "v2 ",
+					       "userfault", "auto", "%s%s%s%n", "v2\nv3", "\xff\xfe" };
 	static const char *const known[] = { "v2", "v3", "v4", "v7", "userfault-v3" };
 	struct intact_vm s;
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;

@@ -69,9 +69,12 @@ static void install_stops_at_lost(void)
 	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 1, 3);
 	memset(bytes, 0x5a, sizeof(bytes));
 	OK(kvmfault_pages_lost(resolver_vm.m.library, RAM_GPA + 6 * PAGE, PAGE));
-	REFUSED(kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 4 * PAGE, bytes, sizeof(bytes)), EHWPOISON, "lost");
+	REFUSED(kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 4 * PAGE, bytes, sizeof(bytes)), EHWPOISON,
+		"lost");
 	for (uint64_t page = 4; page < 12; page++)
-		expect_state(page, page < 6 ? KVMFAULT_PAGE_PRESENT : page == 6 ? KVMFAULT_PAGE_LOST : KVMFAULT_PAGE_ABSENT);
+		expect_state(page, page < 6    ? KVMFAULT_PAGE_PRESENT
+				   : page == 6 ? KVMFAULT_PAGE_LOST
+					       : KVMFAULT_PAGE_ABSENT);
 	EQUAL("a byte before it", resolver_vm.ram.hva[5 * PAGE], 0x5a);
 	resolver_vm_tear_down();
 }

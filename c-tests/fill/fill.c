@@ -71,9 +71,11 @@ static void beside_the_guest(void)
 		for (uint32_t n = 0; n < PAGES; n++) {
 			uint32_t page = t.s.list[n];
 			uint64_t last = pattern_word(&t.s.source.pattern, page, PAGE / 8 - 1);
-			EQUAL("the last word of a page", *(uint64_t *)(t.s.ram.hva + (page + 1) * PAGE - 8), n < PAGES / 2 ? last : ~last);
+			EQUAL("the last word of a page", *(uint64_t *)(t.s.ram.hva + (page + 1) * PAGE - 8),
+			      n < PAGES / 2 ? last : ~last);
 		}
-		note("%lu pages by the guest's faults, %lu calls of the fill", (unsigned long)stats.outcome_resolved, (unsigned long)t.calls);
+		note("%lu pages by the guest's faults, %lu calls of the fill", (unsigned long)stats.outcome_resolved,
+		     (unsigned long)t.calls);
 		slot_vm_destroy(&t.s);
 	}
 }
@@ -91,7 +93,8 @@ static void near_faults_first(void)
 	struct kvmfault_fill *fill = fill_vm_start(&t, &options);
 	UNTIL(kvmfault_pages_absent(t.s.m.library) < (int64_t)PAGES - 100);
 	OK(kvmfault_fill_stop(fill));
-	EQUAL("a page behind the fault", kvmfault_pages_state(t.s.m.library, RAM_GPA + (PAGES / 2 + 80) * PAGE), KVMFAULT_PAGE_PRESENT);
+	EQUAL("a page behind the fault", kvmfault_pages_state(t.s.m.library, RAM_GPA + (PAGES / 2 + 80) * PAGE),
+	      KVMFAULT_PAGE_PRESENT);
 	EQUAL("the first page", kvmfault_pages_state(t.s.m.library, RAM_GPA), KVMFAULT_PAGE_ABSENT);
 	REFUSED(kvmfault_fill_wait(fill, 10000), ECANCELED, "stopped");
 	kvmfault_fill_free(fill);
@@ -132,14 +135,17 @@ static void ordinary(void)
 		struct kvmfault_stats before = machine_settled_stats(&t.s.m);
 		REFUSED(kvmfault_pages_discard(t.s.m.library, RAM_GPA, PAGE), EBUSY, "set_fast_only");
 		for (int i = 0; i < 2; i++)
-			SYS(madvise(t.s.ram.hva + (200 + i) * PAGE, PAGE, backing == ANON ? MADV_DONTNEED : MADV_REMOVE));
-		EQUAL("what the guest reads of a page that was dropped", slot_vm_read(&t.s, v, RAM_GPA + 200 * PAGE), 0);
+			SYS(madvise(t.s.ram.hva + (200 + i) * PAGE, PAGE,
+				    backing == ANON ? MADV_DONTNEED : MADV_REMOVE));
+		EQUAL("what the guest reads of a page that was dropped", slot_vm_read(&t.s, v, RAM_GPA + 200 * PAGE),
+		      0);
 		EQUAL("what the host reads of one", *(volatile uint64_t *)(t.s.ram.hva + 201 * PAGE), 0);
 		slot_vm_write(&t.s, v, RAM_GPA + 200 * PAGE + 8, 77);
 		EQUAL("what the guest wrote there", *(volatile uint64_t *)(t.s.ram.hva + 200 * PAGE + 8), 77);
 		slot_vm_visit(&t.s, v, 300, PAGES - 300, READ_FIRST);
 		struct kvmfault_stats after = machine_stats(&t.s.m);
-		EQUAL("faults since", after.faults_vcpu + after.faults_host - before.faults_vcpu - before.faults_host, 0);
+		EQUAL("faults since", after.faults_vcpu + after.faults_host - before.faults_vcpu - before.faults_host,
+		      0);
 
 		OK(kvmfault_memslot_set_fast_only(t.s.m.library, RAM_SLOT, 1));
 		OK(kvmfault_pages_discard(t.s.m.library, RAM_GPA + 500 * PAGE, 32 * PAGE));
@@ -204,7 +210,8 @@ static uint64_t huge_kib(const void *address)
 	while (fgets(line, sizeof(line), file)) {
 		if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
 			inside = start <= (uint64_t)address && (uint64_t)address < end;
-		else if (inside && (sscanf(line, "AnonHugePages: %lu", &kib) == 1 || sscanf(line, "ShmemPmdMapped: %lu", &kib) == 1))
+		else if (inside && (sscanf(line, "AnonHugePages: %lu", &kib) == 1 ||
+				    sscanf(line, "ShmemPmdMapped: %lu", &kib) == 1))
 			total += kib;
 	}
 	fclose(file);
@@ -255,7 +262,10 @@ static void full_speed(void)
 
 		slot_vm_attach(&plain, backing, len, test_mechanism(), NULL);
 		struct kvm_userspace_memory_region region = {
-			.slot = RAM_SLOT, .guest_phys_addr = RAM_GPA, .memory_size = plain.ram.len, .userspace_addr = (uintptr_t)plain.ram.hva,
+			.slot = RAM_SLOT,
+			.guest_phys_addr = RAM_GPA,
+			.memory_size = plain.ram.len,
+			.userspace_addr = (uintptr_t)plain.ram.hva,
 		};
 		SYS(ioctl(plain.m.vm, KVM_SET_USER_MEMORY_REGION, &region));
 		for (uint64_t page = 0; page < plain.pages; page++)
@@ -275,7 +285,8 @@ static void full_speed(void)
 		pattern_check(&t.s.source.pattern, t.s.ram.hva, 0, t.s.pages);
 		uint64_t huge = huge_kib(t.s.ram.hva), all = t.s.ram.len / 1024;
 		size_t length = strlen(figures);
-		snprintf(figures + length, sizeof(figures) - length, "%s%s: %.2f times as long, %lu of %lu KiB in huge pages", *figures ? "; " : "",
+		snprintf(figures + length, sizeof(figures) - length,
+			 "%s%s: %.2f times as long, %lu of %lu KiB in huge pages", *figures ? "; " : "",
 			 backing_name(backing), filled / never, huge, all);
 		CHECK(filled / never < 1.25, "%s", figures);
 		CHECK(huge >= all / 2 || !can_collapse(backing), "%s", figures);

@@ -28,8 +28,9 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 {
 	struct parts *p = opaque;
 	if (fault->origin == KVMFAULT_ORIGIN_FILL) {
-		CHECK(fault->window_gpa >= p->from && fault->window_gpa + fault->window_len <= p->to, "a window [%#lx, +%#lx) outside [%#lx, %#lx)",
-		      (unsigned long)fault->window_gpa, (unsigned long)fault->window_len, (unsigned long)p->from, (unsigned long)p->to);
+		CHECK(fault->window_gpa >= p->from && fault->window_gpa + fault->window_len <= p->to,
+		      "a window [%#lx, +%#lx) outside [%#lx, %#lx)", (unsigned long)fault->window_gpa,
+		      (unsigned long)fault->window_len, (unsigned long)p->from, (unsigned long)p->to);
 		p->calls++;
 	}
 	int ret = source_install(&p->source, vm, fault->window_gpa, fault->window_len);
@@ -70,7 +71,8 @@ static void destroy(struct parts *p)
  * Fills [from, to), and checks each page of both slots: present if it lies inside or is one of
  * [touched, touched_end), absent if not.
  */
-static void fill_part(struct parts *p, uint64_t from, uint64_t to, struct kvmfault_fill_options options, uint64_t touched, uint64_t touched_end)
+static void fill_part(struct parts *p, uint64_t from, uint64_t to, struct kvmfault_fill_options options,
+		      uint64_t touched, uint64_t touched_end)
 {
 	struct kvmfault_fill *fill;
 	struct kvmfault_fill_progress progress = KVMFAULT_FILL_PROGRESS_INIT;
@@ -95,9 +97,11 @@ static void fill_part(struct parts *p, uint64_t from, uint64_t to, struct kvmfau
 		for (int i = 0; i < 2; i++) {
 			bool there = (from <= gpas[i] && gpas[i] < to) || (touched <= gpas[i] && gpas[i] < touched_end);
 			int state = kvmfault_pages_state(p->m.library, gpas[i]);
-			CHECK(state == (there ? KVMFAULT_PAGE_PRESENT : KVMFAULT_PAGE_ABSENT), "page %lu of slot %d is in state %d", n, i, state);
+			CHECK(state == (there ? KVMFAULT_PAGE_PRESENT : KVMFAULT_PAGE_ABSENT),
+			      "page %lu of slot %d is in state %d", n, i, state);
 			if (there)
-				pattern_check(&p->source.pattern, p->ram.hva + (i ? n : 2 * FEW + n) * PAGE, (gpas[i] - LOW_GPA) / PAGE, 1);
+				pattern_check(&p->source.pattern, p->ram.hva + (i ? n : 2 * FEW + n) * PAGE,
+					      (gpas[i] - LOW_GPA) / PAGE, 1);
 		}
 	}
 	/* Memory stays armed, whatever it was that came. */
@@ -248,7 +252,8 @@ static void huge(void)
 	OK(kvmfault_fill_wait(fill, 60000));
 	kvmfault_fill_free(fill);
 	for (int n = 0; n < 8; n++)
-		EQUAL("state", kvmfault_pages_state(t.s.m.library, RAM_GPA + n * HUGE_PAGE), n < 6 ? KVMFAULT_PAGE_ABSENT : KVMFAULT_PAGE_PRESENT);
+		EQUAL("state", kvmfault_pages_state(t.s.m.library, RAM_GPA + n * HUGE_PAGE),
+		      n < 6 ? KVMFAULT_PAGE_ABSENT : KVMFAULT_PAGE_PRESENT);
 	pattern_check(&t.s.source.pattern, t.s.ram.hva + 6 * HUGE_PAGE, 6 * HUGE_PAGE / PAGE, 2 * HUGE_PAGE / PAGE);
 	slot_vm_destroy(&t.s);
 }
@@ -265,15 +270,15 @@ static void wrong_ranges(void)
 {
 	struct parts p;
 	create(&p, MEMFD, 0);
-#define WRONG(from, length, error, words)                                                \
-	do {                                                                             \
-		struct kvmfault_fill_options wrong = KVMFAULT_FILL_OPTIONS_INIT;         \
-		struct kvmfault_fill *fill = (void *)1;                                  \
-		wrong.finalizer = finalizer;                                             \
-		wrong.gpa = from;                                                        \
-		wrong.len = length;                                                      \
-		REFUSED(kvmfault_fill_start(p.m.library, &wrong, &fill), error, words);  \
-		CHECK(!fill, "a handle after an error");                                 \
+#define WRONG(from, length, error, words)                                               \
+	do {                                                                            \
+		struct kvmfault_fill_options wrong = KVMFAULT_FILL_OPTIONS_INIT;        \
+		struct kvmfault_fill *fill = (void *)1;                                 \
+		wrong.finalizer = finalizer;                                            \
+		wrong.gpa = from;                                                       \
+		wrong.len = length;                                                     \
+		REFUSED(kvmfault_fill_start(p.m.library, &wrong, &fill), error, words); \
+		CHECK(!fill, "a handle after an error");                                \
 	} while (0)
 	WRONG(LOW_GPA + 1, PAGE, EINVAL, "gpa: ");
 	WRONG(LOW_GPA + 512, PAGE, EINVAL, "gpa: ");

@@ -275,14 +275,8 @@ static void limited(void)
 }
 
 static const struct test_case cases[] = {
-	{ "calls", calls, true },
-	{ "overtaken", overtaken, true },
-	{ "mended", mended, true },
-	{ "stopped", stopped, true },
-	{ "freed", freed, true },
-	{ "vm-freed", vm_freed, true },
-	{ "vm-closed", vm_closed, true },
-	{ "reported", reported, false },
-	{ "limited", limited, false },
+	{ "calls", calls, true },         { "overtaken", overtaken, true }, { "mended", mended, true },
+	{ "stopped", stopped, true },     { "freed", freed, true },         { "vm-freed", vm_freed, true },
+	{ "vm-closed", vm_closed, true }, { "reported", reported, false },  { "limited", limited, false },
 };
 TEST_MAIN(cases)

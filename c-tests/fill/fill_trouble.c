@@ -282,7 +282,8 @@ static void discarded_meanwhile(void)
 		struct kvmfault_fill *fill = fill_vm_start(&t, &options);
 		int ret = 0;
 		for (int i = 0; i < 200 && ret != -EBUSY; i++) {
-			ret = kvmfault_pages_discard(t.s.m.library, RAM_GPA + random_number(&seed) % PAGES * PAGE, PAGE);
+			ret = kvmfault_pages_discard(t.s.m.library, RAM_GPA + random_number(&seed) % PAGES * PAGE,
+						     PAGE);
 			CHECK(ret == 0 || ret == -EBUSY, "%d: %s", ret, kvmfault_last_error());
 		}
 		OK(kvmfault_fill_wait(fill, 60000));
@@ -431,13 +432,13 @@ static void wrong_arguments(void)
 	struct kvmfault_fill_options options = KVMFAULT_FILL_OPTIONS_INIT;
 	fill_vm_create(&t, MEMFD, PAGES * PAGE);
 	finalized = 0;
-#define WRONG(field, value, error, words)                                                \
-	do {                                                                             \
-		struct kvmfault_fill_options wrong = KVMFAULT_FILL_OPTIONS_INIT;         \
-		wrong.finalizer = finalizer;                                             \
-		wrong.field = value;                                                     \
+#define WRONG(field, value, error, words)                                                 \
+	do {                                                                              \
+		struct kvmfault_fill_options wrong = KVMFAULT_FILL_OPTIONS_INIT;          \
+		wrong.finalizer = finalizer;                                              \
+		wrong.field = value;                                                      \
 		REFUSED(kvmfault_fill_start(t.s.m.library, &wrong, &fill), error, words); \
-		CHECK(!fill, "a handle after an error");                                 \
+		CHECK(!fill, "a handle after an error");                                  \
 	} while (0)
 	WRONG(size, 0, EINVAL, "options.size");
 	WRONG(threads, 65, EINVAL, "threads");

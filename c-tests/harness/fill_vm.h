@@ -12,13 +12,13 @@
 
 struct fill_vm {
 	struct slot_vm s;
-	atomic_ulong calls, pages;  /* of the fill */
+	atomic_ulong calls, pages; /* of the fill */
 	/* to the fill, for pages whose number is 5 modulo 97; 0: they come as the others do */
 	atomic_int answer;
-	atomic_int us;              /* how long a call of the fill takes */
-	atomic_bool fill_held;      /* the fill's calls don't return */
-	atomic_bool held;           /* other calls don't return */
-	atomic_uint holding;        /* how many of those calls are under way */
+	atomic_int us;         /* how long a call of the fill takes */
+	atomic_bool fill_held; /* the fill's calls don't return */
+	atomic_bool held;      /* other calls don't return */
+	atomic_uint holding;   /* how many of those calls are under way */
 };
 
 /* With the case's mechanism, and no readahead. */

@@ -36,7 +36,8 @@ static void load(struct vcpu *v, int guest, struct kvm_regs *regs)
 	SYS(ioctl(v->fd, KVM_SET_REGS, regs));
 }
 
-void vcpu_load_verify(struct vcpu *v, uint64_t gpa, uint64_t list, uint64_t count, const struct pattern *pattern, int mode)
+void vcpu_load_verify(struct vcpu *v, uint64_t gpa, uint64_t list, uint64_t count, const struct pattern *pattern,
+		      int mode)
 {
 	struct kvm_regs regs = {
 		.rdi = gpa,

@@ -17,7 +17,8 @@ enum { READ_FIRST = 0, WRITE_FIRST = 1 };
  * guest/verify.S: checks `count` pages of the list at guest address `list`, pages counted from
  * `gpa`.
  */
-void vcpu_load_verify(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, const struct pattern *pattern, int mode);
+void vcpu_load_verify(struct vcpu *vcpu, uint64_t gpa, uint64_t list, uint64_t count, const struct pattern *pattern,
+		      int mode);
 /* Runs guest/verify.S, and fails the case with what the guest found if that is wrong. */
 void vcpu_verify(struct vcpu *vcpu);
 /*

@@ -243,8 +243,11 @@ int harness_main(int argc, char **argv, const struct test_case *cases, size_t co
 				double start = now();
 				int status = run_apart(c, number);
 				*(status == 0 ? &passed : status == SKIPPED ? &skipped : &failed) += 1;
-				printf("%s %s %.2f\n", status == 0 ? "PASS" : status == SKIPPED ? "SKIP" : "FAIL", name,
-				       now() - start);
+				printf("%s %s %.2f\n",
+				       status == 0         ? "PASS"
+				       : status == SKIPPED ? "SKIP"
+							   : "FAIL",
+				       name, now() - start);
 			}
 		}
 	}

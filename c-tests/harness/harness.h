@@ -57,24 +57,24 @@ void skip(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn
 void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #define FAIL(...) fail(__FILE__, __LINE__, __VA_ARGS__)
-#define CHECK(condition, ...)                 \
-	do {                                  \
-		if (!(condition))             \
-			FAIL(__VA_ARGS__);    \
+#define CHECK(condition, ...)              \
+	do {                               \
+		if (!(condition))          \
+			FAIL(__VA_ARGS__); \
 	} while (0)
 /* Two integers are equal. */
-#define EQUAL(what, got, expected)                                                                                  \
-	do {                                                                                                        \
-		long long got_ = (long long)(got), expected_ = (long long)(expected);                               \
-		if (got_ != expected_)                                                                              \
+#define EQUAL(what, got, expected)                                                                                     \
+	do {                                                                                                           \
+		long long got_ = (long long)(got), expected_ = (long long)(expected);                                  \
+		if (got_ != expected_)                                                                                 \
 			FAIL("%s: is %lld (%#llx), not %lld (%#llx)", what, got_, (unsigned long long)got_, expected_, \
-			     (unsigned long long)expected_);                                                        \
+			     (unsigned long long)expected_);                                                           \
 	} while (0)
 /* Waits until other threads have made the condition true; fails the case after 10 seconds. */
-#define UNTIL(condition)                                                         \
-	do {                                                                     \
-		for (double end_ = now() + 10; !(condition); wait_a_little())    \
-			CHECK(now() < end_, "not within 10 s: " #condition);     \
+#define UNTIL(condition)                                                      \
+	do {                                                                  \
+		for (double end_ = now() + 10; !(condition); wait_a_little()) \
+			CHECK(now() < end_, "not within 10 s: " #condition);  \
 	} while (0)
 /*
  * A call to the library succeeds (the value is its result, 0 or more); else the case ends with the

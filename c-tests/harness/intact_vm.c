@@ -51,7 +51,9 @@ static int settled_state(const struct intact_vm *s, uint64_t page)
 {
 	int state;
 	double end = now() + 5;
-	while ((state = OK(kvmfault_pages_state(s->machine.library, INTACT_VM_GPA + page * PAGE))) == KVMFAULT_PAGE_RESOLVING && now() < end)
+	while ((state = OK(kvmfault_pages_state(s->machine.library, INTACT_VM_GPA + page * PAGE))) ==
+		       KVMFAULT_PAGE_RESOLVING &&
+	       now() < end)
 		usleep(100);
 	return state;
 }
@@ -101,8 +103,8 @@ bool size_accepted(int ret, size_t size, size_t known)
 {
 	if (ret == 0)
 		return true;
-	CHECK(ret == -EINVAL && size < known && strstr(kvmfault_last_error(), "size"), "with size %zu: %s (%s)", size, strerror(-ret),
-	      kvmfault_last_error());
+	CHECK(ret == -EINVAL && size < known && strstr(kvmfault_last_error(), "size"), "with size %zu: %s (%s)", size,
+	      strerror(-ret), kvmfault_last_error());
 	return false;
 }
 

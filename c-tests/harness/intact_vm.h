@@ -21,7 +21,7 @@ struct intact_vm {
 	struct step *script;
 	uint64_t script_gpa;
 	uint8_t state[INTACT_VM_PAGES]; /* the states that the library reported last */
-	uint64_t next;                /* the first page that the guest has not read */
+	uint64_t next;                  /* the first page that the guest has not read */
 };
 
 /* Some pages are present, some lost, the others absent; the vCPU belongs to the calling thread. */

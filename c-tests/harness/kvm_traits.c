@@ -65,5 +65,6 @@ bool cpl0_is_emulated(void)
 {
 	struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
 	OK(kvmfault_probe(-1, &probe));
-	return probe.mechanisms_shared & 1u << KVMFAULT_MECHANISM_POISON_TRAP && reads_by_mmio(KVMFAULT_MECHANISM_POISON_TRAP);
+	return probe.mechanisms_shared & 1u << KVMFAULT_MECHANISM_POISON_TRAP &&
+	       reads_by_mmio(KVMFAULT_MECHANISM_POISON_TRAP);
 }

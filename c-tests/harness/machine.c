@@ -33,7 +33,8 @@ void machine_create(struct machine *m, uint64_t shared)
 	m->low_len = round_up(LOW_SHARED + shared + (MOST_VCPUS + 64) * PAGE, HUGE_PAGE);
 	m->low_used = LOW_SHARED;
 	m->low = mmap(NULL, m->low_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-	CHECK(m->low != MAP_FAILED && m->low_len <= RAM_GPA, "%lu bytes of low memory: %s", m->low_len, strerror(errno));
+	CHECK(m->low != MAP_FAILED && m->low_len <= RAM_GPA, "%lu bytes of low memory: %s", m->low_len,
+	      strerror(errno));
 	struct kvm_userspace_memory_region low = { .memory_size = m->low_len, .userspace_addr = (uintptr_t)m->low };
 	SYS(ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &low));
 	write_page_tables(m);
@@ -115,7 +116,8 @@ struct kvmfault_memslot slot_on(const struct ram *ram, uint32_t number, uint64_t
 	slot.gpa = gpa;
 	slot.len = ram->len;
 	slot.hva = ram->hva;
-	slot.memory = (const int[]){ KVMFAULT_MEMORY_ANON, KVMFAULT_MEMORY_SHARED, KVMFAULT_MEMORY_HUGETLB }[ram->backing];
+	slot.memory =
+		(const int[]){ KVMFAULT_MEMORY_ANON, KVMFAULT_MEMORY_SHARED, KVMFAULT_MEMORY_HUGETLB }[ram->backing];
 	slot.fd = ram->fd;
 	slot.flags = ram->backing == ANON ? KVMFAULT_MEMSLOT_VCPU_ONLY : 0;
 	return slot;

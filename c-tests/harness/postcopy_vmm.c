@@ -21,7 +21,9 @@ static uint64_t page_of(uint64_t hva)
 void postcopy_vmm_place(uint64_t page)
 {
 	static _Thread_local uint64_t bytes[512];
-	struct uffdio_copy copy = { .dst = (uintptr_t)postcopy_vmm.ram.hva + page * PAGE, .src = (uintptr_t)bytes, .len = PAGE };
+	struct uffdio_copy copy = { .dst = (uintptr_t)postcopy_vmm.ram.hva + page * PAGE,
+				    .src = (uintptr_t)bytes,
+				    .len = PAGE };
 	pattern_fill(&postcopy_vmm.source.pattern, page, bytes);
 	while (ioctl(postcopy_vmm.uffd, UFFDIO_COPY, &copy)) {
 		CHECK(errno == EAGAIN, "UFFDIO_COPY of page %lu: %s", page, strerror(errno));
@@ -62,7 +64,8 @@ static void request(uint64_t page)
 static void *reader_main(void *arg)
 {
 	(void)arg;
-	struct pollfd fds[2] = { { .fd = postcopy_vmm.uffd, .events = POLLIN }, { .fd = postcopy_vmm.quit[0], .events = POLLIN } };
+	struct pollfd fds[2] = { { .fd = postcopy_vmm.uffd, .events = POLLIN },
+				 { .fd = postcopy_vmm.quit[0], .events = POLLIN } };
 	struct uffd_msg message;
 	for (;;) {
 		SYS(poll(fds, 2, -1));
@@ -128,7 +131,10 @@ static void arm(uint32_t number, uint64_t gpa)
 	struct kvmfault_memslot slot = postcopy_vmm_slot(number, gpa);
 	struct kvmfault_region region = KVMFAULT_REGION_INIT;
 	struct kvm_userspace_memory_region plain = {
-		.slot = number, .guest_phys_addr = gpa, .memory_size = postcopy_vmm.ram.len, .userspace_addr = (uintptr_t)postcopy_vmm.ram.hva,
+		.slot = number,
+		.guest_phys_addr = gpa,
+		.memory_size = postcopy_vmm.ram.len,
+		.userspace_addr = (uintptr_t)postcopy_vmm.ram.hva,
 	};
 	SYS(ioctl(postcopy_vmm.m.vm, KVM_SET_USER_MEMORY_REGION, &plain));
 	plain.memory_size = 0;
@@ -170,7 +176,8 @@ void postcopy_vmm_set_up(enum backing backing, bool stream)
 		for (end = page + 1; end < PAGES && postcopy_vmm.received[end] == postcopy_vmm.received[page]; end++)
 			;
 		if (!postcopy_vmm.received[page])
-			OK(kvmfault_pages_missing(postcopy_vmm.m.library, postcopy_vmm.ram.hva + page * PAGE, (end - page) * PAGE));
+			OK(kvmfault_pages_missing(postcopy_vmm.m.library, postcopy_vmm.ram.hva + page * PAGE,
+						  (end - page) * PAGE));
 	}
 	EQUAL("pages missing", kvmfault_pages_absent(postcopy_vmm.m.library), PAGES / 2 + PAGES / 8);
 	SYS(pipe(postcopy_vmm.quit));
@@ -197,8 +204,10 @@ void postcopy_vmm_run_guests(int mode)
 	struct vcpu *v[VCPUS];
 	for (int i = 0; i < VCPUS; i++) {
 		uint64_t part = PAGES / VCPUS;
-		v[i] = i < (int)postcopy_vmm.m.vcpus ? postcopy_vmm.m.vcpu[i] : machine_add_vcpu(&postcopy_vmm.m, i % 2 ? 0 : 3);
-		vcpu_load_verify(v[i], RAM_GPA, postcopy_vmm.list_gpa + i * part * sizeof(*postcopy_vmm.list), part, &postcopy_vmm.source.pattern, mode);
+		v[i] = i < (int)postcopy_vmm.m.vcpus ? postcopy_vmm.m.vcpu[i]
+						     : machine_add_vcpu(&postcopy_vmm.m, i % 2 ? 0 : 3);
+		vcpu_load_verify(v[i], RAM_GPA, postcopy_vmm.list_gpa + i * part * sizeof(*postcopy_vmm.list), part,
+				 &postcopy_vmm.source.pattern, mode);
 		vcpu_start_verify(v[i]);
 	}
 	for (int i = 0; i < VCPUS; i++)

@@ -28,7 +28,7 @@ extern struct postcopy_vmm {
 	atomic_uint calls, there_already, host_faults;
 	atomic_bool paused, stop;
 	atomic_uint *waits_for; /* while this is 0, the stream sends only requested pages */
-	atomic_bool held; /* the resolver neither returns nor looks at a page */
+	atomic_bool held;       /* the resolver neither returns nor looks at a page */
 } postcopy_vmm;
 
 /*

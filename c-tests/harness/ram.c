@@ -57,7 +57,8 @@ void huge_pages_provide(uint64_t n)
 	}
 	set_huge_pages(pool + missing);
 	if (huge_pages_unused() < (long)n)
-		skip("%lu huge pages of 2 MiB can't be had (%ld in " NR_HUGEPAGES "; raising it needs root)", (unsigned long)n, pool);
+		skip("%lu huge pages of 2 MiB can't be had (%ld in " NR_HUGEPAGES "; raising it needs root)",
+		     (unsigned long)n, pool);
 }
 
 const char *backing_name(enum backing backing)
@@ -88,7 +89,8 @@ void ram_create(struct ram *ram, enum backing backing, uint64_t len)
 	*ram = (struct ram){ .backing = backing, .page = backing == HUGETLB ? HUGE_PAGE : PAGE, .fd = -1 };
 	ram->len = round_up(len, ram->page);
 	if (backing == ANON) {
-		ram->hva = mmap(NULL, ram->len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		ram->hva = mmap(NULL, ram->len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+				0);
 		CHECK(ram->hva != MAP_FAILED, "mmap: %s", strerror(errno));
 		/* Transparent huge pages would turn one absent page into none of 512. */
 		madvise(ram->hva, ram->len, MADV_NOHUGEPAGE);

@@ -62,7 +62,8 @@ void resolver_vm_load_read(struct vcpu *v, uint64_t page)
 
 void resolver_vm_check_read(const struct vcpu *v, uint64_t page)
 {
-	EQUAL("the word that the guest read", resolver_vm.steps[2 * v->number].value, pattern_word(&resolver_vm.source.pattern, page, 0));
+	EQUAL("the word that the guest read", resolver_vm.steps[2 * v->number].value,
+	      pattern_word(&resolver_vm.source.pattern, page, 0));
 }
 
 void resolver_vm_read(struct vcpu *v, uint64_t page)

@@ -17,7 +17,7 @@ struct resolver_vm {
 	struct step *steps; /* 128 of them */
 	uint64_t steps_gpa;
 	atomic_uint calls, calls_for[RESOLVER_VM_PAGES]; /* of the resolver, if it counts them */
-	atomic_int finished;                     /* vCPUs' threads */
+	atomic_int finished;                             /* vCPUs' threads */
 };
 extern struct resolver_vm resolver_vm;
 

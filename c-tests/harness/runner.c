@@ -270,8 +270,8 @@ static void find_programs(void)
 	DIR *directory = opendir(self);
 	for (struct dirent *e; directory && (e = readdir(directory));) {
 		bool other = strstr(e->d_name, ".so") || !strcmp(e->d_name, "kvmfault-runner");
-		if (!other && snprintf(path, sizeof(path), "%s/%s", self, e->d_name) < (int)sizeof(path) && is_program(path) &&
-		    program_count < MOST)
+		if (!other && snprintf(path, sizeof(path), "%s/%s", self, e->d_name) < (int)sizeof(path) &&
+		    is_program(path) && program_count < MOST)
 			programs[program_count++] = strdup(path);
 	}
 	if (directory)
@@ -283,7 +283,8 @@ static void usage(FILE *to)
 {
 	fprintf(to, "usage: kvmfault-runner [OPTION]... [PROGRAM | FILTER]...\n"
 		    "Runs the cases of test programs: those that are named, or all in its own directory.\n"
-		    "  --filter SUBSTRING  only cases with SUBSTRING in group/case; A+B: with both; a word that is no program is a filter, too\n"
+		    "  --filter SUBSTRING  only cases with SUBSTRING in group/case; A+B: with both; a word that is no "
+		    "program is a filter, too\n"
 		    "  --without SUBSTRING no cases with SUBSTRING in group/case; A+B as above\n"
 		    "  --timeout SECONDS   for each case (default 120)\n"
 		    "  --list              print their names, and run nothing\n"
@@ -293,12 +294,9 @@ static void usage(FILE *to)
 int main(int argc, char **argv)
 {
 	static const struct option known[] = {
-		{ "filter", required_argument, NULL, 'f' },
-		{ "without", required_argument, NULL, 'w' },
-		{ "timeout", required_argument, NULL, 't' },
-		{ "list", no_argument, NULL, 'l' },
-		{ "help", no_argument, NULL, 'h' },
-		{ 0 },
+		{ "filter", required_argument, NULL, 'f' },  { "without", required_argument, NULL, 'w' },
+		{ "timeout", required_argument, NULL, 't' }, { "list", no_argument, NULL, 'l' },
+		{ "help", no_argument, NULL, 'h' },          { 0 },
 	};
 	bool list = false;
 	for (int c; (c = getopt_long(argc, argv, "", known, NULL)) != -1;) {

@@ -30,8 +30,8 @@ void pattern_check(const struct pattern *p, const void *memory, uint64_t first, 
 	const uint64_t *words = memory;
 	for (uint64_t page = first; page < first + count; page++)
 		for (unsigned w = 0; w < PAGE / 8; w++, words++)
-			CHECK(*words == pattern_word(p, page, w), "page %#lx word %u is %#lx, not %#lx", page, w, *words,
-			      pattern_word(p, page, w));
+			CHECK(*words == pattern_word(p, page, w), "page %#lx word %u is %#lx, not %#lx", page, w,
+			      *words, pattern_word(p, page, w));
 }
 
 void source_create(struct source *s, uint64_t gpa, uint64_t len, struct pattern pattern)
@@ -70,13 +70,16 @@ int source_install(const struct source *s, struct kvmfault_vm *vm, uint64_t gpa,
 int source_resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	struct source *s = opaque;
-	CHECK(fault->gpa >= s->gpa && fault->gpa + fault->len <= s->gpa + s->pages * PAGE && fault->gpa % fault->len == 0,
+	CHECK(fault->gpa >= s->gpa && fault->gpa + fault->len <= s->gpa + s->pages * PAGE &&
+		      fault->gpa % fault->len == 0,
 	      "the resolver is asked for [%#lx, +%#lx)", fault->gpa, fault->len);
 	s->calls[(fault->gpa - s->gpa) / PAGE]++;
 	s->total++;
-	*(fault->origin == KVMFAULT_ORIGIN_VCPU ? &s->vcpu : fault->origin == KVMFAULT_ORIGIN_HOST ? &s->host : &s->prefetch) += 1;
-	int ret = s->window ? source_install(s, vm, fault->window_gpa, fault->window_len) :
-			      source_install(s, vm, fault->gpa, fault->len);
+	*(fault->origin == KVMFAULT_ORIGIN_VCPU   ? &s->vcpu
+	  : fault->origin == KVMFAULT_ORIGIN_HOST ? &s->host
+						  : &s->prefetch) += 1;
+	int ret = s->window ? source_install(s, vm, fault->window_gpa, fault->window_len)
+			    : source_install(s, vm, fault->gpa, fault->len);
 	/*
 	 * With windows another vCPU may have been first: the library is to take that from a
 	 * resolver.

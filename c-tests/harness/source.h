@@ -35,8 +35,8 @@ struct source {
 	struct pattern pattern;
 	uint64_t gpa; /* of page 0 */
 	uint64_t pages;
-	bool window;              /* install all of the readahead window */
-	_Atomic uint32_t *calls;  /* of each page, counted by the faulting page */
+	bool window;                              /* install all of the readahead window */
+	_Atomic uint32_t *calls;                  /* of each page, counted by the faulting page */
 	atomic_ulong total, vcpu, host, prefetch; /* calls; by origin */
 };
 void source_create(struct source *source, uint64_t gpa, uint64_t len, struct pattern pattern);
@@ -59,7 +59,7 @@ int source_install(const struct source *source, struct kvmfault_vm *vm, uint64_t
  */
 struct later {
 	struct source *source;
-	unsigned every; /* one page in `every` is left to the thread */
+	unsigned every;   /* one page in `every` is left to the thread */
 	unsigned most_us; /* the longest time that the thread waits before each page */
 	struct kvmfault_vm *vm;
 	pthread_t thread;

@@ -15,10 +15,24 @@ static void set_mode(struct vcpu *v)
 {
 	struct kvm_sregs s;
 	struct kvm_segment code = {
-		.limit = 0xfffff, .selector = v->cpl ? 0x33 : 0x10, .type = 11, .present = 1, .dpl = v->cpl, .s = 1, .l = 1, .g = 1,
+		.limit = 0xfffff,
+		.selector = v->cpl ? 0x33 : 0x10,
+		.type = 11,
+		.present = 1,
+		.dpl = v->cpl,
+		.s = 1,
+		.l = 1,
+		.g = 1,
 	};
 	struct kvm_segment data = {
-		.limit = 0xfffff, .selector = v->cpl ? 0x2b : 0x18, .type = 3, .present = 1, .dpl = v->cpl, .s = 1, .db = 1, .g = 1,
+		.limit = 0xfffff,
+		.selector = v->cpl ? 0x2b : 0x18,
+		.type = 3,
+		.present = 1,
+		.dpl = v->cpl,
+		.s = 1,
+		.db = 1,
+		.g = 1,
 	};
 	SYS(ioctl(v->fd, KVM_GET_SREGS, &s));
 	s.cs = code;
@@ -46,7 +60,8 @@ struct vcpu *machine_add_vcpu(struct machine *m, int cpl)
 	v->number = (int)m->vcpus;
 	v->cpl = cpl;
 	v->fd = SYS(ioctl(m->vm, KVM_CREATE_VCPU, v->number));
-	v->run = mmap(NULL, SYS(ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0)), PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, 0);
+	v->run =
+		mmap(NULL, SYS(ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0)), PROT_READ | PROT_WRITE, MAP_SHARED, v->fd, 0);
 	CHECK(v->run != MAP_FAILED, "kvm_run: %s", strerror(errno));
 	cpuid.head.nent = 256;
 	SYS(ioctl(m->kvm, KVM_GET_SUPPORTED_CPUID, &cpuid));
@@ -117,13 +132,14 @@ const char *vcpu_describe(const struct vcpu *v, int ret)
 	struct kvm_regs regs;
 	unsigned long long rip = ioctl(v->fd, KVM_GET_REGS, &regs) ? 0 : regs.rip;
 	if (ret < 0)
-		snprintf(text, sizeof(text), "vCPU %d at %#llx: %s (%s)", v->number, rip, strerror(-ret), kvmfault_last_error());
+		snprintf(text, sizeof(text), "vCPU %d at %#llx: %s (%s)", v->number, rip, strerror(-ret),
+			 kvmfault_last_error());
 	else if (ret == KVMFAULT_MEMORY_ERROR && !kvmfault_vcpu_memory_error(v->handle, &info))
 		snprintf(text, sizeof(text), "vCPU %d: memory error at gpa %#llx, lost %d", v->number,
 			 (unsigned long long)info.gpa, info.lost);
 	else if (v->run->exit_reason == KVM_EXIT_MMIO)
-		snprintf(text, sizeof(text), "vCPU %d at %#llx: returned %d, MMIO exit at %#llx, %u bytes, write %u", v->number,
-			 rip, ret, v->run->mmio.phys_addr, v->run->mmio.len, v->run->mmio.is_write);
+		snprintf(text, sizeof(text), "vCPU %d at %#llx: returned %d, MMIO exit at %#llx, %u bytes, write %u",
+			 v->number, rip, ret, v->run->mmio.phys_addr, v->run->mmio.len, v->run->mmio.is_write);
 	else if (v->run->exit_reason == KVM_EXIT_INTERNAL_ERROR)
 		snprintf(text, sizeof(text), "vCPU %d at %#llx: returned %d, internal error %u", v->number, rip, ret,
 			 v->run->internal.suberror);

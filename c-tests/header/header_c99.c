@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
  * The header as a program of strict C99 and of strict C++11 sees it (header_cxx11.cc includes this
- * file): every initialiser, in a definition and on the heap; the header included twice; and a linked
- * library of the version that the header names.
+ * file): every initialiser, in a definition and on the heap; the header included twice; and a
+ * linked library of the version that the header names.
  */
 #include <kvmfault.h>
 #include <kvmfault.h>
@@ -12,12 +12,12 @@
 
 static int failures;
 
-#define CHECK(condition)                                                     \
-	do {                                                                 \
-		if (!(condition)) {                                          \
+#define CHECK(condition)                                                       \
+	do {                                                                   \
+		if (!(condition)) {                                            \
 			printf("%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-			failures++;                                          \
-		}                                                            \
+			failures++;                                            \
+		}                                                              \
 	} while (0)
 
 static int resolver(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
@@ -70,7 +70,8 @@ int main(void)
 	CHECK(sizeof(stats.latency_us_log2) == KVMFAULT_LATENCY_BUCKETS * sizeof(uint64_t));
 
 	CHECK(kvmfault_version_number() == KVMFAULT_VERSION_NUMBER);
-	snprintf(version, sizeof(version), "%d.%d.%d", KVMFAULT_VERSION_MAJOR, KVMFAULT_VERSION_MINOR, KVMFAULT_VERSION_PATCH);
+	snprintf(version, sizeof(version), "%d.%d.%d", KVMFAULT_VERSION_MAJOR, KVMFAULT_VERSION_MINOR,
+		 KVMFAULT_VERSION_PATCH);
 	CHECK(strcmp(kvmfault_version(), version) == 0);
 
 	/*

@@ -1,2 +1,2 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-# include "header_c99.c"
+#include "header_c99.c"

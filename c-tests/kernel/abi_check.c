@@ -37,7 +37,9 @@ static void enabling(void)
 {
 	static const uint64_t args[] = { 0, 1, 2, 3, 4, 1ull << 63 };
 	static const bool taken[][6] = {
-		[REASON_MASK] = { 1, 1, 1, 1, 0, 0 }, [SWITCH] = { 1, 1, 0, 0, 0, 0 }, [ANYTHING] = { 1, 1, 1, 1, 1, 1 },
+		[REASON_MASK] = { 1, 1, 1, 1, 0, 0 },
+		[SWITCH] = { 1, 1, 0, 0, 0, 0 },
+		[ANYTHING] = { 1, 1, 1, 1, 1, 1 },
 	};
 	struct vm *vm = vm_new(0);
 	for (int cap = 227; cap <= 243; cap++) {
@@ -69,7 +71,8 @@ static void memslot_flags(void)
 				uint32_t mine = ioctl2 ? row->region2 : row->region1;
 				uint32_t all = f | (readonly ? KVM_MEM_READONLY : 0);
 				bool accepted = mainline || (mine & f && (row->readonly || !readonly));
-				int err = ioctl2 ? set_region2(vm, all, RAM_GPA, vm->ram, RAM_PAGES, (uintptr_t)vm->bitmap)
+				int err = ioctl2 ? set_region2(vm, all, RAM_GPA, vm->ram, RAM_PAGES,
+							       (uintptr_t)vm->bitmap)
 						 : set_region1(vm, all, RAM_GPA, vm->ram, RAM_PAGES);
 				expect(err == (accepted ? 0 : EINVAL), "flags %x by REGION%s: errno %d (%s)", all,
 				       ioctl2 ? "2" : "", err, strerror(err));
@@ -277,7 +280,9 @@ static void dirty_logging(void)
 	 * Each of the two toggled with the other on, then both at once; KVM must neither warn nor
 	 * lose a write.
 	 */
-	static const struct { bool log, fast; } steps[] = { { 1, 0 }, { 1, 1 }, { 0, 1 }, { 1, 1 }, { 0, 0 }, { 1, 1 }, { 0, 0 } };
+	static const struct {
+		bool log, fast;
+	} steps[] = { { 1, 0 }, { 1, 1 }, { 0, 1 }, { 1, 1 }, { 0, 0 }, { 1, 1 }, { 0, 0 } };
 	for (unsigned i = 0; i < sizeof steps / sizeof steps[0]; i++) {
 		int err = set_slot(vm, (steps[i].log ? KVM_MEM_LOG_DIRTY_PAGES : 0) | (steps[i].fast ? flag() : 0));
 		expect(err == 0, "step %u: %s", i, strerror(err));
@@ -377,11 +382,14 @@ static void pre_fault(void)
 static void bitmap_pointer(void)
 {
 	struct vm *vm = vm_new(0);
-	static const uint64_t bad[] = { 0xffff888000000000, 0xffffffffffffffff, 0x8000000000000000, 0x00007fffffffffc0 };
+	static const uint64_t bad[] = { 0xffff888000000000, 0xffffffffffffffff, 0x8000000000000000,
+					0x00007fffffffffc0 };
 	for (int i = 0; i < 4; i++) {
 		int err = set_region2(vm, flag(), RAM_GPA, vm->ram, RAM_PAGES, bad[i]);
-		expect(err == (row->behaviour == BITMAP ? EINVAL : row->region2 ? 0 : EINVAL), "bitmap at %lx: %s", bad[i],
-		       strerror(err));
+		expect(err == (row->behaviour == BITMAP ? EINVAL
+			       : row->region2           ? 0
+							: EINVAL),
+		       "bitmap at %lx: %s", bad[i], strerror(err));
 		if (!err)
 			set_region1(vm, 0, 0, NULL, 0);
 	}
@@ -448,8 +456,12 @@ static void run(const char *name, void (*body)(void))
 	body();
 	clock_gettime(CLOCK_MONOTONIC, &t1);
 	bool skip = !strncmp(failure, "SKIP ", 5);
-	printf("%s kvm-abi-%s/%s %.3f%s%s\n", skip ? "SKIP" : *failure ? "FAIL" : "PASS", npt ? "npt" : "shadow", name,
-	       t1.tv_sec - t0.tv_sec + (t1.tv_nsec - t0.tv_nsec) * 1e-9, *failure ? " " : "", failure + (skip ? 5 : 0));
+	printf("%s kvm-abi-%s/%s %.3f%s%s\n",
+	       skip       ? "SKIP"
+	       : *failure ? "FAIL"
+			  : "PASS",
+	       npt ? "npt" : "shadow", name, t1.tv_sec - t0.tv_sec + (t1.tv_nsec - t0.tv_nsec) * 1e-9,
+	       *failure ? " " : "", failure + (skip ? 5 : 0));
 	fflush(stdout);
 	*(skip ? &skipped : *failure ? &failed : &passed) += 1;
 }

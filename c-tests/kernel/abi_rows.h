@@ -20,26 +20,26 @@ enum { WATCHED = sizeof(watched_caps) / sizeof(watched_caps[0]) };
 
 enum enabling { PRESENCE, REASON_MASK, SWITCH, ANYTHING };
 enum behaviour {
-	REFUSED,  /* no ioctl takes a flag */
-	IGNORED,  /* accepted, never exits */
-	FAST,     /* exits where the host has no writable page */
-	BITMAP,   /* exits where userspace's bitmap says so */
+	REFUSED, /* no ioctl takes a flag */
+	IGNORED, /* accepted, never exits */
+	FAST,    /* exits where the host has no writable page */
+	BITMAP,  /* exits where userspace's bitmap says so */
 };
 
 struct row {
 	const char *name;
 	enum behaviour behaviour;
-	int caps[WATCHED];       /* in the order of watched_caps */
+	int caps[WATCHED]; /* in the order of watched_caps */
 	enum enabling enabling;
-	int enable_cap;          /* 0: none can be enabled */
-	int info_cap, flag_cap;  /* presence only: enabling fails with EINVAL */
+	int enable_cap;            /* 0: none can be enabled */
+	int info_cap, flag_cap;    /* presence only: enabling fails with EINVAL */
 	uint32_t region1, region2; /* flag bits beyond mainline's that each ioctl takes */
-	bool readonly;           /* together with KVM_MEM_READONLY */
+	bool readonly;             /* together with KVM_MEM_READONLY */
 	uint32_t exit_reason;
 	/* memory_fault.flags of an access that failed in a slot with the flag */
 	uint64_t read, write, exec;
-	bool others_told;        /* a failure outside such slots is an exit, too */
-	uint64_t other_write;    /* ... and these are its flags for a write */
+	bool others_told;     /* a failure outside such slots is an exit, too */
+	uint64_t other_write; /* ... and these are its flags for a write */
 	int run_errno;
 };
 

@@ -19,8 +19,9 @@ from kvmfault_vm.packages import Apt
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCES = ["arch/x86/kvm/", "virt/kvm/", "include/linux/kvm_host.h", "include/uapi/linux/kvm.h"]
 
-# KVM's Makefile expects to be in the kernel's tree: its sources lie there, while $(srctree) has only
-# headers. NOSTDINC_FLAGS come first of all include paths, so that the patched headers hide Debian's.
+# KVM's Makefile expects to be in the kernel's tree: its sources lie there, while $(srctree) has
+# only headers. NOSTDINC_FLAGS come first of all include paths, so that the patched headers hide
+# Debian's.
 OUT_OF_TREE = [
     ("include $(srctree)/virt/kvm/Makefile.kvm", "include $(src)/../../../virt/kvm/Makefile.kvm"),
     ("ccflags-y += -I $(srctree)/arch/x86/kvm",

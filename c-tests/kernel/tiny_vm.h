@@ -32,10 +32,14 @@ struct region2 {
 	uint64_t userfault_bitmap, pad2[13];
 };
 #define SET_REGION2 _IOW(KVMIO, 0x49, struct region2)
-struct pre_fault { uint64_t gpa, size, flags, padding[5]; };
+struct pre_fault {
+	uint64_t gpa, size, flags, padding[5];
+};
 #define PRE_FAULT _IOWR(KVMIO, 0xd5, struct pre_fault)
 
-struct memory_fault { uint64_t flags, gpa, size; };
+struct memory_fault {
+	uint64_t flags, gpa, size;
+};
 
 struct vm {
 	int kvm, fd, vcpu;
@@ -81,8 +85,11 @@ static inline void *map(size_t size, size_t align, int flags)
 static inline int set_region1(struct vm *vm, uint32_t flags, uint64_t gpa, void *hva, uint64_t pages)
 {
 	struct kvm_userspace_memory_region r = {
-		.slot = RAM_SLOT, .flags = flags, .guest_phys_addr = gpa,
-		.memory_size = pages * PAGE, .userspace_addr = (uintptr_t)hva,
+		.slot = RAM_SLOT,
+		.flags = flags,
+		.guest_phys_addr = gpa,
+		.memory_size = pages * PAGE,
+		.userspace_addr = (uintptr_t)hva,
 	};
 	return ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &r) ? errno : 0;
 }
@@ -90,7 +97,11 @@ static inline int set_region1(struct vm *vm, uint32_t flags, uint64_t gpa, void 
 static inline int set_region2(struct vm *vm, uint32_t flags, uint64_t gpa, void *hva, uint64_t pages, uint64_t bitmap)
 {
 	struct region2 r = {
-		.slot = RAM_SLOT, .flags = flags, .gpa = gpa, .size = pages * PAGE, .hva = (uintptr_t)hva,
+		.slot = RAM_SLOT,
+		.flags = flags,
+		.gpa = gpa,
+		.size = pages * PAGE,
+		.hva = (uintptr_t)hva,
 		.userfault_bitmap = bitmap,
 	};
 	return ioctl(vm->fd, SET_REGION2, &r) ? errno : 0;
@@ -112,7 +123,9 @@ static inline struct vm *vm_new(int ram_flags)
 	vm->code = map(PAGE, PAGE, 0);
 	memcpy(vm->code, guest_code, guest_end - guest_code);
 	struct kvm_userspace_memory_region code = {
-		.guest_phys_addr = CODE_GPA, .memory_size = PAGE, .userspace_addr = (uintptr_t)vm->code,
+		.guest_phys_addr = CODE_GPA,
+		.memory_size = PAGE,
+		.userspace_addr = (uintptr_t)vm->code,
 	};
 	if (ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &code))
 		die("KVM_SET_USER_MEMORY_REGION");
@@ -125,12 +138,17 @@ static inline struct vm *vm_new(int ram_flags)
 
 	if ((vm->vcpu = ioctl(vm->fd, KVM_CREATE_VCPU, 0)) < 0)
 		die("KVM_CREATE_VCPU");
-	vm->run = mmap(NULL, ioctl(vm->kvm, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE, MAP_SHARED, vm->vcpu, 0);
+	vm->run =
+		mmap(NULL, ioctl(vm->kvm, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE, MAP_SHARED, vm->vcpu, 0);
 	struct kvm_sregs s;
 	ioctl(vm->vcpu, KVM_GET_SREGS, &s);
 	s.cr0 |= 1;
-	s.cs = (struct kvm_segment){ .limit = 0xffffffff, .selector = 8, .type = 11, .present = 1, .db = 1, .s = 1, .g = 1 };
-	s.ds = s.es = s.ss = (struct kvm_segment){ .limit = 0xffffffff, .selector = 16, .type = 3, .present = 1, .db = 1, .s = 1, .g = 1 };
+	s.cs = (struct kvm_segment){
+		.limit = 0xffffffff, .selector = 8, .type = 11, .present = 1, .db = 1, .s = 1, .g = 1
+	};
+	s.ds = s.es = s.ss = (struct kvm_segment){
+		.limit = 0xffffffff, .selector = 16, .type = 3, .present = 1, .db = 1, .s = 1, .g = 1
+	};
 	if (ioctl(vm->vcpu, KVM_SET_SREGS, &s))
 		die("KVM_SET_SREGS");
 	return vm;
@@ -170,8 +188,10 @@ static inline struct result guest_access(struct vm *vm, enum access access, uint
 {
 	static const uint8_t *const stubs[] = { guest_read, guest_write, guest_exec };
 	struct kvm_regs regs = {
-		.rip = CODE_GPA + (stubs[access] - guest_code), .rdi = RAM_GPA + page * PAGE + 0x124,
-		.rax = 0x12345678, .rflags = 2,
+		.rip = CODE_GPA + (stubs[access] - guest_code),
+		.rdi = RAM_GPA + page * PAGE + 0x124,
+		.rax = 0x12345678,
+		.rflags = 2,
 	};
 	ioctl(vm->vcpu, KVM_SET_REGS, &regs);
 	return resume(vm);

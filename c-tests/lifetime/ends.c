@@ -34,7 +34,8 @@ static int install_zeros(void *opaque, struct kvmfault_vm *vm, const struct kvmf
 	(void)opaque;
 	int ret = kvmfault_pages_zero(vm, fault->gpa, fault->len);
 	/* Another thread was faster; or the slot or the VM has gone meanwhile. */
-	CHECK(!ret || ret == -EEXIST || ret == -ENOENT || ret == -ESHUTDOWN, "kvmfault_pages_zero: %d: %s", ret, kvmfault_last_error());
+	CHECK(!ret || ret == -EEXIST || ret == -ENOENT || ret == -ESHUTDOWN, "kvmfault_pages_zero: %d: %s", ret,
+	      kvmfault_last_error());
 	return ret == -EEXIST ? KVMFAULT_RESOLVED : ret;
 }
 

@@ -20,7 +20,7 @@
 static struct shared {
 	char complaint[512];
 	atomic_int finalized;
-} *shared;
+} * shared;
 
 static struct kvmfault_file_source *source;
 static struct kvmfault_fill *fill;
@@ -38,10 +38,10 @@ static void complain(const char *format, ...)
 	va_end(arguments);
 	_exit(1);
 }
-#define CHILD_EQUAL(what, got, expected)                                                            \
-	do {                                                                                        \
-		long long got_ = (long long)(got), expected_ = (long long)(expected);               \
-		if (got_ != expected_)                                                              \
+#define CHILD_EQUAL(what, got, expected)                                                                     \
+	do {                                                                                                 \
+		long long got_ = (long long)(got), expected_ = (long long)(expected);                        \
+		if (got_ != expected_)                                                                       \
 			complain("%s: is %lld, not %lld: %s", what, got_, expected_, kvmfault_last_error()); \
 	} while (0)
 
@@ -163,7 +163,9 @@ static void call_each(void)
 	struct kvmfault_fill_progress progress = KVMFAULT_FILL_PROGRESS_INIT;
 	struct kvmfault_memory_error_info info = KVMFAULT_MEMORY_ERROR_INFO_INIT;
 	uint64_t absent = RAM_GPA + (RESOLVER_VM_PAGES - 1) * PAGE;
-	struct kvmfault_fault fault = { .size = sizeof(fault), .gpa = absent, .len = PAGE, .window_gpa = absent, .window_len = PAGE };
+	struct kvmfault_fault fault = {
+		.size = sizeof(fault), .gpa = absent, .len = PAGE, .window_gpa = absent, .window_len = PAGE
+	};
 
 	(void)no_vm;
 	gone.slot = RAM_SLOT;
@@ -171,7 +173,8 @@ static void call_each(void)
 	vcpu_options.run = v->run;
 #define REFUSED_HERE(call) CHILD_EQUAL(#call, call, -ECHILD)
 	REFUSED_HERE(kvmfault_vm_mechanism(vm));
-	CHECK(strstr(kvmfault_last_error(), "vm: ") && strstr(kvmfault_last_error(), "parent"), "%s", kvmfault_last_error());
+	CHECK(strstr(kvmfault_last_error(), "vm: ") && strstr(kvmfault_last_error(), "parent"), "%s",
+	      kvmfault_last_error());
 	REFUSED_HERE(kvmfault_vm_close(vm, 0));
 	REFUSED_HERE(kvmfault_vm_check_guest(vm, v->fd));
 	REFUSED_HERE(kvmfault_vm_enable(vm, 0));
@@ -390,7 +393,8 @@ static void *bustle(void *opaque)
 			OK(kvmfault_file_source_new(file, &range, 1, &mine));
 			kvmfault_file_source_free(mine);
 		} else if (!pthread_create(&thread, NULL, visit, NULL)) {
-			OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + (RESOLVER_VM_PAGES - 1) * PAGE, PAGE));
+			OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + (RESOLVER_VM_PAGES - 1) * PAGE,
+						  PAGE));
 			pthread_join(thread, NULL);
 		}
 	}

@@ -88,7 +88,8 @@ static void reread(enum memory_kind kind, uint32_t flags)
 		uint64_t base = cpl ? UNITS / 2 : 0, words = s.ram.page / PAGE;
 		int64_t absent = kvmfault_pages_absent(s.m.library);
 		for (uint64_t unit = base; unit < base + 6; unit++)
-			EQUAL("before", slot_vm_read(&s, v, gpa_of(&s.ram, unit)), pattern_word(&s.source.pattern, unit * words, 0));
+			EQUAL("before", slot_vm_read(&s, v, gpa_of(&s.ram, unit)),
+			      pattern_word(&s.source.pattern, unit * words, 0));
 		UNTIL(kvmfault_pages_absent(s.m.library) == absent - 6);
 		/* All pages are present but the last two: one was never fetched, one is lost. */
 		uint64_t used = in_use(&s.ram);
@@ -97,13 +98,15 @@ static void reread(enum memory_kind kind, uint32_t flags)
 		EQUAL("units in use", used - in_use(&s.ram), 4);
 		EQUAL("absent pages", kvmfault_pages_absent(s.m.library), absent - 6);
 		touch(&s, v, base);
-		EQUAL("a neighbour", slot_vm_read(&s, v, gpa_of(&s.ram, base + 4)), pattern_word(&s.source.pattern, (base + 4) * words, 0));
+		EQUAL("a neighbour", slot_vm_read(&s, v, gpa_of(&s.ram, base + 4)),
+		      pattern_word(&s.source.pattern, (base + 4) * words, 0));
 		OK(kvmfault_pages_lost(s.m.library, gpa_of(&s.ram, base + 6), s.ram.page));
 		give_back(&s.m, &s.ram, base + 4, 4);
 		EQUAL("absent pages", kvmfault_pages_absent(s.m.library), absent - 8);
 		EQUAL("units in use", in_use(&s.ram), used - 4 - 2 + 4);
 		/* What comes late is skipped. */
-		REFUSED(source_install(&s.source, s.m.library, gpa_of(&s.ram, base + 4), 4 * s.ram.page), EEXIST, "present");
+		REFUSED(source_install(&s.source, s.m.library, gpa_of(&s.ram, base + 4), 4 * s.ram.page), EEXIST,
+			"present");
 		touch(&s, v, base + 4);
 		/* Again, what was written since. */
 		give_back(&s.m, &s.ram, base, 8);
@@ -113,7 +116,8 @@ static void reread(enum memory_kind kind, uint32_t flags)
 		EQUAL("resolver calls", s.source.total, calls);
 		/* The other meaning: missing, and fetched again. */
 		OK(kvmfault_pages_discard(s.m.library, gpa_of(&s.ram, base), s.ram.page));
-		EQUAL("discarded", slot_vm_read(&s, v, gpa_of(&s.ram, base)), pattern_word(&s.source.pattern, base * words, 0));
+		EQUAL("discarded", slot_vm_read(&s, v, gpa_of(&s.ram, base)),
+		      pattern_word(&s.source.pattern, base * words, 0));
 		EQUAL("resolver calls", s.source.total, calls + 1);
 		/* a reader may be a moment behind */
 		UNTIL(kvmfault_pages_state(s.m.library, gpa_of(&s.ram, base)) == KVMFAULT_PAGE_PRESENT);
@@ -122,10 +126,22 @@ static void reread(enum memory_kind kind, uint32_t flags)
 	slot_vm_destroy(&s);
 }
 
-static void reread_anon(void) { reread(OF_ANON, 0); }
-static void reread_memfd(void) { reread(OF_MEMFD, 0); }
-static void reread_hugetlb(void) { reread(OF_HUGETLB, 0); }
-static void reread_shared_anon(void) { reread(OF_SHARED_ANON, 0); }
+static void reread_anon(void)
+{
+	reread(OF_ANON, 0);
+}
+static void reread_memfd(void)
+{
+	reread(OF_MEMFD, 0);
+}
+static void reread_hugetlb(void)
+{
+	reread(OF_HUGETLB, 0);
+}
+static void reread_shared_anon(void)
+{
+	reread(OF_SHARED_ANON, 0);
+}
 static void slow(void)
 {
 	reread(OF_ANON, KVMFAULT_MEMSLOT_SLOW);
@@ -187,10 +203,22 @@ static void filled(enum backing backing)
 	slot_vm_destroy(&t.s);
 }
 
-static void filling_anon(void) { filling(ANON); }
-static void filling_memfd(void) { filling(MEMFD); }
-static void filled_anon(void) { filled(ANON); }
-static void filled_memfd(void) { filled(MEMFD); }
+static void filling_anon(void)
+{
+	filling(ANON);
+}
+static void filling_memfd(void)
+{
+	filling(MEMFD);
+}
+static void filled_anon(void)
+{
+	filled(ANON);
+}
+static void filled_memfd(void)
+{
+	filled(MEMFD);
+}
 
 static uint64_t word_read(const struct vcpu *v)
 {
@@ -224,7 +252,8 @@ static void pending(void)
 	EQUAL("what the guest reads", word_read(v), 0);
 	EQUAL("what the thread reads", seen, 0);
 	EQUAL("pages withdrawn", kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, resolver_vm.ram.len), 0);
-	REFUSED(source_install(&resolver_vm.source, resolver_vm.m.library, RAM_GPA + 4 * PAGE, 4 * PAGE), EEXIST, "present");
+	REFUSED(source_install(&resolver_vm.source, resolver_vm.m.library, RAM_GPA + 4 * PAGE, 4 * PAGE), EEXIST,
+		"present");
 	EQUAL("what is there", ((uint64_t *)resolver_vm.ram.hva)[5 * PAGE / 8], 0);
 	EQUAL("calls", resolver_vm.calls, 2);
 	resolver_vm_tear_down();
@@ -276,7 +305,8 @@ static void resolving(void)
 		EQUAL("calls", resolver_vm.calls, 1);
 		vcpu_detach(asks);
 		vcpu_detach(waits);
-		EQUAL("the page's state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + page * PAGE), KVMFAULT_PAGE_PRESENT);
+		EQUAL("the page's state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + page * PAGE),
+		      KVMFAULT_PAGE_PRESENT);
 		/* And the call's end has left nothing behind. */
 		answer = KVMFAULT_RESOLVED;
 		OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + page * PAGE, PAGE));
@@ -322,8 +352,14 @@ static void locked(enum backing backing)
 	slot_vm_destroy(&s);
 }
 
-static void locked_anon(void) { locked(ANON); }
-static void locked_memfd(void) { locked(MEMFD); }
+static void locked_anon(void)
+{
+	locked(ANON);
+}
+static void locked_memfd(void)
+{
+	locked(MEMFD);
+}
 
 /* ---- all at once ---- */
 
@@ -351,7 +387,8 @@ static void *own(struct vcpu *v)
 		uint64_t gpa = RAM_GPA + page * PAGE, value = page << 8 | v->number;
 		uint64_t what = random_number(&seed) % 4;
 		if (what == 1)
-			EQUAL("a page of the source's", slot_vm_read(s, v, gpa), pattern_word(&s->source.pattern, page, 0));
+			EQUAL("a page of the source's", slot_vm_read(s, v, gpa),
+			      pattern_word(&s->source.pattern, page, 0));
 		if (what == 2) {
 			slot_vm_write(s, v, gpa + 24, ~value);
 			EQUAL("what was written", slot_vm_read(s, v, gpa + 24), ~value);
@@ -422,7 +459,8 @@ static void crowd(enum backing backing)
 			OK(kvmfault_pages_discard(s->m.library, RAM_GPA, s->ram.len));
 		c.given = calloc(s->pages, 1);
 		c.stop = false;
-		CHECK(!pthread_create(&pusher, NULL, push, &c) && !pthread_create(&device, NULL, look, &c), "pthread_create");
+		CHECK(!pthread_create(&pusher, NULL, push, &c) && !pthread_create(&device, NULL, look, &c),
+		      "pthread_create");
 		for (int n = 0; n < OWNERS; n++)
 			vcpu_start(s->m.vcpu[n], own, &c);
 		options.bytes_per_second = round % 2 ? 2 << 20 : 0;
@@ -441,13 +479,19 @@ static void crowd(enum backing backing)
 		free((void *)c.given);
 	}
 	struct kvmfault_stats stats = machine_stats(&s->m);
-	note("%lu pages given back, %lu found empty, %lu copied, in %u fills, %lu pushes, %lu looks of a device", stats.pages_given_back,
-	     stats.pages_empty, stats.pages_copied, fills, c.pushes, c.reads);
+	note("%lu pages given back, %lu found empty, %lu copied, in %u fills, %lu pushes, %lu looks of a device",
+	     stats.pages_given_back, stats.pages_empty, stats.pages_copied, fills, c.pushes, c.reads);
 	slot_vm_destroy(s);
 }
 
-static void crowd_anon(void) { crowd(ANON); }
-static void crowd_memfd(void) { crowd(MEMFD); }
+static void crowd_anon(void)
+{
+	crowd(ANON);
+}
+static void crowd_memfd(void)
+{
+	crowd(MEMFD);
+}
 
 static const struct test_case cases[] = {
 	{ "reread-anon", reread_anon, true },

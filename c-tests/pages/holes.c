@@ -65,14 +65,27 @@ static void present(enum memory_kind kind)
 	touch_all(&s);
 	/* With the flag KVM's own fault may put a page of its own there. */
 	if (test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG)
-		CHECK(machine_settled_stats(&s.m).pages_empty >= 8, "only %lu pages were found empty", machine_stats(&s.m).pages_empty);
+		CHECK(machine_settled_stats(&s.m).pages_empty >= 8, "only %lu pages were found empty",
+		      machine_stats(&s.m).pages_empty);
 	slot_vm_destroy(&s);
 }
 
-static void present_anon(void) { present(OF_ANON); }
-static void present_memfd(void) { present(OF_MEMFD); }
-static void present_hugetlb(void) { present(OF_HUGETLB); }
-static void present_shared_anon(void) { present(OF_SHARED_ANON); }
+static void present_anon(void)
+{
+	present(OF_ANON);
+}
+static void present_memfd(void)
+{
+	present(OF_MEMFD);
+}
+static void present_hugetlb(void)
+{
+	present(OF_HUGETLB);
+}
+static void present_shared_anon(void)
+{
+	present(OF_SHARED_ANON);
+}
 
 /* Holes in a slot whose fast path is off, and turned on later. */
 static void slow(void)
@@ -106,7 +119,8 @@ static void behind(void)
 	vcpu_detach(v);
 	touch_all(&s);
 	if (test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG)
-		CHECK(machine_settled_stats(&s.m).pages_empty >= 8, "only %lu pages were found empty", machine_stats(&s.m).pages_empty);
+		CHECK(machine_settled_stats(&s.m).pages_empty >= 8, "only %lu pages were found empty",
+		      machine_stats(&s.m).pages_empty);
 	slot_vm_destroy(&s);
 }
 
@@ -189,8 +203,14 @@ static void external(enum backing backing)
 	ram_destroy(&ram);
 }
 
-static void external_memfd(void) { external(MEMFD); }
-static void external_hugetlb(void) { external(HUGETLB); }
+static void external_memfd(void)
+{
+	external(MEMFD);
+}
+static void external_hugetlb(void)
+{
+	external(HUGETLB);
+}
 
 static const struct test_case cases[] = {
 	{ "anon", present_anon, true },

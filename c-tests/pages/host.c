@@ -143,7 +143,9 @@ static void stores(void)
 		unsigned stored = page * 37 % 512;
 		for (unsigned w = 0; w < 512; w++)
 			EQUAL("a word of a page that the host wrote to", words[w],
-			      w == stored ? ~page : w == (stored + 1) % 512 ? page : pattern_word(&source.pattern, page, w));
+			      w == stored               ? ~page
+			      : w == (stored + 1) % 512 ? page
+							: pattern_word(&source.pattern, page, w));
 	}
 	tear_down();
 }
@@ -194,7 +196,8 @@ static void system_calls(void)
 		EQUAL("pread", pread(out, bytes, 2 * PAGE, at), 2 * PAGE);
 		for (uint64_t i = 0; i < 2 * PAGE; i++) {
 			uint64_t word = pattern_word(&source.pattern, (at + i) / PAGE, (at + i) % PAGE / 8);
-			CHECK(bytes[i] == (uint8_t)(word >> (at + i) % 8 * 8), "byte %lu of the output is %#x", at + i, bytes[i]);
+			CHECK(bytes[i] == (uint8_t)(word >> (at + i) % 8 * 8), "byte %lu of the output is %#x", at + i,
+			      bytes[i]);
 		}
 	}
 	/*
@@ -209,7 +212,8 @@ static void system_calls(void)
 		for (unsigned i = 0; i < 3; i++)
 			pattern_fill(&source.pattern, page + i, before + i * PAGE);
 		memcpy(before + 100, bytes, 2 * PAGE);
-		CHECK(!memcmp(ram.hva + page * PAGE, before, 3 * PAGE), "read(2) into page %lu left other bytes there", page);
+		CHECK(!memcmp(ram.hva + page * PAGE, before, 3 * PAGE), "read(2) into page %lu left other bytes there",
+		      page);
 		/* A thread that waited may be ahead of the counters. */
 		UNTIL(kvmfault_pages_state(m.library, RAM_GPA + page * PAGE) == KVMFAULT_PAGE_PRESENT);
 	}

@@ -102,7 +102,9 @@ static void lost(enum backing backing, int cpl)
 	EQUAL("calls", resolver_vm.calls, 2);
 	/* Neighbours are not concerned, and others find the page lost, too. */
 	resolver_vm_read(v, 10);
-	REFUSED(kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 9 * PAGE, resolver_vm.ram.hva + 10 * PAGE, PAGE), EHWPOISON, "lost");
+	REFUSED(kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 9 * PAGE, resolver_vm.ram.hva + 10 * PAGE,
+				       PAGE),
+		EHWPOISON, "lost");
 	REFUSED(kvmfault_pages_resolve(resolver_vm.m.library, RAM_GPA + 9 * PAGE, PAGE), EHWPOISON, "lost");
 	/* the guest may be ahead of the counters */
 	UNTIL(kvmfault_pages_absent(resolver_vm.m.library) == RESOLVER_VM_PAGES - 3);
@@ -113,12 +115,15 @@ static void lost(enum backing backing, int cpl)
 	OK(kvmfault_probe(-1, &probe));
 	/* before Linux 6.6 it is SIGSEGV */
 	if (probe.mechanisms_anon & 1u << KVMFAULT_MECHANISM_POISON_TRAP) {
-		CHECK(!pthread_create(&toucher, NULL, touch_lost, resolver_vm.ram.hva + 9 * PAGE + 123), "pthread_create");
+		CHECK(!pthread_create(&toucher, NULL, touch_lost, resolver_vm.ram.hva + 9 * PAGE + 123),
+		      "pthread_create");
 		pthread_join(toucher, NULL);
-		EQUAL("the address of SIGBUS", ((uintptr_t)bus_address & -PAGE) - (uintptr_t)resolver_vm.ram.hva, 9 * PAGE);
+		EQUAL("the address of SIGBUS", ((uintptr_t)bus_address & -PAGE) - (uintptr_t)resolver_vm.ram.hva,
+		      9 * PAGE);
 	}
 	int fd = SYS(memfd_create("output", MFD_CLOEXEC));
-	CHECK(write(fd, resolver_vm.ram.hva + 9 * PAGE, 8) == -1 && errno == EFAULT, "write(2) from a lost page: %s", strerror(errno));
+	CHECK(write(fd, resolver_vm.ram.hva + 9 * PAGE, 8) == -1 && errno == EFAULT, "write(2) from a lost page: %s",
+	      strerror(errno));
 
 	/* A discard makes it absent again, and then it can come. */
 	OK(kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA + 9 * PAGE, PAGE));
@@ -170,7 +175,9 @@ static void lost_while_pending(void)
 	resolver_vm_tear_down();
 }
 
-static const int late_answers[] = { KVMFAULT_RESOLVED, KVMFAULT_PENDING, KVMFAULT_LOST, KVMFAULT_RETRY, -EIO, -EEXIST, 12345 };
+static const int late_answers[] = {
+	KVMFAULT_RESOLVED, KVMFAULT_PENDING, KVMFAULT_LOST, KVMFAULT_RETRY, -EIO, -EEXIST, 12345
+};
 
 /* Somebody gives the page up while the resolver is at it. */
 static int answer_too_late(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)

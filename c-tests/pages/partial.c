@@ -87,7 +87,8 @@ static void install(void)
 		slot_vm_create(&s, MEMFD, PAGES * PAGE, 0, 0);
 		struct vcpu *v = slot_vm_add_vcpu(&s, cpl);
 		half = 1;
-		REFUSED(source_install(&s.source, s.m.library, RAM_GPA, PAGES * PAGE), ENOMEM, "mapping a page for KVM");
+		REFUSED(source_install(&s.source, s.m.library, RAM_GPA, PAGES * PAGE), ENOMEM,
+			"mapping a page for KVM");
 		EQUAL("failures to come", half + failing, 0);
 		for (uint64_t page = 0; page < PAGES; page++)
 			expect_state(&s, page, KVMFAULT_PAGE_PRESENT);
@@ -161,8 +162,14 @@ static void locked(enum backing backing)
 	slot_vm_destroy(&s);
 }
 
-static void locked_anon(void) { locked(ANON); }
-static void locked_memfd(void) { locked(MEMFD); }
+static void locked_anon(void)
+{
+	locked(ANON);
+}
+static void locked_memfd(void)
+{
+	locked(MEMFD);
+}
 
 /*
  * The kernel punches no hole in a file that is sealed against writing. The pages stay what they
@@ -175,7 +182,8 @@ static void sealed(void)
 	struct kvmfault_memslot slot = slot_on(&s.ram, RAM_SLOT, RAM_GPA);
 	slot.fd = SYS(memfd_create("sealed", MFD_CLOEXEC | MFD_ALLOW_SEALING));
 	SYS(ftruncate(slot.fd, s.ram.len));
-	CHECK(mmap(s.ram.hva, s.ram.len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, slot.fd, 0) == s.ram.hva, "mmap");
+	CHECK(mmap(s.ram.hva, s.ram.len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, slot.fd, 0) == s.ram.hva,
+	      "mmap");
 	if (fcntl(slot.fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE))
 		skip("F_SEAL_FUTURE_WRITE: %s (Linux 5.1 and later have it)", strerror(errno));
 	OK(kvmfault_memslot_set(s.m.library, &slot));
@@ -221,7 +229,9 @@ static void lost(void)
 	CHECK(!pthread_create(&thread, NULL, wait_for_page, resolver_vm.ram.hva), "pthread_create");
 	UNTIL(resolver_vm.calls == 1);
 	int fixed = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
-	CHECK(mmap(resolver_vm.ram.hva, resolver_vm.ram.len, PROT_READ | PROT_WRITE, fixed, -1, 0) == resolver_vm.ram.hva, "mmap");
+	CHECK(mmap(resolver_vm.ram.hva, resolver_vm.ram.len, PROT_READ | PROT_WRITE, fixed, -1, 0) ==
+		      resolver_vm.ram.hva,
+	      "mmap");
 	CHECK(!went_on, "the mapping woke it");
 	int ret = kvmfault_pages_lost(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE);
 	UNTIL(went_on);

@@ -30,9 +30,11 @@ static void mix(const struct ram *ram)
 		/* the first file keeps what it has reserved */
 		huge_pages_provide(third / HUGE_PAGE);
 	SYS(ftruncate(other, 2 * third));
-	CHECK(mmap(ram->hva + third, third, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, other, third) != MAP_FAILED, "mmap: %s", strerror(errno));
-	CHECK(mmap(ram->hva + 2 * third, third, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, ram->fd, third) != MAP_FAILED, "mmap: %s",
-	      strerror(errno));
+	CHECK(mmap(ram->hva + third, third, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, other, third) != MAP_FAILED,
+	      "mmap: %s", strerror(errno));
+	CHECK(mmap(ram->hva + 2 * third, third, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, ram->fd, third) !=
+		      MAP_FAILED,
+	      "mmap: %s", strerror(errno));
 	SYS(close(other));
 }
 
@@ -124,12 +126,9 @@ static void live_memfd(void)
 }
 
 static const struct test_case cases[] = {
-	{ "files-memfd", files_memfd, true },
-	{ "files-hugetlb", files_hugetlb, true },
-	{ "cut-anon", cut_anon, true },
-	{ "cut-memfd", cut_memfd, true },
-	{ "cut-hugetlb", cut_hugetlb, true },
-	{ "live-anon", live_anon, true },
+	{ "files-memfd", files_memfd, true }, { "files-hugetlb", files_hugetlb, true },
+	{ "cut-anon", cut_anon, true },       { "cut-memfd", cut_memfd, true },
+	{ "cut-hugetlb", cut_hugetlb, true }, { "live-anon", live_anon, true },
 	{ "live-memfd", live_memfd, true },
 };
 TEST_MAIN(cases)

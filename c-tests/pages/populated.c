@@ -59,7 +59,8 @@ static void seen(enum backing backing)
 	EQUAL("resolver calls", s.source.total, units);
 	struct kvmfault_stats stats = machine_settled_stats(&s.m);
 	EQUAL("pages copied", stats.pages_copied, units);
-	CHECK(stats.retries_exist >= units / 2, "only %lu of %lu pages had something in their place", stats.retries_exist, units);
+	CHECK(stats.retries_exist >= units / 2, "only %lu of %lu pages had something in their place",
+	      stats.retries_exist, units);
 	slot_vm_destroy(&s);
 }
 
@@ -131,7 +132,8 @@ static void raced(void)
 		create(s, MEMFD);
 		raced_over = false;
 		for (uintptr_t i = 0; i < STREAMS; i++)
-			EQUAL("pthread_create", pthread_create(&streams[i], NULL, stream, (void *)(2 * round + i + 1)), 0);
+			EQUAL("pthread_create", pthread_create(&streams[i], NULL, stream, (void *)(2 * round + i + 1)),
+			      0);
 		for (int i = 0; i < 2; i++) {
 			v[i] = machine_add_vcpu(&s->m, i ? 0 : 3);
 			slot_vm_start_visit(s, v[i], i * s->pages / 2, s->pages / 2, WRITE_FIRST);

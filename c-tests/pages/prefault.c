@@ -103,13 +103,16 @@ static void exits(void)
 	require_pre_fault();
 	for (int backing = ANON; backing <= MEMFD; backing++) {
 		for (int mode = READ_FIRST; mode <= WRITE_FIRST; mode++) {
-			struct result on = restore(backing, KVMFAULT_VM_PRE_FAULT, mode), off = restore(backing, 0, mode);
+			struct result on = restore(backing, KVMFAULT_VM_PRE_FAULT, mode),
+				      off = restore(backing, 0, mode);
 			double pages = (4ul << 20) / PAGE;
-			printf("%s, %s: on %.0f pages/s, %lld exits; off %.0f pages/s, %lld exits\n", backing_name(backing),
-			       modes[mode], pages / on.seconds, on.exits, pages / off.seconds, off.exits);
+			printf("%s, %s: on %.0f pages/s, %lld exits; off %.0f pages/s, %lld exits\n",
+			       backing_name(backing), modes[mode], pages / on.seconds, on.exits, pages / off.seconds,
+			       off.exits);
 			size_t length = strlen(ratios);
-			snprintf(ratios + length, sizeof(ratios) - length, "%s%s, %s: %.2fx, %lld exits for %lld", *ratios ? "; " : "",
-				 backing_name(backing), modes[mode], off.seconds / on.seconds, on.exits, off.exits);
+			snprintf(ratios + length, sizeof(ratios) - length, "%s%s, %s: %.2fx, %lld exits for %lld",
+				 *ratios ? "; " : "", backing_name(backing), modes[mode], off.seconds / on.seconds,
+				 on.exits, off.exits);
 			if (on.exits < 0 || test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
 				continue;
 			/* A window costs two or three exits instead of one a page. */
@@ -133,7 +136,10 @@ static void *change_slots(void *opaque)
 {
 	struct churn *churn = opaque;
 	struct kvm_userspace_memory_region other = {
-		.slot = 9, .guest_phys_addr = NOWHERE_GPA, .memory_size = churn->ram->len, .userspace_addr = (uintptr_t)churn->ram->hva,
+		.slot = 9,
+		.guest_phys_addr = NOWHERE_GPA,
+		.memory_size = churn->ram->len,
+		.userspace_addr = (uintptr_t)churn->ram->hva,
 	};
 	while (busy) {
 		struct kvm_userspace_memory_region gone = other;
@@ -185,7 +191,8 @@ static void slot_changes(void)
 	for (uint64_t i = 0; i < VCPUS; i++) {
 		uint64_t first = pages * i / VCPUS, end = pages * (i + 1) / VCPUS;
 		struct vcpu *v = machine_add_vcpu(&m, i % 2 ? 0 : 3);
-		vcpu_load_verify(v, RAM_GPA, list_gpa + first * sizeof(uint32_t), end - first, &source.pattern, READ_FIRST);
+		vcpu_load_verify(v, RAM_GPA, list_gpa + first * sizeof(uint32_t), end - first, &source.pattern,
+				 READ_FIRST);
 		vcpu_start_verify(v);
 	}
 	for (int i = 0; i < VCPUS; i++)

@@ -50,7 +50,7 @@ static void forked(void)
 		int quit[2];
 		slot_vm_create(&s, backing, 256 * PAGE, 0, 0);
 		struct vcpu *v = slot_vm_add_vcpu(&s, 3);
-		slot_vm_visit(&s, v, 0, 64, READ_FIRST);                 /* mapped by KVM */
+		slot_vm_visit(&s, v, 0, 64, READ_FIRST); /* mapped by KVM */
 		/* present, and not mapped by KVM */
 		OK(source_install(&s.source, s.m.library, RAM_GPA + 64 * PAGE, 64 * PAGE));
 		SYS(pipe(quit));
@@ -61,7 +61,8 @@ static void forked(void)
 				_exit(1);
 			/* Private memory is the child's own copy. */
 			for (uint64_t page = 0; page < 128; page++)
-				if (backing == ANON && *(uint64_t *)(s.ram.hva + page * PAGE + 4088) != pattern_word(&s.source.pattern, page, 511))
+				if (backing == ANON && *(uint64_t *)(s.ram.hva + page * PAGE + 4088) !=
+							       pattern_word(&s.source.pattern, page, 511))
 					_exit(2);
 			_exit(0);
 		}

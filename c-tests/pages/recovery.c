@@ -98,7 +98,8 @@ static void lose_and_discard(void)
 
 static void withdraw(void)
 {
-	EQUAL("pages withdrawn", OK(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE)), 1);
+	EQUAL("pages withdrawn", OK(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE)),
+	      1);
 }
 
 static void push_discard_push(void)
@@ -192,7 +193,8 @@ static void overtaken_and_pushed(void)
  */
 static void *read_from_the_host(void *arg)
 {
-	EQUAL("a host thread's word", *(uint64_t *)(resolver_vm.ram.hva + 9 * PAGE), pattern_word(&resolver_vm.source.pattern, 9, 0));
+	EQUAL("a host thread's word", *(uint64_t *)(resolver_vm.ram.hva + 9 * PAGE),
+	      pattern_word(&resolver_vm.source.pattern, 9, 0));
 	*(atomic_bool *)arg = true;
 	return NULL;
 }
@@ -218,7 +220,8 @@ static void withdrawn(void)
 		 * A call that is under way still makes its page RESOLVING, and is withdrawn, too.
 		 */
 		EQUAL("pages withdrawn", OK(kvmfault_pages_withdraw(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE)), 3);
-		UNTIL(resolver_vm.calls_for[0] >= round && resolver_vm.calls_for[1] >= round && resolver_vm.calls_for[9] >= round);
+		UNTIL(resolver_vm.calls_for[0] >= round && resolver_vm.calls_for[1] >= round &&
+		      resolver_vm.calls_for[9] >= round);
 		UNTIL(state_of(0) == 1 && state_of(1) == 1 && state_of(9) == 1);
 	}
 	EQUAL("state of one that is there", state_of(20), KVMFAULT_PAGE_PRESENT);
@@ -232,7 +235,8 @@ static void withdrawn(void)
 		vcpu_join(resolver_vm.m.vcpu[i]);
 		resolver_vm_check_read(resolver_vm.m.vcpu[i], i / 2);
 	}
-	EQUAL("pages withdrawn when none is announced", OK(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE)), 0);
+	EQUAL("pages withdrawn when none is announced",
+	      OK(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE)), 0);
 	resolver_vm_tear_down();
 }
 
@@ -261,7 +265,8 @@ static void withdrawn_from_fill(void)
 	UNTIL(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA + 63 * PAGE, PAGE) == 1);
 	UNTIL(resolver_vm.calls == RESOLVER_VM_PAGES + 1);
 	installed = 1;
-	UNTIL(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE) >= 0 && kvmfault_pages_absent(resolver_vm.m.library) == 0);
+	UNTIL(kvmfault_pages_withdraw(resolver_vm.m.library, RAM_GPA, RESOLVER_VM_PAGES * PAGE) >= 0 &&
+	      kvmfault_pages_absent(resolver_vm.m.library) == 0);
 	OK(kvmfault_fill_wait(fill, 10000));
 	kvmfault_fill_free(fill);
 	resolver_vm_tear_down();
@@ -297,7 +302,9 @@ static void states_at_a_glance(void)
 	};
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
 		words[0] = 0x5555;
-		EQUAL("pages", OK(kvmfault_pages_bitmap(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE, cases[i].states, words, 8)), __builtin_popcountl(cases[i].expected));
+		EQUAL("pages",
+		      OK(kvmfault_pages_bitmap(vm, RAM_GPA, RESOLVER_VM_PAGES * PAGE, cases[i].states, words, 8)),
+		      __builtin_popcountl(cases[i].expected));
 		EQUAL("bitmap", words[0], cases[i].expected);
 		EQUAL("what is behind it", words[1], ~0ul);
 		/* A part of it, whose first page is bit 0; what is beyond the last is 0. */
@@ -324,11 +331,8 @@ static void states_at_a_glance(void)
 }
 
 static const struct test_case cases[] = {
-	{ "overtaken", overtaken_by_discard, true },
-	{ "overtaken-withdrawn", overtaken_by_withdrawal, true },
-	{ "overtaken-pushed", overtaken_and_pushed, true },
-	{ "withdrawn", withdrawn, true },
-	{ "withdrawn-from-fill", withdrawn_from_fill, false },
-	{ "states", states_at_a_glance, true },
+	{ "overtaken", overtaken_by_discard, true },           { "overtaken-withdrawn", overtaken_by_withdrawal, true },
+	{ "overtaken-pushed", overtaken_and_pushed, true },    { "withdrawn", withdrawn, true },
+	{ "withdrawn-from-fill", withdrawn_from_fill, false }, { "states", states_at_a_glance, true },
 };
 TEST_MAIN(cases)

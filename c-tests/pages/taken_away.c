@@ -54,10 +54,12 @@ static void access_what_is_gone(bool unmapped, enum backing backing, int cpl, bo
 	int ret = run_for_10_s(v);
 	if (told_where(v, ret, address))
 		ret = -EFAULT;
-	CHECK(ret < 0 || alias, "%s page, %s, write %d, CPL %d: %s", state, backing_name(backing), write, cpl, vcpu_describe(v, ret));
+	CHECK(ret < 0 || alias, "%s page, %s, write %d, CPL %d: %s", state, backing_name(backing), write, cpl,
+	      vcpu_describe(v, ret));
 	if (ret < 0) {
 		CHECK(ret == -EFAULT || ret == -ELOOP || ret == -ENOENT, "%s", vcpu_describe(v, ret));
-		printf("%s, %s, %s, CPL %d: %s\n", backing_name(backing), state, write ? "write" : "read", cpl, kvmfault_last_error());
+		printf("%s, %s, %s, CPL %d: %s\n", backing_name(backing), state, write ? "write" : "read", cpl,
+		       kvmfault_last_error());
 	} else if (!write) {
 		EQUAL("a word, by KVM's own mapping", steps[0].value, pattern_word(&s.source.pattern, 5, 0));
 	}

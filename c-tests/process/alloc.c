@@ -27,7 +27,8 @@ static void *take(size_t size, size_t alignment)
 	allocations++;
 	if (!arena) {
 		uint8_t *none = NULL;
-		uint8_t *new = mmap(NULL, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		uint8_t *new =
+			mmap(NULL, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 		if (new == MAP_FAILED)
 			return NULL;
 		if (!atomic_compare_exchange_strong(&arena, &none, new))
@@ -72,7 +73,7 @@ void *realloc(void *block, size_t size)
 	void *new = take(size, 16);
 	if (block)
 		memcpy(&old, (uint8_t *)block - 8, 8);
-	if (new && old)
+	if (new &&old)
 		memcpy(new, block, old < size ? old : size);
 	return new;
 }
@@ -242,10 +243,7 @@ static void counter_counts(void)
 }
 
 static const struct test_case cases[] = {
-	{ "counter", counter_counts, false },
-	{ "anon", anon, true },
-	{ "memfd", memfd, true },
-	{ "file", file, true },
+	{ "counter", counter_counts, false }, { "anon", anon, true }, { "memfd", memfd, true }, { "file", file, true },
 	{ "read-file", read_file, true },
 };
 TEST_MAIN(cases)

@@ -190,7 +190,8 @@ static void leave_undeclared(struct inmate *i)
 	/* Cut in two: a VMM has treated a part otherwise. */
 	SYS(madvise(i->ram.hva, i->ram.len / 2, MADV_DONTDUMP));
 	REFUSED(kvmfault_memslot_set(i->m.library, &slot), EINVAL, "/proc/self/maps can't be read");
-	REFUSED(kvmfault_memslot_set(i->m.library, &slot), EINVAL, i->ram.backing == HUGETLB ? "slot.fd" : "slot.memory");
+	REFUSED(kvmfault_memslot_set(i->m.library, &slot), EINVAL,
+		i->ram.backing == HUGETLB ? "slot.fd" : "slot.memory");
 	SYS(madvise(i->ram.hva, i->ram.len / 2, MADV_DODUMP));
 	kvmfault_vm_free(i->m.library);
 }
@@ -263,8 +264,8 @@ static void enter_chroot(void)
 static void enter_landlock(void)
 {
 	struct landlock_ruleset_attr attributes = {
-		.handled_access_fs = LANDLOCK_ACCESS_FS_EXECUTE | LANDLOCK_ACCESS_FS_WRITE_FILE | LANDLOCK_ACCESS_FS_READ_FILE |
-				     LANDLOCK_ACCESS_FS_READ_DIR,
+		.handled_access_fs = LANDLOCK_ACCESS_FS_EXECUTE | LANDLOCK_ACCESS_FS_WRITE_FILE |
+				     LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_READ_DIR,
 	};
 	long rules = syscall(SYS_landlock_create_ruleset, &attributes, sizeof(attributes), 0);
 	if (rules < 0)
@@ -297,11 +298,11 @@ static void serve(enum backing backing, void (*enter)(void))
 	do_time();
 }
 
-#define JAIL(name, enter, backing)       \
-	static void name(void)           \
-	{                                \
-		serve(backing, enter);   \
-		release();               \
+#define JAIL(name, enter, backing)     \
+	static void name(void)         \
+	{                              \
+		serve(backing, enter); \
+		release();             \
 	}
 JAIL(no_proc, enter_chroot, MEMFD)
 JAIL(no_proc_anon, enter_chroot, ANON)

@@ -75,8 +75,9 @@ static void fault_at_a_hole(void)
 		double seconds = now() - begin;
 		locked = status("VmLck") - locked;
 		EQUAL("what the guest reads", steps[0].value, 0);
-		snprintf(figures + strlen(figures), sizeof(figures) - strlen(figures), "%s%s: %.1f ms, %ld KiB more locked, %ld KiB more in use",
-			 i ? "; " : "", backing_name(backings[i]), seconds * 1e3, locked, status("VmRSS") - before);
+		snprintf(figures + strlen(figures), sizeof(figures) - strlen(figures),
+			 "%s%s: %.1f ms, %ld KiB more locked, %ld KiB more in use", i ? "; " : "",
+			 backing_name(backings[i]), seconds * 1e3, locked, status("VmRSS") - before);
 		CHECK(locked < 4096, "%s", figures);
 		machine_destroy(&m);
 		ram_destroy(&ram);

@@ -54,12 +54,16 @@ static void listed(void)
 	for (int when = SET_UP; when <= ENDING; when *= 2)
 		for (int number = 0; number < SECCOMP_NUMBERS; number++)
 			/* Threads of the library may begin late, or be at it still. */
-			if (seccomp_seen[number] & when && !seccomp_is_listed(number, when | (when == ENDING ? RUNNING : 0)))
-				snprintf(missing + strlen(missing), sizeof(missing) - strlen(missing), " %d in phase %d;", number, when);
+			if (seccomp_seen[number] & when &&
+			    !seccomp_is_listed(number, when | (when == ENDING ? RUNNING : 0)))
+				snprintf(missing + strlen(missing), sizeof(missing) - strlen(missing),
+					 " %d in phase %d;", number, when);
 	for (int n = 0; n < SECCOMP_CALLS_LISTED; n++) {
 		count += seccomp_seen[seccomp_calls[n].number] != 0;
-		if (seccomp_calls[n].certain == ALWAYS && !(seccomp_seen[seccomp_calls[n].number] & seccomp_calls[n].when))
-			snprintf(missing + strlen(missing), sizeof(missing) - strlen(missing), " no %s;", seccomp_calls[n].name);
+		if (seccomp_calls[n].certain == ALWAYS &&
+		    !(seccomp_seen[seccomp_calls[n].number] & seccomp_calls[n].when))
+			snprintf(missing + strlen(missing), sizeof(missing) - strlen(missing), " no %s;",
+				 seccomp_calls[n].name);
 	}
 	CHECK(!*missing, "the list and what is called differ:%s", missing);
 	note("%u of %u listed system calls were made", count, (unsigned)SECCOMP_CALLS_LISTED);

@@ -107,7 +107,8 @@ static void refused(void)
 			int status = run_without(call, when, text, sizeof(text));
 			if (WIFEXITED(status) && WEXITSTATUS(status) == 77)
 				skip("%s", text);
-			CHECK(!WIFSIGNALED(status), "without %s, phase %d: signal %d: %s", name, when, WTERMSIG(status), text);
+			CHECK(!WIFSIGNALED(status), "without %s, phase %d: signal %d: %s", name, when, WTERMSIG(status),
+			      text);
 			CHECK(status == 0 || strstr(text, words), "without %s, phase %d: %s", name, when, text);
 			harmless += status == 0;
 			named += status != 0;

@@ -46,7 +46,8 @@ static void *complete(void *opaque)
 		long page = pending;
 		if (page >= 0) {
 			usleep(2000);
-			OK(source_install(&seccomp_run.source, seccomp_run.machine.library, RAM_GPA + page * PAGE, PAGE));
+			OK(source_install(&seccomp_run.source, seccomp_run.machine.library, RAM_GPA + page * PAGE,
+					  PAGE));
 			pending = -1;
 		}
 		usleep(200);
@@ -103,7 +104,8 @@ static void *visit(struct vcpu *v)
 		uint64_t page = n ^ (v->number ? 64 : 0);
 		load(v, page);
 		EQUAL("stop", vcpu_run(v), 0);
-		EQUAL("word", seccomp_run.steps[v->number][page / 4 % 2].value, pattern_word(&seccomp_run.source.pattern, page, 0));
+		EQUAL("word", seccomp_run.steps[v->number][page / 4 % 2].value,
+		      pattern_word(&seccomp_run.source.pattern, page, 0));
 	}
 	return NULL;
 }
@@ -184,8 +186,10 @@ void seccomp_run_guest(void)
 	for (int n = 0; n < 2; n++)
 		vcpu_join(seccomp_run.machine.vcpu[n]);
 	/* The host touches absent pages. */
-	for (uint64_t page = PAGES / 2; seccomp_run.backing == MEMFD && !seccomp_run.host_waits && page < PAGES / 2 + 4; page++)
-		EQUAL("the host reads", *(volatile uint64_t *)(seccomp_run.ram.hva + page * PAGE), pattern_word(&seccomp_run.source.pattern, page, 0));
+	for (uint64_t page = PAGES / 2; seccomp_run.backing == MEMFD && !seccomp_run.host_waits && page < PAGES / 2 + 4;
+	     page++)
+		EQUAL("the host reads", *(volatile uint64_t *)(seccomp_run.ram.hva + page * PAGE),
+		      pattern_word(&seccomp_run.source.pattern, page, 0));
 	OK(kvmfault_pages_zero(seccomp_run.machine.library, RAM_GPA + (PAGES - 2) * PAGE, PAGE));
 	OK(kvmfault_pages_lost(seccomp_run.machine.library, RAM_GPA + (PAGES - 1) * PAGE, PAGE));
 	for (int n = 0; n < 2; n++) {
@@ -215,7 +219,6 @@ void seccomp_run_end(void)
 	seccomp_run.machine.library = NULL;
 	kvmfault_file_source_free(file_source);
 }
-
 
 void seccomp_run_by_handler(void)
 {

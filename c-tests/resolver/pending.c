@@ -36,7 +36,8 @@ static void pending_out_of_order(void)
 	UNTIL(resolver_vm.calls == N);
 	for (int i = N - 1; i >= 0; i--) {
 		EQUAL("vCPUs that have gone on", resolver_vm.finished, N - 1 - i);
-		EQUAL("state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + i * PAGE), KVMFAULT_PAGE_RESOLVING);
+		EQUAL("state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + i * PAGE),
+		      KVMFAULT_PAGE_RESOLVING);
 		resolver_vm_install(i);
 		UNTIL(resolver_vm.finished == N - i);
 		EQUAL("the vCPU that went on", order[N - 1 - i], i);
@@ -113,7 +114,8 @@ static void pending_source(void)
 	pthread_join(thread, NULL);
 	vcpu_join(resolver_vm.m.vcpu[0]);
 	EQUAL("state", kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + 6 * PAGE), KVMFAULT_PAGE_PRESENT);
-	EQUAL("a word of the copy", *(uint64_t *)(resolver_vm.ram.hva + 6 * PAGE), pattern_word(&resolver_vm.source.pattern, 5, 0));
+	EQUAL("a word of the copy", *(uint64_t *)(resolver_vm.ram.hva + 6 * PAGE),
+	      pattern_word(&resolver_vm.source.pattern, 5, 0));
 	resolver_vm_tear_down();
 }
 
@@ -170,7 +172,8 @@ static void retry_ends(void)
 	vcpu_attach(v);
 	resolver_vm_load_read(v, 7);
 	double began = now();
-	REFUSED(kvmfault_vcpu_run(v->handle), ELOOP, test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? "retries" : "0x40007000");
+	REFUSED(kvmfault_vcpu_run(v->handle), ELOOP,
+		test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? "retries" : "0x40007000");
 	CHECK(resolver_vm.calls > 100, "only %u tries", resolver_vm.calls);
 	CHECK(now() - began > 1, "%u tries in %.3f s: no pauses between", resolver_vm.calls, now() - began);
 	resolver_vm_tear_down();

@@ -26,7 +26,8 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 	struct ahead *a = opaque;
 	uint64_t end = fault->window_gpa + fault->window_len;
 	CHECK(fault->window_gpa <= fault->gpa && fault->gpa + fault->len <= end && fault->window_len <= MOST * PAGE &&
-		      fault->window_gpa >= RAM_GPA && end <= RAM_GPA + a->s.ram.len && (fault->window_gpa | end) % PAGE == 0,
+		      fault->window_gpa >= RAM_GPA && end <= RAM_GPA + a->s.ram.len &&
+		      (fault->window_gpa | end) % PAGE == 0,
 	      "the window [%#lx, %#lx) does not suit the page %#lx", fault->window_gpa, end, fault->gpa);
 	for (uint64_t gpa = fault->window_gpa; gpa < end; gpa += PAGE) {
 		int expected = gpa == fault->gpa ? KVMFAULT_PAGE_RESOLVING : KVMFAULT_PAGE_ABSENT;
@@ -40,7 +41,8 @@ static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_f
 		a->refused++;
 		return -EIO;
 	}
-	int ret = source_install(&a->s.source, vm, a->less ? fault->gpa : fault->window_gpa, a->less ? fault->len : fault->window_len);
+	int ret = source_install(&a->s.source, vm, a->less ? fault->gpa : fault->window_gpa,
+				 a->less ? fault->len : fault->window_len);
 	/*
 	 * A vCPU that waits in the kernel goes on a moment before the library counts the page:
 	 * another reader may have got its request.
@@ -134,8 +136,8 @@ static void walk(order *order, uint32_t count, unsigned long most_faults, unsign
 			 */
 			unsigned long more = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? most_faults / 4 : 0;
 			CHECK(faults <= most_faults + more, "%lu faults, %lu expected", faults, most_faults);
-			CHECK(stats.pages_copied >= count && stats.pages_copied <= most_pages, "%lu pages came for %u, %lu expected",
-			      stats.pages_copied, count, most_pages);
+			CHECK(stats.pages_copied >= count && stats.pages_copied <= most_pages,
+			      "%lu pages came for %u, %lu expected", stats.pages_copied, count, most_pages);
 			/*
 			 * A page may be requested twice: a vCPU that sleeps in the kernel goes on
 			 * before the whole window is there.

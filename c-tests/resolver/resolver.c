@@ -42,7 +42,8 @@ static void bad_answer(kvmfault_resolver resolver, int given, int error, const c
 	answer = given;
 	resolver_vm_load_read(v, 4);
 	REFUSED(kvmfault_vcpu_run(v->handle), error, words);
-	CHECK(strstr(kvmfault_last_error(), "0x40004000"), "the message doesn't name the page: %s", kvmfault_last_error());
+	CHECK(strstr(kvmfault_last_error(), "0x40004000"), "the message doesn't name the page: %s",
+	      kvmfault_last_error());
 	CHECK(resolver_vm.calls >= 1, "the resolver wasn't called");
 	answer = 0;
 	EQUAL("stop", vcpu_run(v), 0);

@@ -203,8 +203,8 @@ static void block_device(void)
 /* The guest reads words of each page, and the host all of them. */
 static void file_without_mmap(void)
 {
-	static const char *const paths[] = { "/sys/kernel/btf/vmlinux", "/proc/config.gz", "/sys/firmware/acpi/tables/DSDT",
-					     "/sys/firmware/acpi/tables/SSDT1" };
+	static const char *const paths[] = { "/sys/kernel/btf/vmlinux", "/proc/config.gz",
+					     "/sys/firmware/acpi/tables/DSDT", "/sys/firmware/acpi/tables/SSDT1" };
 	enum { MOST = 32, WORDS = 8 };
 	static uint8_t bytes[MOST * PAGE];
 	char tried[300] = "";
@@ -247,15 +247,16 @@ static void file_without_mmap(void)
 		vcpu_attach(v);
 		EQUAL("stop", vcpu_run(v), 0);
 		for (uint64_t n = 0; n < count; n++)
-			CHECK(!memcmp(&steps[n].value, bytes + n * (PAGE / WORDS), 8), "%s: word at %#lx", paths[i], n * (PAGE / WORDS));
+			CHECK(!memcmp(&steps[n].value, bytes + n * (PAGE / WORDS), 8), "%s: word at %#lx", paths[i],
+			      n * (PAGE / WORDS));
 		machine_settled_stats(&m);
 		CHECK(!memcmp(ram.hva, bytes, len), "%s: what the host sees", paths[i]);
 		vcpu_detach(v);
 		machine_destroy(&m);
 		ram_destroy(&ram);
 		served += is_read;
-		snprintf(tried + strlen(tried), sizeof(tried) - strlen(tried), "%s%s: %lu pages, %s", *tried ? "; " : "", paths[i],
-			 len / PAGE, is_read ? "read" : "mapped");
+		snprintf(tried + strlen(tried), sizeof(tried) - strlen(tried), "%s%s: %lu pages, %s",
+			 *tried ? "; " : "", paths[i], len / PAGE, is_read ? "read" : "mapped");
 	}
 	if (!served)
 		skip("no readable file of a page or more that can't be mapped (%s)", *tried ? tried : "none at all");
@@ -310,7 +311,8 @@ static void cut_short(void)
 		SYS(ftruncate(fd, 2 * PAGE));
 
 		struct kvmfault_fault good = fault_at(1, 0, 8), bad = fault_at(2, 0, 8);
-		EQUAL("a page that is there", kvmfault_file_source_resolve(source, m.library, &good), KVMFAULT_RESOLVED);
+		EQUAL("a page that is there", kvmfault_file_source_resolve(source, m.library, &good),
+		      KVMFAULT_RESOLVED);
 		for (uint64_t page = 0; page < 8; page++)
 			EQUAL("state", OK(kvmfault_pages_state(m.library, RAM_GPA + page * PAGE)),
 			      page < 2 ? KVMFAULT_PAGE_PRESENT : KVMFAULT_PAGE_ABSENT);
@@ -338,13 +340,17 @@ static void cut_short(void)
 /* What has no bytes at offsets is refused, and the message says what it is. */
 static void no_offsets(void)
 {
-	int pipes[2], sockets[2], directory = SYS(open("/", O_RDONLY | O_CLOEXEC)), null = SYS(open("/dev/null", O_RDONLY | O_CLOEXEC));
+	int pipes[2], sockets[2], directory = SYS(open("/", O_RDONLY | O_CLOEXEC)),
+				  null = SYS(open("/dev/null", O_RDONLY | O_CLOEXEC));
 	SYS(pipe2(pipes, O_CLOEXEC));
 	SYS(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets));
 	const struct {
 		int fd;
 		const char *words;
-	} bad[] = { { pipes[0], "a pipe" }, { sockets[0], "a socket" }, { directory, "a directory" }, { null, "a character device" } };
+	} bad[] = { { pipes[0], "a pipe" },
+		    { sockets[0], "a socket" },
+		    { directory, "a directory" },
+		    { null, "a character device" } };
 	for (size_t i = 0; i < sizeof(bad) / sizeof(*bad); i++) {
 		struct kvmfault_file_range range = KVMFAULT_FILE_RANGE_INIT;
 		struct kvmfault_file_source *source;

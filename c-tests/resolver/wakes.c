@@ -79,7 +79,8 @@ static void *install_page_5(void *arg)
 
 static void *read_from_the_host(void *arg)
 {
-	EQUAL("the word that the host read", *(volatile uint64_t *)(resolver_vm.ram.hva + 5 * PAGE), pattern_word(&resolver_vm.source.pattern, 5, 0));
+	EQUAL("the word that the host read", *(volatile uint64_t *)(resolver_vm.ram.hva + 5 * PAGE),
+	      pattern_word(&resolver_vm.source.pattern, 5, 0));
 	*(atomic_bool *)arg = true;
 	return NULL;
 }
@@ -108,7 +109,8 @@ static void failed_call(void)
 	 * In userfaultfd the page wakes the thread, too, if another thread's call installs it
 	 * before the error arrives.
 	 */
-	CHECK(results[0] == -EIO || (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD && results[0] == KVMFAULT_PASS), "the first vCPU's run: %d", results[0]);
+	CHECK(results[0] == -EIO || (test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD && results[0] == KVMFAULT_PASS),
+	      "the first vCPU's run: %d", results[0]);
 	UNTIL(begun == 2);
 	UNTIL(returned[1] && returned[2]);
 	EQUAL("the second vCPU's run", results[1], KVMFAULT_PASS);
@@ -177,7 +179,8 @@ static void kick_a_sleeper(void *by_handler)
 	resolver_vm_set_up(MEMFD, resolver_vm_answer_pending, 1, 3);
 	the = resolver_vm.m.vcpu[0];
 	vcpu_start(the, wait_for_page_5, by_handler);
-	UNTIL(resolver_vm.calls == 1 && kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + 5 * PAGE) == KVMFAULT_PAGE_RESOLVING);
+	UNTIL(resolver_vm.calls == 1 &&
+	      kvmfault_pages_state(resolver_vm.m.library, RAM_GPA + 5 * PAGE) == KVMFAULT_PAGE_RESOLVING);
 	UNTIL(is_asleep(thread_of[0]));
 	EQUAL("the vCPU has returned", returned[0], 0);
 	OK(kvmfault_vcpu_kick(the->handle));

@@ -107,8 +107,8 @@ static void replayed(void)
 		kvmfault_fill_free(fill);
 		CHECK(faults(&r) <= TOUCHED * 3 / 100, "%lu faults after %lu", faults(&r), TOUCHED);
 		EQUAL("pages that came", machine_stats(&r.s.m).pages_copied, TOUCHED + faults(&r));
-		note("%s: %lu faults instead of %lu, done %.1f times sooner; %ld bytes", backing_name(backing), faults(&r), TOUCHED,
-		     cold / warm, (long)bytes);
+		note("%s: %lu faults instead of %lu, done %.1f times sooner; %ld bytes", backing_name(backing),
+		     faults(&r), TOUCHED, cold / warm, (long)bytes);
 		/* And then all the rest, with the guest's memory as it should be. */
 		options = (struct kvmfault_fill_options)KVMFAULT_FILL_OPTIONS_INIT;
 		OK(kvmfault_fill_start(r.s.m.library, &options, &fill));
@@ -157,11 +157,11 @@ static void useless_files(void)
 	create(&r, MEMFD, PAGES, 0);
 	options.flags = KVMFAULT_FILL_WORKING_SET_ONLY;
 	options.working_set_fd = bad;
-#define REFUSED_WITH(words)                                                                 \
-	do {                                                                                \
+#define REFUSED_WITH(words)                                                                  \
+	do {                                                                                 \
 		REFUSED(kvmfault_fill_start(r.s.m.library, &options, &fill), EINVAL, words); \
-		CHECK(!fill, "a handle after an error");                                    \
-		EQUAL("absent pages", kvmfault_pages_absent(r.s.m.library), PAGES);         \
+		CHECK(!fill, "a handle after an error");                                     \
+		EQUAL("absent pages", kvmfault_pages_absent(r.s.m.library), PAGES);          \
 	} while (0)
 	REFUSED_WITH("not a working set"); /* empty */
 	for (ssize_t cut = 1; cut < len; cut += 1 + len / 50) {

@@ -36,7 +36,8 @@ static void read_by_each(uint64_t page, uint64_t expected)
 	EQUAL("splice", splice(resolver_vm.ram.fd, &from, pipes[1], NULL, 8, 0), 8);
 	EQUAL("reading the pipe", read(pipes[0], &got[3], 8), 8);
 	for (int way = 0; way < 4; way++)
-		EQUAL(((const char *[]){ "by pread", "by a second mapping", "by sendfile", "by splice" })[way], got[way], expected);
+		EQUAL(((const char *[]){ "by pread", "by a second mapping", "by sendfile", "by splice" })[way],
+		      got[way], expected);
 	close(pipes[0]);
 	close(pipes[1]);
 	close(file);
@@ -93,7 +94,8 @@ static void buffers(void)
 	EQUAL("pread", pread(file, &value, 8, 0), 8);
 	EQUAL("what was written from an absent page", value, pattern_word(&resolver_vm.source.pattern, 3, 0));
 	EQUAL("pread", pread(file, resolver_vm.ram.hva + 5 * PAGE + 8, 8, 0), 8);
-	EQUAL("beside what was read into an absent page", *(uint64_t *)(resolver_vm.ram.hva + 5 * PAGE), pattern_word(&resolver_vm.source.pattern, 5, 0));
+	EQUAL("beside what was read into an absent page", *(uint64_t *)(resolver_vm.ram.hva + 5 * PAGE),
+	      pattern_word(&resolver_vm.source.pattern, 5, 0));
 	EQUAL("what was read into an absent page", *(uint64_t *)(resolver_vm.ram.hva + 5 * PAGE + 8), value);
 	close(file);
 	resolver_vm_tear_down();

@@ -36,14 +36,15 @@ static void expect_logged(struct slot_vm *s, struct vcpu *v, uint64_t first, uin
 		if (page % 2)
 			slot_vm_write(s, v, RAM_GPA + page * PAGE + 8, page);
 		else
-			EQUAL("a word", slot_vm_read(s, v, RAM_GPA + page * PAGE), pattern_word(&s->source.pattern, page, 0));
+			EQUAL("a word", slot_vm_read(s, v, RAM_GPA + page * PAGE),
+			      pattern_word(&s->source.pattern, page, 0));
 	}
 	slot_vm_dirty_log(s, log);
 	for (uint64_t page = 0; page < s->pages; page++) {
 		bool touched = page >= first && page < first + count;
 		if (is_dirty(s, log, page) ? !touched : touched && page % 2)
-			FAIL("page %lu of %s memory is %s the log (CPL %d, pages [%lu, +%lu))", page, backing_name(s->ram.backing),
-			     touched ? "missing in" : "in", v->cpl, first, count);
+			FAIL("page %lu of %s memory is %s the log (CPL %d, pages [%lu, +%lu))", page,
+			     backing_name(s->ram.backing), touched ? "missing in" : "in", v->cpl, first, count);
 	}
 }
 

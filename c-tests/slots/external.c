@@ -18,7 +18,8 @@ static void *touch_from_the_host(void *arg)
 	const uint64_t *words = (uint64_t *)postcopy_vmm.ram.hva;
 	(void)arg;
 	for (uint64_t page = PAGES - 1; page >= PAGES / 2; page -= 16)
-		EQUAL("what a host thread reads", words[page * 512 + 7], pattern_word(&postcopy_vmm.source.pattern, page, 7));
+		EQUAL("what a host thread reads", words[page * 512 + 7],
+		      pattern_word(&postcopy_vmm.source.pattern, page, 7));
 	return NULL;
 }
 
@@ -37,7 +38,8 @@ static void postcopy(enum backing backing)
 	pthread_join(host, NULL);
 	UNTIL(kvmfault_pages_absent(postcopy_vmm.m.library) == 0);
 	struct kvmfault_stats stats = machine_stats(&postcopy_vmm.m);
-	note("%u resolver calls, %u host faults by the VMM's own userfaultfd", postcopy_vmm.calls, postcopy_vmm.host_faults);
+	note("%u resolver calls, %u host faults by the VMM's own userfaultfd", postcopy_vmm.calls,
+	     postcopy_vmm.host_faults);
 	CHECK(postcopy_vmm.calls > 0, "no vCPU ever asked for a page");
 	EQUAL("faults_host", stats.faults_host, 0);
 	EQUAL("resolver_calls", stats.resolver_calls, postcopy_vmm.calls);
@@ -85,7 +87,8 @@ static void end_while_pages_arrive(void)
 		postcopy_vmm_set_up(MEMFD, true);
 		CHECK(!pthread_create(&thread, NULL, end_again_and_again, NULL), "pthread_create");
 		pthread_join(thread, NULL);
-		UNTIL(test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP || kvmfault_pages_absent(postcopy_vmm.m.library) == 0);
+		UNTIL(test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP ||
+		      kvmfault_pages_absent(postcopy_vmm.m.library) == 0);
 		postcopy_vmm_run_guests(READ_FIRST);
 		postcopy_vmm_tear_down();
 	}
@@ -146,7 +149,8 @@ static void too_early(void)
 	postcopy_vmm.paused = false;
 	postcopy_vmm_run_guests(READ_FIRST);
 	UNTIL(kvmfault_pages_absent(postcopy_vmm.m.library) == 0);
-	CHECK(trap ? postcopy_vmm.calls > 0 : postcopy_vmm.host_faults > 0, "%u resolver calls, %u faults of the VMM's", postcopy_vmm.calls, postcopy_vmm.host_faults);
+	CHECK(trap ? postcopy_vmm.calls > 0 : postcopy_vmm.host_faults > 0, "%u resolver calls, %u faults of the VMM's",
+	      postcopy_vmm.calls, postcopy_vmm.host_faults);
 	OK(kvmfault_memslot_set_fast_only(postcopy_vmm.m.library, RAM_SLOT, 0));
 	if (trap) {
 		REFUSED(kvmfault_pages_missing(postcopy_vmm.m.library, postcopy_vmm.ram.hva, PAGE), EBUSY, "off");
@@ -225,10 +229,12 @@ static void addresses(void)
 	OK(kvmfault_memslot_prepare(postcopy_vmm.m.library, &slot, &region));
 	for (uint64_t offset = 0; offset < postcopy_vmm.ram.len; offset += 12345) {
 		void *expected = postcopy_vmm.ram.hva + offset;
-		CHECK(kvmfault_vm_address(postcopy_vmm.m.library, (void *)(region.userspace_addr + offset)) == expected, "offset %#lx", offset);
+		CHECK(kvmfault_vm_address(postcopy_vmm.m.library, (void *)(region.userspace_addr + offset)) == expected,
+		      "offset %#lx", offset);
 		CHECK(kvmfault_vm_address(postcopy_vmm.m.library, expected) == expected, "offset %#lx", offset);
 	}
-	CHECK(!kvmfault_vm_address(postcopy_vmm.m.library, postcopy_vmm.ram.hva + postcopy_vmm.ram.len), "an address behind the memory");
+	CHECK(!kvmfault_vm_address(postcopy_vmm.m.library, postcopy_vmm.ram.hva + postcopy_vmm.ram.len),
+	      "an address behind the memory");
 	CHECK(!kvmfault_vm_address(postcopy_vmm.m.library, NULL), "NULL");
 	CHECK(!kvmfault_vm_address(NULL, postcopy_vmm.ram.hva), "no VM");
 	postcopy_vmm_tear_down();
@@ -273,7 +279,8 @@ static void punched_hugetlb(void)
 	options.resolver = install_huge_page;
 	options.opaque = &p;
 	machine_attach(&m, NULL, &options);
-	struct uffdio_register reg = { .range = { (uintptr_t)p.ram.hva, p.ram.len }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+	struct uffdio_register reg = { .range = { (uintptr_t)p.ram.hva, p.ram.len },
+				       .mode = UFFDIO_REGISTER_MODE_MISSING };
 	SYS(ioctl(p.uffd, UFFDIO_REGISTER, &reg));
 	machine_set_slot(&m, &p.ram, RAM_SLOT, RAM_GPA);
 	struct vcpu *v = machine_add_vcpu(&m, 3);

@@ -60,8 +60,8 @@ static void recognised(void)
 		struct kvmfault_probe probe = KVMFAULT_PROBE_INIT;
 		uint32_t bit = 1u << KVMFAULT_MECHANISM_MEMSLOT_FLAG, expected = abi ? bit : 0;
 		OK(kvmfault_probe(i % 2 ? -1 : kvm, &probe));
-		CHECK(!strcmp(probe.abi, name), "kvmfault_probe.abi is \"%s\", not \"%s\" (kvm.fault_abi is \"%s\")", probe.abi, name,
-		      fault_abi());
+		CHECK(!strcmp(probe.abi, name), "kvmfault_probe.abi is \"%s\", not \"%s\" (kvm.fault_abi is \"%s\")",
+		      probe.abi, name, fault_abi());
 		EQUAL("memslot-flag for anonymous memory", probe.mechanisms_anon & bit, expected);
 		EQUAL("memslot-flag for shared memory", probe.mechanisms_shared & bit, expected);
 		EQUAL("memslot-flag for hugetlb memory", probe.mechanisms_hugetlb & bit, expected);
@@ -112,7 +112,8 @@ static void false_friends(void)
 		 * makes v7 worth a try.
 		 */
 		if (friendly && strcmp(abi->name, "v7") != 0)
-			CHECK(strstr(line, "accepted, but") || strstr(line, "does not exit"), "the explanation: %s", line);
+			CHECK(strstr(line, "accepted, but") || strstr(line, "does not exit"), "the explanation: %s",
+			      line);
 		if (!friendly && !strcmp(abi->name, "v7"))
 			CHECK(strstr(line, "a memslot with flag 0x8"), "the explanation: %s", line);
 		printf("%s\n", line);
@@ -163,7 +164,8 @@ static void named(void)
 			slot_vm_destroy(&s);
 			continue;
 		}
-		for (int mechanism = KVMFAULT_MECHANISM_AUTO; mechanism <= KVMFAULT_MECHANISM_MEMSLOT_FLAG; mechanism++) {
+		for (int mechanism = KVMFAULT_MECHANISM_AUTO; mechanism <= KVMFAULT_MECHANISM_MEMSLOT_FLAG;
+		     mechanism++) {
 			struct machine m;
 			struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 			struct kvmfault_vm *vm;
@@ -318,7 +320,8 @@ static void run_errno(void)
 			ret = kvmfault_vcpu_handle_exit(v->handle, ret < 0 && !by_errno ? -error : ret);
 			if (ret == KVMFAULT_HANDLED)
 				continue;
-			CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value) && value == 0, "%s", vcpu_describe(v, ret));
+			CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value) && value == 0, "%s",
+			      vcpu_describe(v, ret));
 			break;
 		}
 		EQUAL("failures of KVM_RUN", failures, s.pages);

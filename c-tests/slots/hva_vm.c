@@ -55,7 +55,8 @@ void hva_vm_delete_slot(uint32_t number, uint32_t flags)
 
 void hva_vm_check_pages(struct vcpu *v, uint64_t gpa, uint64_t first, uint64_t count)
 {
-	vcpu_load_verify(v, gpa, hva_vm.list_gpa + first * sizeof(*hva_vm.list), count, &hva_vm.source.pattern, READ_FIRST);
+	vcpu_load_verify(v, gpa, hva_vm.list_gpa + first * sizeof(*hva_vm.list), count, &hva_vm.source.pattern,
+			 READ_FIRST);
 	vcpu_verify(v);
 }
 

@@ -21,7 +21,8 @@ static void expect_write_exit(struct slot_vm *s, struct vcpu *v, uint64_t gpa)
 {
 	slot_vm_step(s, v, (struct step){ WRITE64, gpa, 42, 0 });
 	int ret = kvmfault_vcpu_run(v->handle);
-	CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.is_write, "%s", vcpu_describe(v, ret));
+	CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.is_write, "%s",
+	      vcpu_describe(v, ret));
 	EQUAL("the address", v->run->mmio.phys_addr, gpa);
 	vcpu_run(v);
 }
@@ -31,7 +32,7 @@ static void expect_read_only(struct slot_vm *s)
 {
 	struct vcpu *v = slot_vm_add_vcpu(s, 3);
 	slot_vm_visit(s, v, 0, s->pages / 2, READ_FIRST);
-	expect_write_exit(s, v, RAM_GPA + 16);                           /* present */
+	expect_write_exit(s, v, RAM_GPA + 16);                         /* present */
 	expect_write_exit(s, v, RAM_GPA + (s->pages - 1) * PAGE + 16); /* absent */
 	slot_vm_visit(s, v, 0, s->pages, READ_FIRST);
 	vcpu_detach(v);
@@ -78,7 +79,8 @@ static void read_only_automatic(void)
 		OK(kvmfault_memslot_set(s.m.library, &slot));
 		int with = kvmfault_memslot_mechanism(s.m.library, RAM_SLOT);
 		int without = kvmfault_memslot_mechanism(s.m.library, RAM_SLOT + 1);
-		printf("%s: read-only by %s, writable by %s\n", backing_name(backing), mechanism_name(with), mechanism_name(without));
+		printf("%s: read-only by %s, writable by %s\n", backing_name(backing), mechanism_name(with),
+		       mechanism_name(without));
 		EQUAL("the read-only slot has the flag", with == KVMFAULT_MECHANISM_MEMSLOT_FLAG, abi && abi->readonly);
 		EQUAL("the writable slot has the flag", without == KVMFAULT_MECHANISM_MEMSLOT_FLAG, abi != NULL);
 		expect_read_only(&s);

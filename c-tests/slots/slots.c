@@ -141,9 +141,11 @@ static void forgotten(enum backing backing)
 	hva_vm_delete_slot(RAM_SLOT, 0);
 	for (unsigned i = 0; i < PAGES; i++) {
 		if (i < PAGES / 2)
-			pattern_check(&hva_vm.source.pattern, hva_vm.ram.hva + hva_vm.list[i] * PAGE, hva_vm.list[i], 1);
+			pattern_check(&hva_vm.source.pattern, hva_vm.ram.hva + hva_vm.list[i] * PAGE, hva_vm.list[i],
+				      1);
 		else
-			CHECK(!memcmp(hva_vm.ram.hva + hva_vm.list[i] * PAGE, zeros, PAGE), "page %u isn't zero", hva_vm.list[i]);
+			CHECK(!memcmp(hva_vm.ram.hva + hva_vm.list[i] * PAGE, zeros, PAGE), "page %u isn't zero",
+			      hva_vm.list[i]);
 	}
 	EQUAL("resolver calls", hva_vm.source.total, PAGES / 2);
 	/* the guest may be ahead of the counters */

@@ -28,8 +28,9 @@ static void *expect_no_memory(struct vcpu *v)
 {
 	vcpu_attach(v);
 	int ret = kvmfault_vcpu_run(v->handle);
-	CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO && v->run->mmio.phys_addr == RAM_GPA + 3 * PAGE, "%s",
-	      vcpu_describe(v, ret));
+	CHECK(ret == KVMFAULT_PASS && v->run->exit_reason == KVM_EXIT_MMIO &&
+		      v->run->mmio.phys_addr == RAM_GPA + 3 * PAGE,
+	      "%s", vcpu_describe(v, ret));
 	finished++;
 	return NULL;
 }
@@ -66,7 +67,8 @@ static void *verify_on(struct vcpu *v)
 {
 	vcpu_attach(v);
 	do {
-		vcpu_load_verify(v, RAM_GPA, hva_vm.list_gpa, checked_pages ?: MANY, &hva_vm.source.pattern, READ_FIRST);
+		vcpu_load_verify(v, RAM_GPA, hva_vm.list_gpa, checked_pages ?: MANY, &hva_vm.source.pattern,
+				 READ_FIRST);
 		vcpu_verify(v);
 	} while (!stop);
 	finished++;
@@ -130,8 +132,8 @@ static void end_discards(uint64_t pages, unsigned long discards, unsigned long b
 {
 	join_vcpus();
 	struct kvmfault_stats stats = machine_settled_stats(&hva_vm.m);
-	note("%lu discards of %lu pages (%lu times busy), %lu resolver calls, %lu found the page there", discards, stats.pages_discarded, busy,
-	     stats.resolver_calls, stats.outcome_mapped);
+	note("%lu discards of %lu pages (%lu times busy), %lu resolver calls, %lu found the page there", discards,
+	     stats.pages_discarded, busy, stats.resolver_calls, stats.outcome_mapped);
 	CHECK(stats.pages_discarded > 0 && stats.resolver_calls > pages, "the vCPUs met no discard");
 	/*
 	 * Each installed page is present or was discarded. A reader may be about to install a page
@@ -154,7 +156,8 @@ static void discarded(enum backing backing)
 	start_vcpus();
 	UNTIL(hva_vm.source.total > MANY / 2);
 	unsigned long most = scaled(3000);
-	for (double end = now() + 10; (discards < most || hva_vm.source.total < MANY + 100) && now() < end; discards++) {
+	for (double end = now() + 10; (discards < most || hva_vm.source.total < MANY + 100) && now() < end;
+	     discards++) {
 		uint64_t first = random_number(&seed) % MANY, count = 1 + random_number(&seed) % 64;
 		if (first + count > MANY)
 			count = MANY - first;
@@ -249,7 +252,8 @@ static void post_copy(enum backing backing)
 	/* the guest may be ahead of the counters */
 	UNTIL(kvmfault_pages_absent(hva_vm.m.library) == 0);
 	for (unsigned i = 0; i < MANY; i++)
-		pattern_check(i < MANY / 2 ? &old : &hva_vm.source.pattern, hva_vm.ram.hva + hva_vm.list[i] * PAGE, hva_vm.list[i], 1);
+		pattern_check(i < MANY / 2 ? &old : &hva_vm.source.pattern, hva_vm.ram.hva + hva_vm.list[i] * PAGE,
+			      hva_vm.list[i], 1);
 	hva_vm_tear_down();
 }
 
@@ -290,10 +294,12 @@ static void dirty_log(void)
 	memset(bitmap, 0, sizeof(bitmap));
 	SYS(ioctl(hva_vm.m.vm, KVM_GET_DIRTY_LOG, &log));
 	for (unsigned i = 0; i < PAGES / 2; i++)
-		CHECK(bitmap[hva_vm.list[i] / 64] >> hva_vm.list[i] % 64 & 1, "page %u was written by the guest and isn't in the dirty log", hva_vm.list[i]);
+		CHECK(bitmap[hva_vm.list[i] / 64] >> hva_vm.list[i] % 64 & 1,
+		      "page %u was written by the guest and isn't in the dirty log", hva_vm.list[i]);
 
 	/* At CPL 0, the third quarter: where KVM emulates, the library writes, and reports it. */
-	vcpu_load_verify(slow, RAM_GPA, hva_vm.list_gpa + PAGES / 2 * sizeof(*hva_vm.list), PAGES / 4, &hva_vm.source.pattern, WRITE_FIRST);
+	vcpu_load_verify(slow, RAM_GPA, hva_vm.list_gpa + PAGES / 2 * sizeof(*hva_vm.list), PAGES / 4,
+			 &hva_vm.source.pattern, WRITE_FIRST);
 	vcpu_verify(slow);
 	memset(bitmap, 0, sizeof(bitmap));
 	SYS(ioctl(hva_vm.m.vm, KVM_GET_DIRTY_LOG, &log));

@@ -85,8 +85,8 @@ static void toggled(enum backing backing)
 	}
 	toggling = false;
 	pthread_join(thread, NULL);
-	note("%lu toggles, %u rounds, %lu faults on vCPU threads, %lu on reader threads", (unsigned long)toggles, rounds,
-	     (unsigned long)s.here, (unsigned long)s.elsewhere);
+	note("%lu toggles, %u rounds, %lu faults on vCPU threads, %lu on reader threads", (unsigned long)toggles,
+	     rounds, (unsigned long)s.here, (unsigned long)s.elsewhere);
 	CHECK(uffd || s.here, "no fault came to a vCPU's thread");
 	CHECK(s.elsewhere, "no fault came to a reader thread");
 	slot_vm_destroy(&s);

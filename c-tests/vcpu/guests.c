@@ -27,15 +27,24 @@ extern const uint8_t guest_clock_start[], guest_clock_end[], guest_clock_handler
 /* Where things are in the guest's memory, in pages. */
 enum {
 	TOP_TABLE = 0, /* of page tables: PML4, or the directory of 32-bit paging */
-	PDPT, DIRECTORY, LOW_DIRECTORY, GDT, IDT, TICKS, CLOCK, STEAL,
-	TABLES = 16,   /* the lowest level: RAM_PAGES / 512 (32-bit: / 1024) */
+	PDPT,
+	DIRECTORY,
+	LOW_DIRECTORY,
+	GDT,
+	IDT,
+	TICKS,
+	CLOCK,
+	STEAL,
+	TABLES = 16, /* the lowest level: RAM_PAGES / 512 (32-bit: / 1024) */
 	CODE = 32,
-	STACK_END = 96, DEPTH = 24,
-	DATA = 1024, DATA_PAGES = 1024,
+	STACK_END = 96,
+	DEPTH = 24,
+	DATA = 1024,
+	DATA_PAGES = 1024,
 	RAM_PAGES = 4096,
 };
 #define RAM_LEN (RAM_PAGES * PAGE)
-#define AT(page) (RAM_GPA + (uint64_t)(page) * PAGE)
+#define AT(page) (RAM_GPA + (uint64_t)(page)*PAGE)
 
 enum kind { LONG_MODE, PROTECTED, PROTECTED_PAGED, TIMER };
 static const char *const kind_name[] = { "a long-mode guest at CPL 0", "a 32-bit guest", "a 32-bit guest with paging",
@@ -54,7 +63,8 @@ struct clock_guest {
 		uint64_t tsc, pad3[3];
 	} samples[3];
 };
-_Static_assert(offsetof(struct clock_guest, done) == 80 && offsetof(struct clock_guest, samples) == 128, "as in clock.S");
+_Static_assert(offsetof(struct clock_guest, done) == 80 && offsetof(struct clock_guest, samples) == 128,
+	       "as in clock.S");
 _Static_assert(offsetof(struct sample, tsc) == 32 && sizeof(struct sample) == 64, "as in clock.S");
 
 /* ---- what is to be restored ---- */
@@ -145,9 +155,14 @@ static struct vcpu *add_vcpu(struct machine *m, enum kind kind, uint64_t shared)
 	struct vcpu *v = machine_add_vcpu(m, 0);
 	struct kvm_sregs s;
 	struct kvm_regs r = {
-		.rip = AT(CODE), .rsp = AT(STACK_END), .rflags = 2,
-		.rdi = kind == TIMER ? shared : AT(DATA), .rcx = DATA_PAGES, .rdx = DEPTH,
-		.r8 = pattern.factor, .rbx = (uint32_t)pattern.factor,
+		.rip = AT(CODE),
+		.rsp = AT(STACK_END),
+		.rflags = 2,
+		.rdi = kind == TIMER ? shared : AT(DATA),
+		.rcx = DATA_PAGES,
+		.rdx = DEPTH,
+		.r8 = pattern.factor,
+		.rbx = (uint32_t)pattern.factor,
 	};
 	SYS(ioctl(v->fd, KVM_GET_SREGS, &s));
 	s.cr3 = AT(TOP_TABLE);
@@ -216,7 +231,10 @@ static void run_control(enum kind kind)
 	machine_create(&m, PAGE);
 	struct clock_guest *g = share_clock(&m, &shared);
 	struct kvm_userspace_memory_region region = {
-		.slot = RAM_SLOT, .guest_phys_addr = RAM_GPA, .memory_size = RAM_LEN, .userspace_addr = (uintptr_t)image,
+		.slot = RAM_SLOT,
+		.guest_phys_addr = RAM_GPA,
+		.memory_size = RAM_LEN,
+		.userspace_addr = (uintptr_t)image,
 	};
 	SYS(ioctl(m.vm, KVM_SET_USER_MEMORY_REGION, &region));
 	struct vcpu *v = add_vcpu(&m, kind, shared);
@@ -229,7 +247,8 @@ static void run_control(enum kind kind)
 	} while (v->run->exit_reason == KVM_EXIT_INTR);
 	if (!vcpu_stopped(v, &value))
 		skip("%s", vcpu_describe(v, KVMFAULT_PASS));
-	CHECK(value == 0 && (kind != TIMER || g->done == DATA_PAGES), "a wrong guest: stops with %u after %lu pages", value, g->done);
+	CHECK(value == 0 && (kind != TIMER || g->done == DATA_PAGES), "a wrong guest: stops with %u after %lu pages",
+	      value, g->done);
 	_exit(0);
 }
 
@@ -331,7 +350,8 @@ static void finish(struct lazy *l)
 	expect_calls(l, "data", DATA, DATA_PAGES);
 	for (int page = DATA + DATA_PAGES; page < RAM_PAGES; page++)
 		CHECK(l->source.calls[page] == 0, "page %d, which the guest does not use, was fetched", page);
-	EQUAL("state of a page that nobody uses", kvmfault_pages_state(l->m.library, AT(RAM_PAGES - 1)), KVMFAULT_PAGE_ABSENT);
+	EQUAL("state of a page that nobody uses", kvmfault_pages_state(l->m.library, AT(RAM_PAGES - 1)),
+	      KVMFAULT_PAGE_ABSENT);
 	pattern_check(&pattern, l->ram.hva + DATA * PAGE, 0, DATA_PAGES);
 	vcpu_detach(l->v);
 	machine_destroy(&l->m);
@@ -401,15 +421,18 @@ static void check_clock(struct lazy *l, double elapsed)
 		const struct sample *s = &l->clock->samples[i];
 		CHECK(s->version && s->version % 2 == 0, "sample %d of kvmclock has version %u", i, s->version);
 		CHECK(s->multiplier && s->system_time && s->tsc_timestamp <= s->tsc,
-		      "sample %d: multiplier %u, system time %lu, TSC %lu of %lu", i, s->multiplier, s->system_time, s->tsc_timestamp, s->tsc);
+		      "sample %d: multiplier %u, system time %lu, TSC %lu of %lu", i, s->multiplier, s->system_time,
+		      s->tsc_timestamp, s->tsc);
 		t[i] = nanoseconds(s);
 	}
-	printf("kvmclock: %lu, +%lu, +%lu ns; %.0f ns passed; KVM_GET_CLOCK from %lu to %lu\n", t[0], t[1] - t[0], t[2] - t[1], elapsed * 1e9,
-	       l->clock_before, l->clock_after);
+	printf("kvmclock: %lu, +%lu, +%lu ns; %.0f ns passed; KVM_GET_CLOCK from %lu to %lu\n", t[0], t[1] - t[0],
+	       t[2] - t[1], elapsed * 1e9, l->clock_before, l->clock_after);
 	CHECK(t[0] < t[1] && t[1] < t[2], "kvmclock doesn't advance: %lu, %lu, %lu", t[0], t[1], t[2]);
-	CHECK((double)(t[2] - t[0]) < elapsed * 1e9 + SLACK, "kvmclock runs ahead: %lu ns in %.0f", t[2] - t[0], elapsed * 1e9);
-	CHECK(t[0] + SLACK > l->clock_before && t[2] < l->clock_after + SLACK, "kvmclock isn't KVM's: %lu to %lu, KVM_GET_CLOCK %lu to %lu",
-	      t[0], t[2], l->clock_before, l->clock_after);
+	CHECK((double)(t[2] - t[0]) < elapsed * 1e9 + SLACK, "kvmclock runs ahead: %lu ns in %.0f", t[2] - t[0],
+	      elapsed * 1e9);
+	CHECK(t[0] + SLACK > l->clock_before && t[2] < l->clock_after + SLACK,
+	      "kvmclock isn't KVM's: %lu to %lu, KVM_GET_CLOCK %lu to %lu", t[0], t[2], l->clock_before,
+	      l->clock_after);
 }
 
 /* How long this thread has waited for a processor, in nanoseconds: what KVM reports as stolen. */
@@ -437,7 +460,8 @@ static void check_steal_time(struct lazy *l)
 		/* KVM_RUN loads the vCPU anew, which is when the record is written */
 		vcpu_run(l->v);
 	}
-	CHECK(s->version > version && s->version % 2 == 0, "steal time isn't written any more: version %u, then %u", version, s->version);
+	CHECK(s->version > version && s->version % 2 == 0, "steal time isn't written any more: version %u, then %u",
+	      version, s->version);
 	CHECK(s->steal >= stolen && s->steal <= run_delay(), "%lu ns stolen, then %lu", stolen, s->steal);
 	printf("steal time: %lu ns, version %u\n", s->steal, s->version);
 }
@@ -462,8 +486,9 @@ static void timer(void)
 			expect_calls(&l, "steal time", STEAL, 1);
 			check_steal_time(&l);
 		}
-		printf("%s: %.2f s, %lu ticks%s%s\n", backing_name(backing), elapsed, *(uint64_t *)(l.ram.hva + TICKS * PAGE),
-		       l.clock->clock ? "" : ", no kvmclock here", l.clock->steal ? "" : ", no steal time here");
+		printf("%s: %.2f s, %lu ticks%s%s\n", backing_name(backing), elapsed,
+		       *(uint64_t *)(l.ram.hva + TICKS * PAGE), l.clock->clock ? "" : ", no kvmclock here",
+		       l.clock->steal ? "" : ", no steal time here");
 		finish(&l);
 	}
 }

@@ -116,17 +116,22 @@ static void burst(void)
 		double end = now() + 10;
 		for (uint64_t before = __atomic_load_n(counter, __ATOMIC_RELAXED);
 		     seen != n * KICKERS * EACH || __atomic_load_n(counter, __ATOMIC_RELAXED) == before; sched_yield())
-			CHECK(now() < end, "burst %lu: the guest stands still; %lu of %lu kicks seen, INTERRUPTED %lu times, %lu without a kick", n,
-			      (unsigned long)seen, n * KICKERS * EACH, (unsigned long)interrupted, (unsigned long)surplus);
+			CHECK(now() < end,
+			      "burst %lu: the guest stands still; %lu of %lu kicks seen, INTERRUPTED %lu times, %lu "
+			      "without a kick",
+			      n, (unsigned long)seen, n * KICKERS * EACH, (unsigned long)interrupted,
+			      (unsigned long)surplus);
 	}
 	EQUAL("INTERRUPTED without a kick", surplus, 0);
-	CHECK(interrupted <= bursts * KICKERS * EACH, "INTERRUPTED %lu times for %lu kicks", (unsigned long)interrupted, bursts * KICKERS * EACH);
+	CHECK(interrupted <= bursts * KICKERS * EACH, "INTERRUPTED %lu times for %lu kicks", (unsigned long)interrupted,
+	      bursts * KICKERS * EACH);
 	stop = true;
 	OK(kvmfault_vcpu_kick(the->handle));
 	vcpu_join(the);
 	for (int i = 0; i < KICKERS; i++)
 		pthread_join(kicker[i], NULL);
-	note("%s, loop %d: INTERRUPTED %lu times for %lu kicks", by_handler ? "by handler" : "by mask", loop, (unsigned long)interrupted, (unsigned long)seen);
+	note("%s, loop %d: INTERRUPTED %lu times for %lu kicks", by_handler ? "by handler" : "by mask", loop,
+	     (unsigned long)interrupted, (unsigned long)seen);
 	resolver_vm_tear_down();
 }
 
@@ -328,7 +333,8 @@ static void set_while_a_vcpu_sleeps(void)
 	uint64_t *counter = (uint64_t *)(resolver_vm.steps + COUNTER_STEP + 2);
 	uint64_t counter_gpa = resolver_vm.steps_gpa + (COUNTER_STEP + 2) * sizeof(struct step);
 	resolver_vm.steps[COUNTER_STEP] = (struct step){ ADD64, counter_gpa, 1, 0 };
-	resolver_vm.steps[COUNTER_STEP + 1] = (struct step){ JUMP, resolver_vm.steps_gpa + COUNTER_STEP * sizeof(struct step), 0, 0 };
+	resolver_vm.steps[COUNTER_STEP + 1] =
+		(struct step){ JUMP, resolver_vm.steps_gpa + COUNTER_STEP * sizeof(struct step), 0, 0 };
 	vcpu_start(resolver_vm.m.vcpu[1], count_until_kicked, NULL);
 	UNTIL(started && __atomic_load_n(counter, __ATOMIC_RELAXED) > 0);
 	struct vcpu *counting = the;
@@ -363,10 +369,8 @@ static void nudges(void)
 }
 
 static const struct test_case cases[] = {
-	{ "bursts", bursts, true },
-	{ "news", news, true },
-	{ "old-news", old_news, true },
-	{ "immediate-exit", immediate_exit, true },
+	{ "bursts", bursts, true },     { "news", news, true },
+	{ "old-news", old_news, true }, { "immediate-exit", immediate_exit, true },
 	{ "nudges", nudges, true },
 };
 TEST_MAIN(cases)

@@ -101,7 +101,8 @@ static void *vcpu_main(struct vcpu *v)
 			}
 			continue;
 		}
-		CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value) && value == 0 && what == FAULTING, "%s", vcpu_describe(v, ret));
+		CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value) && value == 0 && what == FAULTING, "%s",
+		      vcpu_describe(v, ret));
 		sweeps++;
 		OK(kvmfault_pages_discard(m.library, RAM_GPA, ram.len));
 		load(v);
@@ -178,8 +179,9 @@ static void kicks(enum what w, bool handler, unsigned long count)
 		double took = seen_at - sent;
 		if (took > in_time) {
 			double idle = starved(vcpu_stat) + starved(own_stat) - waited;
-			CHECK(took - idle < in_time, "kick %lu of %lu was seen after %.0f ms (of which %.0f without a CPU)", n,
-			      count, took * 1e3, idle * 1e3);
+			CHECK(took - idle < in_time,
+			      "kick %lu of %lu was seen after %.0f ms (of which %.0f without a CPU)", n, count,
+			      took * 1e3, idle * 1e3);
 		}
 		slowest = took > slowest ? took : slowest;
 	}
@@ -187,8 +189,9 @@ static void kicks(enum what w, bool handler, unsigned long count)
 	EQUAL("kicks seen in all", seen, count);
 	check_interrupted(count);
 	struct kvmfault_stats stats = machine_stats(&m);
-	note("%lu kicks, INTERRUPTED %lu times, the slowest seen after %.1f ms; %lu faults, %lu of them left, %lu sweeps", count,
-	     interrupted, slowest * 1e3, stats.faults_vcpu, stats.outcome_interrupted, sweeps);
+	note("%lu kicks, INTERRUPTED %lu times, the slowest seen after %.1f ms; %lu faults, %lu of them left, %lu "
+	     "sweeps",
+	     count, interrupted, slowest * 1e3, stats.faults_vcpu, stats.outcome_interrupted, sweeps);
 	machine_destroy(&m);
 	ram_destroy(&ram);
 	source_destroy(&source);

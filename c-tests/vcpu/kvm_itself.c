@@ -89,7 +89,8 @@ static void check_areas(struct slot_vm *s, const bool taken[AREAS], bool resolve
 		/* the guest may be ahead of the counters */
 		UNTIL(is_present(s, a->page) && is_present(s, last));
 		pattern_of(s, a, before);
-		CHECK(memcmp(s->ram.hva + a->page * PAGE + a->offset, before, a->len), "%s: KVM has written nothing", a->name);
+		CHECK(memcmp(s->ram.hva + a->page * PAGE + a->offset, before, a->len), "%s: KVM has written nothing",
+		      a->name);
 	}
 }
 
@@ -156,7 +157,11 @@ static void restored_own_loop(void)
 	do {
 		OK(kvmfault_vcpu_resume(v->handle));
 		if (trap)
-			check_areas(&s, (bool[AREAS]){ [ASYNC_PF] = taken[ASYNC_PF], [PV_EOI] = taken[PV_EOI], [WALL_CLOCK] = taken[WALL_CLOCK] }, true);
+			check_areas(&s,
+				    (bool[AREAS]){ [ASYNC_PF] = taken[ASYNC_PF],
+						   [PV_EOI] = taken[PV_EOI],
+						   [WALL_CLOCK] = taken[WALL_CLOCK] },
+				    true);
 		ret = kvmfault_vcpu_handle_exit(v->handle, ioctl(v->fd, KVM_RUN, 0));
 	} while (ret == KVMFAULT_HANDLED || ret == KVMFAULT_INTERRUPTED);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
@@ -231,7 +236,8 @@ static void check_wall_clock(const struct ram *ram)
 	} clock;
 	memcpy(&clock, ram->hva + areas[WALL_CLOCK].page * PAGE + areas[WALL_CLOCK].offset, sizeof(clock));
 	CHECK(clock.version && clock.version % 2 == 0, "the wall clock has version %u", clock.version);
-	CHECK(clock.sec <= time(NULL) && clock.sec > time(NULL) - 600, "the VM started at %u, and it is %lu", clock.sec, time(NULL));
+	CHECK(clock.sec <= time(NULL) && clock.sec > time(NULL) - 600, "the VM started at %u, and it is %lu", clock.sec,
+	      time(NULL));
 }
 
 static int run_once(struct vcpu *v, bool own_loop)
@@ -244,7 +250,10 @@ static void without_library(struct machine *m, const struct ram *ram, struct vcp
 {
 	struct kvmfault_memslot slot = slot_on(ram, RAM_SLOT, RAM_GPA);
 	struct kvm_userspace_memory_region region = {
-		.slot = RAM_SLOT, .guest_phys_addr = RAM_GPA, .memory_size = ram->len, .userspace_addr = (uintptr_t)ram->hva,
+		.slot = RAM_SLOT,
+		.guest_phys_addr = RAM_GPA,
+		.memory_size = ram->len,
+		.userspace_addr = (uintptr_t)ram->hva,
 	};
 	uint32_t value;
 	slot.len = 0;
@@ -269,7 +278,10 @@ static void name_later(bool own_loop, enum trouble trouble)
 	struct kvm_regs regs = { .rip = RAM_GPA + CODE * PAGE, .rflags = 2 };
 	uint32_t value;
 	int ret, troubles = 0;
-	printf("%s%s\n", own_loop ? "own loop" : "run", trouble == KICK ? ", kicks" : trouble == FAILURE ? ", failures" : "");
+	printf("%s%s\n", own_loop ? "own loop" : "run",
+	       trouble == KICK      ? ", kicks"
+	       : trouble == FAILURE ? ", failures"
+				    : "");
 	ram_create(&ram, MEMFD, PAGES * PAGE);
 	machine_create(&m, 0);
 	options.resolver = resolve_later;

@@ -66,7 +66,8 @@ static struct vcpu *set_up_slot(int cpl, enum backing backing, uint32_t kvm_flag
 	machine_attach(&m, &source, &options);
 	struct kvmfault_memslot slot = slot_on(&ram, RAM_SLOT, RAM_GPA);
 	slot.kvm_flags = kvm_flags;
-	if (kvm_flags & KVM_MEM_READONLY && test_mechanism() == KVMFAULT_MECHANISM_MEMSLOT_FLAG && expected_abi() && !expected_abi()->readonly)
+	if (kvm_flags & KVM_MEM_READONLY && test_mechanism() == KVMFAULT_MECHANISM_MEMSLOT_FLAG && expected_abi() &&
+	    !expected_abi()->readonly)
 		skip("the flag does not go with READONLY (see read_only/slot)");
 	OK(kvmfault_memslot_set(m.library, &slot));
 	steps = machine_share(&m, PAGE, &steps_gpa);
@@ -223,7 +224,8 @@ static void coming_and_going(enum backing backing)
 	stop = true;
 	pthread_join(thread, NULL);
 	struct kvmfault_stats stats = machine_settled_stats(&m);
-	note("%lu reads, %lu discards, %lu times the page was there after all", reads, stats.pages_discarded, stats.outcome_mapped);
+	note("%lu reads, %lu discards, %lu times the page was there after all", reads, stats.pages_discarded,
+	     stats.outcome_mapped);
 	CHECK(stats.pages_discarded > 100, "the page went only %lu times", stats.pages_discarded);
 	tear_down();
 }

@@ -91,8 +91,10 @@ static void sizes(bool write, int cpl)
 		 * First byte of a page, odd place, last bytes of a page, across (a single byte
 		 * can't be).
 		 */
-		offsets[i] = page * PAGE + (const uint64_t[]){ 0, 1001, PAGE - sizes[i], PAGE - (sizes[i] + 1) / 2 }[i / 4];
-		steps[i] = (struct step){ (write ? WRITE8 : READ8) + i % 4, RAM_GPA + offsets[i], 0x8877665544332211 + i, 0 };
+		offsets[i] =
+			page * PAGE + (const uint64_t[]){ 0, 1001, PAGE - sizes[i], PAGE - (sizes[i] + 1) / 2 }[i / 4];
+		steps[i] = (struct step){ (write ? WRITE8 : READ8) + i % 4, RAM_GPA + offsets[i],
+					  0x8877665544332211 + i, 0 };
 	}
 	steps[N] = (struct step){ STOP, 0, 0, 0 };
 	vcpu_load_script(v, steps_gpa);
@@ -118,8 +120,8 @@ static void sizes(bool write, int cpl)
 	for (unsigned i = 0; i < N; i++)
 		EQUAL("calls for the page of an access", source.calls[offsets[i] / PAGE], 1);
 	EQUAL("outcome_failed", stats.outcome_failed, 0);
-	printf("%lu reads and %lu writes as MMIO, `written` %u times for %lu bytes\n", stats.mmio_reads, stats.mmio_writes,
-	       written_calls, written_bytes);
+	printf("%lu reads and %lu writes as MMIO, `written` %u times for %lu bytes\n", stats.mmio_reads,
+	       stats.mmio_writes, written_calls, written_bytes);
 	if (cpl == 0 && cpl0_comes_as_mmio()) {
 		/*
 		 * KVM cuts accesses at page borders. The page after an access is present where an
@@ -307,7 +309,7 @@ static void read_only(void)
 		steps[0] = (struct step){ READ64, READONLY_GPA + 8, 0, 0 };
 		/* present */
 		steps[1] = (struct step){ WRITE32, READONLY_GPA + 16, 0xdeadbeef, 0 };
-		steps[2] = (struct step){ WRITE8, READONLY_GPA + 5 * PAGE, 0x77, 0 };   /* absent */
+		steps[2] = (struct step){ WRITE8, READONLY_GPA + 5 * PAGE, 0x77, 0 }; /* absent */
 		steps[3] = (struct step){ READ64, READONLY_GPA + 5 * PAGE, 0, 0 };
 		steps[4] = (struct step){ READ64, READONLY_GPA + 16, 0, 0 };
 		steps[5] = (struct step){ STOP, 0, 0, 0 };
@@ -326,7 +328,8 @@ static void read_only(void)
 		if (test_mechanism() != KVMFAULT_MECHANISM_POISON_TRAP)
 			EQUAL("resolver calls", readonly_source.total, 2);
 		for (int page = 0; page < PAGES; page++)
-			CHECK(readonly_source.calls[page] <= 1, "%u calls for page %d", readonly_source.calls[page], page);
+			CHECK(readonly_source.calls[page] <= 1, "%u calls for page %d", readonly_source.calls[page],
+			      page);
 		pattern_check(p, readonly.hva, 0, 1);
 		pattern_check(p, readonly.hva + 5 * PAGE, 5, 1);
 		tear_down();

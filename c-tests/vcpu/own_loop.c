@@ -151,7 +151,8 @@ static void restore(bool by_handler, bool resumes)
 	for (int i = 0; i < VCPUS; i++) {
 		struct vcpu *v = machine_add_vcpu(&m, i % 2 ? 0 : 3);
 		/* Pairs, one at each level, go for the same half of the memory. */
-		vcpu_load_verify(v, RAM_GPA, list_gpa + i / 2 * (PAGES / 2) * sizeof(*list), PAGES / 2, &source.pattern, READ_FIRST);
+		vcpu_load_verify(v, RAM_GPA, list_gpa + i / 2 * (PAGES / 2) * sizeof(*list), PAGES / 2, &source.pattern,
+				 READ_FIRST);
 		vcpu_start(v, run_guest, &loop);
 	}
 	while (loop.done < VCPUS) {
@@ -171,8 +172,8 @@ static void restore(bool by_handler, bool resumes)
 	EQUAL("the resolver's own count", source.total, PAGES);
 	UNTIL(kvmfault_pages_absent(m.library) == 0); /* the guest may be ahead of the counters */
 	pattern_check(&source.pattern, ram.hva, 0, PAGES);
-	printf("%lu faults, %lu MMIO reads, %lu kicks, INTERRUPTED %lu times\n", stats.faults_vcpu, stats.mmio_reads, kicks,
-	       loop.interrupted);
+	printf("%lu faults, %lu MMIO reads, %lu kicks, INTERRUPTED %lu times\n", stats.faults_vcpu, stats.mmio_reads,
+	       kicks, loop.interrupted);
 	CHECK(loop.interrupted >= VCPUS, "a vCPU did not see the kick before its first KVM_RUN");
 	CHECK(loop.surplus <= delayed, "INTERRUPTED %lu times without a kick; %lu kicks were delayed", loop.surplus, delayed);
 	delete_slot(&m);
@@ -231,7 +232,8 @@ static void middle_create(struct middle *t, kvmfault_resolver resolver, uint64_t
 	memset(t, 0, sizeof(*t));
 	t->resumes = resumes;
 	if (!cpl0_comes_as_mmio())
-		skip("accesses at CPL 0 to absent pages don't come as MMIO exits here with %s", mechanism_name(test_mechanism()));
+		skip("accesses at CPL 0 to absent pages don't come as MMIO exits here with %s",
+		     mechanism_name(test_mechanism()));
 	ram_create(&t->ram, MEMFD, pages * PAGE);
 	machine_create(&t->m, PAGE);
 	source_create(&t->source, RAM_GPA, t->ram.len, PATTERN);
@@ -268,7 +270,8 @@ static void *middle_main(struct vcpu *v)
 
 static void middle_finish(struct middle *t)
 {
-	uint64_t words[2] = { pattern_word(&t->source.pattern, 0, 511), pattern_word(&t->source.pattern, 1, 0) }, expected;
+	uint64_t words[2] = { pattern_word(&t->source.pattern, 0, 511), pattern_word(&t->source.pattern, 1, 0) },
+		 expected;
 	vcpu_join(t->v);
 	memcpy(&expected, (uint8_t *)words + 5, 8);
 	EQUAL("what the guest read", t->steps[0].value, expected);

@@ -51,7 +51,8 @@ static int answer_or_install(void *opaque, struct kvmfault_vm *vm, const struct 
 static struct vcpu *set_up(int first_answer)
 {
 	if (first_answer == KVMFAULT_LOST ? !cpl0_is_emulated() : !cpl0_comes_as_mmio())
-		skip("accesses at CPL 0 to such pages don't come as MMIO exits here with %s", mechanism_name(test_mechanism()));
+		skip("accesses at CPL 0 to such pages don't come as MMIO exits here with %s",
+		     mechanism_name(test_mechanism()));
 	answer = first_answer;
 	asked = 0;
 	resolver_vm_set_up(MEMFD, answer_or_install, 1, 0);
@@ -82,7 +83,9 @@ static void load_crossing(struct vcpu *v)
 
 static void check_crossing(struct vcpu *v, int ret)
 {
-	uint64_t words[2] = { pattern_word(&resolver_vm.source.pattern, 0, 511), pattern_word(&resolver_vm.source.pattern, 1, 0) }, word;
+	uint64_t words[2] = { pattern_word(&resolver_vm.source.pattern, 0, 511),
+			      pattern_word(&resolver_vm.source.pattern, 1, 0) },
+		 word;
 	uint32_t value;
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value) && value == 5, "%s", vcpu_describe(v, ret));
 	memcpy(&word, (uint8_t *)words + 5, 8);
@@ -179,7 +182,8 @@ static void finished(void)
 		ret = go_on(v);
 		CHECK(ret == KVMFAULT_PASS && vcpu_stopped(v, &value), "%s", vcpu_describe(v, ret));
 		EQUAL("what the device answered", resolver_vm.steps[0].value, 0x4242424242424242);
-		EQUAL("what the guest read", resolver_vm.steps[1].value, pattern_word(&resolver_vm.source.pattern, 0, 0));
+		EQUAL("what the guest read", resolver_vm.steps[1].value,
+		      pattern_word(&resolver_vm.source.pattern, 0, 0));
 		tear_down(v);
 	}
 }
@@ -310,11 +314,8 @@ static void slot_is_deleted(void)
 }
 
 static const struct test_case cases[] = {
-	{ "after-errors", after_errors, true },
-	{ "after-a-kick", after_a_kick, true },
-	{ "finished", finished, true },
-	{ "lost-comes-back", lost_comes_back, true },
-	{ "lost-given-up", lost_given_up, true },
-	{ "slot-is-deleted", slot_is_deleted, true },
+	{ "after-errors", after_errors, true },   { "after-a-kick", after_a_kick, true },
+	{ "finished", finished, true },           { "lost-comes-back", lost_comes_back, true },
+	{ "lost-given-up", lost_given_up, true }, { "slot-is-deleted", slot_is_deleted, true },
 };
 TEST_MAIN(cases)

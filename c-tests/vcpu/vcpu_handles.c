@@ -47,7 +47,7 @@ static void leaves_the_vm_alone(void)
 	sibling = resolver_vm.m.vcpu[1];
 	CHECK(!pthread_create(&thread, NULL, set_events, NULL), "pthread_create");
 	UNTIL(set > 0);
-	for (unsigned long n = scaled(1000), before = set; n || set < before + 1000; n -= n > 0) {
+	for (unsigned long n = scaled(1000), before = set; n || set<before + 1000; n -= n> 0) {
 		vcpu_attach(resolver_vm.m.vcpu[0]);
 		vcpu_detach(resolver_vm.m.vcpu[0]);
 	}
@@ -93,7 +93,8 @@ static void of_another_vm(void)
 	EQUAL("the address", foreign->run->mmio.phys_addr, NOWHERE_GPA);
 	ret = kvmfault_vcpu_run(foreign->handle);
 	CHECK(ret == KVMFAULT_PASS && vcpu_stopped(foreign, &value) && value == 7, "%s", vcpu_describe(foreign, ret));
-	EQUAL("what it read where only our VM has memory", steps[1].value, pattern_word(&resolver_vm.source.pattern, 3, 0));
+	EQUAL("what it read where only our VM has memory", steps[1].value,
+	      pattern_word(&resolver_vm.source.pattern, 3, 0));
 	OK(kvmfault_vcpu_kick(foreign->handle));
 	steps[3] = (struct step){ STOP, 0, 8, 0 };
 	EQUAL("after a kick", kvmfault_vcpu_run(foreign->handle), KVMFAULT_INTERRUPTED);

@@ -18,7 +18,7 @@
  */
 enum { TOP, PDPT, DIRECTORY, TABLE, CODE_DIRECTORY, DEVICE_DIRECTORY, CODE, BUFFER = 8, PAGES = 16 };
 enum { PORT = 0x99, LEN = 64, FIRST = 100 };
-#define AT(page) (RAM_GPA + (page) * PAGE)
+#define AT(page) (RAM_GPA + (page)*PAGE)
 #define DEVICE 0x80000000ul  /* no memory is there */
 #define VIRTUAL 0xc0000000ul /* AT(0), by the tables that are walked */
 
@@ -245,10 +245,7 @@ static void kicked(void)
 }
 
 static const struct test_case cases[] = {
-	{ "outs", outs, true },
-	{ "ins", ins, true },
-	{ "from-device", from_device, true },
-	{ "to-device", to_device, true },
-	{ "kicked", kicked, true },
+	{ "outs", outs, true },           { "ins", ins, true },       { "from-device", from_device, true },
+	{ "to-device", to_device, true }, { "kicked", kicked, true },
 };
 TEST_MAIN(cases)

@@ -24,7 +24,8 @@ static struct ram ram;
 static struct source source;
 static uint64_t list_gpa, seed;
 static atomic_bool stop, honest; /* honest: the resolver installs the page at once */
-static atomic_ulong passes, errors, interruptions, discards, busy, toggles, pushes, prefetches, fills, finished_fills, kicks, looks;
+static atomic_ulong passes, errors, interruptions, discards, busy, toggles, pushes, prefetches, fills, finished_fills,
+	kicks, looks;
 
 /* A number of this thread's own. */
 static uint64_t random_below(uint64_t end)
@@ -243,12 +244,14 @@ static void *again_and_again(void *action)
 /* Has everything happened? */
 static bool enough(void)
 {
-	return passes > VCPUS && errors && interruptions && discards && pushes && prefetches && toggles > 2 && fills > 1;
+	return passes > VCPUS && errors && interruptions && discards && pushes && prefetches && toggles > 2 &&
+	       fills > 1;
 }
 
 static void everything(enum backing backing)
 {
-	static void (*const actions[])(void) = { discard_some, push_some, prefetch_some, toggle, fill_for_a_while, kick_one, look_at_one };
+	static void (*const actions[])(void) = { discard_some,     push_some, prefetch_some, toggle,
+						 fill_for_a_while, kick_one,  look_at_one };
 	enum { ACTIONS = sizeof(actions) / sizeof(*actions) };
 	struct kvmfault_vm_options options = KVMFAULT_VM_OPTIONS_INIT;
 	pthread_t threads[ACTIONS];
@@ -299,13 +302,17 @@ static void everything(enum backing backing)
 	struct kvmfault_stats stats;
 	/* a fill may not have booked its last pages */
 	UNTIL((stats = machine_stats(&m), stats.pages_copied - stats.pages_discarded == PAGES));
-	CHECK(enough(), "%lu passes, %lu errors, %lu interruptions, %lu discards, %lu pushes, %lu prefetches, %lu toggles, %lu fills", passes, errors,
-	      interruptions, discards, pushes, prefetches, toggles, fills);
+	CHECK(enough(),
+	      "%lu passes, %lu errors, %lu interruptions, %lu discards, %lu pushes, %lu prefetches, %lu toggles, %lu "
+	      "fills",
+	      passes, errors, interruptions, discards, pushes, prefetches, toggles, fills);
 	if (backing == MEMFD)
 		pattern_check(&source.pattern, ram.hva, 0, PAGES);
-	note("seed %#lx: %lu passes, %lu errors, %lu interruptions, %lu discards (%lu busy), %lu pages discarded, %lu toggles, %lu of %lu fills finished, "
+	note("seed %#lx: %lu passes, %lu errors, %lu interruptions, %lu discards (%lu busy), %lu pages discarded, %lu "
+	     "toggles, %lu of %lu fills finished, "
 	     "%lu looks",
-	     seed, passes, errors, interruptions, discards, busy, stats.pages_discarded, toggles, finished_fills, fills, looks);
+	     seed, passes, errors, interruptions, discards, busy, stats.pages_discarded, toggles, finished_fills, fills,
+	     looks);
 	machine_destroy(&m);
 	ram_destroy(&ram);
 	source_destroy(&source);

@@ -54,7 +54,8 @@ static const char *find_selftest(void)
 		strcpy(slash ? slash + 1 : path, "demand_paging_test");
 	}
 	if (access(path, X_OK) != 0)
-		skip("no selftest to compare with: %s: %s (c-tests/vm/selftest builds it; KVMFAULT_SELFTEST names it)", path, strerror(errno));
+		skip("no selftest to compare with: %s: %s (c-tests/vm/selftest builds it; KVMFAULT_SELFTEST names it)",
+		     path, strerror(errno));
 	return path;
 }
 
@@ -111,10 +112,11 @@ static double run_ours(enum backing backing, uint64_t flags, uint32_t readahead)
 	double seconds = now() - start;
 	/* with userfaultfd the guest is ahead of the counters */
 	struct kvmfault_stats stats = machine_settled_stats(&m);
-	CHECK(readahead > 1 ? stats.resolver_calls <= pages / readahead + 8 : stats.resolver_calls == pages, "%lu resolver calls",
-	      stats.resolver_calls);
+	CHECK(readahead > 1 ? stats.resolver_calls <= pages / readahead + 8 : stats.resolver_calls == pages,
+	      "%lu resolver calls", stats.resolver_calls);
 	EQUAL("pages that came", stats.pages_copied, pages);
-	CHECK(ram.hva[0] == 0x5a && ram.hva[pages * PAGE - PAGE] == 0x5a && ram.hva[1] == bytes[1], "the memory is wrong");
+	CHECK(ram.hva[0] == 0x5a && ram.hva[pages * PAGE - PAGE] == 0x5a && ram.hva[1] == bytes[1],
+	      "the memory is wrong");
 	vcpu_detach(v);
 	machine_destroy(&m);
 	ram_destroy(&ram);
@@ -170,10 +172,11 @@ static struct spread compare(const char *path, enum backing backing, int rounds,
 	struct spread a = spread_of(asked, rounds);
 	*ahead = spread_of(aheads, rounds);
 	struct spread t = spread_of(theirs, rounds + 1), o = spread_of(ours, rounds), r = spread_of(ratios, rounds);
-	note("%s, %d MiB, %d rounds: selftest %.0f pages/s (%.0f to %.0f), %s %.0f (%.0f to %.0f), ratio %.2f (%.2f to %.2f); "
+	note("%s, %d MiB, %d rounds: selftest %.0f pages/s (%.0f to %.0f), %s %.0f (%.0f to %.0f), ratio %.2f (%.2f to "
+	     "%.2f); "
 	     "with KVM_PRE_FAULT_MEMORY %.2f times that (%.2f to %.2f); with readahead ratio %.2f (%.2f to %.2f)",
-	     type, MEBIBYTES, rounds, t.median, t.least, t.most, mechanism_name(test_mechanism()), o.median, o.least, o.most, r.median,
-	     r.least, r.most, a.median, a.least, a.most, ahead->median, ahead->least, ahead->most);
+	     type, MEBIBYTES, rounds, t.median, t.least, t.most, mechanism_name(test_mechanism()), o.median, o.least,
+	     o.most, r.median, r.least, r.most, a.median, a.least, a.most, ahead->median, ahead->least, ahead->most);
 	return r;
 }
 
@@ -189,11 +192,14 @@ static void private_memory(void)
 	const char *path = find_selftest();
 	memset(bytes, 0xab, sizeof(bytes));
 	struct spread ahead, ratio = compare(path, ANON, rounds_wanted(), &ahead);
-	CHECK(ratio.median >= required(), "%s restores %.2f times as fast as the kernel's selftest, not %.1f (%.2f to %.2f in %d rounds)",
+	CHECK(ratio.median >= required(),
+	      "%s restores %.2f times as fast as the kernel's selftest, not %.1f (%.2f to %.2f in %d rounds)",
 	      mechanism_name(test_mechanism()), ratio.median, required(), ratio.least, ratio.most, rounds_wanted());
-	double times = test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG ? 1 : getenv("KVMFAULT_SELFTEST_STRICT") ? 5 : 2;
-	CHECK(ahead.median >= times, "with readahead %s restores %.2f times as fast as the selftest, not %.1f", mechanism_name(test_mechanism()),
-	      ahead.median, times);
+	double times = test_mechanism() != KVMFAULT_MECHANISM_MEMSLOT_FLAG ? 1
+		       : getenv("KVMFAULT_SELFTEST_STRICT")                ? 5
+									   : 2;
+	CHECK(ahead.median >= times, "with readahead %s restores %.2f times as fast as the selftest, not %.1f",
+	      mechanism_name(test_mechanism()), ahead.median, times);
 }
 
 /*

@@ -60,7 +60,8 @@ static void race(enum backing backing, unsigned long most)
 			 * overtake each other.
 			 */
 			uint64_t start = round % 2 ? i * PAGES / VCPUS : 0;
-			vcpu_load_verify(m.vcpu[i], RAM_GPA, list_gpa + start * sizeof(*list), PAGES, &source.pattern, READ_FIRST);
+			vcpu_load_verify(m.vcpu[i], RAM_GPA, list_gpa + start * sizeof(*list), PAGES, &source.pattern,
+					 READ_FIRST);
 		}
 		if (round > 0)
 			OK(kvmfault_pages_discard(m.library, RAM_GPA, ram.len));
@@ -68,7 +69,8 @@ static void race(enum backing backing, unsigned long most)
 		 * A reader thread may be about to serve a fault of the round before, and fetch that
 		 * page in this one.
 		 */
-		int64_t absent = kvmfault_pages_absent(m.library), early = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? 2 : 0;
+		int64_t absent = kvmfault_pages_absent(m.library),
+			early = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD ? 2 : 0;
 		CHECK(absent <= PAGES && absent >= PAGES - early, "%ld pages absent", absent);
 		pthread_barrier_wait(&begin);
 		pthread_barrier_wait(&end);

@@ -77,7 +77,8 @@ static void restore(const struct plan *p)
 			uint64_t expected = pattern_word(&pattern, page, w);
 			if (p->mode == WRITE_FIRST && w == PAGE / 8 - 1)
 				expected = ~expected;
-			CHECK(words[w] == expected, "the host sees %#lx in word %u of page %lu, not %#lx", words[w], w, page, expected);
+			CHECK(words[w] == expected, "the host sees %#lx in word %u of page %lu, not %#lx", words[w], w,
+			      page, expected);
 		}
 	}
 
@@ -98,8 +99,8 @@ static void restore(const struct plan *p)
 		 */
 		if (p->snapshot >= 0 && test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD)
 			most += units / 64;
-		CHECK(stats.resolver_calls <= most, "%lu resolver calls for %lu pages, %u at a time", stats.resolver_calls, units,
-		      p->readahead);
+		CHECK(stats.resolver_calls <= most, "%lu resolver calls for %lu pages, %u at a time",
+		      stats.resolver_calls, units, p->readahead);
 	}
 	if (p->snapshot < 0) {
 		EQUAL("calls counted by the resolver", source.total, stats.resolver_calls);
