@@ -131,7 +131,8 @@ static void kick(struct vcpu *v)
 static void check_interrupted(unsigned long count)
 {
 	unsigned long times = interrupted;
-	CHECK(times >= count && times <= count + delayed, "INTERRUPTED %lu times for %lu kicks, %lu of them delayed", times, count, delayed);
+	CHECK(times >= count && times <= count + delayed, "INTERRUPTED %lu times for %lu kicks, %lu of them delayed",
+	      times, count, delayed);
 }
 
 static void kicks(enum what w, bool handler, unsigned long count)

@@ -348,8 +348,8 @@ static void unknown_address(void)
 		CHECK(ret == (changes ? KVMFAULT_INTERRUPTED : KVMFAULT_MEMORY_ERROR), "%s", vcpu_describe(v, ret));
 		if (!changes) {
 			OK(kvmfault_vcpu_memory_error(v->handle, &info));
-			CHECK(info.gpa == UINT64_MAX && info.hva == UNKNOWN && !info.lost, "gpa %#lx, hva %p, lost %d", info.gpa, info.hva,
-			      info.lost);
+			CHECK(info.gpa == UINT64_MAX && info.hva == UNKNOWN && !info.lost, "gpa %#lx, hva %p, lost %d",
+			      info.gpa, info.hva, info.lost);
 		}
 		vcpu_detach(v);
 	}

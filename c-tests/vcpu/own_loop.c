@@ -135,7 +135,7 @@ static void restore(bool by_handler, bool resumes)
 	struct later later;
 	uint64_t list_gpa, seed = 3;
 	unsigned long kicks = VCPUS; /* each its own */
-	unsigned long delayed = 0; /* see kicks.c */
+	unsigned long delayed = 0;   /* see kicks.c */
 
 	ram_create(&ram, MEMFD, PAGES * PAGE);
 	machine_create(&m, PAGES * sizeof(uint32_t));
@@ -175,7 +175,8 @@ static void restore(bool by_handler, bool resumes)
 	printf("%lu faults, %lu MMIO reads, %lu kicks, INTERRUPTED %lu times\n", stats.faults_vcpu, stats.mmio_reads,
 	       kicks, loop.interrupted);
 	CHECK(loop.interrupted >= VCPUS, "a vCPU did not see the kick before its first KVM_RUN");
-	CHECK(loop.surplus <= delayed, "INTERRUPTED %lu times without a kick; %lu kicks were delayed", loop.surplus, delayed);
+	CHECK(loop.surplus <= delayed, "INTERRUPTED %lu times without a kick; %lu kicks were delayed", loop.surplus,
+	      delayed);
 	delete_slot(&m);
 	machine_destroy(&m);
 	ram_destroy(&ram);

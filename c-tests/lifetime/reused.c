@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Memory of a deleted slot is the VMM's again as soon as the deleting call has returned: whatever the library was about to do with it in another
- * thread, it has done or gives up. In these cases a thread of the library's is stopped just before a system call that touches the memory, until the
+ * Memory of a deleted slot is the VMM's again as soon as the deleting call has returned: whatever
+ * the library was about to do with it in another thread, it has done or gives up. In these cases a
+ * thread of the library's is stopped just before a system call that touches the memory, until the
  * memory has been replaced, or until deleting has waited for the thread for a while.
  */
 #define _GNU_SOURCE
-#include "lab.h"
+#include "resolver_vm.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -34,15 +35,15 @@ static void stop_here(void)
 }
 
 /* The library's calls come here, as an executable's functions go before those of libc. */
-ssize_t process_vm_readv(pid_t pid, const struct iovec *local, unsigned long locals, const struct iovec *remote, unsigned long remotes,
-			 unsigned long flags)
+ssize_t process_vm_readv(pid_t pid, const struct iovec *local, unsigned long locals, const struct iovec *remote,
+			 unsigned long remotes, unsigned long flags)
 {
 	stop_here();
 	return syscall(SYS_process_vm_readv, pid, local, locals, remote, remotes, flags);
 }
 
-ssize_t process_vm_writev(pid_t pid, const struct iovec *local, unsigned long locals, const struct iovec *remote, unsigned long remotes,
-			  unsigned long flags)
+ssize_t process_vm_writev(pid_t pid, const struct iovec *local, unsigned long locals, const struct iovec *remote,
+			  unsigned long remotes, unsigned long flags)
 {
 	stop_here();
 	return syscall(SYS_process_vm_writev, pid, local, locals, remote, remotes, flags);
@@ -62,13 +63,13 @@ enum { WORD = 0x5a5a5a5a };
 static int resolve(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;
-	return source_install(&lab.source, vm, fault->gpa, fault->len);
+	return source_install(&resolver_vm.source, vm, fault->gpa, fault->len);
 }
 
 static void set_up(enum backing backing, int vcpus)
 {
 	stopped = deleting = replaced = false;
-	lab_set_up(backing, resolve, vcpus, 0);
+	resolver_vm_set_up(backing, resolve, vcpus, 0);
 }
 
 /* Deletes the slot while a thread has stopped, and puts memory of the VMM's own in its place. */
@@ -78,21 +79,22 @@ static void delete_and_replace(void)
 	slot.slot = RAM_SLOT;
 	UNTIL(stopped);
 	deleting = true;
-	OK(kvmfault_memslot_set(lab.m.library, &slot));
-	if (lab.ram.fd >= 0) /* the file is used again, too */
-		SYS(ftruncate(lab.ram.fd, 0)), SYS(ftruncate(lab.ram.fd, lab.ram.len));
-	void *fresh = mmap(lab.ram.hva, lab.ram.len, PROT_READ | PROT_WRITE, MAP_FIXED | (lab.ram.fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED),
-			   lab.ram.fd, 0);
-	CHECK(fresh == lab.ram.hva, "mmap: %s", strerror(errno));
-	memset(lab.ram.hva, WORD & 0xff, lab.ram.len);
+	OK(kvmfault_memslot_set(resolver_vm.m.library, &slot));
+	if (resolver_vm.ram.fd >= 0) /* the file is used again, too */
+		SYS(ftruncate(resolver_vm.ram.fd, 0)), SYS(ftruncate(resolver_vm.ram.fd, resolver_vm.ram.len));
+	void *fresh = mmap(resolver_vm.ram.hva, resolver_vm.ram.len, PROT_READ | PROT_WRITE,
+			   MAP_FIXED | (resolver_vm.ram.fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED),
+			   resolver_vm.ram.fd, 0);
+	CHECK(fresh == resolver_vm.ram.hva, "mmap: %s", strerror(errno));
+	memset(resolver_vm.ram.hva, WORD & 0xff, resolver_vm.ram.len);
 	replaced = true;
 }
 
 static void check_untouched(void)
 {
-	for (uint64_t n = 0; n < lab.ram.len / 4; n++)
-		EQUAL("a word of the VMM's own memory", ((uint32_t *)lab.ram.hva)[n], WORD);
-	lab_tear_down();
+	for (uint64_t n = 0; n < resolver_vm.ram.len / 4; n++)
+		EQUAL("a word of the VMM's own memory", ((uint32_t *)resolver_vm.ram.hva)[n], WORD);
+	resolver_vm_tear_down();
 }
 
 /* ---- accesses that KVM emulates, which the library completes ---- */
@@ -113,15 +115,15 @@ static struct vcpu *set_up_emulated(enum backing backing)
 	if (!cpl0_comes_as_mmio())
 		skip("accesses at CPL 0 don't come as MMIO exits here with %s", mechanism_name(test_mechanism()));
 	set_up(backing, 1);
-	return lab.m.vcpu[0];
+	return resolver_vm.m.vcpu[0];
 }
 
 static void emulated_write(enum backing backing)
 {
 	struct vcpu *v = set_up_emulated(backing);
-	lab.steps[0] = (struct step){ WRITE64, RAM_GPA + 3 * PAGE, 0x1122334455667788, 0 };
-	lab.steps[1] = (struct step){ STOP, 0, 0, 0 };
-	vcpu_load_script(v, lab.steps_gpa);
+	resolver_vm.steps[0] = (struct step){ WRITE64, RAM_GPA + 3 * PAGE, 0x1122334455667788, 0 };
+	resolver_vm.steps[1] = (struct step){ STOP, 0, 0, 0 };
+	vcpu_load_script(v, resolver_vm.steps_gpa);
 	vcpu_start(v, run_and_stop, NULL);
 	delete_and_replace();
 	vcpu_join(v);
@@ -142,11 +144,11 @@ static void write_anon(void)
 static void emulated_read(void)
 {
 	struct vcpu *v = set_up_emulated(ANON);
-	lab_load_read(v, 3);
+	resolver_vm_load_read(v, 3);
 	vcpu_start(v, run_and_stop, NULL);
 	delete_and_replace();
 	vcpu_join(v);
-	lab_check_read(v, 3);
+	resolver_vm_check_read(v, 3);
 	check_untouched();
 }
 
@@ -156,7 +158,7 @@ static void *discard(void *arg)
 {
 	(void)arg;
 	stops = true;
-	kvmfault_pages_discard(lab.m.library, RAM_GPA, 8 * PAGE);
+	kvmfault_pages_discard(resolver_vm.m.library, RAM_GPA, 8 * PAGE);
 	return NULL;
 }
 
@@ -164,7 +166,7 @@ static void *give_back(void *arg)
 {
 	(void)arg;
 	stops = true;
-	kvmfault_pages_give_back(lab.m.library, RAM_GPA, 8 * PAGE);
+	kvmfault_pages_give_back(resolver_vm.m.library, RAM_GPA, 8 * PAGE);
 	return NULL;
 }
 
@@ -174,7 +176,7 @@ static void dropped_by(void *(*thread_main)(void *))
 	for (enum backing backing = ANON; backing <= MEMFD; backing++) {
 		set_up(backing, 0);
 		for (int page = 0; page < 8; page++)
-			lab_install(page);
+			resolver_vm_install(page);
 		CHECK(!pthread_create(&thread, NULL, thread_main, NULL), "pthread_create");
 		delete_and_replace();
 		pthread_join(thread, NULL);
@@ -197,13 +199,16 @@ static void given_back(void)
 static uint8_t *source;
 static int pager;
 
-/* The source is there when the install begins, and is gone when the kernel reads it, inside the library's gate. */
+/*
+ * The source is there when the install begins, and is gone when the kernel reads it, inside the
+ * library's gate.
+ */
 static void *install_from_nowhere(void *arg)
 {
 	atomic_int *result = arg;
-	OK(kvmfault_pages_install(lab.m.library, RAM_GPA + 4 * PAGE, source, PAGE));
+	OK(kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 4 * PAGE, source, PAGE));
 	SYS(madvise(source, PAGE, MADV_DONTNEED));
-	*result = kvmfault_pages_install(lab.m.library, RAM_GPA + 5 * PAGE, source, PAGE);
+	*result = kvmfault_pages_install(resolver_vm.m.library, RAM_GPA + 5 * PAGE, source, PAGE);
 	return NULL;
 }
 
@@ -213,7 +218,10 @@ static void answer(void)
 	SYS(ioctl(pager, UFFDIO_ZEROPAGE, &zero));
 }
 
-/* Deleting doesn't wait for it for long. It would reach the memory if that were a slot's again, so that is refused until it is over. */
+/*
+ * Deleting doesn't wait for it for long. It would reach the memory if that were a slot's again, so
+ * that is refused until it is over.
+ */
 static void install_hangs(void)
 {
 	struct uffdio_api api = { .api = UFFD_API };
@@ -234,25 +242,21 @@ static void install_hangs(void)
 	delete_and_replace();
 	EQUAL("the install's result", result, 1);
 
-	struct kvmfault_memslot slot = slot_on(&lab.ram, RAM_SLOT, RAM_GPA);
-	REFUSED(kvmfault_memslot_set(lab.m.library, &slot), EBUSY, "install");
+	struct kvmfault_memslot slot = slot_on(&resolver_vm.ram, RAM_SLOT, RAM_GPA);
+	REFUSED(kvmfault_memslot_set(resolver_vm.m.library, &slot), EBUSY, "install");
 	answer();
 	pthread_join(thread, NULL);
 	EQUAL("the install's result", result, -ENOENT);
-	for (uint64_t n = 0; n < lab.ram.len / 4; n++)
-		EQUAL("a word of the VMM's own memory", ((uint32_t *)lab.ram.hva)[n], WORD);
-	OK(kvmfault_memslot_set(lab.m.library, &slot));
+	for (uint64_t n = 0; n < resolver_vm.ram.len / 4; n++)
+		EQUAL("a word of the VMM's own memory", ((uint32_t *)resolver_vm.ram.hva)[n], WORD);
+	OK(kvmfault_memslot_set(resolver_vm.m.library, &slot));
 	close(pager);
 	munmap(source, PAGE);
-	lab_tear_down();
+	resolver_vm_tear_down();
 }
 
 static const struct test_case cases[] = {
-	{ "write", write_memfd, true },
-	{ "write-anon", write_anon, true },
-	{ "read", emulated_read, true },
-	{ "discarded", discarded, true },
-	{ "given-back", given_back, true },
-	{ "install-hangs", install_hangs, true },
+	{ "write", write_memfd, true },   { "write-anon", write_anon, true }, { "read", emulated_read, true },
+	{ "discarded", discarded, true }, { "given-back", given_back, true }, { "install-hangs", install_hangs, true },
 };
 TEST_MAIN(cases)
