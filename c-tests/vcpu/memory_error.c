@@ -280,7 +280,10 @@ static void send_sigbus(int code, void *address)
 	SYS(syscall(SYS_rt_tgsigqueueinfo, getpid(), syscall(SYS_gettid), SIGBUS, &info));
 }
 
-/* Broken memory that the guest hasn't touched is told with its place; what a process sends is a signal and no more. */
+/*
+ * Broken memory that the guest hasn't touched is reported with its place; a signal that a process
+ * sends has no such effect.
+ */
 static void other_codes(void)
 {
 	struct vcpu *v = set_up(3, MEMFD);
@@ -322,7 +325,10 @@ static void set_other_slot(const struct ram *other, bool on)
 	OK(kvmfault_memslot_set(m.library, &slot));
 }
 
-/* Three in a row at an address that no slot has are a memory error, but not when slots come and go in between: then the guest may meet each of them. */
+/*
+ * Three in a row at an address in no slot are a memory error, but not when slots come and go in
+ * between: then the guest may meet each of them.
+ */
 static void unknown_address(void)
 {
 	static int ret;
