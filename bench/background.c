@@ -2,9 +2,10 @@
 /*
  * What the library does before and beside the guest's own faults, poison-trap on shared memory:
  *
- *   fill         how long the guest's faults take while a fill is under way, and without
- *   working set  a guest that needs a tenth of its memory: when it is done, and how often it faulted, cold and with what was recorded before
- *   arming       what a page costs when a slot is set, with one CPU and with all; and the memory that it takes
+ *   fill how long the guest's faults take while a fill is under way, and without working set a
+ *   guest that needs a tenth of its memory: when it is done, and how often it faulted, cold and
+ *   with what was recorded before arming what a page costs when a slot is set, with one CPU and
+ *   with all; and the memory that it takes
  *
  * All variants of a comparison are run in turn; ratios are medians of those within each turn.
  */
@@ -102,7 +103,10 @@ struct waits {
 	unsigned long faults;
 };
 
-/* How long the guest waited for pages that weren't there: accesses of more than 10 us. (What is there takes less than 6.) */
+/*
+ * How long the guest waited for pages that weren't there: accesses of more than 10 us. (What is
+ * there takes less than 6.)
+ */
 static struct waits waits(const struct guest *g, uint64_t count)
 {
 	static double us[PAGES];

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Serves so many faults as a VMM with a loop of its own does, without ever running a guest: SIGBUS is said to have come, and KVM_RUN to have been
- * interrupted by it. Under callgrind this counts the instructions of the library, the resolver's call of it included (bench/instructions).
+ * Serves so many faults as a VMM with a loop of its own does, without ever running a guest: SIGBUS
+ * is said to have come, and KVM_RUN to have been interrupted by it. Under callgrind this counts the
+ * instructions of the library, the resolver's call of it included (bench/instructions).
  */
 #define _GNU_SOURCE
 #include "ways.h"

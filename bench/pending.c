@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * Pages from a server: a resolver that sends a request over a socket to another process and returns KVMFAULT_PENDING, and a thread that installs what
- * comes back. Each page is waited for, one at a time for each vCPU. `userfaultfd` and `poison-trap` take turns, and ratios are those within a turn.
- * `socket` is the same traffic without a VM: nothing can be faster.
+ * Pages from a server: a resolver that sends a request over a socket to another process and returns
+ * KVMFAULT_PENDING, and a thread that installs what comes back. Each page is waited for, one at a
+ * time for each vCPU. `userfaultfd` and `poison-trap` take turns, and ratios are those within a
+ * turn. `socket` is the same traffic without a VM: nothing can be faster.
  */
 #define _GNU_SOURCE
 #include "ways.h"

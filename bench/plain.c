@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* userfaultfd in plain C: one reader thread, or one for each vCPU, and pages one by one or so many around the one that is needed. */
+/*
+ * userfaultfd in plain C: one reader thread, or one for each vCPU, and pages one by one or so many
+ * around the one that is needed.
+ */
 #define _GNU_SOURCE
 #include "ways.h"
 

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What page states and waiting cost with 1 to 64 threads, without KVM and without userfaultfd: where threads would meet, if they met.
+//! What page states and waiting cost with 1 to 64 threads, without KVM and without userfaultfd:
+//! where threads would meet, if they met.
 //!
 //!     cargo bench --features internals --bench scaling [-- --json FILE]
 //!
-//! `distinct`: each thread brings pages of its own, as vCPUs do that touch different memory. `shared`: all threads want the same pages in the same order;
-//! one brings each, and the others wait for it. What is told is what one thread spends on one page: CPU time, so that more threads than CPUs don't
-//! count as slow. It should not grow with the number of threads.
+//! `distinct`: each thread brings pages of its own, as vCPUs do that touch different memory.
+//! `shared`: all threads want the same pages in the same order; one brings each, and the others
+//! wait for it. What is told is what one thread spends on one page: CPU time, so that more threads
+//! than CPUs don't count as slow. It should not grow with the number of threads.
 
 use kvmfault::internals::{Pages, Sleeper, State, WAITS};
 use std::fmt::Write;
@@ -46,7 +48,8 @@ fn shared(pages: &Pages, _thread: u64, _threads: u64) -> u64 {
     pages.len()
 }
 
-/// Nanoseconds that a thread spends on a page: of CPU time; and of the clock, with all threads going on at once.
+/// Nanoseconds that a thread spends on a page: of CPU time; and of the clock, with all threads
+/// going on at once.
 fn run(work: fn(&Pages, u64, u64) -> u64, threads: u64, pages: u64) -> (f64, f64) {
     let states = Pages::new(pages).expect("memory for page states");
     // Touched beforehand: the first access to a page of the states is a page fault of its own.

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The benchmark: how fast pages get to a guest that touches them for the first time, by each way (ways.h), for each number of vCPUs, order of access,
- * kind of memory, and with readahead or without. All ways of a cell are run in turn, several times over, so that a noisy machine disturbs all
- * alike; what is compared are ratios within a turn.
+ * The benchmark: how fast pages get to a guest that touches them for the first time, by each way
+ * (ways.h), for each number of vCPUs, order of access, kind of memory, and with readahead or
+ * without. All ways of a cell are run in turn, several times over, so that a noisy machine disturbs
+ * all alike; what is compared are ratios within a turn.
  */
 #define _GNU_SOURCE
 #include "ways.h"
@@ -60,7 +61,10 @@ static uint64_t make_list(uint32_t *list, enum order order, uint64_t count, uint
 	if (order == SHUFFLED)
 		list_shuffle(list, count, 42);
 	if (order == ZIPF) {
-		/* The n-th most popular of them with a probability proportional to 1/n; where they are has nothing to do with that. */
+		/*
+		 * The n-th most popular of them with a probability proportional to 1/n; where they
+		 * are has nothing to do with that.
+		 */
 		double *sum = malloc(count * sizeof(*sum)), total = 0;
 		uint32_t *where = malloc(count * sizeof(*where));
 		bool *seen = calloc(count, sizeof(*seen));
@@ -147,7 +151,10 @@ static struct sample run(const struct way *way, enum backing backing, unsigned v
 	double cpu = cpu_seconds();
 	for (unsigned i = 0; i < vcpus; i++)
 		vcpu_start(job.m.vcpu[i], run_vcpu, &times[i]);
-	/* From the first vCPU's start to the last one's end, as they see it: this thread may get to run late. */
+	/*
+	 * From the first vCPU's start to the last one's end, as they see it: this thread may get to
+	 * run late.
+	 */
 	double start = 0, end = 0;
 	for (unsigned i = 0; i < vcpus; i++) {
 		vcpu_join(job.m.vcpu[i]);
@@ -156,7 +163,9 @@ static struct sample run(const struct way *way, enum backing backing, unsigned v
 	}
 	cpu = cpu_seconds() - cpu;
 
-	/* The guest wrote one byte to each page that it touched; the rest is what was to be copied. */
+	/*
+	 * The guest wrote one byte to each page that it touched; the rest is what was to be copied.
+	 */
 	for (uint64_t i = 0; i < count; i++) {
 		const uint8_t *bytes = job.ram.hva + list[i] * PAGE;
 		CHECK(bytes[0] == 0x5a && bytes[1] == (job.zeros ? 0 : 0xa5) && bytes[PAGE - 1] == bytes[1], "%s: page %u has the wrong bytes",
@@ -300,7 +309,10 @@ static void run_cell(const struct kvmfault_probe *probe, enum backing backing, u
 	uint32_t mechanisms = backing == ANON ? probe->mechanisms_anon : backing == MEMFD ? probe->mechanisms_shared : probe->mechanisms_hugetlb;
 	for (int i = 0; i < repetitions; i++) {
 		for (int w = 0; w < WAYS; w++) {
-			/* Huge pages come alone, and the kernel can't map them twice for the program without a library. */
+			/*
+			 * Huge pages come alone, and the kernel can't map them twice for the
+			 * program without a library.
+			 */
 			r.works[w] = has(mechanisms, &ways[w]) && (backing != HUGETLB || (ways[w].batch == 1 && strcmp(ways[w].program, "hand-written")));
 			if (!r.works[w])
 				continue;

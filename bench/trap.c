@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * poison-trap by hand: UFFDIO_POISON markers on absent pages, SIGBUS blocked outside of KVM_RUN and fetched with sigtimedwait, UFFDIO_COPY on the
- * vCPU's thread; shared memory by a second mapping that only KVM uses. No page states, no kicks, no errors, no host accesses: nothing but the
+ * poison-trap by hand: UFFDIO_POISON markers on absent pages, SIGBUS blocked outside of KVM_RUN and
+ * fetched with sigtimedwait, UFFDIO_COPY on the vCPU's thread; shared memory by a second mapping
+ * that only KVM uses. No page states, no kicks, no errors, no host accesses: nothing but the
  * mechanism, against which the library's cost is measured.
  */
 #define _GNU_SOURCE

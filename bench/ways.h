@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The ways by which a page gets to a guest that touches it for the first time. Each has the same guest, the same memory and the same bytes.
+ * The ways by which a page gets to a guest that touches it for the first time. Each has the same
+ * guest, the same memory and the same bytes.
  *
  *   floor          KVM's own demand-zero fault, without userfaultfd: nothing can be faster
  *   plain-c        userfaultfd as VMMs use it today: reader threads in plain C (plain.c)
@@ -23,7 +24,8 @@ struct way {
 	int number;       /* libkvmfault: KVMFAULT_MECHANISM_* */
 	void (*begin)(struct job *);
 	void (*run)(struct job *, struct vcpu *); /* on the vCPU's thread, until the guest stops */
-	void (*attach)(struct job *, struct vcpu *); /* before; not measured. May be NULL, as the next */
+	/* before; not measured. May be NULL, as the next */
+	void (*attach)(struct job *, struct vcpu *);
 	void (*end)(struct job *);
 };
 

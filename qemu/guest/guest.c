@@ -1,22 +1,25 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The guest that is migrated: every CPU goes over its share of memory again and again. In each pass it checks that a
- * page is exactly what the pass before has left there, and writes the next content.
+ * The guest that is migrated: every CPU goes over its share of memory again and again. In each pass
+ * it checks that a page is exactly what the pass before has left there, and writes the next
+ * content.
  *
  * Serial port, output:
- *   pass 12 ok cpus 12 13 tsc 81985529216486895       CPU 0 has finished a pass; passes of each CPU. Some ten lines a second at most
- *   WRONG address expected found                      for ever
+ *   pass 12 ok cpus 12 13 tsc 81985529216486895 CPU 0 has finished a pass; passes of each CPU. Some
+ *   ten lines a second at most WRONG address expected found for ever
  * Input, each answered by a line:
- *   r, s   visit pages in random, sequential order, from the next pass on      "order random"
- *   z      forget the times measured so far                                    "zeroed"
- *   h      the times of the first accesses to pages since then                 "histogram BUCKET:COUNT ... end"
+ *   r, s visit pages in random, sequential order, from the next pass on "order random" z forget the
+ *   times measured so far "zeroed" h the times of the first accesses to pages since then "histogram
+ *   BUCKET:COUNT ... end"
  *
- * Bucket b of the histogram holds times from (8 + b % 8) << (b / 8) >> 3 TSC ticks on: eight buckets an octave.
+ * Bucket b of the histogram holds times from (8 + b % 8) << (b / 8) >> 3 TSC ticks on: eight
+ * buckets an octave.
  */
 #include <stdint.h>
 
 #define PAGE_SHIFT 12
-#define FIRST_PAGE (0x200000 >> PAGE_SHIFT) /* what is below belongs to the code, the page tables and the ROMs */
+/* Below lie the code, the page tables and the ROMs. */
+#define FIRST_PAGE (0x200000 >> PAGE_SHIFT)
 #define MAX_CPUS 8
 #define BUCKETS 512
 
@@ -189,8 +192,9 @@ static inline volatile uint64_t *word(uint32_t page, uint32_t n)
 }
 
 /*
- * The first pass only writes: to read private memory first would get the host's zero page, and the write after it a copy and
- * an interrupt for each other CPU, which takes an emulated machine 100 ms.
+ * The first pass only writes: to read private memory first would get the host's zero page, and the
+ * write after it a copy and an interrupt for each other CPU, which takes an emulated machine 100
+ * ms.
  */
 static void fill(uint32_t page)
 {
@@ -246,7 +250,10 @@ __attribute__((noreturn)) void work(uint32_t n)
 				fill(first + page);
 			else
 				visit(cpu, first + page, pass);
-			/* Not at every page: it leaves the guest. Some milliseconds of any processor's TSC. */
+			/*
+			 * Not at every page: it leaves the guest. Some milliseconds of any
+			 * processor's TSC.
+			 */
 			if (n == 0 && rdtsc() - listened > 1 << 23) {
 				listen();
 				listened = rdtsc();

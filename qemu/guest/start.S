@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * From the reset vector to main() in long mode. The ROM only copies: everything after runs from RAM, which migrates.
+ * From the reset vector to main() in long mode. The ROM only copies: everything after runs from
+ * RAM, which migrates.
  */
 	.set	PAYLOAD, 0x10000	/* where guest.ld links what runs from RAM */
-	.set	TRAMPOLINE, 0x8000	/* where the other CPUs wake up: page 8, as the SIPI in guest.c says */
+	.set	TRAMPOLINE, 0x8000	/* where the other CPUs wake up: page 8, as in guest.c */
 	.set	TABLES, 0x80000		/* six pages of page tables */
 	.set	STACKS, 0x90000		/* 4 KiB a CPU, downwards: see MAX_CPUS in guest.c */
 
@@ -120,7 +121,10 @@ start_64:
 	movl	$STACKS, %esp
 	subl	%eax, %esp
 	call	set_up		/* (cpu) */
-	/* To ring 3, with the right to do I/O: where KVM has no hardware virtualisation it interprets ring 0. */
+	/*
+	 * To ring 3, with the right to do I/O: where KVM has no hardware virtualisation it
+	 * interprets ring 0.
+	 */
 	movl	%eax, %edi
 	movq	%rsp, %rax
 	pushq	$0x23

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What is done to a source and a destination. A case gets a Run, and raises Failed or Skipped unless all is well."""
+"""What is done to a source and a destination.
+
+A case gets a Run, and raises Failed or Skipped unless all is well.
+"""
 
 import dataclasses
 
@@ -71,12 +74,18 @@ def postcopy_preempt(run):
 
 
 def multifd(run):
-    """The first phase over several channels: these note a page of zeros as received and don't touch it, so that memory has a hole there."""
+    """The first phase over several channels.
+
+    These note a page of zeros as received and don't touch it, so that memory has a hole there.
+    """
     postcopy(run, multifd=True)
 
 
 def disconnected(run, m):
-    """While there is no connection the guest waits for pages that nobody can bring: that must not stop the monitor."""
+    """While there is no connection the guest waits for pages that nobody can bring.
+
+    That must not stop the monitor.
+    """
     m.until_status(m.source, "postcopy-paused")
     m.until_status(m.destination, "postcopy-paused")
     for command in ("query-status", "stop", "query-status", "cont"):
@@ -95,7 +104,10 @@ def recover(run):
 
 
 def cut(run, **options):
-    """The same, but neither side has closed it: what was between them is gone, with whatever it held."""
+    """The same, but neither side has closed it.
+
+    What was between them is gone, with whatever it held.
+    """
     with run.migration(**options) as m:
         up_to_switch(m, network=True)
         m.still_missing()
@@ -115,7 +127,8 @@ def cancel(run):
         m.connect()
         m.sent(PART)
         m.source.execute("migrate_cancel")
-        # The destination may be gone before the source has noticed its own cancelling: then it calls that a failure.
+        # The destination may be gone before the source has noticed its own cancelling: then it
+        # calls that a failure.
         m.until_status(m.source, "cancelled", "failed")
         m.destination.end()
         m.verify(m.source)
@@ -153,7 +166,10 @@ def onward(run):
 
 
 def snapshot(run):
-    """A background snapshot of what has come by post-copy: the guest goes on, and what it writes meanwhile isn't in it."""
+    """A background snapshot of what has come by post-copy.
+
+    The guest goes on, and what it writes meanwhile isn't in it.
+    """
     with run.migration() as m:
         up_to_switch(m)
         finish(run, m)

@@ -8,7 +8,8 @@ from kvmfault_vm import cache, source
 
 GUEST = pathlib.Path(__file__).resolve().parent.parent / "guest"
 FLAGS = ["-m64", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-ffreestanding", "-nostdlib", "-static", "-no-pie", "-fno-pic",
-         # Nothing that needs more than a stack: no red zone, no vector registers, no calls to a libc.
+         # Nothing that needs more than a stack: no red zone, no vector registers, no calls to a
+         # libc.
          "-mno-red-zone", "-mgeneral-regs-only", "-fno-stack-protector", "-fcf-protection=none", "-fno-asynchronous-unwind-tables",
          "-fno-tree-loop-distribute-patterns", "-Wl,--build-id=none", "-Wl,--no-warn-rwx-segments"]
 

@@ -18,7 +18,10 @@ class Skipped(Exception):
 
 
 class Migration:
-    """The steps of a migration, in the order in which a case takes them. A context: its processes end with it."""
+    """The steps of a migration, in the order in which a case takes them.
+
+    A context: its processes end with it.
+    """
 
     def __init__(self, setting, fault_exits, bandwidth, *, must_use=False, postcopy=True, preempt=False, multifd=False):
         self.setting, self.fault_exits, self.bandwidth = setting, fault_exits, bandwidth
@@ -37,7 +40,10 @@ class Migration:
 
     # ---- waiting ----
     def wait(self, what, condition, *alive, patience=None):
-        """Until condition() is true; what it returned. Fails if one of the processes ends or finds a wrong byte."""
+        """Until condition() is true.
+
+        What it returned. Fails if one of the processes ends or finds a wrong byte.
+        """
         patience = patience or self.setting.patience
         deadline = time.monotonic() + patience
         while True:
@@ -172,8 +178,11 @@ class Migration:
 
     # ---- results ----
     def downtime_ms(self):
-        """From the source's stop to the destination's start. QEMU's own `downtime` takes the whole of post-copy for downtime if the
-        true one is below a millisecond (migration_downtime_end)."""
+        """From the source's stop to the destination's start.
+
+        QEMU's own `downtime` takes the whole of post-copy for downtime if the true one is below a
+        millisecond (migration_downtime_end).
+        """
         for process in (self.source, self.destination):
             process.execute("query-status")  # reads the events before it
         stopped, running = self.source.qmp.first("STOP"), self.destination.qmp.first("RESUME")
@@ -183,8 +192,8 @@ class Migration:
         """Of a completed post-copy phase; to be called soon after, as the guest's clock goes on."""
         matched = self.ask(self.destination, "h", serial.HISTOGRAM)
         source, destination = self.source.migration(), self.destination.migration()
-        # An access to a page that is there, but not mapped in the destination's KVM yet, takes long as well. How many pages
-        # were asked for is known; these are the slowest accesses.
+        # An access to a page that is there, but not mapped in the destination's KVM yet, takes long
+        # as well. How many pages were asked for is known; these are the slowest accesses.
         faults = source.get("ram", {}).get("postcopy-requests", 0)
         slowest = serial.slowest(serial.buckets(matched), faults) if faults else []
         rate = self.source.serial.ticks_per_us()

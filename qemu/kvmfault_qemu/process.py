@@ -117,7 +117,10 @@ class Qemu:
         return (found[-1][1], int(found[-1][2]), int(found[-1][3])) if found else None
 
     def arm_ms(self):
-        """How long it took to make the slots anew, with the guest stopped; None if it doesn't say."""
+        """How long it took to make the slots anew, with the guest stopped.
+
+        None if it doesn't say.
+        """
         found = [ARMED.search(line) for line in self.said()]
         return next((int(m[1]) / 1000 for m in found if m), None)
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A network between two QEMUs that can go away without a word: a process that passes on what comes, until it is killed."""
+"""A network between two QEMUs that can go away without a word.
+
+A process that passes on what comes, until it is killed.
+"""
 
 import os
 import selectors
@@ -10,7 +13,10 @@ BUFFER = 256 << 10
 
 
 def carry(listener, target):
-    """Passes on between each connection to `listener` and one of its own to `target`. A slow reader holds up its writer, as in a network."""
+    """Passes on between each connection to `listener` and one of its own to `target`.
+
+    A slow reader holds up its writer, as in a network.
+    """
     selector, parent = selectors.DefaultSelector(), os.getppid()
     selector.register(listener, selectors.EVENT_READ)
     other = {}

@@ -62,7 +62,10 @@ class Qmp:
                 return answer["return"]
 
     def first(self, event):
-        """When it was sent first, in seconds of the wall clock; None if it wasn't (or came after the last answer)."""
+        """When it was sent first, in seconds of the wall clock.
+
+        None if it wasn't (or came after the last answer).
+        """
         return next((when for name, when in self.events if name == event), None)
 
     def timed(self, command, timeout):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""The post-copy cases of QEMU's own migration-test, with our accelerator property and with memory that can be shared."""
+"""The post-copy cases of QEMU's own migration-test, with our accelerator property and with memory
+that can be shared.
+"""
 
 import os
 import pathlib
@@ -17,8 +19,9 @@ FIRMWARE = [pathlib.Path("/usr/share/seabios/bios-256k.bin"), pathlib.Path("/usr
 PATIENCE = 5  # times that of one wait, for each of its tests
 VERDICT = re.compile(r"^(ok|not ok) \d+ (\S+)( # SKIP.*)?$")
 
-# migration-test takes any program whose name ends in -system-x86_64. It wants a q35, whose disk SeaBIOS waits for without end under KVM in an
-# emulated machine, whatever our property says; a pc does as well.
+# migration-test takes any program whose name ends in -system-x86_64. It wants a q35, whose disk
+# SeaBIOS waits for without end under KVM in an emulated machine, whatever our property says; a pc
+# does as well.
 WRAPPER = """#!/bin/sh
 memory=
 case "$*" in *"-m 150M"*) memory="-object memory-backend-memfd,id=kvmfault-ram,size=150M,share=on -machine memory-backend=kvmfault-ram" ;; esac
@@ -35,7 +38,7 @@ exec {qemu} {firmware} {trace} -nic none -vga none "$@" $memory
 
 
 def lines(pipe, patience):
-    """What comes, line by line; TimeoutError if a TAP verdict takes longer than `patience` seconds."""
+    """Yields line by line; TimeoutError if a TAP verdict takes longer than `patience` seconds."""
     deadline, rest = time.monotonic() + patience, b""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)

@@ -7,7 +7,8 @@ import os
 ROW = "ROW "  # before a row's JSON, where rows are read from the output
 
 MEASURED = ("downtime_ms", "arm_ms", "fault_p50_us", "fault_p99_us", "vcpu_thread_faults", "faults", "blocktime_ms")
-# `arm_ms` is the part of the downtime in which the slots change. Of several rounds the values are the medians, and `range` has [lowest, highest].
+# `arm_ms` is the part of the downtime in which the slots change. Of several rounds the values are
+# the medians, and `range` has [lowest, highest].
 KEYS = ("kernel", "mechanism", "case", "result", "completed", "verified", *MEASURED, "rounds", "range", "seconds", "reason")
 
 
@@ -40,7 +41,10 @@ def is_ratio(text):
 
 
 def ratios(rows):
-    """Lines that compare each mechanism with QEMU's own path: of the same kernel, the same case, the same run."""
+    """Lines that compare each mechanism with QEMU's own path.
+
+    Of the same kernel, the same case, the same run.
+    """
     own = {(r["kernel"], r["case"]): r for r in rows if r["mechanism"] == "qemu"}
     for r in rows:
         base = own.get((r["kernel"], r["case"]))

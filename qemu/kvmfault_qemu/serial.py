@@ -10,7 +10,10 @@ HISTOGRAM = re.compile(r"^histogram([ \d:]*) end$")
 
 
 class Serial:
-    """One QEMU's serial port. Output goes to a file, which never makes the guest wait; input comes from a named pipe."""
+    """One QEMU's serial port.
+
+    Output goes to a file, which never makes the guest wait; input comes from a named pipe.
+    """
 
     def __init__(self, log, pipe):
         self.log = log
@@ -24,7 +27,10 @@ class Serial:
         self.wrong = None
 
     def poll(self):
-        """Takes in what has come. After a migration the first line is often the second half of one."""
+        """Takes in what has come.
+
+        After a migration the first line is often the second half of one.
+        """
         with open(self.log, errors="replace") as log:
             log.seek(self.position)
             text = log.read()

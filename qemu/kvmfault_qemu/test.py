@@ -54,7 +54,9 @@ def built_qemu():
 
 
 def knows_fault_exits(qemu):
-    """QEMU lists no properties of accelerators, but complains of unknown ones and of wrong values in different words."""
+    """QEMU lists no properties of accelerators, but complains of unknown ones and of wrong values
+    in different words.
+    """
     said = subprocess.run([qemu, "-accel", "kvm,fault-exits=?"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, errors="replace").stdout
     return "does not accept" in said
@@ -109,7 +111,8 @@ def parser():
     p.add_argument("--mechanism", action="append", choices=MECHANISMS, help="only this one; may be repeated")
     p.add_argument("--case", action="append", choices=CASES, help="only this one; may be repeated")
     p.add_argument("--json", type=pathlib.Path, default=PROJECT / "target/qemu.json", metavar="FILE")
-    p.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)  # prints the JSON, and the logs of what failed, for the tier
+    # Prints the JSON, and the logs of what failed, for the tier.
+    p.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--logs", type=pathlib.Path, default=PROJECT / "target/qemu/logs", metavar="DIR")
     p.add_argument("--memory", type=int, default=144, metavar="MIB", help="of the guest (default: 144; it checks all but 2)")
     p.add_argument("--cpus", type=int, default=2, metavar="N", help="of the guest (default: 2)")
@@ -135,9 +138,11 @@ def main():
             print(f"test: skipped: {reason}", flush=True)
             return 77
         known = knows_fault_exits(options.qemu)
-        unavailable = {}  # mechanism: the warning with which it was refused for memory that it could serve
+        # mechanism: the warning with which it was refused for memory that it could serve
+        unavailable = {}
         with tempfile.TemporaryDirectory(prefix="kvmfault-qemu.") as sockets:
-            # The mechanisms in turns, so that what else goes on here is the same for all that are compared.
+            # The mechanisms in turns, so that what else goes on here is the same for all that are
+            # compared.
             for case in options.case or CASES:
                 mechanisms = [m for m in options.mechanism or MECHANISMS if m != "auto" or options.case or case in CASES_OF_AUTO]
                 rounds = {mechanism: [] for mechanism in mechanisms}

@@ -18,7 +18,8 @@ from .qmp import Failed
 HERE = pathlib.Path(__file__).resolve().parent
 THERE = "/kvmfault"
 
-# (kernel, kvm.fault_abi or None, mechanisms): each where it is at home, and QEMU's own path beside it.
+# (kernel, kvm.fault_abi or None, mechanisms): each where it is at home, and QEMU's own path beside
+# it.
 MACHINES = [
     ("stock-6.12", None, ("qemu", "poison-trap", "auto")),
     ("stock-6.12", "v7", ("qemu", "memslot-flag", "auto")),
@@ -99,7 +100,10 @@ def one(kernel, abi, mechanisms, options):
 
 
 def in_parallel(machines, options):
-    """[rows] of each machine, each in a process of its own; what a machine says comes when it is done."""
+    """[rows] of each machine, each in a process of its own.
+
+    What a machine says comes when it is done.
+    """
     waiting, running, found = list(enumerate(machines)), {}, {}
     try:
         while waiting or running:
