@@ -36,7 +36,10 @@ CONFIGURE = ["--target-list=x86_64-softmmu", "--without-default-features", "--en
 
 
 def fetch(work):
-    """The upstream part of Debian's source package; Debian's own patches are not for what is tested here."""
+    """The upstream part of Debian's source package.
+
+    Debian's own patches are not for what is tested here.
+    """
     apt = Apt("apt-source", types="deb-src", suites=SUITES, security_suites=SECURITY_SUITES)
     apt.download_source("qemu", work)
     archives = list(work.glob(f"qemu_{SERIES}*.orig.tar.xz"))
@@ -85,7 +88,10 @@ def same(a, b):
 
 
 def update(tree, new):
-    """Makes `tree` equal to `new`, but leaves alone what is equal: what was built from that stays valid."""
+    """Makes `tree` equal to `new`, but leaves alone what is equal.
+
+    What was built from that stays valid.
+    """
     wanted = files_in(new)
     for gone in files_in(tree) - wanted if tree.exists() else ():
         (tree / gone).unlink()
@@ -99,7 +105,10 @@ def update(tree, new):
 
 
 def compile_qemu(archive, patches, tools, targets, work):
-    """In a tree that stays, so that another patch doesn't mean building everything again. Under one lock; the tree can be deleted."""
+    """In a tree that stays, so that another patch doesn't mean building everything again.
+
+    Under one lock; the tree can be deleted.
+    """
     tree, log = cache.CACHE / "qemu-tree", work / "build.log"
     with cache.locked("qemu-tree"):
         unpack(archive, patches, work / "new", log)
