@@ -148,11 +148,14 @@ static void measure_fill(void)
 		faults = with.faults;
 	}
 	double m50 = median(p50, ROUNDS), m99 = median(p99, ROUNDS);
-	printf("fill: the guest's faults take %.2f times as long (p50; %.2f to %.2f), %.2f times (p99, %.0f us without; %.2f to %.2f)\n"
+	printf("fill: the guest's faults take %.2f times as long (p50; %.2f to %.2f), %.2f times (p99, %.0f us "
+	       "without; %.2f to %.2f)\n"
 	       "      while %.0f thousand pages a second come; %lu faults\n",
-	       m50, p50[0], p50[ROUNDS - 1], m99, median(alone, ROUNDS), p99[0], p99[ROUNDS - 1], median(rates, ROUNDS), faults);
-	fprintf(json, "{\"fill\": {\"p50_ratio\": %.3f, \"p99_ratio\": {\"min\": %.3f, \"median\": %.3f, \"max\": %.3f}},\n", m50, p99[0], m99,
-		p99[ROUNDS - 1]);
+	       m50, p50[0], p50[ROUNDS - 1], m99, median(alone, ROUNDS), p99[0], p99[ROUNDS - 1], median(rates, ROUNDS),
+	       faults);
+	fprintf(json,
+		"{\"fill\": {\"p50_ratio\": %.3f, \"p99_ratio\": {\"min\": %.3f, \"median\": %.3f, \"max\": %.3f}},\n",
+		m50, p99[0], m99, p99[ROUNDS - 1]);
 }
 
 /* ---- working set ---- */
@@ -187,9 +190,12 @@ static void measure_working_set(void)
 		destroy(&g);
 	}
 	double m = median(sooner, ROUNDS);
-	printf("working set: %lu faults instead of %lu, done %.2f times sooner (%.2f to %.2f), the time for bringing it included; %ld bytes\n", warm_faults,
-	       cold_faults, m, sooner[0], sooner[ROUNDS - 1], (long)lseek(fd, 0, SEEK_END));
-	fprintf(json, " \"working_set\": {\"faults_cold\": %lu, \"faults\": %lu, \"times_sooner\": {\"min\": %.3f, \"median\": %.3f, \"max\": %.3f}},\n",
+	printf("working set: %lu faults instead of %lu, done %.2f times sooner (%.2f to %.2f), the time for bringing "
+	       "it included; %ld bytes\n",
+	       warm_faults, cold_faults, m, sooner[0], sooner[ROUNDS - 1], (long)lseek(fd, 0, SEEK_END));
+	fprintf(json,
+		" \"working_set\": {\"faults_cold\": %lu, \"faults\": %lu, \"times_sooner\": {\"min\": %.3f, "
+		"\"median\": %.3f, \"max\": %.3f}},\n",
 		cold_faults, warm_faults, sooner[0], m, sooner[ROUNDS - 1]);
 	close(fd);
 }
@@ -253,10 +259,13 @@ static void measure_arming(void)
 		ratios[r] = one[r] / all[r];
 	}
 	double m1 = median(one, ROUNDS), mn = median(all, ROUNDS), m = median(ratios, ROUNDS);
-	printf("arming: %.0f ns a page with 1 CPU, %.0f with %d: %.2f times as fast (%.2f to %.2f); %.1f bytes a page, or %.1f GiB a TiB of 4 KiB pages\n", m1, mn,
-	       cpus, m, ratios[0], ratios[ROUNDS - 1], bytes, bytes / 4);
-	fprintf(json, " \"arming\": {\"cpus\": %d, \"ns_per_page_1_cpu\": %.1f, \"ns_per_page\": %.1f, \"times_as_fast\": %.3f, \"bytes_per_page\": %.2f}}\n", cpus, m1,
-		mn, m, bytes);
+	printf("arming: %.0f ns a page with 1 CPU, %.0f with %d: %.2f times as fast (%.2f to %.2f); %.1f bytes a page, "
+	       "or %.1f GiB a TiB of 4 KiB pages\n",
+	       m1, mn, cpus, m, ratios[0], ratios[ROUNDS - 1], bytes, bytes / 4);
+	fprintf(json,
+		" \"arming\": {\"cpus\": %d, \"ns_per_page_1_cpu\": %.1f, \"ns_per_page\": %.1f, \"times_as_fast\": "
+		"%.3f, \"bytes_per_page\": %.2f}}\n",
+		cpus, m1, mn, m, bytes);
 }
 
 int main(int argc, char **argv)

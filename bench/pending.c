@@ -60,7 +60,8 @@ static int ask(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault
 {
 	(void)opaque, (void)vm;
 	/* (A request of 8 bytes isn't cut on a local socket.) */
-	return send(connection, &fault->gpa, sizeof(fault->gpa), MSG_NOSIGNAL) == sizeof(fault->gpa) ? KVMFAULT_PENDING : -errno;
+	return send(connection, &fault->gpa, sizeof(fault->gpa), MSG_NOSIGNAL) == sizeof(fault->gpa) ? KVMFAULT_PENDING
+												     : -errno;
 }
 
 static void *install(void *arg)
@@ -133,7 +134,8 @@ static double without_vm(unsigned vcpus)
 	double start = now();
 	for (uint64_t came = 0; came < PAGES; came++) {
 		for (; asked < PAGES && asked < came + vcpus; asked++)
-			CHECK(send(connection, &asked, sizeof(asked), MSG_NOSIGNAL) == sizeof(asked), "send: %s", strerror(errno));
+			CHECK(send(connection, &asked, sizeof(asked), MSG_NOSIGNAL) == sizeof(asked), "send: %s",
+			      strerror(errno));
 		CHECK(receive_all(connection, &answer, sizeof(answer)), "recv: %s", strerror(errno));
 	}
 	double seconds = now() - start;
@@ -150,7 +152,8 @@ static int compare_numbers(const void *a, const void *b)
 static void write_spread(FILE *json, const char *name, double *numbers)
 {
 	qsort(numbers, ROUNDS, sizeof(*numbers), compare_numbers);
-	fprintf(json, ", \"%s\": {\"min\": %.3f, \"median\": %.3f, \"max\": %.3f}", name, numbers[0], numbers[ROUNDS / 2], numbers[ROUNDS - 1]);
+	fprintf(json, ", \"%s\": {\"min\": %.3f, \"median\": %.3f, \"max\": %.3f}", name, numbers[0],
+		numbers[ROUNDS / 2], numbers[ROUNDS - 1]);
 }
 
 int main(int argc, char **argv)
@@ -174,15 +177,17 @@ int main(int argc, char **argv)
 			alone[r] = without_vm(counts[c]);
 			ratio[r] = trap[r] / uffd[r];
 		}
-		fprintf(json, "%s\n {\"vcpus\": %u, \"pages\": %d, \"rounds\": %d", c ? "," : "[", counts[c], PAGES, ROUNDS);
+		fprintf(json, "%s\n {\"vcpus\": %u, \"pages\": %d, \"rounds\": %d", c ? "," : "[", counts[c], PAGES,
+			ROUNDS);
 		write_spread(json, "userfaultfd", uffd);
 		write_spread(json, "poison-trap", trap);
 		write_spread(json, "socket", alone);
 		write_spread(json, "ratio", ratio);
 		fprintf(json, "}");
-		printf("pages from a server, %u vCPU%s: userfaultfd %.1f, poison-trap %.1f thousand pages/s: %.2f times (%.2f to %.2f); the socket alone %.1f\n",
-		       counts[c], counts[c] == 1 ? "" : "s", uffd[ROUNDS / 2] / 1000, trap[ROUNDS / 2] / 1000, ratio[ROUNDS / 2], ratio[0], ratio[ROUNDS - 1],
-		       alone[ROUNDS / 2] / 1000);
+		printf("pages from a server, %u vCPU%s: userfaultfd %.1f, poison-trap %.1f thousand pages/s: %.2f "
+		       "times (%.2f to %.2f); the socket alone %.1f\n",
+		       counts[c], counts[c] == 1 ? "" : "s", uffd[ROUNDS / 2] / 1000, trap[ROUNDS / 2] / 1000,
+		       ratio[ROUNDS / 2], ratio[0], ratio[ROUNDS - 1], alone[ROUNDS / 2] / 1000);
 		fflush(stdout);
 	}
 	fprintf(json, "\n]\n");

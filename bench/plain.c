@@ -32,7 +32,9 @@ int open_userfaultfd(void)
 		fd = device < 0 ? -1 : ioctl(device, _IO(0xAA, 0x00), O_CLOEXEC | O_NONBLOCK);
 		close(device);
 	}
-	CHECK(fd >= 0, "userfaultfd: %s (as root, or vm.unprivileged_userfaultfd=1, or permission for /dev/userfaultfd)", strerror(errno));
+	CHECK(fd >= 0,
+	      "userfaultfd: %s (as root, or vm.unprivileged_userfaultfd=1, or permission for /dev/userfaultfd)",
+	      strerror(errno));
 	SYS(ioctl(fd, UFFDIO_API, &api));
 	return fd;
 }

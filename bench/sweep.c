@@ -29,8 +29,10 @@ static struct way ways[] = {
 	{ "plain-c-readers", "userfaultfd", BATCH, true, 0, plain_begin, plain_run, NULL, plain_end },
 	{ "hand-written", "poison-trap", 1, false, 0, trap_begin, trap_run, trap_attach, trap_end },
 	{ "hand-written", "poison-trap", BATCH, false, 0, trap_begin, trap_run, trap_attach, trap_end },
-#define LIBRARY(name, number, batch) \
-	{ "libkvmfault", name, batch, false, number, library_begin, library_run, library_attach, library_end }
+#define LIBRARY(name, number, batch)                                                                               \
+	{                                                                                                          \
+		"libkvmfault", name, batch, false, number, library_begin, library_run, library_attach, library_end \
+	}
 	LIBRARY("memslot-flag", KVMFAULT_MECHANISM_MEMSLOT_FLAG, 1),
 	LIBRARY("memslot-flag", KVMFAULT_MECHANISM_MEMSLOT_FLAG, BATCH),
 	LIBRARY("poison-trap", KVMFAULT_MECHANISM_POISON_TRAP, 1),
@@ -168,8 +170,8 @@ static struct sample run(const struct way *way, enum backing backing, unsigned v
 	 */
 	for (uint64_t i = 0; i < count; i++) {
 		const uint8_t *bytes = job.ram.hva + list[i] * PAGE;
-		CHECK(bytes[0] == 0x5a && bytes[1] == (job.zeros ? 0 : 0xa5) && bytes[PAGE - 1] == bytes[1], "%s: page %u has the wrong bytes",
-		      way->program, list[i]);
+		CHECK(bytes[0] == 0x5a && bytes[1] == (job.zeros ? 0 : 0xa5) && bytes[PAGE - 1] == bytes[1],
+		      "%s: page %u has the wrong bytes", way->program, list[i]);
 	}
 	qsort(ticks, count, sizeof(*ticks), compare_ticks);
 	struct sample sample = {
@@ -208,7 +210,9 @@ struct spread {
 static struct spread spread_of(double *numbers, int count)
 {
 	qsort(numbers, count, sizeof(*numbers), compare_numbers);
-	return (struct spread){ numbers[0], count % 2 ? numbers[count / 2] : (numbers[count / 2 - 1] + numbers[count / 2]) / 2, numbers[count - 1] };
+	return (struct spread){ numbers[0],
+				count % 2 ? numbers[count / 2] : (numbers[count / 2 - 1] + numbers[count / 2]) / 2,
+				numbers[count - 1] };
 }
 
 static struct spread rates(const struct results *r, int way, int repetitions)
@@ -240,7 +244,8 @@ static double median(const struct results *r, int way, int repetitions, size_t f
 static int same_batch(const struct results *r, int way, const char *program, const char *mechanism)
 {
 	for (int w = 0; w < WAYS; w++)
-		if (r->works[w] && ways[w].batch == ways[way].batch && !strcmp(ways[w].program, program) && !strcmp(ways[w].mechanism, mechanism))
+		if (r->works[w] && ways[w].batch == ways[way].batch && !strcmp(ways[w].program, program) &&
+		    !strcmp(ways[w].mechanism, mechanism))
 			return w;
 	return -1;
 }
@@ -271,24 +276,33 @@ static void print_cell(const struct results *r, enum backing backing, unsigned v
 		if (!r->works[w])
 			continue;
 		struct spread rate = rates(r, w, repetitions);
-		double p50 = median(r, w, repetitions, offsetof(struct sample, p50)), p99 = median(r, w, repetitions, offsetof(struct sample, p99));
-		double p999 = median(r, w, repetitions, offsetof(struct sample, p999)), cpu = median(r, w, repetitions, offsetof(struct sample, cpu));
-		printf("%-7s %5u %-10s %-15s %-12s %5u %8.0f %8.0f ..%8.0f %8.1f %8.1f %8.1f %7.1f %6.2f %6.2f\n", backing_name(backing), vcpus,
-		       order_names[order], ways[w].program, ways[w].mechanism, ways[w].batch, rate.middle, rate.low, rate.high, p50, p99, p999, cpu,
+		double p50 = median(r, w, repetitions, offsetof(struct sample, p50)),
+		       p99 = median(r, w, repetitions, offsetof(struct sample, p99));
+		double p999 = median(r, w, repetitions, offsetof(struct sample, p999)),
+		       cpu = median(r, w, repetitions, offsetof(struct sample, cpu));
+		printf("%-7s %5u %-10s %-15s %-12s %5u %8.0f %8.0f ..%8.0f %8.1f %8.1f %8.1f %7.1f %6.2f %6.2f\n",
+		       backing_name(backing), vcpus, order_names[order], ways[w].program, ways[w].mechanism,
+		       ways[w].batch, rate.middle, rate.low, rate.high, p50, p99, p999, cpu,
 		       ratios(r, w, FLOOR, repetitions).middle, ratios(r, w, PLAIN_C, repetitions).middle);
 		fprintf(json,
-			"%s\n  {\"program\": \"%s\", \"mechanism\": \"%s\", \"vcpus\": %u, \"order\": \"%s\", \"memory\": \"%s\", \"readahead\": \"%s\", \"batch\": %u, "
-			"\"pages_per_second\": {\"min\": %.0f, \"median\": %.0f, \"max\": %.0f}, \"p50_us\": %.2f, \"p99_us\": %.2f, \"p999_us\": %.2f, "
+			"%s\n  {\"program\": \"%s\", \"mechanism\": \"%s\", \"vcpus\": %u, \"order\": \"%s\", "
+			"\"memory\": \"%s\", \"readahead\": \"%s\", \"batch\": %u, "
+			"\"pages_per_second\": {\"min\": %.0f, \"median\": %.0f, \"max\": %.0f}, \"p50_us\": %.2f, "
+			"\"p99_us\": %.2f, \"p999_us\": %.2f, "
 			"\"cpu_us_per_page\": %.2f",
-			more ? "," : "[", ways[w].program, ways[w].mechanism, vcpus, order_names[order], backing_name(backing), readahead(w),
+			more ? "," : "[", ways[w].program, ways[w].mechanism, vcpus, order_names[order],
+			backing_name(backing), readahead(w), ways[w].batch, rate.low, rate.middle, rate.high, p50, p99,
+			p999, cpu);
+		fprintf(csv, "%s,%s,%u,%s,%s,%s,%u,%.0f,%.0f,%.0f,%.2f,%.2f,%.2f,%.2f", ways[w].program,
+			ways[w].mechanism, vcpus, order_names[order], backing_name(backing), readahead(w),
 			ways[w].batch, rate.low, rate.middle, rate.high, p50, p99, p999, cpu);
-		fprintf(csv, "%s,%s,%u,%s,%s,%s,%u,%.0f,%.0f,%.0f,%.2f,%.2f,%.2f,%.2f", ways[w].program, ways[w].mechanism, vcpus, order_names[order],
-			backing_name(backing), readahead(w), ways[w].batch, rate.low, rate.middle, rate.high, p50, p99, p999, cpu);
 		print_ratio("ratio_floor", r, w, FLOOR, repetitions);
 		print_ratio("ratio_plain_c", r, w, PLAIN_C, repetitions);
 		print_ratio("ratio_plain_c_same_batch", r, w, same_batch(r, w, "plain-c", "userfaultfd"), repetitions);
-		print_ratio("ratio_plain_c_readers", r, w, same_batch(r, w, "plain-c-readers", "userfaultfd"), repetitions);
-		print_ratio("ratio_hand_written", r, w, same_batch(r, w, "hand-written", ways[w].mechanism), repetitions);
+		print_ratio("ratio_plain_c_readers", r, w, same_batch(r, w, "plain-c-readers", "userfaultfd"),
+			    repetitions);
+		print_ratio("ratio_hand_written", r, w, same_batch(r, w, "hand-written", ways[w].mechanism),
+			    repetitions);
 		fprintf(json, "}");
 		fprintf(csv, "\n");
 		more = true;
@@ -303,22 +317,28 @@ static bool has(uint32_t mechanisms, const struct way *way)
 	return !way->number || mechanisms & 1u << way->number;
 }
 
-static void run_cell(const struct kvmfault_probe *probe, enum backing backing, unsigned vcpus, enum order order, int repetitions)
+static void run_cell(const struct kvmfault_probe *probe, enum backing backing, unsigned vcpus, enum order order,
+		     int repetitions)
 {
 	static struct results r;
-	uint32_t mechanisms = backing == ANON ? probe->mechanisms_anon : backing == MEMFD ? probe->mechanisms_shared : probe->mechanisms_hugetlb;
+	uint32_t mechanisms = backing == ANON    ? probe->mechanisms_anon
+			      : backing == MEMFD ? probe->mechanisms_shared
+						 : probe->mechanisms_hugetlb;
 	for (int i = 0; i < repetitions; i++) {
 		for (int w = 0; w < WAYS; w++) {
 			/*
 			 * Huge pages come alone, and the kernel can't map them twice for the
 			 * program without a library.
 			 */
-			r.works[w] = has(mechanisms, &ways[w]) && (backing != HUGETLB || (ways[w].batch == 1 && strcmp(ways[w].program, "hand-written")));
+			r.works[w] =
+				has(mechanisms, &ways[w]) &&
+				(backing != HUGETLB || (ways[w].batch == 1 && strcmp(ways[w].program, "hand-written")));
 			if (!r.works[w])
 				continue;
 			if (isatty(2))
-				fprintf(stderr, "\r%d of %d: %s, %u vCPUs, %s, %s %s %u    ", i + 1, repetitions, backing_name(backing), vcpus,
-					order_names[order], ways[w].program, ways[w].mechanism, ways[w].batch);
+				fprintf(stderr, "\r%d of %d: %s, %u vCPUs, %s, %s %s %u    ", i + 1, repetitions,
+					backing_name(backing), vcpus, order_names[order], ways[w].program,
+					ways[w].mechanism, ways[w].batch);
 			r.samples[w][i] = run(&ways[w], backing, vcpus, order);
 		}
 	}
@@ -350,19 +370,24 @@ static FILE *create(const char *path)
 
 static void usage(FILE *to)
 {
-	fprintf(to, "usage: sweep [OPTION]...\n"
-		    "Pages a second that a guest touches for the first time, and how long it waits: without userfaultfd (floor), with plain userfaultfd in C,\n"
-		    "with poison-trap by hand, and with each mechanism of the library; a page a fault, and %d together.\n"
-		    "Medians of several turns, with the lowest and highest; ratios are the medians of those within each turn.\n"
-		    "Only a quiet machine tells much: where other programs want the CPUs, each sleep and wake-up has another price.\n"
-		    "  --pages N          in each run, up to 1000000 (default 8192)\n"
-		    "  --repetitions N    1 to %d (default 5)\n"
-		    "  --memory LIST      of anon, memfd, hugetlb (default all)\n"
-		    "  --vcpus LIST       of numbers up to 64 (default 1,2,8,32,64)\n"
-		    "  --order LIST       of sequential, strided, shuffled, zipf (default all; strided and zipf with 1 and 2 vCPUs)\n"
-		    "  --batch N          pages together, 2 to %d (default %d)\n"
-		    "  --json FILE        a list of objects\n"
-		    "  --csv FILE\n",
+	fprintf(to,
+		"usage: sweep [OPTION]...\n"
+		"Pages a second that a guest touches for the first time, and how long it waits: without userfaultfd "
+		"(floor), with plain userfaultfd in C,\n"
+		"with poison-trap by hand, and with each mechanism of the library; a page a fault, and %d together.\n"
+		"Medians of several turns, with the lowest and highest; ratios are the medians of those within each "
+		"turn.\n"
+		"Only a quiet machine tells much: where other programs want the CPUs, each sleep and wake-up has "
+		"another price.\n"
+		"  --pages N          in each run, up to 1000000 (default 8192)\n"
+		"  --repetitions N    1 to %d (default 5)\n"
+		"  --memory LIST      of anon, memfd, hugetlb (default all)\n"
+		"  --vcpus LIST       of numbers up to 64 (default 1,2,8,32,64)\n"
+		"  --order LIST       of sequential, strided, shuffled, zipf (default all; strided and zipf with 1 and "
+		"2 vCPUs)\n"
+		"  --batch N          pages together, 2 to %d (default %d)\n"
+		"  --json FILE        a list of objects\n"
+		"  --csv FILE\n",
 		BATCH, MOST_REPETITIONS, MOST_BATCH, BATCH);
 }
 
@@ -406,12 +431,12 @@ int main(int argc, char **argv)
 		{ "pages", required_argument, NULL, 'p' },  { "repetitions", required_argument, NULL, 'r' },
 		{ "memory", required_argument, NULL, 'm' }, { "vcpus", required_argument, NULL, 'v' },
 		{ "order", required_argument, NULL, 'o' },  { "json", required_argument, NULL, 'j' },
-		{ "batch", required_argument, NULL, 'b' },
-		{ "csv", required_argument, NULL, 'c' },    { "help", no_argument, NULL, 'h' },
-		{ 0 },
+		{ "batch", required_argument, NULL, 'b' },  { "csv", required_argument, NULL, 'c' },
+		{ "help", no_argument, NULL, 'h' },         { 0 },
 	};
 	static const char *const vcpu_counts[] = { "1", "2", "8", "32", "64" };
-	const char *json_path = "/dev/null", *csv_path = "/dev/null", *memory = "anon,memfd,hugetlb", *vcpus = "1,2,8,32,64", *orders = NULL;
+	const char *json_path = "/dev/null", *csv_path = "/dev/null", *memory = "anon,memfd,hugetlb",
+		   *vcpus = "1,2,8,32,64", *orders = NULL;
 	int repetitions = 5;
 	for (int c; (c = getopt_long(argc, argv, "", known, NULL)) != -1;) {
 		switch (c) {
@@ -457,10 +482,13 @@ int main(int argc, char **argv)
 	calibrate();
 	json = create(json_path);
 	csv = create(csv_path);
-	fprintf(csv, "program,mechanism,vcpus,order,memory,readahead,batch,pages_per_second_min,pages_per_second_median,pages_per_second_max,p50_us,p99_us,"
-		     "p999_us,cpu_us_per_page,ratio_floor,ratio_plain_c,ratio_plain_c_same_batch,ratio_plain_c_readers,ratio_hand_written\n");
-	printf("%-7s %5s %-10s %-15s %-12s %5s %8s %18s %8s %8s %8s %7s %6s %6s\n", "memory", "vcpus", "order", "program", "mechanism", "batch", "pages/s",
-	       "lowest .. highest", "p50 us", "p99 us", "p99.9 us", "cpu us", "floor", "plain");
+	fprintf(csv, "program,mechanism,vcpus,order,memory,readahead,batch,pages_per_second_min,pages_per_second_"
+		     "median,pages_per_second_max,p50_us,p99_us,"
+		     "p999_us,cpu_us_per_page,ratio_floor,ratio_plain_c,ratio_plain_c_same_batch,ratio_plain_c_readers,"
+		     "ratio_hand_written\n");
+	printf("%-7s %5s %-10s %-15s %-12s %5s %8s %18s %8s %8s %8s %7s %6s %6s\n", "memory", "vcpus", "order",
+	       "program", "mechanism", "batch", "pages/s", "lowest .. highest", "p50 us", "p99 us", "p99.9 us",
+	       "cpu us", "floor", "plain");
 	for (int backing = ANON; backing <= HUGETLB; backing++) {
 		for (int order = 0; order < ORDERS; order++) {
 			for (size_t v = 0; v < sizeof(vcpu_counts) / sizeof(*vcpu_counts); v++) {

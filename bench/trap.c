@@ -42,7 +42,8 @@ void trap_begin(struct job *job)
 	if (job->ram.fd >= 0) {
 		t->kvm = mmap(NULL, job->ram.len, PROT_READ | PROT_WRITE, MAP_SHARED, job->ram.fd, 0);
 		CHECK(t->kvm != MAP_FAILED, "mmap: %s", strerror(errno));
-		register_memory(t->uffd, t->kvm, job->ram.len, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR);
+		register_memory(t->uffd, t->kvm, job->ram.len,
+				UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR);
 	}
 	for (uint64_t at = 0; at < job->ram.len;) {
 		struct uffdio_poison poison = { .range = { (uintptr_t)t->kvm + at, job->ram.len - at } };
@@ -75,7 +76,10 @@ static void bring(const struct job *job, const struct trap *t, uint64_t address)
 	len = offset + len < job->ram.len ? len : job->ram.len - offset;
 	for (uint64_t done = 0; done < len;) {
 		struct uffdio_copy copy = {
-			.dst = (uintptr_t)job->ram.hva + offset + done, .src = (uintptr_t)source_bytes, .len = len - done, .mode = UFFDIO_COPY_MODE_DONTWAKE,
+			.dst = (uintptr_t)job->ram.hva + offset + done,
+			.src = (uintptr_t)source_bytes,
+			.len = len - done,
+			.mode = UFFDIO_COPY_MODE_DONTWAKE,
 		};
 		if (ioctl(t->uffd, UFFDIO_COPY, &copy) == 0)
 			break;
@@ -84,7 +88,8 @@ static void bring(const struct job *job, const struct trap *t, uint64_t address)
 	}
 	for (uint64_t done = 0; t->kvm != job->ram.hva && done < len;) {
 		struct uffdio_continue map = {
-			.range = { (uintptr_t)t->kvm + offset + done, len - done }, .mode = UFFDIO_CONTINUE_MODE_DONTWAKE,
+			.range = { (uintptr_t)t->kvm + offset + done, len - done },
+			.mode = UFFDIO_CONTINUE_MODE_DONTWAKE,
 		};
 		if (ioctl(t->uffd, UFFDIO_CONTINUE, &map) == 0)
 			break;

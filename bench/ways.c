@@ -19,7 +19,10 @@ void run_plainly(struct vcpu *v)
 void set_plain_slot(struct job *job, void *address)
 {
 	struct kvm_userspace_memory_region region = {
-		.slot = RAM_SLOT, .guest_phys_addr = RAM_GPA, .memory_size = job->ram.len, .userspace_addr = (uintptr_t)address,
+		.slot = RAM_SLOT,
+		.guest_phys_addr = RAM_GPA,
+		.memory_size = job->ram.len,
+		.userspace_addr = (uintptr_t)address,
 	};
 	SYS(ioctl(job->m.vm, KVM_SET_USER_MEMORY_REGION, &region));
 }

@@ -19,9 +19,9 @@ struct job;
 
 struct way {
 	const char *program, *mechanism;
-	unsigned batch;   /* pages that one fault brings at most */
-	bool many;        /* plain-c: a reader for each vCPU, not one for all */
-	int number;       /* libkvmfault: KVMFAULT_MECHANISM_* */
+	unsigned batch; /* pages that one fault brings at most */
+	bool many;      /* plain-c: a reader for each vCPU, not one for all */
+	int number;     /* libkvmfault: KVMFAULT_MECHANISM_* */
 	void (*begin)(struct job *);
 	void (*run)(struct job *, struct vcpu *); /* on the vCPU's thread, until the guest stops */
 	/* before; not measured. May be NULL, as the next */

@@ -62,8 +62,8 @@ int main(void)
 		return failed("kvmfault_memslot_set");
 
 	vcpu_options.fd = ioctl(options.vm_fd, KVM_CREATE_VCPU, 0);
-	run = mmap(NULL, ioctl(options.kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE,
-		   MAP_SHARED, vcpu_options.fd, 0);
+	run = mmap(NULL, ioctl(options.kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0), PROT_READ | PROT_WRITE, MAP_SHARED,
+		   vcpu_options.fd, 0);
 	ioctl(vcpu_options.fd, KVM_GET_SREGS, &sregs);
 	sregs.cs.base = sregs.cs.selector = 0; /* real mode, at address 0 */
 	ioctl(vcpu_options.fd, KVM_SET_SREGS, &sregs);

@@ -48,7 +48,8 @@ void guest_write_order(uint32_t *order, uint64_t pages, uint64_t run)
 	for (uint64_t i = 0; i < pages; i++)
 		order[i] = i;
 	for (uint64_t runs = pages / run; runs > 1; runs--) {
-		random ^= random << 13, random ^= random >> 7, random ^= random << 17; /* xorshift */
+		/* xorshift */
+		random ^= random << 13, random ^= random >> 7, random ^= random << 17;
 		uint64_t last = runs - 1, other = random % runs;
 		if (other != last)
 			swap_runs(order + last * run, order + other * run, run);
