@@ -388,7 +388,10 @@ pub unsafe extern "C" fn kvmfault_pages_bitmap(
         if bitmap.is_null() {
             fail!(EINVAL, "bitmap: is NULL");
         }
-        let put = |offset, bytes: &[u8]| mem::write((bitmap as u64).wrapping_add(offset), bytes);
+        let put = |offset, bytes: &[u8]| {
+            // SAFETY: C says that the bitmap has room for `size` bytes, which it lets us write.
+            unsafe { mem::write((bitmap as u64).wrapping_add(offset), bytes) }
+        };
         vm.bitmap(gpa, len, states, size as u64, put).map(|set| set as i64)
     })
 }

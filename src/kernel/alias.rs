@@ -2,6 +2,7 @@
 //! the VMM may be several files side by side to the kernel, or one mapping that was split (madvise,
 //! mbind and mlock do that).
 
+use super::host_memory::HostMemory;
 use super::mem::{mappings, Kind, Mapping, MapsLine};
 
 use super::page::huge_page_size;
@@ -11,14 +12,15 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 
-/// Maps the memory at `hva` a second time. `file` is the file that it is a mapping of, and the
+/// Maps memory a second time. `file` is the file that it is a mapping of, and the
 /// offset at which it begins there. Only hugetlb needs it; without it /proc/self/map_files is
 /// tried, which needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE.
-pub fn duplicate(hva: u64, len: u64, page: u64, kind: Kind, file: Option<(RawFd, u64)>) -> Result<Mapping> {
+pub fn duplicate(memory: &HostMemory, page: u64, kind: Kind, file: Option<(RawFd, u64)>) -> Result<Mapping> {
+    let (hva, len) = (memory.address(), memory.size());
     // Huge pages need addresses and file offsets that agree in a huge page's low bits.
     let mut alias = Mapping::room(len, hva, huge_page_size().max(page))?;
     if let Some(reason) = unseen::reason() {
-        unseen::duplicate(&mut alias, hva, len, kind, file, &reason)?;
+        unseen::duplicate(&mut alias, memory, kind, file, &reason)?;
         return Ok(alias);
     }
     for map in mappings(hva, len)? {
@@ -31,7 +33,7 @@ pub fn duplicate(hva: u64, len: u64, page: u64, kind: Kind, file: Option<(RawFd,
                 alias.fill_from_file(at, len, fd, offset)?;
             }
             (Kind::HugetlbShared, None) => alias.fill_from_file(at, len, open(&map)?.as_raw_fd(), offset)?,
-            _ => alias.fill_from_mapping(at, len, start)?,
+            _ => alias.fill_from_mapping(at, memory.whole().after(at).first(len))?,
         }
     }
     Ok(alias)
@@ -61,7 +63,7 @@ fn check_file(map: &MapsLine, hva: u64, fd: RawFd, offset: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::file::tests;
-    use super::super::mem::{inspect, read, write};
+    use super::super::mem::{inspect, read};
     use super::super::page::page_size;
     use super::*;
 
@@ -76,11 +78,12 @@ mod tests {
         }
         // The range begins and ends inside of mappings.
         let (hva, len) = (memory.address() + page_size(), 7 * page_size());
-        assert_eq!((mappings(hva, len).unwrap().len(), inspect(hva, len, None, None).unwrap().kind), (3, Kind::Shared));
-        let alias = duplicate(hva, len, page_size(), Kind::Shared, None).unwrap();
+        let lent = HostMemory::for_test(hva, len);
+        assert_eq!((mappings(hva, len).unwrap().len(), inspect(&lent, None, None).unwrap().kind), (3, Kind::Shared));
+        let alias = duplicate(&lent, page_size(), Kind::Shared, None).unwrap();
         assert_eq!(alias.address() % huge_page_size(), hva % huge_page_size());
         for page in 0..7 {
-            write(hva + page * page_size(), &[page as u8 + 1]).unwrap();
+            lent.area(hva + page * page_size(), 1).unwrap().write(&[page as u8 + 1]).unwrap();
             let mut byte = [0];
             read(alias.address() + page * page_size(), &mut byte).unwrap();
             assert_eq!(byte, [page as u8 + 1]);

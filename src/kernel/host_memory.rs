@@ -1,4 +1,9 @@
-//! Guest memory that the VMM has lent to the library.
+//! Memory that the library may change: what the VMM has lent it, and mappings of the library's own.
+//! Nothing else is ever given to madvise(2), mprotect(2), userfaultfd or KVM, nor written: their
+//! functions take an [`Area`], which only the two give out.
+
+use super::mem::Mapping;
+use std::marker::PhantomData;
 
 /// Guest memory in this process, lent to the library for memslots.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,7 +31,7 @@ impl HostMemory {
     /// - No reference of Rust's to it exists (`&[u8]`, `&mut T`, slices of vm-memory), unless it is
     ///   to atomics or another `UnsafeCell`. The guest, the kernel and the library change its bytes
     ///   at any time, and take pages away. Raw pointers with volatile accesses are fine.
-    /// - Nobody depends on its bytes: setting a memslot may drop what is in its pages.
+    /// - Nothing else relies on its bytes: setting a memslot may drop them.
     pub unsafe fn new(start: *mut u8, len: usize) -> HostMemory {
         HostMemory { hva: start as u64, len: len as u64 }
     }
@@ -51,5 +56,89 @@ impl HostMemory {
     /// Its length in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.len
+    }
+
+    /// The part that begins at an address and has `len` bytes; `None` if it isn't inside.
+    #[inline]
+    pub(crate) fn area(&self, hva: u64, len: u64) -> Option<Area<'_>> {
+        Area::within(self.hva, self.len, hva, len)
+    }
+
+    /// All of it.
+    pub(crate) fn whole(&self) -> Area<'_> {
+        Area { hva: self.hva, len: self.len, memory: PhantomData }
+    }
+}
+
+impl Mapping {
+    /// The part that begins at an address and has `len` bytes; `None` if it isn't inside.
+    #[inline]
+    pub fn area(&self, hva: u64, len: u64) -> Option<Area<'_>> {
+        Area::within(self.address(), self.size(), hva, len)
+    }
+
+    /// All of it.
+    pub fn whole(&self) -> Area<'_> {
+        Area { hva: self.address(), len: self.size(), memory: PhantomData }
+    }
+}
+
+/// A range of memory that the library may change.
+#[derive(Debug, Clone, Copy)]
+pub struct Area<'m> {
+    hva: u64,
+    len: u64,
+    memory: PhantomData<&'m ()>,
+}
+
+impl<'m> Area<'m> {
+    #[inline]
+    fn within(start: u64, size: u64, hva: u64, len: u64) -> Option<Area<'m>> {
+        let offset = hva.wrapping_sub(start);
+        (offset <= size && len <= size - offset).then_some(Area { hva, len, memory: PhantomData })
+    }
+
+    /// Its first byte.
+    #[inline]
+    pub fn hva(self) -> u64 {
+        self.hva
+    }
+
+    /// Its length in bytes.
+    #[inline]
+    pub fn len(self) -> u64 {
+        self.len
+    }
+
+    /// Its first `len` bytes, or all of it if it has less.
+    #[inline]
+    pub fn first(self, len: u64) -> Area<'m> {
+        Area { len: len.min(self.len), ..self }
+    }
+
+    /// What follows its first `len` bytes.
+    #[inline]
+    pub fn after(self, len: u64) -> Area<'m> {
+        let skipped = len.min(self.len);
+        Area { hva: self.hva + skipped, len: self.len - skipped, ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_area_lies_inside() {
+        let memory = HostMemory::for_test(0x1000, 0x3000);
+        let area = |hva, len| memory.area(hva, len).map(|a| (a.hva(), a.len()));
+        assert_eq!(area(0x1000, 0x3000), Some((0x1000, 0x3000)));
+        assert_eq!(area(0x4000, 0), Some((0x4000, 0)));
+        for (hva, len) in [(0xfff, 1), (0x1000, 0x3001), (0x4000, 1), (0x2000, u64::MAX), (u64::MAX, 2), (0, 0)] {
+            assert_eq!(area(hva, len), None, "{hva:#x} {len:#x}");
+        }
+        let part = |a: Area<'_>| (a.hva(), a.len());
+        assert_eq!(part(memory.whole().after(0x1000).first(0x1000)), (0x2000, 0x1000));
+        assert_eq!(part(memory.whole().after(0x9000).first(0x1000)), (0x4000, 0));
     }
 }

@@ -1,6 +1,7 @@
 //! Memory of this process: mappings that the library makes, what the VMM has mapped where, and
 //! accesses that fail instead of crashing.
 
+use super::host_memory::{Area, HostMemory};
 use super::page::page_size;
 use super::{file, process, unseen};
 use crate::error::{fail, Error, Result};
@@ -130,10 +131,11 @@ impl Mapping {
         self.open(at, len, prot, "mmap of a shared mapping")
     }
 
-    /// Replaces a part by a second mapping of the shared memory at `hva`, which is one mapping,
-    /// without knowing its file: mremap(2) with an old size of 0. The kernel does this for shared
-    /// mappings only, and not for hugetlb.
-    pub fn fill_from_mapping(&mut self, at: u64, len: u64, hva: u64) -> Result<()> {
+    /// Replaces a part by a second mapping of shared memory, which is one mapping, without knowing
+    /// its file: mremap(2) with an old size of 0. The kernel does this for shared mappings only,
+    /// and not for hugetlb.
+    pub fn fill_from_mapping(&mut self, at: u64, memory: Area<'_>) -> Result<()> {
+        let (hva, len) = (memory.hva(), memory.len());
         assert!(at % page_size() == 0 && at + len <= self.len);
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         // SAFETY: with an old size of 0 the old mapping stays as it is; what is replaced is ours,
@@ -203,59 +205,86 @@ pub const MADV_DONTNEED_LOCKED: i32 = 24;
 /// MADV_COLLAPSE (Linux 6.1).
 pub const MADV_COLLAPSE: i32 = 25;
 
-/// madvise(2) on a range that the caller owns.
-pub fn advise(hva: u64, len: u64, advice: i32, what: &str) -> Result<()> {
-    // SAFETY: the advice values used here drop or populate pages of guest memory, which Rust holds
-    // no reference to.
-    match unsafe { libc::madvise(hva as *mut _, len as usize, advice) } {
-        0 => Ok(()),
-        _ => {
-            let error = Error::last_os(what);
-            let drops = matches!(advice, libc::MADV_DONTNEED | libc::MADV_REMOVE);
-            Err(match error.errno {
-                libc::EINVAL if drops => {
-                    Error::new(libc::EINVAL, format!("{error}; memory that is locked (mlock) can't be dropped"))
-                }
-                // shmem_fallocate in mm/shmem.c, hugetlbfs_punch_hole in fs/hugetlbfs/inode.c.
-                libc::EPERM if drops => Error::new(
-                    libc::EPERM,
-                    format!(
-                        "{error}; the memory's file is sealed (F_SEAL_WRITE or F_SEAL_FUTURE_WRITE), and nothing can be dropped from it: make the file without that seal"
+impl Area<'_> {
+    /// madvise(2).
+    pub fn advise(self, advice: i32, what: &str) -> Result<()> {
+        // SAFETY: an area is memory of the library's, or was lent to it to change what is in its
+        // pages: HostMemory::new.
+        match unsafe { libc::madvise(self.hva() as *mut _, self.len() as usize, advice) } {
+            0 => Ok(()),
+            _ => {
+                let error = Error::last_os(what);
+                let drops = matches!(advice, libc::MADV_DONTNEED | libc::MADV_REMOVE);
+                Err(match error.errno {
+                    libc::EINVAL if drops => {
+                        Error::new(libc::EINVAL, format!("{error}; memory that is locked (mlock) can't be dropped"))
+                    }
+                    // shmem_fallocate in mm/shmem.c, hugetlbfs_punch_hole in fs/hugetlbfs/inode.c.
+                    libc::EPERM if drops => Error::new(
+                        libc::EPERM,
+                        format!(
+                            "{error}; the memory's file is sealed (F_SEAL_WRITE or F_SEAL_FUTURE_WRITE), and nothing can be dropped from it: make the file without that seal"
+                        ),
                     ),
-                ),
-                _ => error,
-            })
+                    _ => error,
+                })
+            }
         }
+    }
+
+    /// Makes the memory accessible or not (mprotect(2)).
+    pub fn protect(self, accessible: bool) -> Result<()> {
+        let rights = if accessible { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_NONE };
+        // SAFETY: as in `advise`; pages that become inaccessible are guest memory, which Rust has
+        // no reference to.
+        match unsafe { libc::mprotect(self.hva() as *mut _, self.len() as usize, rights) } {
+            0 => Ok(()),
+            _ => Err(Error::last_os("mprotect")),
+        }
+    }
+
+    /// Writes to the area's beginning, as far as it goes; EFAULT where a plain store would crash.
+    pub fn write(self, bytes: &[u8]) -> Result<()> {
+        let bytes = &bytes[..bytes.len().min(self.len() as usize)];
+        // SAFETY: as in `advise`.
+        unsafe { write(self.hva(), bytes) }
     }
 }
 
-/// Makes guest memory accessible or not (mprotect(2)).
-pub fn protect(hva: u64, len: u64, accessible: bool) -> Result<()> {
-    let rights = if accessible { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_NONE };
-    // SAFETY: the range is guest memory, which Rust holds no reference to.
-    match unsafe { libc::mprotect(hva as *mut _, len as usize, rights) } {
+/// Has the kernel fault memory in for reading, as loads would (MADV_POPULATE_READ, Linux 5.14).
+pub fn populate_read(hva: u64, len: u64) -> Result<()> {
+    // SAFETY: no byte changes, whatever is there: it is what a load does, but an error instead of a
+    // crash.
+    match unsafe { libc::madvise(hva as *mut _, len as usize, libc::MADV_POPULATE_READ) } {
         0 => Ok(()),
-        _ => Err(Error::last_os("mprotect")),
+        _ => Err(Error::last_os("madvise(MADV_POPULATE_READ)")),
     }
 }
 
 /// Reads this process's memory; EFAULT where a plain load would crash. Waits where userfaultfd
 /// makes a load wait.
 pub fn read(hva: u64, bytes: &mut [u8]) -> Result<()> {
-    transfer(hva, bytes.as_mut_ptr(), bytes.len(), false)
+    // SAFETY: nothing but `bytes` is written, which is a live buffer.
+    unsafe { transfer(hva, bytes.as_mut_ptr(), bytes.len(), false) }
 }
 
 /// Writes this process's memory; EFAULT where a plain store would crash.
-pub fn write(hva: u64, bytes: &[u8]) -> Result<()> {
-    transfer(hva, bytes.as_ptr().cast_mut(), bytes.len(), true)
+///
+/// # Safety
+/// The memory at `hva`, if there is any, may be written: Rust has no reference to it.
+pub unsafe fn write(hva: u64, bytes: &[u8]) -> Result<()> {
+    // SAFETY: the caller's promise; `bytes` is only read.
+    unsafe { transfer(hva, bytes.as_ptr().cast_mut(), bytes.len(), true) }
 }
 
-fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<()> {
+/// # Safety
+/// `local` is a buffer of `len` bytes. The one that is written, `local` or (to `store`) the memory
+/// at `hva`, may be.
+unsafe fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<()> {
     let local = libc::iovec { iov_base: local.cast(), iov_len: len };
     let remote = libc::iovec { iov_base: hva as *mut _, iov_len: len };
     let pid = process::id()?;
-    // SAFETY: `local` is a live buffer of `len` bytes (only read when storing); the kernel checks
-    // the remote address, which is guest memory that Rust holds no reference to.
+    // SAFETY: the caller's promise; the kernel checks the remote address.
     let done = unsafe {
         if store {
             libc::process_vm_writev(pid, &local, 1, &remote, 1, 0)
@@ -273,9 +302,8 @@ fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<()> {
 /// Is the page at `hva` broken (madvise(2), EHWPOISON)? Before MADV_POPULATE_READ (Linux 5.14) an
 /// inaccessible page can't be told from a broken one.
 pub fn is_poisoned(hva: u64, page: u64) -> bool {
-    let populate = |len| advise(hva, len, libc::MADV_POPULATE_READ, "madvise(MADV_POPULATE_READ)");
-    match populate(0) {
-        Ok(()) => matches!(populate(page), Err(e) if e.errno == libc::EHWPOISON),
+    match populate_read(hva, 0) {
+        Ok(()) => matches!(populate_read(hva, page), Err(e) if e.errno == libc::EHWPOISON),
         Err(_) => matches!(read(hva, &mut [0]), Err(e) if e.errno == libc::EFAULT),
     }
 }
@@ -283,7 +311,7 @@ pub fn is_poisoned(hva: u64, page: u64) -> bool {
 /// Whether each page has content, as far as mincore(2) shows it: mapped, or in the page cache (of
 /// hugetlb it shows only what is mapped).
 pub fn resident(hva: u64, len: u64) -> Result<Vec<bool>> {
-    let mut resident = vec![0u8; (len / page_size()) as usize];
+    let mut resident = vec![0u8; len.div_ceil(page_size()) as usize];
     // SAFETY: mincore writes one byte a page, for which there is room.
     match unsafe { libc::mincore(hva as *mut _, len as usize, resident.as_mut_ptr()) } {
         0 => Ok(resident.iter().map(|r| r & 1 != 0).collect()),
@@ -294,10 +322,10 @@ pub fn resident(hva: u64, len: u64) -> Result<Vec<bool>> {
 /// The first page that has content, as far as mincore(2) shows it: see `resident`.
 pub fn first_resident(hva: u64, len: u64) -> Result<Option<u64>> {
     const CHUNK: u64 = 1 << 16; // pages a call
-    let mut resident = vec![0u8; (len / page_size()).min(CHUNK) as usize];
+    let mut resident = vec![0u8; len.div_ceil(page_size()).min(CHUNK) as usize];
     let mut at = hva;
     while at < hva + len {
-        let pages = ((hva + len - at) / page_size()).min(CHUNK);
+        let pages = (hva + len - at).div_ceil(page_size()).min(CHUNK);
         // SAFETY: mincore writes one byte a page, for which there is room.
         if unsafe { libc::mincore(at as *mut _, (pages * page_size()) as usize, resident.as_mut_ptr()) } != 0 {
             return Err(Error::last_os("mincore"));
@@ -332,11 +360,12 @@ pub struct Backing {
     pub page: u64,
 }
 
-/// Finds out what [hva, hva + len) is; an error says what is wrong with it. `declared` and `fd` are
+/// Finds out what memory is; an error says what is wrong with it. `declared` and `fd` are
 /// what the VMM says of its kind, and of the file that it is a mapping of.
-pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>) -> Result<Backing> {
+pub fn inspect(memory: &HostMemory, declared: Option<Kind>, fd: Option<RawFd>) -> Result<Backing> {
+    let (hva, len) = (memory.address(), memory.size());
     if let Some(reason) = unseen::reason() {
-        return unseen::inspect(hva, len, declared, fd, &reason);
+        return unseen::inspect(memory, declared, fd, &reason);
     }
     let given = fd.map(|fd| Given::new(fd, "fd")).transpose()?;
     let mut found: Option<Backing> = None;
@@ -500,13 +529,20 @@ mod tests {
     fn kinds_are_told_apart() {
         let anon = Mapping::anonymous(4 * page_size()).unwrap();
         assert_eq!(
-            inspect(anon.address(), 4 * page_size(), None, None).unwrap(),
+            inspect(&HostMemory::for_test(anon.address(), 4 * page_size()), None, None).unwrap(),
             Backing { kind: Kind::Anon, page: page_size() }
         );
-        let text = inspect(kinds_are_told_apart as *const () as u64 & !(page_size() - 1), page_size(), None, None)
-            .unwrap_err();
+        let text = inspect(
+            &HostMemory::for_test(kinds_are_told_apart as *const () as u64 & !(page_size() - 1), page_size()),
+            None,
+            None,
+        )
+        .unwrap_err();
         assert_eq!(text.errno, libc::EACCES);
-        assert_eq!(inspect(page_size(), page_size(), None, None).unwrap_err().errno, libc::EFAULT);
+        assert_eq!(
+            inspect(&HostMemory::for_test(page_size(), page_size()), None, None).unwrap_err().errno,
+            libc::EFAULT
+        );
     }
 
     #[test]
@@ -517,13 +553,17 @@ mod tests {
         unsafe {
             libc::prctl(libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME, memory.address(), page_size(), c"guest".as_ptr())
         };
-        assert_eq!(inspect(memory.address(), page_size(), None, None).unwrap().kind, Kind::Shared);
+        assert_eq!(
+            inspect(&HostMemory::for_test(memory.address(), page_size()), None, None).unwrap().kind,
+            Kind::Shared
+        );
     }
 
     #[test]
     fn a_bad_address_is_an_error_and_not_a_crash() {
         let mut byte = [0];
         assert_eq!(read(page_size(), &mut byte).unwrap_err().errno, libc::EFAULT);
-        assert_eq!(write(page_size(), &byte).unwrap_err().errno, libc::EFAULT);
+        let nowhere = HostMemory::for_test(page_size(), page_size());
+        assert_eq!(nowhere.whole().write(&byte).unwrap_err().errno, libc::EFAULT);
     }
 }

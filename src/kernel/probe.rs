@@ -7,7 +7,7 @@
 use super::abi::{Abi, ABIS};
 use super::arch;
 use super::kvm::{Region, Run, SystemFd, VcpuFd};
-use super::mem::{self, Mapping};
+use super::mem::Mapping;
 use super::page::page_size;
 use crate::error::{fail, Error, Result};
 
@@ -26,7 +26,7 @@ pub fn prove(system: &SystemFd, abi: &Abi) -> Result<()> {
     let code = Mapping::anonymous(page_size())?;
     let data = Mapping::anonymous(DATA_PAGES * page_size())?;
     let bitmap = Mapping::anonymous(page_size())?;
-    mem::write(code.address(), arch::PROBE_CODE)?;
+    code.whole().write(arch::PROBE_CODE)?;
     vm.set_region(&Region {
         version: 1,
         slot: 0,
@@ -63,7 +63,7 @@ pub fn prove(system: &SystemFd, abi: &Abi) -> Result<()> {
             }
         },
     }
-    mem::write(data.address(), &[1])?;
+    data.whole().write(&[1])?;
     bitmap.atomics()[0].store(!1, std::sync::atomic::Ordering::Release);
     match run_once(&vcpu, &run) {
         Ok(()) if run.exit_reason() == arch::PROBE_END => Ok(()),

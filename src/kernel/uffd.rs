@@ -3,6 +3,7 @@
 //! POISON. See userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst and fs/userfaultfd.c.
 
 use super::file;
+use super::host_memory::Area;
 use super::mem::Mapping;
 use super::page::page_size;
 use crate::error::{fail, Error, Result};
@@ -100,8 +101,7 @@ pub struct Uffd {
 #[derive(Debug)]
 pub struct Registration<'a> {
     uffd: &'a Uffd,
-    hva: u64,
-    len: u64,
+    area: Area<'a>,
 }
 
 impl Registration<'_> {
@@ -113,7 +113,7 @@ impl Registration<'_> {
 
 impl Drop for Registration<'_> {
     fn drop(&mut self) {
-        let _ = self.uffd.unregister(self.hva, self.len);
+        let _ = self.uffd.unregister(self.area);
     }
 }
 
@@ -187,8 +187,8 @@ impl Uffd {
     /// address space of the process that made it, even if another process has the descriptor.
     fn check_process(&self, fd: RawFd) -> Result<()> {
         let page = Mapping::anonymous(page_size())?;
-        match self.try_register(page.address(), page_size(), Mode::default()) {
-            Ok(_undone) => Ok(()),
+        match self.try_register(page.whole(), Mode::default()).map(drop) {
+            Ok(()) => Ok(()),
             Err(e) => Err(e.context(format!("uffd: descriptor {fd} serves no memory of this process: who made it?"))),
         }
     }
@@ -223,9 +223,9 @@ impl Uffd {
     /// Tries UFFDIO_POISON on a page of our own.
     fn can_poison(&self) -> bool {
         let Ok(page) = Mapping::anonymous(page_size()) else { return false };
-        let works = self.register(page.address(), page_size(), Mode::default()).is_ok()
-            && self.poison(page.address(), page_size(), page_size()).is_ok();
-        let _ = self.unregister(page.address(), page_size());
+        let works =
+            self.register(page.whole(), Mode::default()).is_ok() && self.poison(page.whole(), page_size()).is_ok();
+        let _ = self.unregister(page.whole());
         works
     }
 
@@ -235,7 +235,8 @@ impl Uffd {
     }
 
     /// Registers a range.
-    pub fn register(&self, hva: u64, len: u64, mode: Mode) -> Result<()> {
+    pub fn register(&self, area: Area<'_>, mode: Mode) -> Result<()> {
+        let (hva, len) = (area.hva(), area.len());
         let register = |mode| self.uffd.register_with_mode(hva as *mut _, len as usize, mode).map(drop);
         let faults = if mode.minor { RegisterMode::MISSING | RegisterMode::MINOR } else { RegisterMode::MISSING };
         let registered = match mode.keeps_tables {
@@ -255,8 +256,8 @@ impl Uffd {
     /// Registers a range that is unregistered again unless the registration is kept. After a
     /// failure the caller must not call `unregister`: before Linux 6.17 the kernel lets any
     /// userfaultfd undo what another one has registered.
-    pub fn try_register(&self, hva: u64, len: u64, mode: Mode) -> Result<Registration<'_>> {
-        self.register(hva, len, mode).map(|()| Registration { uffd: self, hva, len })
+    pub fn try_register<'a>(&'a self, area: Area<'a>, mode: Mode) -> Result<Registration<'a>> {
+        self.register(area, mode).map(|()| Registration { uffd: self, area })
     }
 
     /// Unregisters a range. All threads that wait there wake, and their faults are handled without
@@ -267,7 +268,8 @@ impl Uffd {
     /// it (docs/kernel.md, "The end of a registration"). UFFDIO_WAKE asks nothing of a range but
     /// its alignment: it works on what is no longer registered, and reaches sleepers of this
     /// userfaultfd only.
-    pub fn unregister(&self, hva: u64, len: u64) -> Result<()> {
+    pub fn unregister(&self, area: Area<'_>) -> Result<()> {
+        let (hva, len) = (area.hva(), area.len());
         let done = self.uffd.unregister(hva as *mut _, len as usize).map_err(|e| from_crate("UFFDIO_UNREGISTER", e));
         // Also after a failure: a part of the range may be unregistered.
         let woken = self.wake(hva, len);
@@ -281,32 +283,32 @@ impl Uffd {
 
     /// Copies bytes of this process into absent pages of `page` bytes. A `source` that can't be
     /// read is EFAULT.
-    pub fn copy(&self, hva: u64, source: u64, len: u64, page: u64) -> Result<Step> {
-        in_one_mapping(len, page, |len| {
-            let mut arg = [hva, source, len, 0, 0];
+    pub fn copy(&self, area: Area<'_>, source: u64, page: u64) -> Result<Step> {
+        in_one_mapping(area.len(), page, |len| {
+            let mut arg = [area.hva(), source, len, 0, 0];
             let result = ioctl(&self.uffd, UFFDIO_COPY, &mut arg);
             step("UFFDIO_COPY", result, arg[4], len)
         })
     }
 
     /// Installs zero pages.
-    pub fn zero(&self, hva: u64, len: u64, page: u64) -> Result<Step> {
-        self.install("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE, hva, len, page)
+    pub fn zero(&self, area: Area<'_>, page: u64) -> Result<Step> {
+        self.install("UFFDIO_ZEROPAGE", UFFDIO_ZEROPAGE, area, page)
     }
 
     /// Maps pages that are in the page cache; EFAULT where a page isn't.
-    pub fn map(&self, hva: u64, len: u64, page: u64) -> Result<Step> {
-        self.install("UFFDIO_CONTINUE", UFFDIO_CONTINUE, hva, len, page)
+    pub fn map(&self, area: Area<'_>, page: u64) -> Result<Step> {
+        self.install("UFFDIO_CONTINUE", UFFDIO_CONTINUE, area, page)
     }
 
     /// Puts poison markers where nothing is mapped.
-    pub fn poison(&self, hva: u64, len: u64, page: u64) -> Result<Step> {
-        self.install("UFFDIO_POISON", UFFDIO_POISON, hva, len, page)
+    pub fn poison(&self, area: Area<'_>, page: u64) -> Result<Step> {
+        self.install("UFFDIO_POISON", UFFDIO_POISON, area, page)
     }
 
-    fn install(&self, what: &str, request: u64, hva: u64, len: u64, page: u64) -> Result<Step> {
-        in_one_mapping(len, page, |len| {
-            let mut arg = [hva, len, 0, 0];
+    fn install(&self, what: &str, request: u64, area: Area<'_>, page: u64) -> Result<Step> {
+        in_one_mapping(area.len(), page, |len| {
+            let mut arg = [area.hva(), len, 0, 0];
             let result = ioctl(&self.uffd, request, &mut arg);
             step(what, result, arg[3], len)
         })
@@ -359,9 +361,9 @@ fn features_of(fd: RawFd) -> Option<u64> {
 
 fn ioctl<const N: usize>(uffd: &userfaultfd::Uffd, request: u64, arg: &mut [u64; N]) -> std::io::Result<()> {
     // SAFETY: every request here is defined on a structure of N 64-bit fields (the size is part of
-    // its number). The kernel checks the addresses in it, and changes nothing but absent pages of
-    // ranges registered with this userfaultfd, which are guest memory that Rust holds no reference
-    // to.
+    // its number). The kernel checks the addresses in it. Those that install name the beginning of
+    // an area, and no more than its length: memory that the library may change. Waking changes
+    // nothing.
     match unsafe { libc::ioctl(uffd.as_raw_fd(), request, arg.as_mut_ptr()) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
@@ -414,21 +416,16 @@ mod tests {
         let uffd = needs!(Uffd::open());
         let memory = Mapping::anonymous(4 * page_size()).unwrap();
         let source = Mapping::anonymous(4 * page_size()).unwrap();
-        mem::write(source.address(), &vec![7; 4 * page_size() as usize]).unwrap();
-        uffd.register(memory.address(), 4 * page_size(), Mode::default()).unwrap();
-        assert_eq!(
-            uffd.copy(memory.address() + 2 * page_size(), source.address(), page_size(), page_size()),
-            Ok(Step::Done(page_size()))
-        );
-        assert_eq!(
-            uffd.copy(memory.address(), source.address(), 4 * page_size(), page_size()),
-            Ok(Step::Done(2 * page_size()))
-        );
-        assert_eq!(uffd.copy(memory.address(), source.address(), page_size(), page_size()), Ok(Step::Exists));
-        assert_eq!(
-            uffd.copy(memory.address() + 3 * page_size(), page_size(), page_size(), page_size()).unwrap_err().errno,
-            libc::EFAULT
-        );
+        source.whole().write(&vec![7; 4 * page_size() as usize]).unwrap();
+        uffd.register(memory.whole(), Mode::default()).unwrap();
+        let copy = |page, from, pages| {
+            let area = memory.whole().after(page * page_size()).first(pages * page_size());
+            uffd.copy(area, from, page_size())
+        };
+        assert_eq!(copy(2, source.address(), 1), Ok(Step::Done(page_size())));
+        assert_eq!(copy(0, source.address(), 4), Ok(Step::Done(2 * page_size())));
+        assert_eq!(copy(0, source.address(), 1), Ok(Step::Exists));
+        assert_eq!(copy(3, page_size(), 1).unwrap_err().errno, libc::EFAULT);
         let mut byte = [0];
         mem::read(memory.address() + page_size(), &mut byte).unwrap();
         assert_eq!(byte, [7]);
@@ -444,8 +441,8 @@ mod tests {
         let first = needs!(Uffd::open());
         let second = Uffd::adopt(first.as_raw_fd()).unwrap();
         let memory = Mapping::anonymous(page_size()).unwrap();
-        second.register(memory.address(), page_size(), Mode::default()).unwrap();
-        assert_eq!(first.zero(memory.address(), page_size(), page_size()), Ok(Step::Done(page_size())));
+        second.register(memory.whole(), Mode::default()).unwrap();
+        assert_eq!(first.zero(memory.whole(), page_size()), Ok(Step::Done(page_size())));
     }
 
     #[test]
@@ -453,8 +450,8 @@ mod tests {
         let device = needs!(std::fs::File::open("/dev/userfaultfd"));
         let uffd = Uffd::adopt(device.as_raw_fd()).unwrap();
         let memory = Mapping::anonymous(page_size()).unwrap();
-        uffd.register(memory.address(), page_size(), Mode::default()).unwrap();
-        assert_eq!(uffd.zero(memory.address(), page_size(), page_size()), Ok(Step::Done(page_size())));
+        uffd.register(memory.whole(), Mode::default()).unwrap();
+        assert_eq!(uffd.zero(memory.whole(), page_size()), Ok(Step::Done(page_size())));
     }
 
     /// A thread that touches the memory just before its registration ends. Without the second
@@ -480,11 +477,11 @@ mod tests {
                 }
             });
             for round in 1..=ROUNDS {
-                mem::advise(memory.address(), 64 * page_size(), libc::MADV_DONTNEED, "madvise").unwrap();
-                uffd.register(memory.address(), 64 * page_size(), Mode::default()).unwrap();
+                memory.whole().advise(libc::MADV_DONTNEED, "madvise").unwrap();
+                uffd.register(memory.whole(), Mode::default()).unwrap();
                 begun.store(round, SeqCst);
                 spin(round * 7 % 600);
-                uffd.unregister(memory.address(), 64 * page_size()).unwrap();
+                uffd.unregister(memory.whole()).unwrap();
                 let end = Instant::now() + Duration::from_secs(5);
                 while touched.load(SeqCst) < round {
                     std::thread::yield_now();

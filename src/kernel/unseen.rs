@@ -2,7 +2,8 @@
 //! Landlock. The library believes what the VMM declares, unless a system call shows otherwise.
 
 use super::file;
-use super::mem::{advise, Backing, Kind, Mapping, ADDRESSES};
+use super::host_memory::HostMemory;
+use super::mem::{Backing, Kind, Mapping, ADDRESSES};
 use super::page::page_size;
 use crate::error::{fail, Error, Result};
 use std::fs::File;
@@ -17,14 +18,15 @@ pub fn reason() -> Option<Error> {
 }
 
 /// The kind and page size of [hva, hva + len), from what the VMM declares.
-pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>, reason: &Error) -> Result<Backing> {
+pub fn inspect(memory: &HostMemory, declared: Option<Kind>, fd: Option<RawFd>, reason: &Error) -> Result<Backing> {
+    let (hva, len) = (memory.address(), memory.size());
     // SAFETY: with MS_ASYNC msync only checks that the range is mapped.
     if unsafe { libc::msync(hva as *mut _, len as usize, libc::MS_ASYNC) } != 0 {
         fail!(EFAULT, "hva: something inside [{hva:#x}, {:#x}) is not mapped", hva + len);
     }
     let kind = match declared {
         Some(kind) => kind,
-        None => guess(hva, len, fd, reason)?,
+        None => guess(memory, fd, reason)?,
     };
     let of_file = fd.map(|fd| file::memory(fd, "fd")).transpose()?;
     let page = match (kind, of_file) {
@@ -37,14 +39,15 @@ pub fn inspect(hva: u64, len: u64, declared: Option<Kind>, fd: Option<RawFd>, re
             fail!(EINVAL, "memory: the file has huge pages")
         }
         _ if pieces(hva, len) == Pieces::Huge => fail!(EINVAL, "memory: hva {hva:#x} has huge pages"),
-        (Kind::Shared, _) if !is_shared(hva)? => fail!(EINVAL, "memory: hva {hva:#x} is not shared memory"),
+        (Kind::Shared, _) if !is_shared(memory)? => fail!(EINVAL, "memory: hva {hva:#x} is not shared memory"),
         _ => page_size(),
     };
     Ok(Backing { kind, page })
 }
 
 /// The kind of memory that the VMM doesn't declare. It can be found out of a single mapping.
-fn guess(hva: u64, len: u64, fd: Option<RawFd>, reason: &Error) -> Result<Kind> {
+fn guess(memory: &HostMemory, fd: Option<RawFd>, reason: &Error) -> Result<Kind> {
+    let (hva, len) = (memory.address(), memory.size());
     match pieces(hva, len) {
         Pieces::Huge if fd.is_some() => Ok(Kind::HugetlbShared),
         Pieces::Huge => fail!(EINVAL, "fd: the page size at hva {hva:#x} can't be looked up ({reason}): give slot.fd"),
@@ -52,10 +55,10 @@ fn guess(hva: u64, len: u64, fd: Option<RawFd>, reason: &Error) -> Result<Kind> 
             EINVAL,
             "memory: what the mappings at hva {hva:#x} are can't be looked up ({reason}): give slot.memory, and slot.fd for shared memory"
         ),
-        Pieces::One if is_shared(hva)? => Ok(Kind::Shared),
+        Pieces::One if is_shared(memory)? => Ok(Kind::Shared),
         // This drops nothing of private memory: madvise_remove refuses it, because there is no file
         // or because its mapping is private.
-        Pieces::One => match advise(hva, page_size(), libc::MADV_REMOVE, "madvise(MADV_REMOVE)") {
+        Pieces::One => match memory.whole().first(page_size()).advise(libc::MADV_REMOVE, "madvise(MADV_REMOVE)") {
             Err(e) if e.errno == libc::EACCES => {
                 fail!(EINVAL, "hva: {hva:#x} is a private file mapping; use MAP_SHARED or anonymous memory")
             }
@@ -67,14 +70,14 @@ fn guess(hva: u64, len: u64, fd: Option<RawFd>, reason: &Error) -> Result<Kind> 
 /// Maps shared memory a second time.
 pub fn duplicate(
     room: &mut Mapping,
-    hva: u64,
-    len: u64,
+    memory: &HostMemory,
     kind: Kind,
     file: Option<(RawFd, u64)>,
     reason: &Error,
 ) -> Result<()> {
+    let (hva, len) = (memory.address(), memory.size());
     match (kind, pieces(hva, len), file) {
-        (Kind::Shared, Pieces::One, _) => room.fill_from_mapping(0, len, hva),
+        (Kind::Shared, Pieces::One, _) => room.fill_from_mapping(0, memory.whole()),
         (_, _, Some((fd, offset))) => room.fill_from_file(0, len, fd, offset),
         _ => fail!(
             EINVAL,
@@ -108,8 +111,8 @@ fn pieces(hva: u64, len: u64) -> Pieces {
 }
 
 /// Is it shared memory? Only that can be mapped a second time without its file.
-fn is_shared(hva: u64) -> Result<bool> {
-    match Mapping::room(page_size(), 0, page_size())?.fill_from_mapping(0, page_size(), hva) {
+fn is_shared(memory: &HostMemory) -> Result<bool> {
+    match Mapping::room(page_size(), 0, page_size())?.fill_from_mapping(0, memory.whole().first(page_size())) {
         Ok(()) => Ok(true),
         Err(e) if e.errno == libc::EINVAL => Ok(false),
         Err(e) => Err(e),
@@ -125,8 +128,11 @@ mod tests {
     #[test]
     fn what_is_declared_is_checked() {
         let why = Error::new(libc::ENOENT, "no /proc");
-        let look =
-            |hva, declared, fd| inspect(hva, 4 * page_size(), declared, fd, &why).map(|b| b.page).map_err(|e| e.errno);
+        let look = |hva, declared, fd| {
+            inspect(&HostMemory::for_test(hva, 4 * page_size()), declared, fd, &why)
+                .map(|b| b.page)
+                .map_err(|e| e.errno)
+        };
         let anon = Mapping::anonymous(4 * page_size()).unwrap();
         let file = shared(8 * page_size());
         let memory = Mapping::shared(file.as_raw_fd(), 0, 4 * page_size(), true).unwrap();
@@ -136,7 +142,7 @@ mod tests {
         assert_eq!(look(memory.address(), Some(Kind::Shared), Some(file.as_raw_fd())), Ok(page_size()));
         assert_eq!(look(memory.address(), None, None), Ok(page_size()));
         assert_eq!(look(anon.address(), None, None), Ok(page_size()));
-        let kind = |hva| inspect(hva, 4 * page_size(), None, None, &why).map(|b| b.kind);
+        let kind = |hva| inspect(&HostMemory::for_test(hva, 4 * page_size()), None, None, &why).map(|b| b.kind);
         assert_eq!((kind(memory.address()), kind(anon.address())), (Ok(Kind::Shared), Ok(Kind::Anon)));
         // SAFETY: a private mapping of a file of our own, which stays mapped.
         let private = unsafe {
@@ -162,14 +168,15 @@ mod tests {
         memory.fill_from_file(0, 4 * page_size(), one.as_raw_fd(), 0).unwrap();
         memory.fill_from_file(4 * page_size(), 4 * page_size(), two.as_raw_fd(), 0).unwrap();
         let hva = memory.address();
-        let undeclared = inspect(hva, 8 * page_size(), None, None, &Error::new(libc::ENOENT, "no /proc")).unwrap_err();
+        let lent = HostMemory::for_test(hva, 8 * page_size());
+        let undeclared = inspect(&lent, None, None, &Error::new(libc::ENOENT, "no /proc")).unwrap_err();
         assert!(undeclared.message.contains("slot.memory"), "{undeclared}");
         assert_eq!((pieces(hva, 4 * page_size()), pieces(hva + page_size(), page_size())), (Pieces::One, Pieces::One));
         assert_eq!(pieces(hva + 3 * page_size(), 2 * page_size()), Pieces::Several);
         let why = Error::new(libc::ENOENT, "no /proc");
         let try_all = |file| {
             let mut room = Mapping::room(8 * page_size(), 0, page_size()).unwrap();
-            duplicate(&mut room, hva, 8 * page_size(), Kind::Shared, file, &why).map_err(|e| e.errno)
+            duplicate(&mut room, &lent, Kind::Shared, file, &why).map_err(|e| e.errno)
         };
         assert_eq!(try_all(None), Err(libc::EINVAL));
         assert_eq!(try_all(Some((one.as_raw_fd(), 0))), Ok(()));

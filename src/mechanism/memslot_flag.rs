@@ -4,7 +4,7 @@
 use super::{vmm_mode, BlockRequest, Host, Mechanism};
 use crate::error::{fail, Result};
 use crate::kernel::kvm::Region;
-use crate::kernel::mem::{advise, Kind};
+use crate::kernel::mem::Kind;
 use crate::kernel::page::page_size;
 use crate::kernel::uffd::Registration;
 use crate::memory::block::{Block, Shape};
@@ -38,7 +38,8 @@ impl Mechanism for MemslotFlag {
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, request: &BlockRequest) -> Result<Block> {
-        let registration = memory.try_register(shape.hva, shape.len, vmm_mode(host.features, shape.kind))?;
+        let vmm = shape.memory.clone();
+        let registration = memory.try_register(&vmm, vmm_mode(host.features, shape.kind))?;
         let bitmap = host.abi.is_some_and(|abi| abi.bitmap);
         let block = Block::new(shape, None, bitmap, request.present)?;
         registration.into_iter().for_each(Registration::keep);
@@ -69,7 +70,7 @@ impl Mechanism for MemslotFlag {
             // Where minor faults are registered, populating would wait for them.
             map::map_in_vmm(memory, block, page, stats)?;
         }
-        match advise(hva, len, libc::MADV_POPULATE_WRITE, "madvise(MADV_POPULATE_WRITE)") {
+        match block.area(hva, len).advise(libc::MADV_POPULATE_WRITE, "madvise(MADV_POPULATE_WRITE)") {
             Err(e) if e.errno == libc::ENOMEM => fail!(EFAULT, "the memory at hva {hva:#x} is no longer mapped"),
             Err(e) if e.errno == libc::EINVAL => {
                 fail!(

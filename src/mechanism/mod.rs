@@ -136,5 +136,5 @@ fn vmm_mode(features: u64, kind: Kind) -> Mode {
 /// Registers a released block again, in which pages may be missing later. They may not be yet: what
 /// keeps KVM from the holes must be in place first.
 pub fn register_again(memory: &Memory, block: &Block) -> Result<()> {
-    memory.uffd.register(block.hva, block.len, vmm_mode(memory.uffd.features(), block.kind))
+    memory.uffd.register(block.whole(), vmm_mode(memory.uffd.features(), block.kind))
 }

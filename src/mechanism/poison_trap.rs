@@ -12,7 +12,7 @@ use crate::error::{fail, Result};
 use crate::kernel::alias;
 use crate::kernel::arch;
 use crate::kernel::kvm::{VcpuFd, VmFd};
-use crate::kernel::mem::{advise, Kind};
+use crate::kernel::mem::Kind;
 use crate::kernel::uffd::{Mode, Registration, FEATURE_POISON};
 use crate::memory::block::{Block, Shape};
 use crate::memory::{map, markers, release, Memory};
@@ -57,22 +57,22 @@ impl Mechanism for PoisonTrap {
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, request: &BlockRequest) -> Result<Block> {
-        let Shape { hva, len, page, kind, .. } = shape;
+        let (vmm, page, kind) = (shape.memory.clone(), shape.page, shape.kind);
         let alias = match kind {
-            Kind::Shared | Kind::HugetlbShared => Some(alias::duplicate(hva, len, page, kind, request.file)?),
+            Kind::Shared | Kind::HugetlbShared => Some(alias::duplicate(&vmm, page, kind, request.file)?),
             Kind::Anon | Kind::HugetlbPrivate => None,
         };
-        let registration = memory.try_register(hva, len, vmm_mode(host.features, kind))?;
+        let registration = memory.try_register(&vmm, vmm_mode(host.features, kind))?;
         if let Some(alias) = &alias {
             // The alias belongs neither in forked children nor in core dumps.
-            advise(alias.address(), len, libc::MADV_DONTFORK, "madvise(MADV_DONTFORK)")?;
-            advise(alias.address(), len, libc::MADV_DONTDUMP, "madvise(MADV_DONTDUMP)")?;
+            alias.whole().advise(libc::MADV_DONTFORK, "madvise(MADV_DONTFORK)")?;
+            alias.whole().advise(libc::MADV_DONTDUMP, "madvise(MADV_DONTDUMP)")?;
             // Not for minor faults: a PRESENT page that is not mapped yet needs no help, and an
             // absent one has its marker.
-            memory.uffd.register(alias.address(), len, Mode { minor: false, keeps_tables: true })?;
+            memory.uffd.register(alias.whole(), Mode { minor: false, keeps_tables: true })?;
             // With mlockall(MCL_FUTURE) the alias was populated when it was made.
             alias.unlock();
-            advise(alias.address(), len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
+            alias.whole().advise(libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
         }
         let block = Block::new(shape, alias, false, request.present)?;
         let block = if memory.external { block.with_deferral()? } else { block };
@@ -113,7 +113,7 @@ impl Mechanism for PoisonTrap {
 
 fn register_alias(memory: &Memory, block: &Block, minor: bool) -> Result<()> {
     match &block.alias {
-        Some(alias) => memory.uffd.register(alias.address(), block.len, Mode { minor, keeps_tables: true }),
+        Some(alias) => memory.uffd.register(alias.whole(), Mode { minor, keeps_tables: true }),
         None => Ok(()),
     }
 }

@@ -29,7 +29,8 @@ impl Mechanism for Userfaultfd {
     }
 
     fn new_block(&self, host: &Host, memory: &Memory, shape: Shape, request: &BlockRequest) -> Result<Block> {
-        let registration = memory.try_register(shape.hva, shape.len, vmm_mode(host.features, shape.kind))?;
+        let vmm = shape.memory.clone();
+        let registration = memory.try_register(&vmm, vmm_mode(host.features, shape.kind))?;
         let block = Block::new(shape, None, false, request.present)?;
         registration.into_iter().for_each(Registration::keep);
         Ok(block)

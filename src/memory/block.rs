@@ -4,6 +4,7 @@ use super::gates::GATE_PAGES;
 use super::pages::{Pages, State};
 use super::phase::{AtomicPhase, Phase};
 use crate::error::Result;
+use crate::kernel::host_memory::{Area, HostMemory};
 use crate::kernel::mem::{Kind, Mapping};
 use crate::kernel::page::page_size;
 use std::ops::Range;
@@ -11,10 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// What a block is made from.
 pub struct Shape {
-    /// Its first address in the VMM's mapping.
-    pub hva: u64,
-    /// Its length in bytes.
-    pub len: u64,
+    /// The VMM's mapping.
+    pub memory: HostMemory,
     /// The size of a page in bytes: the least that one install makes PRESENT.
     pub page: u64,
     /// The kind of memory.
@@ -26,6 +25,8 @@ pub struct Shape {
 /// A block of host memory.
 #[derive(Debug)]
 pub struct Block {
+    /// The VMM's mapping.
+    memory: HostMemory,
     /// The first address in the VMM's mapping.
     pub hva: u64,
     /// The length in bytes.
@@ -54,7 +55,8 @@ pub struct Block {
 impl Block {
     /// A block whose pages are all ABSENT, or all PRESENT.
     pub fn new(shape: Shape, alias: Option<Mapping>, bitmap: bool, present: bool) -> Result<Block> {
-        let Shape { hva, len, page, kind, mechanism } = shape;
+        let Shape { memory, page, kind, mechanism } = shape;
+        let (hva, len) = (memory.address(), memory.size());
         let pages = Pages::new(len / page)?;
         let bitmap = match bitmap {
             true => Some(Mapping::anonymous(
@@ -68,6 +70,7 @@ impl Block {
             bitmap.atomics().iter().for_each(|word| word.store(!0, Ordering::Release));
         }
         Ok(Block {
+            memory,
             hva,
             len,
             page,
@@ -92,6 +95,26 @@ impl Block {
     /// The block's first address in the mapping that KVM uses.
     pub fn kvm_hva(&self) -> u64 {
         self.alias.as_ref().map_or(self.hva, Mapping::address)
+    }
+
+    /// Memory of the VMM's mapping, or of the alias: what the library may change.
+    #[inline]
+    pub fn area(&self, hva: u64, len: u64) -> Area<'_> {
+        let in_alias = || self.alias.as_ref()?.area(hva, len);
+        match self.memory.area(hva, len).or_else(in_alias) {
+            Some(area) => area,
+            None => self.is_outside(hva, len),
+        }
+    }
+
+    #[cold]
+    fn is_outside(&self, hva: u64, len: u64) -> ! {
+        panic!("[{hva:#x}, +{len:#x}) is not memory of the block at {:#x}", self.hva)
+    }
+
+    /// All of the VMM's mapping.
+    pub fn whole(&self) -> Area<'_> {
+        self.memory.whole()
     }
 
     /// The page at an address of the VMM's mapping or of the alias.
@@ -227,7 +250,12 @@ mod tests {
 
     #[test]
     fn the_bitmap_follows_in_base_pages() {
-        let shape = Shape { hva: 0x20_0000, len: 8 << 20, page: 2 << 20, kind: Kind::HugetlbShared, mechanism: 0 };
+        let shape = Shape {
+            memory: HostMemory::for_test(0x20_0000, 8 << 20),
+            page: 2 << 20,
+            kind: Kind::HugetlbShared,
+            mechanism: 0,
+        };
         let block = Block::new(shape, None, true, false).unwrap();
         block.set_exits(1..2, false);
         let words: Vec<u64> =
@@ -235,7 +263,12 @@ mod tests {
         assert!(words[..8].iter().all(|&w| w == !0) && words[8..16].iter().all(|&w| w == 0));
         block.set_exits(1..2, true);
         assert_eq!(block.bitmap_at(2 << 20), block.bitmap.as_ref().unwrap().address() + 64);
-        let shape = Shape { hva: 0x1000, len: 0x10_0000, page: page_size(), kind: Kind::Anon, mechanism: 0 };
+        let shape = Shape {
+            memory: HostMemory::for_test(0x1000, 0x10_0000),
+            page: page_size(),
+            kind: Kind::Anon,
+            mechanism: 0,
+        };
         let block = Block::new(shape, None, true, false).unwrap();
         block.set_exits(60..70, false);
         assert_eq!(block.bitmap.as_ref().unwrap().atomics()[0].load(Ordering::Relaxed), (1 << 60) - 1);
@@ -244,7 +277,12 @@ mod tests {
 
     #[test]
     fn deferred_pages_are_taken_once_and_in_runs() {
-        let shape = Shape { hva: 0x1000, len: 200 * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
+        let shape = Shape {
+            memory: HostMemory::for_test(0x1000, 200 * page_size()),
+            page: page_size(),
+            kind: Kind::Shared,
+            mechanism: 0,
+        };
         let block = Block::new(shape, None, false, true).unwrap();
         assert!(!block.defer(3) && block.take_deferred_runs(0..200).count() == 0, "not with every block");
         let block = block.with_deferral().unwrap();
@@ -262,7 +300,12 @@ mod tests {
     fn addresses_of_both_mappings_name_the_same_page() {
         let alias = Mapping::anonymous(4 * page_size()).unwrap();
         let at = alias.address();
-        let shape = Shape { hva: 0x1000, len: 4 * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
+        let shape = Shape {
+            memory: HostMemory::for_test(0x1000, 4 * page_size()),
+            page: page_size(),
+            kind: Kind::Shared,
+            mechanism: 0,
+        };
         let block = Block::new(shape, Some(alias), false, true).unwrap();
         assert_eq!((block.page_at(0x3abc), block.page_at(at + 0x2abc)), (Some(2), Some(2)));
         assert_eq!((block.page_at(0xfff), block.page_at(0x5000)), (None, None));
@@ -275,8 +318,12 @@ mod tests {
         for in_kvm in [true, false] {
             let alias = Mapping::anonymous(4 * page_size()).unwrap();
             let at = alias.address();
-            let shape =
-                Shape { hva: 0x1000, len: 4 * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
+            let shape = Shape {
+                memory: HostMemory::for_test(0x1000, 4 * page_size()),
+                page: page_size(),
+                kind: Kind::Shared,
+                mechanism: 0,
+            };
             let block = Block::new(shape, Some(alias), true, false).unwrap();
             let bitmap = block.bitmap_at(0);
             block.in_kvm.store(in_kvm, Ordering::SeqCst);

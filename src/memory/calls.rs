@@ -273,6 +273,7 @@ pub fn wait_for_calls(block: &Block, enough: impl Fn(u64) -> Option<Error>) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::host_memory::HostMemory;
     use crate::kernel::mem::{Kind, Mapping};
     use crate::kernel::page::page_size;
     use crate::kernel::uffd::{Mode, Uffd};
@@ -289,9 +290,13 @@ mod tests {
     fn memory_and_block() -> Result<(Memory, Mapping, Block)> {
         let memory = Memory::new(Uffd::open()?, false);
         let ram = Mapping::anonymous(PAGES * page_size())?;
-        memory.uffd.register(ram.address(), PAGES * page_size(), Mode::default())?;
-        let shape =
-            Shape { hva: ram.address(), len: PAGES * page_size(), page: page_size(), kind: Kind::Anon, mechanism: 0 };
+        memory.uffd.register(ram.whole(), Mode::default())?;
+        let shape = Shape {
+            memory: HostMemory::for_test(ram.address(), PAGES * page_size()),
+            page: page_size(),
+            kind: Kind::Anon,
+            mechanism: 0,
+        };
         let block = Block::new(shape, None, false, false)?;
         Ok((memory, ram, block))
     }

@@ -9,7 +9,7 @@ use super::runs::{gate_groups, runs};
 use super::wait::WAITS;
 use super::Memory;
 use crate::error::{fail, Result};
-use crate::kernel::mem::{advise, protect, Kind};
+use crate::kernel::mem::Kind;
 use crate::kernel::uffd::FEATURE_POISON;
 use crate::stats::Stats;
 use std::ops::Range;
@@ -51,7 +51,7 @@ pub fn discard(memory: &Memory, block: &Block, pages: Range<u64>, stats: &Stats)
 fn drop_and_record(memory: &Memory, block: &Block, run: &Range<u64>, from: State, stats: &Stats) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     let inaccessible = memory.uffd.features() & FEATURE_POISON == 0 && !memory.external;
-    let accessible = if from == State::Lost && inaccessible { protect(hva, len, true) } else { Ok(()) };
+    let accessible = if from == State::Lost && inaccessible { block.area(hva, len).protect(true) } else { Ok(()) };
     let mut gone = from == State::Lost && accessible.is_ok();
     let dropped = accessible.and_then(|()| drop_run(memory, block, run, &mut gone));
     if dropped.is_err() && !gone && len > block.page {
@@ -80,7 +80,7 @@ fn drop_and_record(memory: &Memory, block: &Block, run: &Range<u64>, from: State
 fn keep(memory: &Memory, block: &Block, run: &Range<u64>, state: State) {
     if state == State::Present {
         if let Some(alias) = block.alias_of(run.start) {
-            let _ = memory.uffd.map(alias, (run.end - run.start) * block.page, block.page);
+            let _ = memory.uffd.map(block.area(alias, (run.end - run.start) * block.page), block.page);
         }
         block.set_exits(run.clone(), false);
     }
@@ -102,7 +102,7 @@ fn drop_run(memory: &Memory, block: &Block, run: &Range<u64>, gone: &mut bool) -
     if memory.external {
         return Ok(());
     }
-    advise(hva, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
+    block.area(hva, len).advise(libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
     match block.kind {
         // If the page was LOST, MADV_DONTNEED has removed its marker only; the bytes are in the
         // file.
@@ -137,7 +137,7 @@ pub fn clear_page(memory: &Memory, block: &Block, page: u64) -> Result<()> {
 /// Drops pages from their file, and so from all mappings.
 pub(super) fn remove(block: &Block, run: &Range<u64>) -> Result<()> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
-    advise(hva, len, libc::MADV_REMOVE, "madvise(MADV_REMOVE)")
+    block.area(hva, len).advise(libc::MADV_REMOVE, "madvise(MADV_REMOVE)")
 }
 
 /// Places the markers in the alias again that `remove` has removed with the pages. Needed before

@@ -13,7 +13,7 @@ use super::runs::{gate_groups, runs};
 use super::wait::WAITS;
 use super::Memory;
 use crate::error::Result;
-use crate::kernel::mem::{advise, protect, Kind};
+use crate::kernel::mem::Kind;
 use crate::kernel::uffd::FEATURE_POISON;
 use crate::stats::Stats;
 use std::ops::Range;
@@ -75,11 +75,11 @@ fn take(block: &Block, page: u64) -> State {
 fn drop_bytes(memory: &Memory, block: &Block, run: &Range<u64>, was_lost: impl Fn(u64) -> bool) -> Result<()> {
     if memory.uffd.features() & FEATURE_POISON == 0 {
         for lost in runs(run.clone(), was_lost) {
-            protect(block.hva_of(lost.start), (lost.end - lost.start) * block.page, true)?;
+            block.area(block.hva_of(lost.start), (lost.end - lost.start) * block.page).protect(true)?;
         }
     }
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
-    advise(hva, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
+    block.area(hva, len).advise(libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)")?;
     match block.kind {
         Kind::Shared | Kind::HugetlbShared => remove(block, run),
         Kind::Anon | Kind::HugetlbPrivate => Ok(()),

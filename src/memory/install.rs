@@ -172,7 +172,7 @@ mod tests {
         let (memory, ram, block) = needs!(memory_and_block(1030));
         let stats = Stats::default();
         let bytes = Mapping::anonymous(1030 * page_size()).unwrap();
-        mem::write(bytes.address(), &vec![1; 1030 * page_size() as usize]).unwrap();
+        bytes.whole().write(&vec![1; 1030 * page_size() as usize]).unwrap();
         assert_eq!(install(&memory, &block, 600..601, Source::Zero, &stats), Ok(1));
         assert_eq!(install(&memory, &block, 0..1030, Source::Copy(bytes.address()), &stats), Ok(1029));
         assert_eq!(install(&memory, &block, 0..1030, Source::Copy(bytes.address()), &stats), Ok(0));
@@ -186,7 +186,7 @@ mod tests {
         if memory.uffd.features() & crate::kernel::uffd::FEATURE_POISON == 0 {
             return eprintln!("skipped: the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
         }
-        memory.uffd.poison(ram.address(), 4 * page_size(), page_size()).unwrap();
+        memory.uffd.poison(ram.whole(), page_size()).unwrap();
         block.phase.mark();
         assert_eq!(mem::read(ram.address(), &mut [0]).unwrap_err().errno, libc::EFAULT);
         assert_eq!(install(&memory, &block, 0..4, Source::Zero, &Stats::default()), Ok(4));
@@ -199,7 +199,7 @@ mod tests {
         let (memory, ram, block) = needs!(memory_and_block(4));
         let stats = Stats::default();
         assert_eq!(install(&memory, &block, 0..1, Source::Zero, &stats), Ok(1));
-        mem::write(ram.address(), &[7]).unwrap();
+        ram.whole().write(&[7]).unwrap();
         block.phase.retire();
         let errno = |done: Result<u64>| done.map_err(|e| e.errno);
         assert_eq!(errno(install(&memory, &block, 0..2, Source::Zero, &stats)), Err(libc::ENOENT));
@@ -242,7 +242,7 @@ mod tests {
             return eprintln!("skipped: the kernel has no UFFDIO_POISON (Linux 6.6 and later have)");
         }
         let bytes = Mapping::anonymous(page_size()).unwrap();
-        mem::write(bytes.address(), &vec![1; page_size() as usize]).unwrap();
+        bytes.whole().write(&vec![1; page_size() as usize]).unwrap();
         let (stats, stop) = (Stats::default(), AtomicBool::new(false));
         let (mut lost, mut came, mut wrong) = (0, 0, 0);
         std::thread::scope(|scope| {
@@ -309,7 +309,7 @@ mod tests {
                 }
                 if block.pages.get(0) == State::Lost {
                     lost += 1;
-                    wrong += (memory.uffd.poison(block.hva, page_size(), page_size()) != Ok(Step::Exists)) as u32;
+                    wrong += (memory.uffd.poison(block.whole(), page_size()) != Ok(Step::Exists)) as u32;
                 }
                 let _ = discard::discard(&memory, &block, 0..1, &stats);
             }

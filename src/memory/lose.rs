@@ -9,7 +9,6 @@ use super::runs::{gate_groups, runs};
 use super::wait::WAITS;
 use super::Memory;
 use crate::error::Result;
-use crate::kernel::mem::protect;
 use crate::kernel::uffd::FEATURE_POISON;
 use std::ops::Range;
 
@@ -67,11 +66,11 @@ pub(super) fn show_lost(memory: &Memory, block: &Block, run: &Range<u64>) -> Res
     let markers = memory.uffd.features() & FEATURE_POISON != 0;
     let in_vmm = match (memory.external, markers) {
         (true, _) => Ok(()), // vCPUs are told; the VMM shows it to others
-        (false, true) => mark_unmapped(memory, hva, len, block.page),
-        (false, false) => protect(hva, len, false),
+        (false, true) => mark_unmapped(memory, block.area(hva, len), block.page),
+        (false, false) => block.area(hva, len).protect(false),
     };
     let in_kvm = match block.alias_of(run.start) {
-        Some(alias) if markers => mark_unmapped(memory, alias, len, block.page),
+        Some(alias) if markers => mark_unmapped(memory, block.area(alias, len), block.page),
         _ => Ok(()),
     };
     in_vmm.and(in_kvm)

@@ -39,7 +39,7 @@ pub fn map_in_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> R
     let hva = block.hva_of(page);
     if let Some(_pass) = enter_if_present(memory, block, page) {
         let mapped = match block.kind {
-            Kind::Shared | Kind::HugetlbShared => memory.uffd.map(hva, block.page, block.page),
+            Kind::Shared | Kind::HugetlbShared => memory.uffd.map(block.area(hva, block.page), block.page),
             Kind::Anon | Kind::HugetlbPrivate => zero_hole(memory, block, hva, stats),
         };
         match mapped {
@@ -92,13 +92,13 @@ pub(super) fn map_in_alias(memory: &Memory, block: &Block, run: Range<u64>, empt
     let mut backoff = BoundedBackoff::default();
     let mut tries = 0;
     while at < end {
-        let step = match memory.uffd.map(at, end - at, block.page) {
+        let step = match memory.uffd.map(block.area(at, end - at), block.page) {
             // No longer registered: nothing is missing in the alias, so that it needs no help.
             Err(e) if e.errno == libc::ENOENT && !block.phase.is_registered() => return Ok(()),
             Err(e) if e.errno == libc::EFAULT => {
                 let page = run.start + (at - alias) / block.page;
                 if empty == Hole::Defer && block.defer(page) {
-                    memory.uffd.poison(at, block.page, block.page)?;
+                    memory.uffd.poison(block.area(at, block.page), block.page)?;
                     at += block.page;
                     continue;
                 }
@@ -146,6 +146,7 @@ fn zero_hole(memory: &Memory, block: &Block, at: u64, stats: &Stats) -> Result<S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::host_memory::HostMemory;
     use crate::kernel::mem::Mapping;
     use crate::kernel::page::page_size;
     use crate::kernel::uffd::{Mode, Uffd};
@@ -162,12 +163,16 @@ mod tests {
         let memory = Memory::new(Uffd::open().unwrap(), false);
         let file = crate::kernel::file::tests::shared(2 * page_size());
         let ram = Mapping::shared(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 2 * page_size(), true).unwrap();
-        memory.uffd.register(ram.address(), 2 * page_size(), Mode::default()).unwrap();
-        let shape =
-            Shape { hva: ram.address(), len: 2 * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
+        memory.uffd.register(ram.whole(), Mode::default()).unwrap();
+        let shape = Shape {
+            memory: HostMemory::for_test(ram.address(), 2 * page_size()),
+            page: page_size(),
+            kind: Kind::Shared,
+            mechanism: 0,
+        };
         let shared = Block::new(shape, None, false, false).unwrap();
         let bytes = Mapping::anonymous(page_size()).unwrap();
-        mem::write(bytes.address(), &vec![1; page_size() as usize]).unwrap();
+        bytes.whole().write(&vec![1; page_size() as usize]).unwrap();
         for (memory, block) in [(&anon_memory, &anon), (&memory, &shared)] {
             let stats = Stats::default();
             map_in_vmm(memory, block, 0, &stats).unwrap();

@@ -7,7 +7,8 @@ use super::pause::BoundedBackoff;
 use super::runs::{gate_groups, runs};
 use super::Memory;
 use crate::error::{fail, Result};
-use crate::kernel::mem::{self, advise, Kind, MADV_DONTNEED_LOCKED};
+use crate::kernel::host_memory::Area;
+use crate::kernel::mem::{self, Kind, MADV_DONTNEED_LOCKED};
 use crate::kernel::page::page_size;
 use crate::kernel::thread;
 use crate::kernel::uffd::Step;
@@ -46,7 +47,8 @@ fn mark_holes(memory: &Memory, block: &Block, group: Range<u64>) -> Result<()> {
     let take = |page| block.pages.get(page) == State::Present && is_empty(page) && block.defer(page);
     let mut empty = runs(group.clone(), take);
     empty.try_for_each(|run| {
-        mark_unmapped(memory, block.kvm_hva_of(run.start), (run.end - run.start) * block.page, block.page)
+        let len = (run.end - run.start) * block.page;
+        mark_unmapped(memory, block.area(block.kvm_hva_of(run.start), len), block.page)
     })
 }
 
@@ -55,25 +57,25 @@ pub(super) fn mark_missing(memory: &Memory, block: &Block, group: Range<u64>) ->
     let mut missing = runs(group, |page| block.pages.get(page) != State::Present);
     missing.try_for_each(|run| {
         let len = (run.end - run.start) * block.page;
-        mark_unmapped(memory, block.kvm_hva_of(run.start), len, block.page)
+        mark_unmapped(memory, block.area(block.kvm_hva_of(run.start), len), block.page)
     })
 }
 
 /// Marks the pages of a range that are not mapped.
-pub(super) fn mark_unmapped(memory: &Memory, at: u64, len: u64, page: u64) -> Result<()> {
+pub(super) fn mark_unmapped(memory: &Memory, area: Area<'_>, page: u64) -> Result<()> {
     let mut done = 0;
-    while done < len {
-        done += mark_up_to_mapped(memory, at + done, len - done, page)? + page;
+    while done < area.len() {
+        done += mark_up_to_mapped(memory, area.after(done), page)? + page;
     }
     Ok(())
 }
 
 /// Marks pages up to the first one that is mapped or marked. Returns the number of bytes marked.
-fn mark_up_to_mapped(memory: &Memory, at: u64, len: u64, page: u64) -> Result<u64> {
+fn mark_up_to_mapped(memory: &Memory, area: Area<'_>, page: u64) -> Result<u64> {
     let mut backoff = BoundedBackoff::default();
     let mut done = 0;
-    while done < len {
-        match memory.uffd.poison(at + done, len - done, page)? {
+    while done < area.len() {
+        match memory.uffd.poison(area.after(done), page)? {
             Step::Done(bytes) => done += bytes,
             Step::Exists => break,
             Step::Again => backoff.wait()?,
@@ -112,7 +114,7 @@ pub(super) fn drop_removes_markers(block: &Block) -> bool {
 /// two steps, as it is still in the page cache: then both are repeated.
 pub(super) fn mark_after_drop(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
     for _ in 0..1000 {
-        if block.is_marked() && mark_up_to_mapped(memory, at, len, block.page)? == len {
+        if block.is_marked() && mark_up_to_mapped(memory, block.area(at, len), block.page)? == len {
             return Ok(());
         }
         unmap_for_kvm(block, at, len)?;
@@ -127,7 +129,7 @@ pub(super) fn mark_after_drop(memory: &Memory, block: &Block, at: u64, len: u64)
 /// unmapped even if mlockall(2) has locked it.
 pub(super) fn unmap_for_kvm(block: &Block, at: u64, len: u64) -> Result<()> {
     match block.alias {
-        Some(_) => advise(at, len, MADV_DONTNEED_LOCKED, "madvise(MADV_DONTNEED_LOCKED)"),
-        None => advise(at, len, libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)"),
+        Some(_) => block.area(at, len).advise(MADV_DONTNEED_LOCKED, "madvise(MADV_DONTNEED_LOCKED)"),
+        None => block.area(at, len).advise(libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)"),
     }
 }

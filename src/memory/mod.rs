@@ -27,6 +27,7 @@ mod testing;
 pub mod wait;
 
 use crate::error::{fail, Result};
+use crate::kernel::host_memory::HostMemory;
 use crate::kernel::uffd::{Mode, Registration, Uffd};
 use crate::stats::Shards;
 use arc_swap::{ArcSwap, Guard};
@@ -73,10 +74,10 @@ impl Memory {
 
     /// Registers the VMM's mapping of a new block, for as long as the registration is kept. None
     /// where a userfaultfd of the VMM serves that mapping.
-    pub fn try_register(&self, hva: u64, len: u64, mode: Mode) -> Result<Option<Registration<'_>>> {
+    pub fn try_register<'a>(&'a self, vmm: &'a HostMemory, mode: Mode) -> Result<Option<Registration<'a>>> {
         match self.external {
             true => Ok(None),
-            false => self.uffd.try_register(hva, len, mode).map(Some),
+            false => self.uffd.try_register(vmm.whole(), mode).map(Some),
         }
     }
 
@@ -84,9 +85,9 @@ impl Memory {
     /// check whose registration it ends.
     pub fn unregister(&self, block: &Block) {
         if !self.external {
-            let _ = self.uffd.unregister(block.hva, block.len);
+            let _ = self.uffd.unregister(block.whole());
         }
-        block.alias.as_ref().map(|alias| self.uffd.unregister(alias.address(), block.len));
+        block.alias.as_ref().map(|alias| self.uffd.unregister(alias.whole()));
     }
 
     /// A pass for installing pages of `page`'s gate. None if the block is gone: its memory is the

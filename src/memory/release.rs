@@ -33,5 +33,5 @@ pub fn release(memory: &Memory, block: &Block) -> Result<()> {
     for run in block.take_deferred_runs(0..block.pages.len()) {
         unmap_for_kvm(block, block.kvm_hva_of(run.start), (run.end - run.start) * block.page)?;
     }
-    memory.uffd.unregister(alias.address(), block.len)
+    memory.uffd.unregister(alias.whole())
 }

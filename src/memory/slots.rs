@@ -224,6 +224,7 @@ impl Slots {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::host_memory::HostMemory;
     use crate::kernel::mem::Kind;
     use crate::kernel::page::page_size;
     use crate::memory::block::Shape;
@@ -234,7 +235,12 @@ mod tests {
     }
 
     fn block(hva: u64, pages: u64) -> Arc<Block> {
-        let shape = Shape { hva, len: pages * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
+        let shape = Shape {
+            memory: HostMemory::for_test(hva, pages * page_size()),
+            page: page_size(),
+            kind: Kind::Shared,
+            mechanism: 0,
+        };
         Arc::new(Block::new(shape, None, false, false).unwrap())
     }
 

@@ -59,7 +59,7 @@ pub(super) fn populate(bytes: u64, len: u64) {
     let (from, to) = POPULATED.get();
     if bytes < from || end > to {
         let start = bytes & !(page_size() - 1);
-        let _ = mem::advise(start, end.next_multiple_of(page_size()) - start, libc::MADV_POPULATE_READ, "");
+        let _ = mem::populate_read(start, end.next_multiple_of(page_size()) - start);
         POPULATED.set((bytes, end));
     }
 }
@@ -68,12 +68,12 @@ pub(super) fn populate(bytes: u64, len: u64) {
 pub(super) fn write_bytes(memory: &Memory, block: &Block, run: Range<u64>, source: Source) -> Result<Step> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
     match source {
-        Source::Copy(bytes) => memory.uffd.copy(hva, bytes, len, block.page).map_err(|e| match e.errno {
+        Source::Copy(bytes) => memory.uffd.copy(block.area(hva, len), bytes, block.page).map_err(|e| match e.errno {
             libc::EFAULT => Error::new(libc::EFAULT, format!("src: the bytes at {bytes:#x} can't be read")),
             _ => explain(e, block, hva),
         }),
         Source::Zero => zero(memory, block, hva, len),
-        Source::Map => memory.uffd.map(hva, len, block.page).map_err(|e| match e.errno {
+        Source::Map => memory.uffd.map(block.area(hva, len), block.page).map_err(|e| match e.errno {
             libc::EFAULT => Error::new(libc::ENOENT, format!("the page at hva {hva:#x} is not in the page cache")),
             _ => explain(e, block, hva),
         }),
@@ -85,11 +85,11 @@ pub(super) fn write_bytes(memory: &Memory, block: &Block, run: Range<u64>, sourc
 pub(super) fn zero(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<Step> {
     // UFFDIO_ZEROPAGE does not replace a marker in private memory, and does not support hugetlb.
     let done = if block.kind == Kind::Shared || block.kind == Kind::Anon && !block.is_marked() {
-        memory.uffd.zero(at, len, block.page)
+        memory.uffd.zero(block.area(at, len), block.page)
     } else {
         let (zeros, most) = zeros(block.page)?;
         let len = len.min(most / block.page * block.page).max(block.page);
-        memory.uffd.copy(at, zeros.address(), len, block.page)
+        memory.uffd.copy(block.area(at, len), zeros.address(), block.page)
     };
     done.map_err(|e| explain(e, block, at))
 }

@@ -3,6 +3,7 @@
 use super::block::{Block, Shape};
 use super::Memory;
 use crate::error::Result;
+use crate::kernel::host_memory::HostMemory;
 use crate::kernel::mem::{self, Kind, Mapping};
 use crate::kernel::page::page_size;
 use crate::kernel::uffd::{Mode, Uffd};
@@ -11,9 +12,13 @@ use crate::kernel::uffd::{Mode, Uffd};
 pub fn memory_and_block(pages: u64) -> Result<(Memory, Mapping, Block)> {
     let memory = Memory::new(Uffd::open()?, false);
     let ram = Mapping::anonymous(pages * page_size()).unwrap();
-    memory.uffd.register(ram.address(), pages * page_size(), Mode::default()).unwrap();
-    let shape =
-        Shape { hva: ram.address(), len: pages * page_size(), page: page_size(), kind: Kind::Anon, mechanism: 0 };
+    memory.uffd.register(ram.whole(), Mode::default()).unwrap();
+    let shape = Shape {
+        memory: HostMemory::for_test(ram.address(), pages * page_size()),
+        page: page_size(),
+        kind: Kind::Anon,
+        mechanism: 0,
+    };
     let block = Block::new(shape, None, false, false).unwrap();
     Ok((memory, ram, block))
 }

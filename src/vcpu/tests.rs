@@ -49,7 +49,7 @@ impl Machine {
         let system = SystemFd::open()?;
         let vm = system.create_vm().unwrap();
         let code = Mapping::anonymous(page_size()).unwrap();
-        mem::write(code.address(), &test_guest::CODE).unwrap();
+        code.whole().write(&test_guest::CODE).unwrap();
         vm.set_region(&Region {
             version: 1,
             gpa: CODE_GPA,
@@ -60,7 +60,7 @@ impl Machine {
         .unwrap();
         let data = shared(vcpus * PAGES * page_size());
         let bytes = Mapping::anonymous(page_size()).unwrap();
-        mem::write(bytes.address(), &vec![7; page_size() as usize]).unwrap();
+        bytes.whole().write(&vec![7; page_size() as usize]).unwrap();
         let myself = Arc::new(OnceLock::new());
         let resolver = Sevens { bytes, vm: myself.clone() };
         let options = crate::vm::Options {
@@ -156,7 +156,7 @@ fn a_page_that_is_unmapped_before_it_is_booked_is_found_again() {
     let slots = vm.engine.memory.slots();
     let (block, page) = slots.at_hva(first).unwrap();
     block.pages.change(page, State::Present, State::Resolving).unwrap();
-    mem::advise(first, page_size(), libc::MADV_DONTNEED, "madvise").unwrap();
+    machine.data.whole().first(page_size()).advise(libc::MADV_DONTNEED, "madvise").unwrap();
     let (seen, looked) = mpsc::channel();
     std::thread::spawn(move || {
         let mut byte = [0];

@@ -200,7 +200,7 @@ fn recover_huge_pages(memory: &Memory, block: &Block, is_stopped: &dyn Fn() -> b
         if !mem::resident(at, huge).is_ok_and(is_whole) {
             continue;
         }
-        match mem::advise(at, huge, mem::MADV_COLLAPSE, "madvise(MADV_COLLAPSE)") {
+        match block.area(at, huge).advise(mem::MADV_COLLAPSE, "madvise(MADV_COLLAPSE)") {
             // Not in this kernel (before Linux 6.1), not for this memory, or not wanted.
             Err(e) if e.errno == libc::EINVAL => return,
             // Just this one: pinned, or no huge page free.

@@ -4,7 +4,7 @@ use super::Vm;
 use crate::error::{fail, Error, Result};
 use crate::kernel::host_memory::HostMemory;
 use crate::kernel::kvm::Region;
-use crate::kernel::mem::{self, advise, Kind, ADDRESSES};
+use crate::kernel::mem::{self, Kind, ADDRESSES};
 use crate::kernel::page::page_size;
 use crate::mechanism::{self, BlockRequest, MECHANISMS};
 use crate::memory::block::{Block, Shape};
@@ -271,7 +271,7 @@ impl Vm {
                 block.hva,
                 block.len
             ),
-            None => (Arc::new(self.new_block(block_hva, block_len, offset, request)?), true),
+            None => (Arc::new(self.new_block(offset, request)?), true),
         };
         let slot = self.slot_on(&block, &wanted, request, fresh);
         if slot.is_err() && fresh {
@@ -331,10 +331,11 @@ impl Vm {
         Ok(())
     }
 
-    fn new_block(&self, hva: u64, len: u64, offset: u64, request: &SlotRequest) -> Result<Block> {
+    fn new_block(&self, offset: u64, request: &SlotRequest) -> Result<Block> {
+        let (hva, len) = (request.host.address(), request.host.size());
         self.engine.readers.check()?;
         self.check_lingering(hva, len)?;
-        let backing = mem::inspect(hva, len, request.memory.kind(), request.file.map(|(fd, _)| fd))?;
+        let backing = mem::inspect(&request.host, request.memory.kind(), request.file.map(|(fd, _)| fd))?;
         if hva % backing.page != 0 || len % backing.page != 0 {
             fail!(
                 EINVAL,
@@ -352,7 +353,7 @@ impl Vm {
         }
         let block_request = BlockRequest { external: self.engine.memory.external, ..block_request(request, offset) };
         let n = mechanism::choose(&self.host, self.forced, backing.kind, &block_request)?;
-        let shape = Shape { hva, len, page: backing.page, kind: backing.kind, mechanism: n };
+        let shape = Shape { memory: request.host.clone(), page: backing.page, kind: backing.kind, mechanism: n };
         let block = MECHANISMS[n].new_block(&self.host, &self.engine.memory, shape, &block_request)?;
         if !request.present && !self.engine.memory.external {
             self.hide(&block).inspect_err(|_| self.engine.memory.unregister(&block))?;
@@ -364,7 +365,7 @@ impl Vm {
     fn hide(&self, block: &Block) -> Result<()> {
         let Block { hva, len, kind, .. } = *block;
         if mechanism::has_minor(self.host.features, kind) {
-            match advise(hva, len, libc::MADV_DONTNEED, "hva: madvise(MADV_DONTNEED)") {
+            match block.whole().advise(libc::MADV_DONTNEED, "hva: madvise(MADV_DONTNEED)") {
                 // Locked memory, or hugetlb before Linux 5.18: if nothing is there, nothing need go.
                 Err(e) if e.errno == libc::EINVAL => {}
                 done => return done,

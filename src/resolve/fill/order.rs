@@ -129,6 +129,7 @@ fn absent_in(block: &Arc<Block>, range: Range<u64>, most: u64) -> Option<Piece> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::host_memory::HostMemory;
     use crate::kernel::kvm::{ImmediateExit, Region};
     use crate::kernel::mem::Kind;
     use crate::kernel::page::page_size;
@@ -146,7 +147,12 @@ mod tests {
         let memory = Memory::new(Uffd::open()?, false);
         let mut slots = Slots::default();
         for (number, hva) in [(0, B), (1, A)] {
-            let shape = Shape { hva, len: 2048 * page_size(), page: page_size(), kind: Kind::Shared, mechanism: 0 };
+            let shape = Shape {
+                memory: HostMemory::for_test(hva, 2048 * page_size()),
+                page: page_size(),
+                kind: Kind::Shared,
+                mechanism: 0,
+            };
             let block = Arc::new(Block::new(shape, None, false, false)?);
             let region = Region { slot: number, gpa: hva, len: 2048 * page_size(), hva, ..Default::default() };
             slots = slots.with(Slot { region, block, offset: 0, fast_only: true }, false);

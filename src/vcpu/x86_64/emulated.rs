@@ -35,9 +35,9 @@ enum Part {
 }
 
 /// Reads or writes a piece's bytes.
-fn transfer(hva: u64, mmio: &mut Mmio, bytes: &Range<usize>) -> Result<()> {
+fn transfer(block: &Block, hva: u64, mmio: &mut Mmio, bytes: &Range<usize>) -> Result<()> {
     match mmio.write {
-        true => mem::write(hva, &mmio.data[bytes.clone()]),
+        true => block.area(hva, bytes.len() as u64).write(&mmio.data[bytes.clone()]),
         false => mem::read(hva, &mut mmio.data[bytes.clone()]),
     }
 }
@@ -120,7 +120,7 @@ impl Vcpu {
             let exit = match outcome {
                 Outcome::Installed | Outcome::Waited | Outcome::WasPresent | Outcome::Elsewhere => {
                     let Some(touching) = self.seat.touch(&slot.block) else { return Ok(Part::SlotGone) };
-                    let done = transfer(hva, mmio, bytes);
+                    let done = transfer(&slot.block, hva, mmio, bytes);
                     drop(touching);
                     match done {
                         Ok(()) => return Ok(Part::Done),
