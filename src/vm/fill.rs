@@ -25,21 +25,21 @@ pub struct FillRequest {
     pub batch: u32,
     /// 0: no limit.
     pub bytes_per_second: u64,
-    /// Where it begins: a guest physical address.
+    /// The first guest physical address.
     pub gpa: u64,
-    /// How far it goes from there; 0 for all memory.
+    /// The length in bytes from there; 0 for all memory.
     pub len: u64,
-    /// What comes first: a working set, as a file.
+    /// The file of a working set, which is fetched first.
     pub working_set: Option<RawFd>,
-    /// And nothing else.
+    /// Fetch the working set and nothing else.
     pub only_first: bool,
     /// Memory stays as it is at the end.
     pub keep_armed: bool,
     /// Memory stays in the small pages that it came in.
     pub no_collapse: bool,
-    /// How often `report` is called.
+    /// The time between two calls of `report`.
     pub interval: Duration,
-    /// Told how it goes.
+    /// The progress callback.
     pub report: Box<Report>,
 }
 
@@ -181,9 +181,9 @@ fn make_ordinary(vm: &Weak<Vm>, collapse: bool, is_stopped: &dyn Fn() -> bool) -
     Ok(())
 }
 
-/// Installing page by page leaves small pages, and KVM maps what it finds. A help and no more: there may be no huge pages to be had, or none
-/// wanted (/sys/kernel/mm/transparent_hugepage). What has holes stays as it is: a huge page would bring back what the guest has given
-/// back.
+/// Installing page by page leaves small pages, and KVM maps what it finds. Best effort: there may
+/// be no huge pages, or none wanted (/sys/kernel/mm/transparent_hugepage). What has holes stays as
+/// it is: a huge page would bring back what the guest has given back.
 fn recover_huge_pages(memory: &Memory, block: &Block, is_stopped: &dyn Fn() -> bool) {
     if !matches!(block.kind, Kind::Anon | Kind::Shared) {
         return;

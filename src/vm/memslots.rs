@@ -1,4 +1,5 @@
-//! Slots as the VMM sets them: everything is checked before anything changes, and faults never wait for it.
+//! Slots as the VMM sets them: everything is checked before anything changes, and faults never wait
+//! for it.
 
 use super::Vm;
 use crate::error::{fail, Error, Result};
@@ -51,7 +52,7 @@ pub struct SlotRequest {
 /// What the VMM says that memory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemoryKind {
-    /// Whatever it is.
+    /// Not said: what is found is accepted.
     Auto,
     /// Private anonymous.
     Anon,
@@ -62,7 +63,7 @@ pub enum MemoryKind {
 }
 
 impl MemoryKind {
-    /// What it says, where it says something.
+    /// The kind that is declared, if any.
     fn kind(self) -> Option<Kind> {
         match self {
             MemoryKind::Auto => None,
@@ -82,7 +83,7 @@ impl MemoryKind {
     }
 }
 
-/// Who does the ioctl.
+/// Which side does the ioctl.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ioctl {
     Library,
@@ -98,7 +99,7 @@ impl Vm {
         self.edit(request, Ioctl::Library).map(|_| ())
     }
 
-    /// The same without telling KVM; returns what the VMM is to tell it.
+    /// Creates, moves or deletes a slot without telling KVM; returns what the VMM is to tell it.
     pub fn memslot_prepare(&self, request: &SlotRequest) -> Result<Region> {
         self.edit(request, Ioctl::Vmm)
     }
@@ -116,8 +117,9 @@ impl Vm {
         let (before, meanwhile) = ((**slots).clone(), slots.with(slot.clone(), true));
         let after = slots.with(slot.clone(), false);
         drop(slots);
-        // Published first: threads of the VMM may touch the memory while it is armed, which takes seconds a TiB, and a vCPU may fault the moment
-        // KVM knows the slot. What goes is retired last: KVM may refuse.
+        // Published first: threads of the VMM may touch the memory while it is armed, which takes
+        // seconds a TiB, and a vCPU may fault the moment KVM knows the slot. What goes is retired
+        // last: KVM may refuse.
         self.publish(meanwhile);
         let done = self.arm(&slot, fresh).and_then(|()| match ioctl {
             Ioctl::Library => self.set_region(old.as_deref(), &region),
@@ -143,7 +145,8 @@ impl Vm {
         block.in_kvm.store(is_shown, SeqCst);
     }
 
-    /// Has the fast path of a slot that is published made ready. If the VM is freed meanwhile, that is an error: nobody would serve the memory.
+    /// Has the fast path of a slot that is published made ready. If the VM is freed meanwhile, that
+    /// is an error: no thread would serve the memory.
     fn arm(&self, slot: &Slot, fresh: bool) -> Result<()> {
         let armed = match slot.fast_only || fresh {
             true => MECHANISMS[slot.block.mechanism].set_fast(&self.engine.memory, &slot.block, slot.fast_only),
@@ -152,7 +155,8 @@ impl Vm {
         self.engine.check_begun().and(armed)
     }
 
-    /// KVM moves a slot (guest address, flags) in place, but takes another size or host address only after a delete.
+    /// KVM moves a slot (guest address, flags) in place, but takes another size or host address
+    /// only after a delete.
     fn set_region(&self, old: Option<&Slot>, region: &Region) -> Result<()> {
         if let Some(old) = old.filter(|o| o.region.len != region.len || o.region.hva != region.hva) {
             self.tell_kvm(&Region { len: 0, ..old.region })?;
@@ -187,7 +191,8 @@ impl Vm {
         gone.iter().for_each(|block| self.retire(block));
     }
 
-    /// Makes a block's memory ordinary again: whoever waits goes on, and absent pages read as zeros.
+    /// Makes a block's memory ordinary again: threads waiting for a page are released, and absent
+    /// pages read as zeros.
     fn retire(&self, block: &Arc<Block>) {
         let memory = &self.engine.memory;
         block.phase.retire();
@@ -199,18 +204,21 @@ impl Vm {
         self.wait_for_others(block);
     }
 
-    /// The VMM may unmap a gone block's memory, or use it for something else, as soon as it is told so: waits for
-    /// the threads that touch it at the moment. Others don't begin to. What sleeps there for a page was woken.
+    /// The VMM may unmap a gone block's memory, or use it for something else, as soon as it is told
+    /// so: waits for the threads that touch it at the moment. Others don't begin to. What sleeps
+    /// there for a page was woken.
     fn wait_for_others(&self, block: &Arc<Block>) {
         /// For what waits for foreign I/O.
         const ENOUGH: Duration = Duration::from_secs(1);
         let Engine { memory, seats, .. } = &*self.engine;
         let end = Instant::now() + ENOUGH;
         if !memory.have_left(block, end) {
-            // It can't touch the memory, which is not registered; but must not be there when it is again.
+            // It can't touch the memory, which is not registered; but must not be there when it is
+            // again.
             self.lingering.lock().unwrap_or_else(PoisonError::into_inner).push(block.clone());
         }
-        // Here the VMM's own userfaultfd is waited in (MADV_POPULATE_WRITE), which changes no bytes.
+        // Here the VMM's own userfaultfd is waited in (MADV_POPULATE_WRITE), which changes no
+        // bytes.
         let is_external = memory.external && block.alias.is_none();
         let mut backoff = Backoff::default();
         while seats.all().iter().any(|seat| seat.is_touching(block)) && !(is_external && Instant::now() > end) {
@@ -302,7 +310,8 @@ impl Vm {
         let mut fast_only = !request.slow;
         if !fresh {
             match mechanism.check(&self.host, block.kind, &block_request(request, offset)) {
-                // A window that can't have the flag (read-only ones: QEMU's PAM regions) does without, on the classic path.
+                // A window that can't have the flag (read-only ones: QEMU's PAM regions) does
+                // without, on the classic path.
                 Err(_) if mechanism.is_per_slot() => fast_only = false,
                 checked => checked?,
             }
@@ -361,12 +370,14 @@ impl Vm {
         Ok(block)
     }
 
-    /// Whoever touches an absent page must fault: nothing may be mapped in its place, nor come from the page cache by itself.
+    /// An access to an absent page must fault: nothing may be mapped in its place, nor come from
+    /// the page cache by itself.
     fn hide(&self, block: &Block) -> Result<()> {
         let Block { hva, len, kind, .. } = *block;
         if mechanism::has_minor(self.host.features, kind) {
             match block.whole().advise(libc::MADV_DONTNEED, "hva: madvise(MADV_DONTNEED)") {
-                // Locked memory, or hugetlb before Linux 5.18: if nothing is there, nothing need go.
+                // Locked memory, or hugetlb before Linux 5.18: if nothing is there, nothing need
+                // go.
                 Err(e) if e.errno == libc::EINVAL => {}
                 done => return done,
             }
@@ -406,7 +417,7 @@ impl Vm {
             return Ok(());
         }
         let switched = self.switch_slot(&old, on);
-        // Both ways register memory. If the VM is freed meanwhile nobody reads what its faults have to say.
+        // Both ways register memory. If the VM is freed meanwhile, no thread reads its faults.
         self.engine.check_begun().inspect_err(|_| self.engine.memory.unregister(&old.block))?;
         switched
     }
@@ -450,8 +461,9 @@ impl Vm {
         Ok(())
     }
 
-    /// The end of absence: memory in which nothing is missing becomes memory like any other, and its slots lose what made vCPUs leave. EBUSY, and
-    /// nothing has changed, if a page is missing. Memory with LOST pages is left as it is: they may be wanted again. Returns the blocks.
+    /// The end of absence: memory in which nothing is missing becomes memory like any other, and
+    /// its slots lose what made vCPUs leave. EBUSY, and nothing has changed, if a page is missing.
+    /// Memory with LOST pages is left as it is: they may be wanted again. Returns the blocks.
     pub fn release(&self) -> Result<Vec<Arc<Block>>> {
         let _editing = self.start_editing()?;
         let memory = &self.engine.memory;

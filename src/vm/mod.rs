@@ -46,7 +46,8 @@ pub struct Options<'a> {
     pub abi: Option<&'a str>,
     /// Reader threads; 0 for the usual number.
     pub readers: u32,
-    /// So many pages may be brought with one that faults, it included; 0 for no readahead.
+    /// The most pages that one resolver call may be asked for, the one that faults included; 0 for
+    /// no readahead.
     pub readahead: u32,
     /// Map pages in stage 2 (KVM_PRE_FAULT_MEMORY) after a vCPU's fault.
     pub pre_fault: bool,
@@ -56,13 +57,13 @@ pub struct Options<'a> {
     pub filter_msrs: bool,
 }
 
-/// A VM whose memory the library looks after.
+/// A VM whose memory is filled on demand.
 pub struct Vm {
     /// /dev/kvm.
     pub system: SystemFd,
     /// The VM.
     pub vm: VmFd,
-    /// The memory and who fills it.
+    /// The memory, and what fetches its pages.
     pub engine: Arc<Engine>,
     /// What the kernel offers.
     pub host: Host,
@@ -74,9 +75,9 @@ pub struct Vm {
     forced: Option<usize>,
     stop: Arc<Flag>,
     exits_enabled: AtomicBool,
-    /// Editors of the slots take turns; faults don't care.
+    /// Held while slots are changed. Faults don't take it.
     editing: Mutex<()>,
-    /// Blocks that are gone, and where an install may still be under way (see `memslots`).
+    /// Blocks that are gone and may have an install under way (see `memslots`).
     lingering: Mutex<Vec<Arc<Block>>>,
     /// The last fill.
     filling: Mutex<Weak<Fill>>,
@@ -132,7 +133,8 @@ impl Vm {
             0 if classic => 2,
             n => n.max(1),
         };
-        // 236 is also EXIT_ON_MISSING of the flag's v7; that kernel's ioctl fails, and the vCPU gives it up.
+        // 236 is also EXIT_ON_MISSING of the flag's v7; that kernel's ioctl fails, and the vCPU
+        // does not try again.
         let pre_fault = options.pre_fault && vm.check_extension(kvm_bindings::KVM_CAP_PRE_FAULT_MEMORY) > 0;
         let mut made = Vm {
             system,
@@ -156,14 +158,14 @@ impl Vm {
         Ok(made)
     }
 
-    /// What is used, or would be, for shared memory.
+    /// The mechanism that is forced, or that shared memory gets.
     pub fn mechanism(&self) -> &'static dyn Mechanism {
         let request = BlockRequest { external: self.engine.memory.external, ..BlockRequest::default() };
         let best = self.forced.or_else(|| mechanism::choose(&self.host, None, Kind::Shared, &request).ok());
         MECHANISMS[best.unwrap_or(MECHANISMS.len() - 1)]
     }
 
-    /// Can that mechanism serve the guest of this vCPU?
+    /// Fails if that mechanism can't serve the guest of this vCPU, and says why.
     pub fn check_guest(&self, vcpu: RawFd) -> Result<()> {
         let vcpu = VcpuFd::duplicate(vcpu, "vcpu_fd")?;
         self.mechanism().check_guest(&vcpu)
@@ -174,7 +176,7 @@ impl Vm {
         Ok(MECHANISMS[self.slot(number)?.block.mechanism])
     }
 
-    /// Switches on what the kernel's ABI wants switched on before fault exits come.
+    /// Enables what the kernel's ABI wants enabled before fault exits come.
     pub fn enable_fault_exits(&self) -> Result<()> {
         let Some((cap, arg)) = self.host.abi.and_then(|abi| abi.enable) else {
             return Ok(());
@@ -186,13 +188,13 @@ impl Vm {
         Ok(())
     }
 
-    /// For a test of what faults must not wait for.
+    /// Keeps slots from being changed, for a test of what faults must not wait for.
     #[cfg(test)]
     pub fn hold_editing(&self) -> MutexGuard<'_, ()> {
         self.start_editing().unwrap()
     }
 
-    /// For one editor of the slots at a time.
+    /// Waits until no other thread changes slots.
     fn start_editing(&self) -> Result<MutexGuard<'_, ()>> {
         self.editing
             .lock()
@@ -242,7 +244,7 @@ impl Vm {
         Ok((block, first..first + len / block.page))
     }
 
-    /// The VMM's mapping is the library's to install in, and to drop pages from.
+    /// Fails if the VMM's mapping is not the library's to install in and to drop pages from.
     fn check_ours(&self) -> Result<()> {
         if self.engine.memory.external {
             fail!(
@@ -253,7 +255,7 @@ impl Vm {
         Ok(())
     }
 
-    /// The VMM has brought these pages into its mapping.
+    /// The VMM has installed these pages in its mapping.
     pub fn arrived(&self, hva: u64, len: u64) -> Result<()> {
         let slots = self.engine.memory.slots();
         let (block, pages) = self.pages_at(&slots, hva, len)?;
@@ -268,7 +270,7 @@ impl Vm {
         discard::discard(&self.engine.memory, block, pages, self.engine.memory.stats.here())
     }
 
-    /// An address of either mapping of a block as one of the VMM's.
+    /// Translates an address of either mapping of a block to the VMM's.
     pub fn vmm_address(&self, address: u64) -> Option<u64> {
         let slots = self.engine.memory.slots();
         let (block, page) = slots.at_hva(address)?;
@@ -298,7 +300,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Gives pages up.
+    /// Marks absent pages lost; EEXIST if none of them is absent.
     pub fn lose(&self, gpa: u64, len: u64) -> Result<()> {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
@@ -324,15 +326,16 @@ impl Vm {
         give_back::give_back(&self.engine.memory, &slot.block, pages, self.engine.memory.stats.here())
     }
 
-    /// Makes announced pages absent again; how many there were.
+    /// Makes announced pages absent again, and returns how many there were.
     pub fn withdraw(&self, gpa: u64, len: u64) -> Result<u64> {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
         discard::withdraw(&self.engine.memory, &slot.block, pages)
     }
 
-    /// Gives `put` a bit a page, in pieces at their offsets: is its state in this set (bit n for state n)? `size` is what
-    /// there is room for, in bytes. Returns how many pages are.
+    /// Makes a bitmap with a bit for each page, set if its state is in `states` (bit n for state
+    /// n), and gives it to `put` in pieces, each with its offset. `size` is the room for it in
+    /// bytes. Returns how many bits are set.
     pub fn bitmap(
         &self,
         gpa: u64,
@@ -363,7 +366,8 @@ impl Vm {
         Ok(set)
     }
 
-    /// Brings pages through the resolver, on this thread; waits for those that others are bringing.
+    /// Fetches pages through the resolver, on this thread; waits for those that other threads
+    /// fetch.
     pub fn resolve(&self, gpa: u64, len: u64) -> Result<()> {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
@@ -422,7 +426,7 @@ impl Vm {
         sum
     }
 
-    /// Is UFFDIO_POISON there?
+    /// Whether the kernel has UFFDIO_POISON.
     pub fn has_poison(&self) -> bool {
         self.host.features & FEATURE_POISON != 0
     }
@@ -440,8 +444,9 @@ impl Vm {
         vec![self.vm.as_raw_fd(), self.engine.memory.uffd.as_raw_fd(), self.stop.as_raw_fd()]
     }
 
-    /// Ends everything without waiting for anything: reader threads go when their resolver call is over; vCPUs that wait are told.
-    /// Once: whoever drops the VM last may do so when its memory is the VMM's to use for something else.
+    /// Ends everything without waiting: reader threads end when their resolver call is over, and
+    /// vCPUs that wait are released. Only the first call does something: the VM may be dropped when
+    /// its memory is in other use.
     pub fn shut_down(&self) {
         if !self.engine.shut_down() {
             return;
@@ -472,7 +477,7 @@ impl Drop for Vm {
     }
 }
 
-/// The calling process, to be kept in what is made in it.
+/// The calling process, for handles that must know the process that made them.
 pub fn here() -> Process {
     Process::here(calls::forget_other_threads)
 }
@@ -484,8 +489,9 @@ fn check_alignment(name: &str, start: u64, len: u64, page: u64) -> Result<()> {
     Ok(())
 }
 
-/// Guest memory is a source only when it is present: copying from absent pages would wait for them, and other installs and discards for
-/// the copying. A page that somebody is bringing may be so a moment later.
+/// Guest memory is a source only when it is present: copying from absent pages would wait for them,
+/// and other installs and discards for the copying. A page that is being fetched may be present a
+/// moment later.
 fn wait_for_source(slots: &Slots, src: u64, len: u64) -> Result<()> {
     let mut backoff = BoundedBackoff::default();
     while let Some((page, state)) = slots.not_present_in(src, len) {
@@ -497,7 +503,7 @@ fn wait_for_source(slots: &Slots, src: u64, len: u64) -> Result<()> {
     Ok(())
 }
 
-/// Waits as long as it takes, or until a signal handler runs.
+/// Waits without limit, or until a signal handler runs.
 struct Patient(Sleeper);
 
 impl Waiter for Patient {
