@@ -119,10 +119,13 @@ impl Mapping {
         rest
     }
 
-    /// Replaces a part by a shared mapping of `fd`.
+    /// Replaces a part by a shared mapping of `fd`. It reserves no huge pages: those that the VMM's
+    /// mapping has reserved belong to the file and serve this mapping too, and a VMM that maps with
+    /// MAP_NORESERVE may have more memory than the pool has pages.
     pub fn fill_from_file(&mut self, at: u64, len: u64, fd: RawFd, offset: u64) -> Result<()> {
         assert!(at % page_size() == 0 && at + len <= self.len);
-        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
         let to = self.address + at;
         // SAFETY: what is replaced is ours, and Rust holds no reference to it (`self` is borrowed
         // exclusively).

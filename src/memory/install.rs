@@ -11,7 +11,7 @@ use super::gates::GATE_PAGES;
 use super::map::{map_in_alias, Hole};
 use super::pages::State;
 use super::pause::BoundedBackoff;
-use super::source::{populate, write_bytes, Source};
+use super::source::{no_huge_page, pool_is_empty, populate, write_bytes, Source, MAX_HUGE_TRIES};
 use super::wait::WAITS;
 use super::{discard, Memory};
 use crate::error::{fail, Result};
@@ -63,6 +63,9 @@ pub fn install(memory: &Memory, block: &Block, pages: Range<u64>, source: Source
         drop(pass);
         if page < end {
             blocked = (page, if blocked.0 == page { blocked.1 + 1 } else { 1 });
+            if blocked.1 > MAX_HUGE_TRIES && pool_is_empty(block, page) {
+                return Err(no_huge_page(block, block.hva_of(page)));
+            }
             if blocked.1 > MAX_OBSTRUCTIONS {
                 let hva = block.hva_of(page);
                 fail!(EBUSY, "the page at hva {hva:#x} is absent, and something else writes to it again and again");

@@ -4,10 +4,11 @@ use super::block::Block;
 use super::gates::Pass;
 use super::pages::State;
 use super::pause::BoundedBackoff;
-use super::source::zero;
+use super::source::{no_huge_page, pool_is_empty, zero, MAX_HUGE_TRIES};
 use super::Memory;
 use crate::error::{fail, Result};
 use crate::kernel::mem::{self, Kind};
+use crate::kernel::page::page_size;
 use crate::kernel::uffd::Step;
 use crate::stats::Stats;
 use std::ops::Range;
@@ -38,20 +39,24 @@ pub(super) fn map_deferred(memory: &Memory, block: &Block, pages: Range<u64>, st
 pub fn map_in_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> Result<()> {
     let hva = block.hva_of(page);
     if let Some(_pass) = enter_if_present(memory, block, page) {
-        let mapped = match block.kind {
-            Kind::Shared | Kind::HugetlbShared => memory.uffd.map(block.area(hva, block.page), block.page),
-            Kind::Anon | Kind::HugetlbPrivate => zero_hole(memory, block, hva, stats),
-        };
-        match mapped {
-            // EINVAL: the kernel has no UFFDIO_CONTINUE. It has no minor faults either, so that
-            // nothing waits for pages of the page cache.
-            Err(e) if matches!(e.errno, libc::EFAULT | libc::EINVAL) => {
-                zero_hole(memory, block, hva, stats)?;
+        let is_file = matches!(block.kind, Kind::Shared | Kind::HugetlbShared);
+        let mut tries = 0;
+        loop {
+            match is_file.then(|| memory.uffd.map(block.area(hva, block.page), block.page)) {
+                Some(Ok(_)) => break,
+                // No longer registered: that has woken the threads that slept there.
+                Some(Err(e)) if e.errno == libc::ENOENT && !block.phase.is_registered() => break,
+                // EINVAL: the kernel has no UFFDIO_CONTINUE. It has no minor faults either, so that
+                // nothing waits for pages of the page cache.
+                Some(Err(e)) if !matches!(e.errno, libc::EFAULT | libc::EINVAL) => return Err(e),
+                Some(Err(_)) | None => {}
             }
-            // No longer registered: that has woken the threads that slept there.
-            Err(e) if e.errno == libc::ENOENT && !block.phase.is_registered() => {}
-            other => {
-                other?;
+            match zero_hole(memory, block, hva, stats)? {
+                Step::Exists if pool_is_empty(block, page) => tries += 1,
+                _ => break,
+            }
+            if tries > MAX_HUGE_TRIES {
+                return Err(no_huge_page(block, hva));
             }
         }
     }
@@ -107,6 +112,9 @@ pub(super) fn map_in_alias(memory: &Memory, block: &Block, run: Range<u64>, empt
                     // is dropped at the same rate.
                     Step::Exists if tries < MAX_ZERO_TRIES => {
                         tries += 1;
+                        if tries > MAX_HUGE_TRIES && block.page > page_size() {
+                            return Err(no_huge_page(block, at));
+                        }
                         continue;
                     }
                     Step::Exists => {
@@ -148,7 +156,6 @@ mod tests {
     use super::*;
     use crate::kernel::host_memory::HostMemory;
     use crate::kernel::mem::Mapping;
-    use crate::kernel::page::page_size;
     use crate::kernel::uffd::{Mode, Uffd};
     use crate::memory::block::Shape;
     use crate::memory::install::install;

@@ -1,6 +1,7 @@
 //! Where a page's bytes come from, and how they get into the VMM's mapping.
 
 use super::block::Block;
+use super::pages::State;
 use super::Memory;
 use crate::error::{Error, Result};
 use crate::kernel::mem::{self, Kind, Mapping};
@@ -64,6 +65,10 @@ pub(super) fn populate(bytes: u64, len: u64) {
     }
 }
 
+/// How often in a row a huge page may be answered with EEXIST before the pool is looked at: the
+/// answer is right while another thread installs the page.
+pub(super) const MAX_HUGE_TRIES: u32 = 16;
+
 /// Writes a run's bytes into the VMM's mapping.
 pub(super) fn write_bytes(memory: &Memory, block: &Block, run: Range<u64>, source: Source) -> Result<Step> {
     let (hva, len) = (block.hva_of(run.start), (run.end - run.start) * block.page);
@@ -92,6 +97,22 @@ pub(super) fn zero(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<
         memory.uffd.copy(block.area(at, len), zeros.address(), block.page)
     };
     done.map_err(|e| explain(e, block, at))
+}
+
+/// After a write of a huge page that ended in EEXIST several times: is nothing there that could be
+/// in its way? Then no huge page could be had. The kernel answers EEXIST instead of ENOMEM as soon
+/// as the page table has an entry for the page, also an empty one (`hugetlb_mfill_atomic_pte` in
+/// mm/hugetlb.c).
+pub(super) fn pool_is_empty(block: &Block, page: u64) -> bool {
+    // mincore takes a marker for a page before Linux 6.16.
+    let may_be_marker = block.alias.is_none() && block.is_marked();
+    let is_lost = block.pages.get(page) == State::Lost;
+    let is_in = || mem::resident(block.hva_of(page), page_size()).map_or(true, |resident| resident[0]);
+    block.page > page_size() && !is_lost && (may_be_marker || !is_in())
+}
+
+pub(super) fn no_huge_page(block: &Block, hva: u64) -> Error {
+    explain(Error::new(libc::ENOMEM, "UFFDIO_COPY found no huge page"), block, hva)
 }
 
 fn explain(error: Error, block: &Block, hva: u64) -> Error {
