@@ -122,7 +122,7 @@ fn names_of_the_api_exist() {
                         "kvmfault_qemu",
                         "KVMFAULT_TEST_",
                         "KVMFAULT_VM_",
-                        "KVMFAULT_PEER_",
+                        "KVMFAULT_SELFTEST_",
                         "KVMFAULT_0",
                     ]
                     .iter()
@@ -164,9 +164,10 @@ fn cases_exist() {
     let (mut named, mut wrong) = (0, Vec::new());
     for page in pages() {
         let text = read(&page);
-        for (n, line) in prose(&text) {
+        // Pages beside the tests name their folders in the same form.
+        for (n, line) in prose(&text).filter(|_| !page.starts_with("c-tests")) {
             for (group, case) in quoted(line).filter_map(|code| code.split_once('/')) {
-                let Some(text) = groups.get(group) else { continue };
+                let Some(text) = groups.get(group).filter(|_| !case.is_empty()) else { continue };
                 named += 1;
                 if !text.contains(&format!("\"{case}\"")) {
                     wrong.push(format!("{}:{n}: {group}/{case}", page.display()));
