@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * The pool of huge pages is smaller than the memory, which reserves none: the error says so, at once, and the guest
- * goes on when there is room.
+ * The pool of huge pages is smaller than the memory, which reserves none: the error says so, at
+ * once, and the guest goes on when there is room.
  */
 #define _GNU_SOURCE
 #include "guest.h"
@@ -27,8 +27,8 @@ static struct step *steps;
 static uint64_t steps_gpa;
 
 /*
- * A hugetlbfs of PAGES huge pages, mounted nowhere: a pool that no other program uses. Only LEFT of its pages are
- * free until give_back().
+ * A hugetlbfs of PAGES huge pages, mounted nowhere: a pool that no other program uses. Only LEFT
+ * of its pages are free until give_back().
  */
 static int pool_fd, memory_fd, taken_fd;
 
@@ -132,8 +132,9 @@ static void over_the_pool(bool shared, uint32_t flags, int cpl)
 static void at_each_level(bool shared, uint32_t flags)
 {
 	/*
-	 * A vCPU for which KVM's emulator waits in userfaultfd can't be interrupted, not even by an error. With
-	 * poison-trap it waits there for a page that is PRESENT and isn't in the page cache.
+	 * A vCPU for which KVM's emulator waits in userfaultfd can't be interrupted, not even by an
+	 * error. With poison-trap it waits there for a page that is PRESENT and isn't in the page
+	 * cache.
 	 */
 	bool sleeps = test_mechanism() == KVMFAULT_MECHANISM_USERFAULTFD || flags & KVMFAULT_MEMSLOT_PRESENT;
 	if (sleeps)

@@ -10,8 +10,8 @@
 //! place in this room where it is named. It provides:
 //!
 //! - `page_size()`: the size of a page, at no cost where the architecture has only one
-//! - `WholePage`, `WholePage::zeroed()`: a type as large, and as aligned, as the largest page, and a
-//!   value of zeros
+//! - `WholePage`, `WholePage::zeroed()`: a type as large, and as aligned, as the largest page, and
+//!   a value of zeros
 //! - `ADDRESSES`: where a process's addresses end
 //! - `ABI_V2`: the row of the ABI table that differs between architectures
 //! - `KVM_RUN_READS_EXIT_REASON`: whether `kvm_run.exit_reason` is an input of KVM_RUN, too

@@ -216,8 +216,8 @@ mod tests {
         assert_eq!(byte(ram.address()), 7);
     }
 
-    /// Passes that were entered before a block retires are waited for: those of discards for as long
-    /// as it takes, those of installs for a while.
+    /// Passes that were entered before a block retires are waited for: those of discards for as
+    /// long as it takes, those of installs for a while.
     #[test]
     fn a_block_that_goes_waits_for_passes() {
         let (memory, _ram, block) = needs!(memory_and_block(1030));

@@ -111,8 +111,12 @@ impl Memory {
     /// For the end of a retired block: waits until the passes of its gates that were entered before
     /// it retired have ended. False if an install is still under way at `end`.
     pub fn have_left(&self, block: &Block, end: Instant) -> bool {
-        let groups = runs::gate_groups(0..block.pages.len());
-        groups.fold(true, |all, group| self.gates.have_left(block.gate_of(group.start), end) && all)
+        let mut have_left = true;
+        for group in runs::gate_groups(0..block.pages.len()) {
+            // Each gate is waited for, also after one has not become empty in time.
+            have_left &= self.gates.have_left(block.gate_of(group.start), end);
+        }
+        have_left
     }
 
     /// The slots at this moment. Lock-free: a fault waits neither for a thread that edits slots nor

@@ -92,8 +92,8 @@ impl FileSource {
         Ok(FileSource { access, data, ranges })
     }
 
-    /// Calls `install` for the page of `len` bytes at `gpa`, and for the rest of `window`, which holds
-    /// the page, as far as the file has it. Only the page itself must be installed.
+    /// Calls `install` for the page of `len` bytes at `gpa`, and for the rest of `window`, which
+    /// holds the page, as far as the file has it. Only the page itself must be installed.
     pub fn resolve(
         &self,
         gpa: u64,

@@ -219,7 +219,8 @@ impl Seat {
         let deadline = Instant::now() + SIGNAL_TIMEOUT;
         let are_sent = self.wait_for_interrupters(|| Instant::now() > deadline);
         if are_sent && self.by_handler {
-            thread::id(); // when a system call returns, the handler has run for what was sent before
+            // When a system call returns, the handler has run for what was sent before.
+            thread::id();
         }
         are_sent
     }
@@ -237,10 +238,10 @@ impl Seat {
         true
     }
 
-    /// Notes that the vCPU's thread touches a block's memory, until the result is dropped, outside of
-    /// the block's gates: such an access may wait for a page, and discards must not wait for it. None
-    /// if the block is gone. A block that is retired meanwhile waits for the result to be dropped.
-    /// The vCPU touches one block at a time.
+    /// Notes that the vCPU's thread touches a block's memory, until the result is dropped, outside
+    /// of the block's gates: such an access may wait for a page, and discards must not wait for it.
+    /// None if the block is gone. A block that is retired meanwhile waits for the result to be
+    /// dropped. The vCPU touches one block at a time.
     pub fn touch(&self, block: &Block) -> Option<Touching<'_>> {
         self.touched.store(address_of(block), SeqCst);
         let touching = Touching(self);

@@ -41,8 +41,8 @@ impl Vcpu {
             if let Some(exit) = self.sigbus_outside(state, &slots, address)? {
                 return Ok(exit);
             }
-            // Its slot may have been deleted since. Real trouble repeats itself, whatever is done to
-            // the slots.
+            // Its slot may have been deleted since. A broken page is reported again, whatever is
+            // done to the slots.
             let slots = Arc::as_ptr(&slots) as usize;
             return Ok(match state.progress.none_outside(address, slots) < MOST_BROKEN {
                 true => Exit::Handled,

@@ -142,7 +142,8 @@ impl Progress {
         self.none_at(hva)
     }
 
-    /// There is none at an address that is in none of these slots. That they change is progress, too.
+    /// There is none at an address that is in none of these slots. That they change is progress,
+    /// too.
     pub fn none_outside(&mut self, hva: u64, slots: usize) -> u32 {
         if std::mem::replace(&mut self.slots, slots) != slots {
             self.made();
