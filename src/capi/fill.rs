@@ -6,6 +6,7 @@ use super::resolver::kvmfault_finalizer;
 use super::structs::{self, Out};
 use super::vm::kvmfault_vm;
 use crate::error::fail;
+use crate::kernel::address::Gpa;
 use crate::resolve::fill::{Fill, Progress};
 use crate::vm::fill::FillRequest;
 use std::ffi::{c_int, c_void};
@@ -211,7 +212,7 @@ pub unsafe extern "C" fn kvmfault_fill_start(
             threads: options.threads,
             batch: options.batch,
             bytes_per_second: options.bytes_per_second,
-            gpa: options.gpa,
+            gpa: Gpa(options.gpa),
             len: options.len,
             working_set: (options.working_set_fd != -1).then_some(options.working_set_fd),
             only_first,

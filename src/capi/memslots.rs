@@ -4,6 +4,7 @@ use super::boundary::{not_in_callback, with};
 use super::structs::{self, Out};
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Result};
+use crate::kernel::address::Gpa;
 use crate::kernel::host_memory::HostMemory;
 use crate::vm::memslots::{MemoryKind, SlotRequest};
 use std::ffi::{c_int, c_void};
@@ -239,7 +240,7 @@ pub unsafe extern "C" fn kvmfault_memslot_prepare(
             slot: told.slot,
             flags: told.flags,
             reserved: 0,
-            guest_phys_addr: told.gpa,
+            guest_phys_addr: told.gpa.0,
             memory_size: told.len,
             userspace_addr: told.hva,
             userfault_bitmap: told.bitmap,
@@ -278,7 +279,7 @@ unsafe fn request(slot: &kvmfault_memslot) -> Result<SlotRequest> {
     Ok(SlotRequest {
         slot: slot.slot,
         kvm_flags: slot.kvm_flags,
-        gpa: slot.gpa,
+        gpa: Gpa(slot.gpa),
         len: slot.len,
         hva: slot.hva as u64,
         host,

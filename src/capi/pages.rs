@@ -11,6 +11,7 @@
 use super::boundary::{not_in_callback, with, with_wide};
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
+use crate::kernel::address::Gpa;
 use crate::kernel::mem::{self, ADDRESSES};
 use crate::memory::source::Source;
 use std::ffi::{c_int, c_void};
@@ -87,7 +88,7 @@ pub unsafe extern "C" fn kvmfault_pages_install(
             }
             Some(_) => {}
         }
-        vm.install(gpa, len, Source::Copy(src as u64)).map(|()| 0)
+        vm.install(Gpa(gpa), len, Source::Copy(src as u64)).map(|()| 0)
     })
 }
 
@@ -103,7 +104,7 @@ pub unsafe extern "C" fn kvmfault_pages_install(
 /// `vm` is NULL or a handle of this library.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_pages_zero(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
-    with("kvmfault_pages_zero", vm, |vm| vm.install(gpa, len, Source::Zero).map(|()| 0))
+    with("kvmfault_pages_zero", vm, |vm| vm.install(Gpa(gpa), len, Source::Zero).map(|()| 0))
 }
 
 /// Installs pages of shared memory whose bytes are in the page cache already, because they were
@@ -123,7 +124,7 @@ pub unsafe extern "C" fn kvmfault_pages_zero(vm: *const kvmfault_vm, gpa: u64, l
 /// `vm` is NULL or a handle of this library.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_pages_map(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
-    with("kvmfault_pages_map", vm, |vm| vm.install(gpa, len, Source::Map).map(|()| 0))
+    with("kvmfault_pages_map", vm, |vm| vm.install(Gpa(gpa), len, Source::Map).map(|()| 0))
 }
 
 /// With KVMFAULT_VM_EXTERNAL_UFFD: the VMM's mapping has these pages now (its UFFDIO_COPY,
@@ -198,7 +199,7 @@ pub unsafe extern "C" fn kvmfault_pages_missing(vm: *const kvmfault_vm, hva: *co
 /// `vm` is NULL or a handle of this library.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_pages_lost(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
-    with("kvmfault_pages_lost", vm, |vm| vm.lose(gpa, len).map(|()| 0))
+    with("kvmfault_pages_lost", vm, |vm| vm.lose(Gpa(gpa), len).map(|()| 0))
 }
 
 /// Makes present or lost pages absent: their memory is freed, and the resolver is called for them
@@ -232,7 +233,7 @@ pub unsafe extern "C" fn kvmfault_pages_lost(vm: *const kvmfault_vm, gpa: u64, l
 pub unsafe extern "C" fn kvmfault_pages_discard(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
     with("kvmfault_pages_discard", vm, |vm| {
         not_in_callback("kvmfault_pages_discard")?;
-        vm.discard(gpa, len).map(|()| 0)
+        vm.discard(Gpa(gpa), len).map(|()| 0)
     })
 }
 
@@ -274,7 +275,7 @@ pub unsafe extern "C" fn kvmfault_pages_discard(vm: *const kvmfault_vm, gpa: u64
 pub unsafe extern "C" fn kvmfault_pages_give_back(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
     with("kvmfault_pages_give_back", vm, |vm| {
         not_in_callback("kvmfault_pages_give_back")?;
-        vm.give_back(gpa, len).map(|()| 0)
+        vm.give_back(Gpa(gpa), len).map(|()| 0)
     })
 }
 
@@ -301,7 +302,7 @@ pub unsafe extern "C" fn kvmfault_pages_give_back(vm: *const kvmfault_vm, gpa: u
 /// `vm` is NULL or a handle of this library.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_pages_withdraw(vm: *const kvmfault_vm, gpa: u64, len: u64) -> i64 {
-    with_wide("kvmfault_pages_withdraw", vm, |vm| Ok(vm.withdraw(gpa, len)? as i64))
+    with_wide("kvmfault_pages_withdraw", vm, |vm| Ok(vm.withdraw(Gpa(gpa), len)? as i64))
 }
 
 /// Resolves pages now: calls the resolver for them on the calling thread, and waits for those that
@@ -331,7 +332,7 @@ pub unsafe extern "C" fn kvmfault_pages_withdraw(vm: *const kvmfault_vm, gpa: u6
 pub unsafe extern "C" fn kvmfault_pages_resolve(vm: *const kvmfault_vm, gpa: u64, len: u64) -> c_int {
     with("kvmfault_pages_resolve", vm, |vm| {
         not_in_callback("kvmfault_pages_resolve")?;
-        vm.resolve(gpa, len).map(|()| 0)
+        vm.resolve(Gpa(gpa), len).map(|()| 0)
     })
 }
 
@@ -347,7 +348,7 @@ pub unsafe extern "C" fn kvmfault_pages_resolve(vm: *const kvmfault_vm, gpa: u64
 /// `vm` is NULL or a handle of this library.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_pages_state(vm: *const kvmfault_vm, gpa: u64) -> c_int {
-    with("kvmfault_pages_state", vm, |vm| Ok(vm.state(gpa)? as c_int))
+    with("kvmfault_pages_state", vm, |vm| Ok(vm.state(Gpa(gpa))? as c_int))
 }
 
 /// The states of a range as a bitmap: one bit a page, set if the page is in one of `states` (at
@@ -392,7 +393,7 @@ pub unsafe extern "C" fn kvmfault_pages_bitmap(
             // SAFETY: C says that the bitmap has room for `size` bytes, which it lets us write.
             unsafe { mem::write((bitmap as u64).wrapping_add(offset), bytes) }
         };
-        vm.bitmap(gpa, len, states, size as u64, put).map(|set| set as i64)
+        vm.bitmap(Gpa(gpa), len, states, size as u64, put).map(|set| set as i64)
     })
 }
 

@@ -6,6 +6,7 @@ use super::resolver::{kvmfault_fault, KVMFAULT_RESOLVED};
 use super::structs;
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
+use crate::kernel::address::Gpa;
 use crate::kernel::page::page_size;
 use crate::memory::source::Source;
 use crate::resolve::file_source::{FileRange, FileSource};
@@ -124,7 +125,7 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
         if vm.is_null() {
             fail!(EINVAL, "vm: is NULL");
         }
-        let install = |gpa, len, from: Source| {
+        let install = |Gpa(gpa), len, from: Source| {
             // SAFETY: `vm` is what the library passed to the resolver; the kernel copies what the
             // source has.
             let result = unsafe {
@@ -138,8 +139,8 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
                 errno => Err(Error::new(-errno, "kvmfault_pages_install")),
             }
         };
-        let window = fault.window_gpa..fault.window_gpa + fault.window_len;
-        source.resolve(fault.gpa, fault.len, &window, install)?;
+        let window = Gpa(fault.window_gpa)..Gpa(fault.window_gpa + fault.window_len);
+        source.resolve(Gpa(fault.gpa), fault.len, &window, install)?;
         Ok(KVMFAULT_RESOLVED)
     })
 }

@@ -8,6 +8,7 @@ use super::boundary::{clear_out, enter, not_in_callback, put, with, Handle, Opaq
 use super::structs::{self, Out};
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
+use crate::kernel::address::Gpa;
 use crate::kernel::kvm::Run;
 use crate::kernel::page::page_size;
 use crate::vcpu::{Exit, Options, Sigbus, Vcpu};
@@ -402,7 +403,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_kick(vcpu: *const kvmfault_vcpu) -> c_int
 pub unsafe extern "C" fn kvmfault_vcpu_resolve(vcpu: *mut kvmfault_vcpu, gpa: u64, len: u64) -> c_int {
     with("kvmfault_vcpu_resolve", vcpu, |vcpu| {
         not_in_callback("kvmfault_vcpu_resolve")?;
-        vcpu.resolve(gpa, len).map(number)
+        vcpu.resolve(Gpa(gpa), len).map(number)
     })
 }
 
@@ -427,7 +428,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_memory_error(
         let error = vcpu.memory_error()?.ok_or_else(|| Error::new(libc::ENODATA, "this vCPU had no memory error"))?;
         let c = kvmfault_memory_error_info {
             size: 0,
-            gpa: error.gpa.unwrap_or(u64::MAX),
+            gpa: error.gpa.map_or(u64::MAX, |gpa| gpa.0),
             hva: error.hva as *mut _,
             len: error.len,
             lost: error.lost.into(),

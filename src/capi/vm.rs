@@ -5,6 +5,7 @@ use super::finalizer::Finalizer;
 use super::resolver::*;
 use super::structs;
 use crate::error::{fail, Result};
+use crate::kernel::address::Gpa;
 use crate::mechanism;
 use crate::resolve::{Answer, Fault, Origin, Resolver};
 use crate::vm::{Options, Vm};
@@ -154,14 +155,14 @@ impl Resolver for Callbacks {
         };
         let fault = kvmfault_fault {
             size: size_of::<kvmfault_fault>(),
-            gpa: fault.gpa,
+            gpa: fault.gpa.0,
             len: fault.len,
             hva: fault.hva as *mut c_void,
             slot: fault.slot,
             access: fault.access,
             origin,
             vcpu,
-            window_gpa: fault.window.start,
+            window_gpa: fault.window.start.0,
             window_len: fault.window.end - fault.window.start,
         };
         // SAFETY: the VMM's function, called as the header says; `fault` lives during the call.
@@ -176,10 +177,10 @@ impl Resolver for Callbacks {
         }
     }
 
-    fn written(&self, gpa: u64, len: u64) {
+    fn written(&self, gpa: Gpa, len: u64) {
         if let Some(written) = self.written {
             // SAFETY: the VMM's function, called as the header says.
-            unsafe { written(self.opaque, gpa, len) };
+            unsafe { written(self.opaque, gpa.0, len) };
         }
     }
 }

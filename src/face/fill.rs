@@ -2,6 +2,7 @@
 
 use super::vm::Vm;
 use crate::error::{fail, Result};
+use crate::kernel::address::Gpa;
 use crate::resolve::{self, fill, not_in_callback};
 use crate::vm::fill::FillRequest;
 use std::fmt;
@@ -117,7 +118,7 @@ impl Vm {
             threads: options.threads,
             batch: options.batch,
             bytes_per_second: options.bytes_per_second,
-            gpa,
+            gpa: Gpa(gpa),
             len,
             working_set: options.working_set.map(|fd| fd.as_raw_fd()),
             only_first: options.working_set_only,

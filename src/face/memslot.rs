@@ -1,6 +1,7 @@
 //! A memslot as the VMM asks for it.
 
 use super::kinds::MemoryKind;
+use crate::kernel::address::Gpa;
 use crate::kernel::host_memory::HostMemory;
 use crate::kernel::kvm;
 use crate::vm::memslots::SlotRequest;
@@ -107,7 +108,7 @@ impl<'a> Memslot<'a> {
         SlotRequest {
             slot: self.number,
             kvm_flags: self.kvm_flags,
-            gpa: self.gpa,
+            gpa: Gpa(self.gpa),
             len: self.len,
             hva: self.memory.address().saturating_add(self.offset),
             host: self.memory.clone(),
@@ -148,7 +149,7 @@ impl Region {
             ioctl_version: region.version,
             slot: region.slot,
             flags: region.flags,
-            guest_phys_addr: region.gpa,
+            guest_phys_addr: region.gpa.0,
             memory_size: region.len,
             userspace_addr: region.hva,
             userfault_bitmap: region.bitmap,

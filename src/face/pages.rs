@@ -2,6 +2,7 @@
 
 use super::vm::Vm;
 use crate::error::{fail, Result};
+use crate::kernel::address::Gpa;
 use crate::memory::pages::State;
 use crate::memory::source::Source;
 
@@ -49,58 +50,58 @@ impl Vm {
     /// once. Pages that are present already keep their bytes; `EEXIST` if all are. `EHWPOISON` if a
     /// page is lost. Also from callbacks.
     pub fn install(&self, gpa: u64, bytes: &[u8]) -> Result<()> {
-        self.inner()?.install(gpa, bytes.len() as u64, Source::Copy(bytes.as_ptr() as u64))
+        self.inner()?.install(Gpa(gpa), bytes.len() as u64, Source::Copy(bytes.as_ptr() as u64))
     }
 
     /// Installs pages of zeros. Otherwise as [`install`](Self::install).
     pub fn zero(&self, gpa: u64, len: u64) -> Result<()> {
-        self.inner()?.install(gpa, len, Source::Zero)
+        self.inner()?.install(Gpa(gpa), len, Source::Zero)
     }
 
     /// Installs pages of shared memory whose bytes are in the page cache already, written through
     /// another mapping or by another process; `ENOENT` if a page is not there, `EINVAL` for private
     /// memory. Otherwise as [`install`](Self::install).
     pub fn map(&self, gpa: u64, len: u64) -> Result<()> {
-        self.inner()?.install(gpa, len, Source::Map)
+        self.inner()?.install(Gpa(gpa), len, Source::Map)
     }
 
     /// Marks absent pages lost: vCPUs that touch them get
     /// [`Exit::MemoryError`](crate::Exit::MemoryError), threads SIGBUS, and system calls `EFAULT`.
     /// `EEXIST` if none of the range is absent. Also from callbacks.
     pub fn lose(&self, gpa: u64, len: u64) -> Result<()> {
-        self.inner()?.lose(gpa, len)
+        self.inner()?.lose(Gpa(gpa), len)
     }
 
     /// Makes present or lost pages absent again: their bytes go, and the resolver is asked for them
     /// at the next access. What the guest gave up is for [`give_back`](Self::give_back). Not from
     /// callbacks.
     pub fn discard(&self, gpa: u64, len: u64) -> Result<()> {
-        self.outside_callbacks("Vm::discard")?.discard(gpa, len)
+        self.outside_callbacks("Vm::discard")?.discard(Gpa(gpa), len)
     }
 
     /// The guest has given these pages up (a balloon, free page reporting): their memory goes to
     /// the system, and they read as zeros at the next access. The resolver is never asked for them.
     /// Not from callbacks.
     pub fn give_back(&self, gpa: u64, len: u64) -> Result<()> {
-        self.outside_callbacks("Vm::give_back")?.give_back(gpa, len)
+        self.outside_callbacks("Vm::give_back")?.give_back(Gpa(gpa), len)
     }
 
     /// Pages that were announced ([`Answer::Pending`](crate::Answer::Pending)) and have not come
     /// are absent again, and the resolver is asked anew. Returns how many there were. Also from
     /// callbacks.
     pub fn withdraw(&self, gpa: u64, len: u64) -> Result<u64> {
-        self.inner()?.withdraw(gpa, len)
+        self.inner()?.withdraw(Gpa(gpa), len)
     }
 
     /// Fetches pages now, through the resolver, on the calling thread. For memory that must be
     /// present before something touches it that can't wait, or fails quietly. Not from callbacks.
     pub fn resolve(&self, gpa: u64, len: u64) -> Result<()> {
-        self.outside_callbacks("Vm::resolve")?.resolve(gpa, len)
+        self.outside_callbacks("Vm::resolve")?.resolve(Gpa(gpa), len)
     }
 
     /// The state of the page that holds an address.
     pub fn state(&self, gpa: u64) -> Result<PageState> {
-        self.inner()?.state(gpa).map(PageState::of)
+        self.inner()?.state(Gpa(gpa)).map(PageState::of)
     }
 
     /// How many pages of all memory are not there yet. Takes about 10 ms a TiB.
@@ -117,7 +118,7 @@ impl Vm {
             fail!(EINVAL, "states: is empty");
         }
         let size = size_of_val(bitmap) as u64;
-        self.inner()?.bitmap(gpa, len, states, size, |offset, bytes| {
+        self.inner()?.bitmap(Gpa(gpa), len, states, size, |offset, bytes| {
             let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(std::array::from_fn(|n| word[n])));
             bitmap[offset as usize / 8..].iter_mut().zip(words).for_each(|(to, word)| *to = word);
             Ok(())

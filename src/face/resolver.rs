@@ -2,6 +2,7 @@
 
 use super::vm::Vm;
 use crate::error::Error;
+use crate::kernel::address::Gpa;
 use crate::resolve;
 use std::fmt;
 use std::ops::Range;
@@ -89,7 +90,7 @@ pub struct Fault<'a>(&'a resolve::Fault);
 impl Fault<'_> {
     /// The guest physical address of the page that is needed; a multiple of [`len`](Self::len).
     pub fn gpa(&self) -> u64 {
-        self.0.gpa
+        self.0.gpa.0
     }
 
     /// The page's size in bytes: 4096, or the huge page size of hugetlb memory.
@@ -131,7 +132,7 @@ impl Fault<'_> {
     /// needed next, and of which none was present when the call began. Installing all of it is
     /// welcome, the page alone is enough.
     pub fn window(&self) -> Range<u64> {
-        self.0.window.clone()
+        self.0.window.start.0..self.0.window.end.0
     }
 
     pub(super) fn inner(&self) -> &resolve::Fault {
@@ -201,9 +202,9 @@ impl<R: Resolver> resolve::Resolver for Adapter<R> {
         }
     }
 
-    fn written(&self, gpa: u64, len: u64) {
+    fn written(&self, gpa: Gpa, len: u64) {
         if let Some(vm) = self.vm.get() {
-            let _ = catch_unwind(AssertUnwindSafe(|| self.resolver.written(vm, gpa, len)));
+            let _ = catch_unwind(AssertUnwindSafe(|| self.resolver.written(vm, gpa.0, len)));
         }
     }
 }

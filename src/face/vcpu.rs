@@ -2,6 +2,7 @@
 
 use super::vm::Vm;
 use crate::error::Result;
+use crate::kernel::address::Gpa;
 use crate::resolve::not_in_callback;
 use crate::resolve::seat::Seat;
 use crate::stats::snapshot::Stats;
@@ -131,7 +132,7 @@ impl Vcpu {
             vcpu::Exit::MemoryError => {
                 let error = self.inner.memory_error()?.expect("the exit says that there is one");
                 let vcpu::MemoryError { gpa, hva, len, lost } = error;
-                Exit::MemoryError(MemoryError { gpa, hva, len, lost })
+                Exit::MemoryError(MemoryError { gpa: gpa.map(|gpa| gpa.0), hva, len, lost })
             }
         })
     }
@@ -173,7 +174,7 @@ impl Vcpu {
     /// touched them; a kick ends the wait. [`Exit::Handled`] when all are present. Not from
     /// callbacks.
     pub fn resolve(&self, gpa: u64, len: u64) -> Result<Exit> {
-        let exit = self.outside_callbacks("Vcpu::resolve")?.resolve(gpa, len)?;
+        let exit = self.outside_callbacks("Vcpu::resolve")?.resolve(Gpa(gpa), len)?;
         self.exit(exit)
     }
 

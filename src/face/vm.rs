@@ -4,6 +4,7 @@ use super::kinds::Mechanism;
 use super::memslot::{Memslot, Region};
 use super::resolver::{Adapter, Resolver};
 use crate::error::Result;
+use crate::kernel::address::Gpa;
 use crate::kernel::host_memory::HostMemory;
 use crate::resolve::not_in_callback;
 use crate::stats::snapshot::Stats;
@@ -251,7 +252,7 @@ fn deletion(number: u32) -> SlotRequest {
     SlotRequest {
         slot: number,
         kvm_flags: 0,
-        gpa: 0,
+        gpa: Gpa(0),
         len: 0,
         hva: 0,
         host: HostMemory::none(),

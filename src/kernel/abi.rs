@@ -5,6 +5,7 @@
 //! KVM_CAP_PRE_FAULT_MEMORY there), so a row is used only after a scratch VM behaved as it says
 //! (see [`super::probe`]). Only rows that were proven on a kernel are listed.
 
+use super::address::Gpa;
 use super::arch;
 use super::kvm::{Region, Run};
 
@@ -120,7 +121,7 @@ pub static ABIS: &[Abi] = &[
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FaultExit {
     /// Guest physical address.
-    pub gpa: u64,
+    pub gpa: Gpa,
     /// What the kernel says of the access.
     pub access: Access,
 }
@@ -149,7 +150,7 @@ impl Abi {
         }
         let bits = self.access_bits.iter().enumerate();
         let access = bits.filter(|(_, &bit)| flags & bit != 0).fold(0, |access, (n, _)| access | 1 << n);
-        Some(FaultExit { gpa, access })
+        Some(FaultExit { gpa: Gpa(gpa), access })
     }
 
     /// Makes a region fast-only.

@@ -45,6 +45,7 @@ compile_error!(
 );
 
 pub mod abi;
+pub mod address;
 pub mod alias;
 pub mod buffer;
 pub mod clock;

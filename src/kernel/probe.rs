@@ -5,6 +5,7 @@
 //! the same guest ends without another such exit. With a bitmap, a clear bit must not exit.
 
 use super::abi::{Abi, ABIS};
+use super::address::Gpa;
 use super::arch;
 use super::kvm::{Region, Run, SystemFd, VcpuFd};
 use super::mem::Mapping;
@@ -12,8 +13,8 @@ use super::page::page_size;
 use crate::error::{fail, Error, Result};
 
 /// Both addresses are multiples of a page of any size.
-const CODE_GPA: u64 = 0x1_0000;
-const DATA_GPA: u64 = 0x2_0000;
+const CODE_GPA: Gpa = Gpa(0x1_0000);
+const DATA_GPA: Gpa = Gpa(0x2_0000);
 /// Pages of the data slot: enough that the slot is no corner case, and few enough to cost nothing.
 const DATA_PAGES: u64 = 16;
 
@@ -50,7 +51,7 @@ pub fn prove(system: &SystemFd, abi: &Abi) -> Result<()> {
     match run_once(&vcpu, &run) {
         Ok(()) => fail!(EOPNOTSUPP, "the flag is accepted, but a guest that touches an absent page does not exit"),
         Err(errno) => match abi.decode(errno, &run) {
-            Some(exit) if exit.gpa & !(page_size() - 1) == DATA_GPA => {}
+            Some(exit) if exit.gpa.0 & !(page_size() - 1) == DATA_GPA.0 => {}
             Some(exit) => fail!(EOPNOTSUPP, "the exit names address {:#x} instead of {DATA_GPA:#x}", exit.gpa),
             None => {
                 let error = std::io::Error::from_raw_os_error(errno);

@@ -2,6 +2,7 @@
 
 use super::block::Block;
 use super::pages::State;
+use crate::kernel::address::Gpa;
 use crate::kernel::kvm::Region;
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,27 +32,27 @@ impl Slot {
     }
 
     /// Does the slot hold this guest physical address?
-    pub fn holds(&self, gpa: u64) -> bool {
+    pub fn holds(&self, gpa: Gpa) -> bool {
         gpa.wrapping_sub(self.region.gpa) < self.region.len
     }
 
     /// The block's page that holds a guest physical address.
-    pub fn page_of(&self, gpa: u64) -> u64 {
+    pub fn page_of(&self, gpa: Gpa) -> u64 {
         (gpa - self.region.gpa + self.offset) / self.block.page
     }
 
     /// The guest physical address of a block's page.
-    pub fn gpa_of(&self, page: u64) -> u64 {
-        page * self.block.page - self.offset + self.region.gpa
+    pub fn gpa_of(&self, page: u64) -> Gpa {
+        self.region.gpa + (page * self.block.page - self.offset)
     }
 
     /// A guest physical address in the VMM's mapping.
-    pub fn vmm_hva(&self, gpa: u64) -> u64 {
+    pub fn vmm_hva(&self, gpa: Gpa) -> u64 {
         gpa - self.region.gpa + self.offset + self.block.hva
     }
 
     /// A guest physical address in the mapping that KVM uses.
-    pub fn kvm_hva(&self, gpa: u64) -> u64 {
+    pub fn kvm_hva(&self, gpa: Gpa) -> u64 {
         gpa - self.region.gpa + self.offset + self.block.kvm_hva()
     }
 
@@ -78,20 +79,20 @@ pub struct Slots {
 
 impl Slots {
     /// The slot of a guest physical address in an address space.
-    pub fn at(&self, space: u32, gpa: u64) -> Option<&Arc<Slot>> {
+    pub fn at(&self, space: u32, gpa: Gpa) -> Option<&Arc<Slot>> {
         let after = self.slots.partition_point(|s| (s.space(), s.region.gpa) <= (space, gpa));
         let slot = &self.slots[after.checked_sub(1)?];
         (slot.space() == space && slot.holds(gpa)).then_some(slot)
     }
 
     /// The slot of an address, in the first address space that has one there.
-    pub fn at_any(&self, gpa: u64) -> Option<&Arc<Slot>> {
+    pub fn at_any(&self, gpa: Gpa) -> Option<&Arc<Slot>> {
         self.at(0, gpa).or_else(|| self.slots.iter().find(|s| s.holds(gpa)))
     }
 
     /// The parts of a range of guest physical addresses that are in slots, from the lowest up: each
     /// address in the slot that `at_any` finds for it.
-    pub fn parts_of(&self, gpas: Range<u64>) -> Vec<(&Arc<Slot>, Range<u64>)> {
+    pub fn parts_of(&self, gpas: Range<Gpa>) -> Vec<(&Arc<Slot>, Range<Gpa>)> {
         let clip = |s: &Arc<Slot>| s.region.gpa.max(gpas.start)..(s.region.gpa + s.region.len).min(gpas.end);
         let parts: Vec<_> = self.slots.iter().map(clip).filter(|part| !part.is_empty()).collect();
         // Where slots begin and end, and by how much the number of slots changes that hold the
@@ -229,7 +230,7 @@ mod tests {
     use crate::kernel::page::page_size;
     use crate::memory::block::Shape;
 
-    fn slot(number: u32, gpa: u64, block: &Arc<Block>, offset: u64, len: u64) -> Slot {
+    fn slot(number: u32, gpa: Gpa, block: &Arc<Block>, offset: u64, len: u64) -> Slot {
         let region = Region { slot: number, gpa, len, hva: block.kvm_hva() + offset, ..Default::default() };
         Slot { region, block: block.clone(), offset, fast_only: true }
     }
@@ -247,13 +248,13 @@ mod tests {
     #[test]
     fn two_slots_on_one_host_range_share_page_states() {
         let ram = block(0x10_0000, 16);
-        let whole = slot(0, 0x4000_0000, &ram, 0, 16 * page_size());
-        let part = slot(1 << 16, 0, &ram, 4 * page_size(), 8 * page_size());
+        let whole = slot(0, Gpa(0x4000_0000), &ram, 0, 16 * page_size());
+        let part = slot(1 << 16, Gpa(0), &ram, 4 * page_size(), 8 * page_size());
         let slots = Slots::default().with(whole, false).with(part, false);
-        assert_eq!(slots.at(0, 0x4000_5000).unwrap().page_of(0x4000_5000), 5);
-        assert_eq!(slots.at(1, 0x1000).unwrap().page_of(0x1000), 5);
-        assert!(slots.at(0, 0x1000).is_none() && slots.at(1, 8 * page_size()).is_none());
-        assert_eq!(slots.at_any(0x1000).unwrap().region.slot, 1 << 16);
+        assert_eq!(slots.at(0, Gpa(0x4000_5000)).unwrap().page_of(Gpa(0x4000_5000)), 5);
+        assert_eq!(slots.at(1, Gpa(0x1000)).unwrap().page_of(Gpa(0x1000)), 5);
+        assert!(slots.at(0, Gpa(0x1000)).is_none() && slots.at(1, Gpa(8 * page_size())).is_none());
+        assert_eq!(slots.at_any(Gpa(0x1000)).unwrap().region.slot, 1 << 16);
         assert_eq!(slots.at_kvm_hva(0x10_0000 + 15 * page_size()).unwrap().region.slot, 0);
         assert_eq!((slots.absent(), slots.lost().0), (16, 0));
         ram.pages.change(9, State::Absent, State::Lost).unwrap();
@@ -269,13 +270,13 @@ mod tests {
     fn a_range_is_cut_where_slots_begin_and_end() {
         let ram = block(0x10_0000, 16);
         let slots = Slots::default()
-            .with(slot(0, 0x1_0000, &ram, 0, 4 * page_size()), false)
-            .with(slot(1, 0x1_4000, &ram, 4 * page_size(), 4 * page_size()), false)
-            .with(slot(2, 0x2_0000, &ram, 8 * page_size(), 4 * page_size()), false)
-            .with(slot(1 << 16, 0x1_2000, &ram, 0, 16 * page_size()), false);
+            .with(slot(0, Gpa(0x1_0000), &ram, 0, 4 * page_size()), false)
+            .with(slot(1, Gpa(0x1_4000), &ram, 4 * page_size(), 4 * page_size()), false)
+            .with(slot(2, Gpa(0x2_0000), &ram, 8 * page_size(), 4 * page_size()), false)
+            .with(slot(1 << 16, Gpa(0x1_2000), &ram, 0, 16 * page_size()), false);
         let parts = |start, end| -> Vec<_> {
-            let parts = slots.parts_of(start..end).into_iter();
-            parts.map(|(slot, part)| (slot.region.slot, part.start, part.end)).collect()
+            let parts = slots.parts_of(Gpa(start)..Gpa(end)).into_iter();
+            parts.map(|(slot, part)| (slot.region.slot, part.start.0, part.end.0)).collect()
         };
         let all = [
             (0, 0x1_0000, 0x1_2000),
@@ -297,8 +298,8 @@ mod tests {
     #[test]
     fn overlap_is_within_an_address_space() {
         let ram = block(0x10_0000, 16);
-        let slots = Slots::default().with(slot(3, 0x1000, &ram, 0, 4 * page_size()), false);
-        let region = |slot, gpa| Region { slot, gpa, len: page_size(), ..Default::default() };
+        let slots = Slots::default().with(slot(3, Gpa(0x1000), &ram, 0, 4 * page_size()), false);
+        let region = |slot, gpa| Region { slot, gpa: Gpa(gpa), len: page_size(), ..Default::default() };
         assert!(slots.overlapping(&region(4, 0x4000)).is_some());
         assert!(slots.overlapping(&region(4, 0x5000)).is_none());
         assert!(slots.overlapping(&region(3, 0x4000)).is_none(), "a slot may move over itself");

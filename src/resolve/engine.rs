@@ -9,6 +9,7 @@ use super::seat::Seats;
 use super::working_set::Recorder;
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::ACCESS_UNKNOWN;
+use crate::kernel::address::Gpa;
 use crate::kernel::clock;
 use crate::kernel::futex::Wake;
 use crate::memory::block::Block;
@@ -118,7 +119,7 @@ impl Engine {
     }
 
     /// Tells the VMM of a write that the library did for the guest.
-    pub fn written(&self, gpa: u64, len: u64) {
+    pub fn written(&self, gpa: Gpa, len: u64) {
         if let Some(callbacks) = self.callbacks.get().as_ref() {
             callback(|| callbacks.resolver().written(gpa, len));
         }

@@ -2,6 +2,7 @@
 
 use super::readahead::Runs;
 use crate::kernel::abi::Access;
+use crate::kernel::address::Gpa;
 use crate::memory::wait::Sleeper;
 use crate::stats::Stats;
 use std::ops::Range;
@@ -27,7 +28,7 @@ pub struct Fault {
     /// KVM's number of the slot.
     pub slot: u32,
     /// The page's guest physical address.
-    pub gpa: u64,
+    pub gpa: Gpa,
     /// The page's size in bytes.
     pub len: u64,
     /// The page's address in the VMM's mapping.
@@ -37,7 +38,7 @@ pub struct Fault {
     /// Where the fault comes from.
     pub origin: Origin,
     /// Guest physical addresses around the page that the resolver may install with it.
-    pub window: Range<u64>,
+    pub window: Range<Gpa>,
 }
 
 /// A fault to be served.
@@ -96,7 +97,7 @@ pub trait Resolver: Send + Sync {
     /// Installs the page, or says why not.
     fn resolve(&self, fault: &Fault) -> Answer;
     /// The library wrote guest memory on behalf of the guest, which KVM's dirty log does not show.
-    fn written(&self, _gpa: u64, _len: u64) {}
+    fn written(&self, _gpa: Gpa, _len: u64) {}
 }
 
 /// How a fault ended.

@@ -3,6 +3,7 @@
 //! be mapped is read.
 
 use crate::error::{fail, Error, Result};
+use crate::kernel::address::Gpa;
 use crate::kernel::mem::Mapping;
 use crate::kernel::page::page_size;
 use crate::kernel::{buffer, file};
@@ -96,10 +97,10 @@ impl FileSource {
     /// holds the page, as far as the file has it. Only the page itself must be installed.
     pub fn resolve(
         &self,
-        gpa: u64,
+        gpa: Gpa,
         len: u64,
-        window: &Range<u64>,
-        install: impl Fn(u64, u64, Source) -> Result<()>,
+        window: &Range<Gpa>,
+        install: impl Fn(Gpa, u64, Source) -> Result<()>,
     ) -> Result<()> {
         let first = self.install_piece(gpa..window.end, len, &install)?;
         for (mut at, end) in [(gpa + first, window.end), (window.start, gpa)] {
@@ -115,9 +116,9 @@ impl FileSource {
     /// data or all hole. Returns the length of the piece.
     fn install_piece(
         &self,
-        range: Range<u64>,
+        range: Range<Gpa>,
         page: u64,
-        install: &impl Fn(u64, u64, Source) -> Result<()>,
+        install: &impl Fn(Gpa, u64, Source) -> Result<()>,
     ) -> Result<u64> {
         let gpa = range.start;
         let (bytes, len) = self.find(gpa, range.end - gpa)?;
@@ -148,12 +149,12 @@ impl FileSource {
     }
 
     /// Finds the longest piece from `gpa` on, up to `len` bytes, that is all data or all hole.
-    pub fn find(&self, gpa: u64, len: u64) -> Result<(Bytes, u64)> {
-        let after = self.ranges.partition_point(|r| r.gpa <= gpa);
-        let range = after.checked_sub(1).map(|n| &self.ranges[n]).filter(|r| gpa - r.gpa < r.len);
+    pub fn find(&self, gpa: Gpa, len: u64) -> Result<(Bytes, u64)> {
+        let after = self.ranges.partition_point(|r| r.gpa <= gpa.0);
+        let range = after.checked_sub(1).map(|n| &self.ranges[n]).filter(|r| gpa.0 - r.gpa < r.len);
         let Some(range) = range else { fail!(ENXIO, "the snapshot has no page for gpa {gpa:#x}") };
-        let offset = range.offset + (gpa - range.gpa);
-        let len = len.min(range.len - (gpa - range.gpa));
+        let within = gpa.0 - range.gpa;
+        let (offset, len) = (range.offset + within, len.min(range.len - within));
         let next = self.data.partition_point(|d| d.end <= offset);
         Ok(match self.data.get(next) {
             Some(data) if data.start <= offset => {
@@ -171,7 +172,7 @@ impl FileSource {
     /// Reads the bytes at `offset`, which belong to `gpa`, into a buffer of the thread, and calls
     /// `work` with as many whole pages of `page` bytes as could be read, up to `len` bytes. Less
     /// than one page is an error.
-    pub fn read<R>(&self, gpa: u64, offset: u64, len: u64, page: u64, work: impl FnOnce(&[u8]) -> R) -> Result<R> {
+    pub fn read<R>(&self, gpa: Gpa, offset: u64, len: u64, page: u64, work: impl FnOnce(&[u8]) -> R) -> Result<R> {
         let Access::Read(file) = &self.access else { fail!(EINVAL, "the snapshot is mapped") };
         let len = len.min(buffer::USUAL.max(page));
         buffer::with(len, |buffer| {
@@ -223,19 +224,19 @@ mod tests {
         file.write_all_at(&vec![9; page_size() as usize], 16 * page_size()).unwrap();
         let range = FileRange { gpa: 0x4000_0000, len: 32 * page_size(), offset: 8 * page_size() };
         let source = FileSource::new(file.as_raw_fd(), &[range]).unwrap();
-        let (bytes, len) = source.find(0x4000_0000, 32 * page_size()).unwrap();
+        let (bytes, len) = source.find(Gpa(0x4000_0000), 32 * page_size()).unwrap();
         assert_eq!((bytes, len), (Bytes::Hole, 8 * page_size()));
-        let (bytes, len) = source.find(0x4000_0000 + 8 * page_size(), page_size()).unwrap();
+        let (bytes, len) = source.find(Gpa(0x4000_0000) + 8 * page_size(), page_size()).unwrap();
         let Bytes::At(address) = bytes else { panic!("{bytes:?}") };
         let mut byte = [0];
         mem::read(address, &mut byte).unwrap();
         assert_eq!((byte, len), ([9], page_size()));
         assert_eq!(
-            source.find(0x4000_0000 + 9 * page_size(), 64 * page_size()).unwrap(),
+            source.find(Gpa(0x4000_0000) + 9 * page_size(), 64 * page_size()).unwrap(),
             (Bytes::Hole, 23 * page_size())
         );
-        assert_eq!(source.find(0x3fff_f000, page_size()).unwrap_err().errno, libc::ENXIO);
-        assert_eq!(source.find(0x4000_0000 + 32 * page_size(), page_size()).unwrap_err().errno, libc::ENXIO);
+        assert_eq!(source.find(Gpa(0x3fff_f000), page_size()).unwrap_err().errno, libc::ENXIO);
+        assert_eq!(source.find(Gpa(0x4000_0000) + 32 * page_size(), page_size()).unwrap_err().errno, libc::ENXIO);
     }
 
     #[test]

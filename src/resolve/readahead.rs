@@ -2,6 +2,7 @@
 //! pages in either direction, also with a step between them, are recognised, several at a time.
 //! Faults without a pattern predict nothing and cost a few comparisons.
 
+use crate::kernel::address::Gpa;
 use crate::memory::slots::Slot;
 use std::ops::Range;
 
@@ -55,9 +56,9 @@ impl Plan {
 /// The block's pages of a contiguous plan, aligned as the guest sees them.
 pub fn window(slot: &Slot, page: u64, plan: &Plan) -> Range<u64> {
     let size = slot.block.page;
-    let (first, end) = (slot.region.gpa / size, (slot.region.gpa + slot.region.len) / size);
-    let found = plan.around(slot.gpa_of(page) / size, first..end);
-    slot.page_of(found.start * size)..slot.page_of(found.end * size - 1) + 1
+    let (first, end) = (slot.region.gpa.0 / size, (slot.region.gpa + slot.region.len).0 / size);
+    let found = plan.around(slot.gpa_of(page).0 / size, first..end);
+    slot.page_of(Gpa(found.start * size))..slot.page_of(Gpa(found.end * size - 1)) + 1
 }
 
 #[derive(Debug, Clone, Copy, Default)]

@@ -18,6 +18,7 @@
 //! microseconds since the record before.
 
 use crate::error::{fail, Error, Result};
+use crate::kernel::address::Gpa;
 use crate::kernel::mem::Mapping;
 use crate::memory::block::Block;
 use crate::memory::slots::Slots;
@@ -120,7 +121,7 @@ pub fn longest_file(shape: Shape) -> u64 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Record {
     /// The guest physical address of the first page.
-    pub gpa: u64,
+    pub gpa: Gpa,
     /// The number of pages of 4 KiB.
     pub pages: u64,
     /// Microseconds since recording began.
@@ -133,14 +134,14 @@ pub struct Shape {
     /// The bytes of guest memory.
     pub bytes: u64,
     /// Where guest memory ends.
-    pub end: u64,
+    pub end: Gpa,
 }
 
 impl Shape {
     /// The shape of the memory in these slots.
     pub fn of(slots: &Slots) -> Shape {
         let bytes = slots.iter().map(|s| s.region.len).sum();
-        Shape { bytes, end: slots.iter().map(|s| s.region.gpa + s.region.len).max().unwrap_or(0) }
+        Shape { bytes, end: slots.iter().map(|s| s.region.gpa + s.region.len).max().unwrap_or_default() }
     }
 }
 
@@ -157,12 +158,12 @@ fn room_for<T>(count: usize, what: &str) -> Result<Vec<T>> {
 pub fn encode(shape: Shape, records: &[Record]) -> Result<Vec<u8>> {
     // Three numbers of at most ten bytes each; memory that is not touched costs nothing.
     let mut body = room_for(32 + 30 * records.len(), "bytes")?;
-    for word in [shape.bytes, shape.end, records.len() as u64] {
+    for word in [shape.bytes, shape.end.0, records.len() as u64] {
         body.extend(word.to_le_bytes());
     }
     let (mut expected, mut time) = (0, 0);
     for record in records {
-        let page = record.gpa / UNIT;
+        let page = record.gpa.0 / UNIT;
         let distance = page.wrapping_sub(expected) as i64;
         put(&mut body, (distance << 1 ^ distance >> 63) as u64);
         put(&mut body, record.pages);
@@ -191,7 +192,7 @@ pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
     if crc32fast::hash(&file[16..]) != (word(8) >> 32) as u32 {
         fail!(EINVAL, "is damaged (its checksum is wrong), or was cut short");
     }
-    let recorded = Shape { bytes: word(16), end: word(24) };
+    let recorded = Shape { bytes: word(16), end: Gpa(word(24)) };
     if recorded != shape {
         fail!(
             EINVAL,
@@ -217,10 +218,10 @@ pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
         let numbers = [get(&mut rest), get(&mut rest), get(&mut rest)];
         let [Some(zigzag), Some(pages), Some(after)] = numbers else { fail!(EINVAL, "ends in record {n}") };
         let page = expected.wrapping_add((zigzag >> 1) ^ (zigzag & 1).wrapping_neg());
-        let end = page.checked_add(pages).filter(|end| end.checked_mul(UNIT).is_some_and(|end| end <= shape.end));
+        let end = page.checked_add(pages).filter(|end| end.checked_mul(UNIT).is_some_and(|end| end <= shape.end.0));
         let Some(end) = end.filter(|_| pages > 0) else { fail!(EINVAL, "record {n} is not in the VM's memory") };
         us = us.saturating_add(after);
-        records.push(Record { gpa: page * UNIT, pages, us });
+        records.push(Record { gpa: Gpa(page * UNIT), pages, us });
         expected = end;
     }
     if !rest.is_empty() {
@@ -231,8 +232,8 @@ pub fn decode(file: &[u8], shape: Shape) -> Result<Vec<Record>> {
 
 /// Guest addresses in the order in which to fetch them: the order of time, with neighbours
 /// together.
-pub fn plan(records: &[Record]) -> Result<Vec<Range<u64>>> {
-    let mut plan: Vec<Range<u64>> = room_for(records.len(), "records")?;
+pub fn plan(records: &[Record]) -> Result<Vec<Range<Gpa>>> {
+    let mut plan: Vec<Range<Gpa>> = room_for(records.len(), "records")?;
     for group in records.chunks(TOGETHER) {
         let mut group: Vec<_> = group.iter().map(|r| r.gpa..r.gpa + r.pages * UNIT).collect();
         group.sort_unstable_by_key(|range| range.start);
@@ -280,10 +281,10 @@ pub fn about_the_file(error: Error) -> Error {
 mod tests {
     use super::*;
 
-    const SHAPE: Shape = Shape { bytes: 1 << 30, end: 5 << 30 };
+    const SHAPE: Shape = Shape { bytes: 1 << 30, end: Gpa(5 << 30) };
 
     fn some() -> Vec<Record> {
-        let record = |page, pages, us| Record { gpa: page * UNIT, pages, us };
+        let record = |page, pages, us| Record { gpa: Gpa(page * UNIT), pages, us };
         vec![record(1000, 1, 5), record(1001, 64, 5), record(0, 4096, 90), record((5 << 30) / UNIT - 1, 1, 1 << 40)]
     }
 
@@ -293,7 +294,7 @@ mod tests {
         assert_eq!(decode(&file, SHAPE).unwrap(), some());
         assert_eq!(decode(&encode(SHAPE, &[]).unwrap(), SHAPE).unwrap(), []);
         // A sequential run takes at most four bytes a fault.
-        let run: Vec<_> = (0..1000).map(|n| Record { gpa: n * 64 * UNIT, pages: 64, us: n * 100 }).collect();
+        let run: Vec<_> = (0..1000).map(|n| Record { gpa: Gpa(n * 64 * UNIT), pages: 64, us: n * 100 }).collect();
         assert!(encode(SHAPE, &run).unwrap().len() <= HEADER + 4 * run.len());
     }
 
@@ -320,19 +321,19 @@ mod tests {
         refused(&[&file[..8], &[2, 0, 0, 0], &file[12..]].concat(), "version 2");
         let other = Shape { bytes: 2 << 30, ..SHAPE };
         refused(&encode(other, &some()).unwrap(), "another VM");
-        assert!(decode(&file, Shape { end: 6 << 30, ..SHAPE }).unwrap_err().message.contains("another VM"));
+        assert!(decode(&file, Shape { end: Gpa(6 << 30), ..SHAPE }).unwrap_err().message.contains("another VM"));
     }
 
     /// Nonsense with a correct checksum.
     #[test]
     fn nonsense_is_refused() {
         let sealed = |records: u64, body: &[u8]| {
-            let words = [SHAPE.bytes, SHAPE.end, records].map(u64::to_le_bytes).concat();
+            let words = [SHAPE.bytes, SHAPE.end.0, records].map(u64::to_le_bytes).concat();
             let content = [&words, body].concat();
             let crc = crc32fast::hash(&content).to_le_bytes();
             [MAGIC.as_slice(), &VERSION.to_le_bytes(), &crc, &content].concat()
         };
-        let far = (SHAPE.end / UNIT) << 1;
+        let far = (SHAPE.end.0 / UNIT) << 1;
         let mut beyond = Vec::new();
         put(&mut beyond, far);
         let below = [1, 1, 0]; // one page below the first
@@ -354,28 +355,29 @@ mod tests {
 
     #[test]
     fn neighbours_are_fetched_together() {
-        let page = |n: u64| Record { gpa: n * UNIT, pages: 1, us: 0 };
+        let page = |n: u64| Record { gpa: Gpa(n * UNIT), pages: 1, us: 0 };
         let early: Vec<_> = [9, 3, 4, 8, 3].map(page).to_vec();
-        assert_eq!(plan(&early).unwrap(), [3 * UNIT..5 * UNIT, 8 * UNIT..10 * UNIT]);
+        let unit = |n: u64| Gpa(n * UNIT);
+        assert_eq!(plan(&early).unwrap(), [unit(3)..unit(5), unit(8)..unit(10)]);
         let mut long: Vec<_> = (0..TOGETHER as u64).rev().map(page).collect();
         long.push(page(5000));
         long.push(page(TOGETHER as u64));
-        let pages = TOGETHER as u64 * UNIT;
-        assert_eq!(plan(&long).unwrap(), [0..pages, pages..pages + UNIT, 5000 * UNIT..5001 * UNIT]);
+        let pages = unit(TOGETHER as u64);
+        assert_eq!(plan(&long).unwrap(), [unit(0)..pages, pages..pages + UNIT, unit(5000)..unit(5001)]);
     }
 
     /// Random files, and files that were cut, mutated or extended, all with a correct checksum:
     /// none causes a panic, and no more memory is taken than the VM's size warrants.
     #[test]
     fn any_file_is_read_or_refused() {
-        let shape = Shape { bytes: 1 << 20, end: 5 << 20 };
+        let shape = Shape { bytes: 1 << 20, end: Gpa(5 << 20) };
         let mut state = 1u64;
         let mut random = move || {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             state >> 33
         };
         let records: Vec<_> =
-            (0..most_records(shape)).map(|n| Record { gpa: n * 5 % 1280 * UNIT, pages: 1, us: n * n }).collect();
+            (0..most_records(shape)).map(|n| Record { gpa: Gpa(n * 5 % 1280 * UNIT), pages: 1, us: n * n }).collect();
         let good = encode(shape, &records).unwrap();
         let (mut read, mut refused) = (0, 0);
         for round in 0..20_000 {

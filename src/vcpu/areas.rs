@@ -4,6 +4,7 @@
 use super::state::LoopState;
 use super::{Exit, Vcpu};
 use crate::error::Result;
+use crate::kernel::address::Gpa;
 use crate::kernel::arch;
 use std::ops::Range;
 
@@ -24,12 +25,12 @@ impl Vcpu {
         &self,
         state: &mut LoopState,
         space: u32,
-        area: &Range<u64>,
+        area: &Range<Gpa>,
         interruptible: bool,
     ) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
         // Each area is in two pages at most.
-        for byte in [area.start, area.end - 1] {
+        for byte in [area.start, area.start + (area.end - area.start - 1)] {
             if !slots.at(space, byte).is_some_and(|slot| slot.block.is_marked()) {
                 continue;
             }

@@ -4,6 +4,7 @@ use super::state::LoopState;
 use super::{Exit, Vcpu};
 use crate::error::{fail, Result};
 use crate::kernel::abi::Access;
+use crate::kernel::address::Gpa;
 use kvm_bindings as kb;
 
 impl Vcpu {
@@ -47,7 +48,7 @@ impl Vcpu {
         }
     }
 
-    fn fault_at_gpa(&self, state: &mut LoopState, gpa: u64, access: Access) -> Result<Exit> {
+    fn fault_at_gpa(&self, state: &mut LoopState, gpa: Gpa, access: Access) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
         match slots.at(self.run.space(), gpa) {
             Some(slot) => self.fault(state, &slots, slot, gpa, access, false),

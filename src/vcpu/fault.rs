@@ -4,6 +4,7 @@ use super::state::LoopState;
 use super::{Exit, MemoryError, Vcpu};
 use crate::error::{fail, Result};
 use crate::kernel::abi::{Access, ACCESS_UNKNOWN};
+use crate::kernel::address::Gpa;
 use crate::mechanism::MECHANISMS;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
@@ -25,7 +26,7 @@ impl Vcpu {
         state: &mut LoopState,
         slots: &Slots,
         slot: &Slot,
-        gpa: u64,
+        gpa: Gpa,
         access: Access,
         broken: bool,
     ) -> Result<Exit> {
@@ -48,8 +49,8 @@ impl Vcpu {
         &self,
         state: &mut LoopState,
         space: u32,
-        gpa: u64,
-        end: u64,
+        gpa: Gpa,
+        end: Gpa,
         interruptible: bool,
     ) -> Result<Exit> {
         let uninterruptible = Uninterruptible(&self.seat.sleeper);

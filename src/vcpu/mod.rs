@@ -34,6 +34,7 @@ use self::x86_64 as arch;
 
 use self::state::{Due, LoopState};
 use crate::error::{fail, Error, Result};
+use crate::kernel::address::Gpa;
 use crate::kernel::kvm::{Run, VcpuFd};
 use crate::kernel::signal::{self, SignalSet};
 use crate::resolve::seat::Seat;
@@ -82,7 +83,7 @@ pub enum Exit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryError {
     /// None if the address is in no slot.
-    pub gpa: Option<u64>,
+    pub gpa: Option<Gpa>,
     /// The address in this process.
     pub hva: u64,
     /// Bytes.
@@ -262,7 +263,7 @@ impl Vcpu {
 
     /// For a VMM with its own loop: makes the pages that hold a range present, as if the guest had
     /// touched them.
-    pub fn resolve(&self, gpa: u64, len: u64) -> Result<Exit> {
+    pub fn resolve(&self, gpa: Gpa, len: u64) -> Result<Exit> {
         let mut state = self.state()?;
         self.attach(&mut state)?;
         self.check_open()?;

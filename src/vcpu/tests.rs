@@ -2,6 +2,7 @@
 
 use super::arch::test_guest;
 use super::*;
+use crate::kernel::address::Gpa;
 use crate::kernel::host_memory::HostMemory;
 use crate::kernel::kvm::{Region, SystemFd, VmFd};
 use crate::kernel::mem;
@@ -17,8 +18,8 @@ use std::sync::mpsc;
 use std::sync::{OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-const CODE_GPA: u64 = 0x1_0000;
-const DATA_GPA: u64 = 0x2_0000;
+const CODE_GPA: Gpa = Gpa(0x1_0000);
+const DATA_GPA: Gpa = Gpa(0x2_0000);
 const PAGES: u64 = 8;
 
 struct Sevens {

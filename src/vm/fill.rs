@@ -2,6 +2,7 @@
 
 use super::Vm;
 use crate::error::{fail, Error, Result};
+use crate::kernel::address::Gpa;
 use crate::kernel::file::{self, Use};
 use crate::kernel::mem::{self, Kind};
 use crate::kernel::page::huge_page_size;
@@ -26,7 +27,7 @@ pub struct FillRequest {
     /// 0: no limit.
     pub bytes_per_second: u64,
     /// The first guest physical address.
-    pub gpa: u64,
+    pub gpa: Gpa,
     /// The length in bytes from there; 0 for all memory.
     pub len: u64,
     /// The file of a working set, which is fetched first.
@@ -81,7 +82,7 @@ impl Vm {
             fail!(EBUSY, "vm: a fill is under way");
         }
         let first = request.working_set.map_or(Ok(Vec::new()), |fd| read_working_set(fd, &slots))?;
-        let in_vmm = |gpa: &Range<u64>| {
+        let in_vmm = |gpa: &Range<Gpa>| {
             let slot = slots.at_any(gpa.start)?;
             let end = gpa.end.min(slot.region.gpa + slot.region.len);
             Some(slot.vmm_hva(gpa.start)..slot.vmm_hva(gpa.start) + (end - gpa.start))
@@ -121,8 +122,8 @@ impl Vm {
 }
 
 /// The memory at a range of guest physical addresses; with `len` 0 all memory.
-fn scope_of(slots: &Slots, gpa: u64, len: u64) -> Result<Scope> {
-    if len == 0 && gpa == 0 {
+fn scope_of(slots: &Slots, gpa: Gpa, len: u64) -> Result<Scope> {
+    if len == 0 && gpa == Gpa(0) {
         return Ok(Scope::default());
     }
     if gpa % page_size() != 0 {
@@ -146,14 +147,14 @@ fn scope_of(slots: &Slots, gpa: u64, len: u64) -> Result<Scope> {
             fail!(EINVAL, "len: {end:#x}, the end, is inside a page of {page:#x} bytes (slot {:#x})", slot.region.slot);
         }
     }
-    let in_vmm = |(slot, part): (&Arc<Slot>, Range<u64>)| {
+    let in_vmm = |(slot, part): (&Arc<Slot>, Range<Gpa>)| {
         let hva = slot.vmm_hva(part.start);
         hva..hva + (part.end - part.start)
     };
     Ok(Scope::of(parts.into_iter().map(in_vmm).collect()))
 }
 
-fn read_working_set(fd: RawFd, slots: &Slots) -> Result<Vec<Range<u64>>> {
+fn read_working_set(fd: RawFd, slots: &Slots) -> Result<Vec<Range<Gpa>>> {
     let (file, len) = file::regular(fd, "working_set_fd", Use::Read)?;
     let longest = working_set::longest_file(Shape::of(slots));
     if len > longest {

@@ -3,6 +3,7 @@
 
 use super::Vm;
 use crate::error::{fail, Error, Result};
+use crate::kernel::address::Gpa;
 use crate::kernel::host_memory::HostMemory;
 use crate::kernel::kvm::Region;
 use crate::kernel::mem::{self, Kind, ADDRESSES};
@@ -28,7 +29,7 @@ pub struct SlotRequest {
     /// KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY.
     pub kvm_flags: u32,
     /// First guest physical address.
-    pub gpa: u64,
+    pub gpa: Gpa,
     /// Bytes; 0 deletes.
     pub len: u64,
     /// The memory.
@@ -252,7 +253,7 @@ impl Vm {
         if hva == 0 {
             fail!(EINVAL, "hva: is NULL");
         }
-        check_range("gpa", gpa, len, 1 << 52)?;
+        check_range("gpa", gpa.0, len, 1 << 52)?;
         check_range("hva", hva, len, ADDRESSES)?;
         let (block_hva, block_len) = (request.host.address(), request.host.size());
         check_range("block_hva", block_hva, block_len, ADDRESSES)?;
@@ -293,7 +294,7 @@ impl Vm {
         let Region { gpa, len, .. } = *wanted;
         let hva = request.hva;
         let offset = hva - block.hva;
-        for (name, value) in [("gpa", gpa), ("len", len), ("hva", offset)] {
+        for (name, value) in [("gpa", gpa.0), ("len", len), ("hva", offset)] {
             if value % block.page != 0 {
                 fail!(EINVAL, "{name}: is not a multiple of the memory's page size {:#x}", block.page);
             }

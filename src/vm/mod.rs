@@ -6,6 +6,7 @@ mod nudge;
 
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::{Abi, ACCESS_UNKNOWN};
+use crate::kernel::address::Gpa;
 use crate::kernel::arch;
 use crate::kernel::event::Flag;
 use crate::kernel::kvm::{SystemFd, VcpuFd, VmFd};
@@ -209,12 +210,12 @@ impl Vm {
     }
 
     /// The block's pages of a guest range, which must lie in one slot.
-    fn pages<'s>(&self, slots: &'s Slots, gpa: u64, len: u64) -> Result<(&'s Slot, std::ops::Range<u64>)> {
+    fn pages<'s>(&self, slots: &'s Slots, gpa: Gpa, len: u64) -> Result<(&'s Slot, std::ops::Range<u64>)> {
         let Some(slot) = slots.at_any(gpa) else { fail!(ENOENT, "gpa: {gpa:#x} is in no slot") };
         if len == 0 {
             fail!(EINVAL, "len: is 0");
         }
-        check_alignment("gpa", gpa, len, slot.block.page)?;
+        check_alignment("gpa", gpa.0, len, slot.block.page)?;
         let page = slot.block.page;
         if len > slot.region.len - (gpa - slot.region.gpa) {
             fail!(EINVAL, "len: [{gpa:#x}, +{len:#x}) goes beyond slot {:#x}", slot.region.slot);
@@ -278,7 +279,7 @@ impl Vm {
     }
 
     /// Installs pages; EEXIST if all of them were present.
-    pub fn install(&self, gpa: u64, len: u64, source: Source) -> Result<()> {
+    pub fn install(&self, gpa: Gpa, len: u64, source: Source) -> Result<()> {
         self.check_ours()?;
         // A guard and no clone: a count that all vCPUs' installs bump would be where they meet.
         let slots = self.engine.memory.slots();
@@ -301,7 +302,7 @@ impl Vm {
     }
 
     /// Marks absent pages lost; EEXIST if none of them is absent.
-    pub fn lose(&self, gpa: u64, len: u64) -> Result<()> {
+    pub fn lose(&self, gpa: Gpa, len: u64) -> Result<()> {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
         if lose::lose(&self.engine.memory, &slot.block, pages)? == 0 {
@@ -311,7 +312,7 @@ impl Vm {
     }
 
     /// Makes pages absent again.
-    pub fn discard(&self, gpa: u64, len: u64) -> Result<()> {
+    pub fn discard(&self, gpa: Gpa, len: u64) -> Result<()> {
         self.check_ours()?;
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
@@ -319,7 +320,7 @@ impl Vm {
     }
 
     /// Gives back what the guest doesn't use: zeros at the next touch.
-    pub fn give_back(&self, gpa: u64, len: u64) -> Result<()> {
+    pub fn give_back(&self, gpa: Gpa, len: u64) -> Result<()> {
         self.check_ours()?;
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
@@ -327,7 +328,7 @@ impl Vm {
     }
 
     /// Makes announced pages absent again, and returns how many there were.
-    pub fn withdraw(&self, gpa: u64, len: u64) -> Result<u64> {
+    pub fn withdraw(&self, gpa: Gpa, len: u64) -> Result<u64> {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
         discard::withdraw(&self.engine.memory, &slot.block, pages)
@@ -338,7 +339,7 @@ impl Vm {
     /// bytes. Returns how many bits are set.
     pub fn bitmap(
         &self,
-        gpa: u64,
+        gpa: Gpa,
         len: u64,
         states: u32,
         size: u64,
@@ -368,7 +369,7 @@ impl Vm {
 
     /// Fetches pages through the resolver, on this thread; waits for those that other threads
     /// fetch.
-    pub fn resolve(&self, gpa: u64, len: u64) -> Result<()> {
+    pub fn resolve(&self, gpa: Gpa, len: u64) -> Result<()> {
         let slots = self.engine.memory.slots();
         let (slot, pages) = self.pages(&slots, gpa, len)?;
         let waiter = Patient(Sleeper::default());
@@ -405,7 +406,7 @@ impl Vm {
     }
 
     /// The state of the page at an address.
-    pub fn state(&self, gpa: u64) -> Result<State> {
+    pub fn state(&self, gpa: Gpa) -> Result<State> {
         let slots = self.engine.memory.slots();
         match slots.at_any(gpa) {
             Some(slot) => Ok(slot.block.pages.get(slot.page_of(gpa))),

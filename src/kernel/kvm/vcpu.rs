@@ -1,5 +1,6 @@
 //! A vCPU of KVM's.
 
+use super::super::address::Gpa;
 use super::super::signal::SignalSet;
 use super::descriptor::{Descriptor, Role};
 use super::{KVM_GET_STATS_FD, KVM_PRE_FAULT_MEMORY, KVM_RUN, KVM_SET_SIGNAL_MASK};
@@ -66,8 +67,8 @@ impl VcpuFd {
     /// replaces the root, and kvm_tdp_map_page retries until a signal. Seen to 7.3, in spite of
     /// "Check and free obsolete roots in kvm_mmu_reload()" (6.15), which helps only before the
     /// first try.
-    pub fn pre_fault(&self, gpa: u64, len: u64) -> Result<()> {
-        let mut arg = kb::kvm_pre_fault_memory { gpa, size: len, ..Default::default() };
+    pub fn pre_fault(&self, gpa: Gpa, len: u64) -> Result<()> {
+        let mut arg = kb::kvm_pre_fault_memory { gpa: gpa.0, size: len, ..Default::default() };
         self.0.set(KVM_PRE_FAULT_MEMORY, &mut arg, "KVM_PRE_FAULT_MEMORY")
     }
 }

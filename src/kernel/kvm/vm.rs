@@ -1,5 +1,6 @@
 //! A VM of KVM's.
 
+use super::super::address::Gpa;
 use super::descriptor::{Descriptor, Role};
 use super::vcpu::VcpuFd;
 use super::{KVM_CREATE_VCPU, KVM_ENABLE_CAP, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2};
@@ -41,7 +42,7 @@ impl VmFd {
                 let mut arg = kb::kvm_userspace_memory_region {
                     slot: region.slot,
                     flags: region.flags,
-                    guest_phys_addr: region.gpa,
+                    guest_phys_addr: region.gpa.0,
                     memory_size: region.len,
                     userspace_addr: region.hva,
                 };
@@ -51,7 +52,7 @@ impl VmFd {
                 let mut arg = kb::kvm_userspace_memory_region2 {
                     slot: region.slot,
                     flags: region.flags,
-                    guest_phys_addr: region.gpa,
+                    guest_phys_addr: region.gpa.0,
                     memory_size: region.len,
                     userspace_addr: region.hva,
                     ..Default::default()
@@ -79,7 +80,7 @@ pub struct Region {
     /// KVM_MEM_* and the fast-only flag.
     pub flags: u32,
     /// First guest physical address.
-    pub gpa: u64,
+    pub gpa: Gpa,
     /// Bytes; 0 deletes.
     pub len: u64,
     /// Where KVM finds the memory in this process.

@@ -2,6 +2,7 @@
 //! waits for a page as any system call does, but fails on a marker, without a word: so with
 //! `poison-trap` those pages must be present before KVM accesses them.
 
+use super::super::address::Gpa;
 use super::super::kvm::{iow, VcpuFd, VmFd};
 use crate::error::Result;
 use kvm_bindings as kb;
@@ -35,9 +36,9 @@ pub fn is_area_msr(msr: u32) -> bool {
 }
 
 /// The area that this value of an MSR registers; None if it registers none.
-pub fn area_of_msr(msr: u32, value: u64) -> Option<Range<u64>> {
+pub fn area_of_msr(msr: u32, value: u64) -> Option<Range<Gpa>> {
     let area = AREAS.iter().find(|area| area.msr == msr)?;
-    let start = value & !(area.align - 1);
+    let start = Gpa(value & !(area.align - 1));
     (value != 0 && value & area.enable == area.enable).then_some(start..start.checked_add(area.len)?)
 }
 
@@ -50,10 +51,11 @@ const FIRST_SMBASE: u64 = 0x3_0000;
 
 /// The areas of this vCPU, as its MSRs say now: address space, and range of guest physical
 /// addresses.
-pub fn areas(vcpu: &VcpuFd) -> impl Iterator<Item = (u32, Range<u64>)> + '_ {
+pub fn areas(vcpu: &VcpuFd) -> impl Iterator<Item = (u32, Range<Gpa>)> + '_ {
     let shared = MSRS.filter_map(|msr| Some((0, area_of_msr(msr, vcpu.msr(msr)?)?)));
     // A guest that is reset has the first SMBASE again.
     let saved = vcpu.msr(SMBASE).into_iter().flat_map(|smbase| [smbase, FIRST_SMBASE]);
+    let saved = saved.map(Gpa);
     shared.chain(saved.filter_map(|smbase| Some((1, smbase.checked_add(SAVED.start)?..smbase.checked_add(SAVED.end)?))))
 }
 

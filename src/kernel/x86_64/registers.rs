@@ -1,5 +1,6 @@
 //! A vCPU's registers, model-specific registers and CPUID.
 
+use super::super::address::Gpa;
 use super::super::kvm::{ior, iow, iowr, VcpuFd};
 use crate::error::Result;
 use kvm_bindings as kb;
@@ -78,10 +79,10 @@ impl VcpuFd {
     }
 
     /// Guest virtual to guest physical address, by the vCPU's page tables; None if not mapped.
-    pub fn translate(&self, linear: u64) -> Option<u64> {
+    pub fn translate(&self, linear: u64) -> Option<Gpa> {
         let mut arg = kb::kvm_translation { linear_address: linear, ..Default::default() };
         self.0.exchange(KVM_TRANSLATE, &mut arg, "KVM_TRANSLATE").ok()?;
-        (arg.valid != 0).then_some(arg.physical_address)
+        (arg.valid != 0).then_some(Gpa(arg.physical_address))
     }
 }
 

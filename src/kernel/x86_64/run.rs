@@ -1,5 +1,6 @@
 //! The exits of `struct kvm_run` that are completed only on x86.
 
+use super::super::address::Gpa;
 use super::super::kvm::Run;
 use kvm_bindings as kb;
 
@@ -7,7 +8,7 @@ use kvm_bindings as kb;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mmio {
     /// Guest physical address.
-    pub gpa: u64,
+    pub gpa: Gpa,
     /// What is written, or room for what is read.
     pub data: [u8; 8],
     /// 1 to 8 bytes.
@@ -33,7 +34,7 @@ impl Run {
         // SAFETY: the structure is mapped for as long as `self` lives; all bit patterns are valid
         // for this member.
         let mmio = unsafe { (&raw const (*self.as_ptr()).__bindgen_anon_1.mmio).read_volatile() };
-        Mmio { gpa: mmio.phys_addr, data: mmio.data, len: (mmio.len as usize).min(8), write: mmio.is_write != 0 }
+        Mmio { gpa: Gpa(mmio.phys_addr), data: mmio.data, len: (mmio.len as usize).min(8), write: mmio.is_write != 0 }
     }
 
     /// The bytes that the guest's read of a KVM_EXIT_MMIO gets.

@@ -129,6 +129,7 @@ fn absent_in(block: &Arc<Block>, range: Range<u64>, most: u64) -> Option<Piece> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::address::Gpa;
     use crate::kernel::host_memory::HostMemory;
     use crate::kernel::kvm::{ImmediateExit, Region};
     use crate::kernel::mem::Kind;
@@ -154,7 +155,7 @@ mod tests {
                 mechanism: 0,
             };
             let block = Arc::new(Block::new(shape, None, false, false)?);
-            let region = Region { slot: number, gpa: hva, len: 2048 * page_size(), hva, ..Default::default() };
+            let region = Region { slot: number, gpa: Gpa(hva), len: 2048 * page_size(), hva, ..Default::default() };
             slots = slots.with(Slot { region, block, offset: 0, fast_only: true }, false);
         }
         memory.replace_slots(slots);

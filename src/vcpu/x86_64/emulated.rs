@@ -8,6 +8,7 @@ use super::super::state::LoopState;
 use super::super::{Exit, Vcpu};
 use crate::error::{Error, Result};
 use crate::kernel::abi::{ACCESS_READ, ACCESS_WRITE};
+use crate::kernel::address::Gpa;
 use crate::kernel::arch::Mmio;
 use crate::kernel::mem;
 use crate::kernel::page::page_size;
@@ -20,7 +21,7 @@ use std::ops::Range;
 
 /// A part of an access that lies in one page: its slot, its address, and which of the access's
 /// bytes it is.
-type Piece<'s> = (&'s Slot, u64, Range<usize>);
+type Piece<'s> = (&'s Slot, Gpa, Range<usize>);
 /// The pieces of an access, which crosses one page border at most.
 type Pieces<'s> = [Option<Piece<'s>>; 2];
 

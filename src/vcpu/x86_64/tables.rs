@@ -10,6 +10,7 @@
 use super::super::state::LoopState;
 use super::super::{Exit, Vcpu};
 use crate::error::Result;
+use crate::kernel::address::Gpa;
 use crate::kernel::mem;
 use crate::memory::pages::State;
 use kvm_bindings::{kvm_segment, kvm_sregs};
@@ -23,7 +24,7 @@ struct Paging {
     /// Bytes of an entry.
     entry: u64,
     /// The first table.
-    top: u64,
+    top: Gpa,
 }
 
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -41,7 +42,7 @@ fn paging_of(sregs: &kvm_sregs) -> Option<Paging> {
     let (long, pae) = (sregs.efer & LMA != 0, sregs.cr4 & PAE != 0);
     let levels = if long { 4 + (sregs.cr4 & LA57 != 0) as u32 } else { 2 + pae as u32 };
     let (bits, entry) = if long || pae { (9, 8) } else { (10, 4) };
-    let top = sregs.cr3 & if long { ADDRESS } else { 0xffff_ffe0 };
+    let top = Gpa(sregs.cr3 & if long { ADDRESS } else { 0xffff_ffe0 });
     (sregs.cr0 & PG != 0).then_some(Paging { levels, bits, entry, top })
 }
 
@@ -57,10 +58,10 @@ fn linear(sregs: &kvm_sregs, segment: &kvm_segment, register: u64) -> u64 {
 /// them.
 #[derive(Default)]
 pub(super) struct Walked {
-    top: u64,
+    top: Gpa,
     region: u64,
     /// Their guest physical addresses; 0 behind the last.
-    entries: [u64; 5],
+    entries: [Gpa; 5],
 }
 
 impl Vcpu {
@@ -116,9 +117,9 @@ impl Vcpu {
     fn walk(&self, state: &mut LoopState, operand: usize, paging: &Paging, address: u64) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
         let space = self.run.space();
-        let at = |gpa: u64| slots.at(space, gpa).map(|slot| (slot, slot.block.pages.get(slot.page_of(gpa))));
+        let at = |gpa: Gpa| slots.at(space, gpa).map(|slot| (slot, slot.block.pages.get(slot.page_of(gpa))));
         let known = &state.arch.walked[operand];
-        let mut entries = known.entries.iter().take_while(|&&gpa| gpa != 0);
+        let mut entries = known.entries.iter().take_while(|&&gpa| gpa != Gpa(0));
         if (known.top, known.region) == (paging.top, address >> REGION)
             && entries.all(|&gpa| at(gpa).is_some_and(|(_, now)| now == State::Present))
         {
@@ -153,7 +154,7 @@ impl Vcpu {
                 state.arch.walked[operand] = walked;
                 break;
             }
-            table = entry & ADDRESS;
+            table = Gpa(entry & ADDRESS);
         }
         Ok(Exit::Handled)
     }
