@@ -34,7 +34,7 @@ struct job {
 	struct machine m;
 	struct ram ram;
 	unsigned vcpus;
-	bool zeros; /* nobody copies anything */
+	bool zeros; /* nothing is copied */
 	void *own;  /* the way's */
 };
 

@@ -179,7 +179,7 @@ static void memory_error_and_stats(void)
 		EQUAL("the size", u.info.size, size);
 		CHECK(u.bytes[size] == 0xee, "with size %zu more was written", size);
 		for (size_t i = sizeof(u.info); i < size; i++)
-			EQUAL("a byte that nobody knows", u.bytes[i], 0);
+			EQUAL("a byte with no meaning", u.bytes[i], 0);
 	}
 	EQUAL("gpa", u.info.gpa, INTACT_VM_GPA + 3 * PAGE);
 	EQUAL("lost", u.info.lost, 1);

@@ -202,7 +202,7 @@ static void toggle(void)
 		else
 			expect_halt(r, "flag on");
 		expect(set_slot(vm, 0) == 0, "turning it off");
-		expect_halt(guest_access(vm, WRITE, absent), "flag off: KVM brings the page");
+		expect_halt(guest_access(vm, WRITE, absent), "flag off: KVM faults the page in");
 	}
 	/* READONLY, by contrast, is fixed for a slot's life. */
 	expect(set_slot(vm, KVM_MEM_READONLY) == EINVAL, "READONLY toggled on a live slot");
@@ -395,7 +395,7 @@ static void bitmap_pointer(void)
 	}
 	if (row->behaviour == BITMAP) {
 		/*
-		 * Nobody checks more than the range: an unmapped bitmap is only noticed by the
+		 * KVM checks no more than the range: an unmapped bitmap is only noticed by the
 		 * access.
 		 */
 		expect(set_region2(vm, flag(), RAM_GPA, vm->ram, RAM_PAGES, 0) == 0, "bitmap at NULL");

@@ -70,7 +70,7 @@ static void mark(struct vm *vm, uint64_t page, bool absent)
 		__atomic_fetch_and(&vm->bitmap[page / 64], ~bit, __ATOMIC_RELEASE);
 }
 
-/* Brings a page, in the order in which a VMM must: bytes, then bitmap. */
+/* Installs a page, in the order in which a VMM must: bytes, then bitmap. */
 static void install(struct vm *vm, uint64_t page)
 {
 	populate(vm, page);

@@ -179,7 +179,7 @@ static const int late_answers[] = {
 	KVMFAULT_RESOLVED, KVMFAULT_PENDING, KVMFAULT_LOST, KVMFAULT_RETRY, -EIO, -EEXIST, 12345
 };
 
-/* Somebody gives the page up while the resolver is at it. */
+/* Another thread marks the page lost while the resolver fetches it. */
 static int answer_too_late(void *opaque, struct kvmfault_vm *vm, const struct kvmfault_fault *fault)
 {
 	(void)opaque;

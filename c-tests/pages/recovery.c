@@ -226,7 +226,7 @@ static void withdrawn(void)
 	}
 	EQUAL("state of one that is there", state_of(20), KVMFAULT_PAGE_PRESENT);
 	EQUAL("state of a lost one", state_of(21), KVMFAULT_PAGE_LOST);
-	EQUAL("state of one that nobody asked for", state_of(22), KVMFAULT_PAGE_ABSENT);
+	EQUAL("state of a page that was not asked for", state_of(22), KVMFAULT_PAGE_ABSENT);
 	resolver_vm_install(0);
 	resolver_vm_install(1);
 	resolver_vm_install(9);

@@ -350,8 +350,7 @@ static void finish(struct lazy *l)
 	expect_calls(l, "data", DATA, DATA_PAGES);
 	for (int page = DATA + DATA_PAGES; page < RAM_PAGES; page++)
 		CHECK(l->source.calls[page] == 0, "page %d, which the guest does not use, was fetched", page);
-	EQUAL("state of a page that nobody uses", kvmfault_pages_state(l->m.library, AT(RAM_PAGES - 1)),
-	      KVMFAULT_PAGE_ABSENT);
+	EQUAL("state of an unused page", kvmfault_pages_state(l->m.library, AT(RAM_PAGES - 1)), KVMFAULT_PAGE_ABSENT);
 	pattern_check(&pattern, l->ram.hva + DATA * PAGE, 0, DATA_PAGES);
 	vcpu_detach(l->v);
 	machine_destroy(&l->m);

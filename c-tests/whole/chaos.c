@@ -3,7 +3,7 @@
  * Everything that a VMM may do to the same few pages, done at once for a few seconds, in no order:
  * vCPUs want them, the VMM's threads want them, they are discarded, pushed, prefetched and filled
  * in the background, the fast path and the dirty log go on and off, vCPUs are kicked, and the
- * resolver answers whatever it may. Nobody ever sees a byte that is wrong, nothing hangs, and at
+ * resolver answers whatever it may. No byte that is read is wrong, nothing hangs, and at
  * the end everything can still be had.
  *
  * What fails here is a race that the other groups' orderly cases don't provoke. The seed differs
@@ -46,7 +46,7 @@ static void random_pages(uint64_t *gpa, uint64_t *len)
 	*len = count * PAGE;
 }
 
-/* Somebody else may have been faster. */
+/* Another thread may have been faster. */
 static void install(uint64_t gpa, uint64_t len)
 {
 	int ret = source_install(&source, m.library, gpa, len);

@@ -208,7 +208,7 @@ pub struct FillProgress {
     pub pages_left: u64,
     /// Calls of the resolver that failed. The pages are tried again.
     pub failures: u64,
-    /// At which rate memory came since the last report, whoever fetched it.
+    /// At which rate memory came since the last report, whichever thread fetched it.
     pub bytes_per_second: u64,
     /// Until nothing is absent, at this rate; `None` if that can't be told.
     pub eta: Option<Duration>,

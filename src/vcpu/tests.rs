@@ -170,5 +170,5 @@ fn a_page_that_is_unmapped_before_it_is_booked_is_found_again() {
         std::thread::sleep(Duration::from_millis(1));
     }
     block.pages.make_present(page);
-    assert_eq!(looked.recv_timeout(Duration::from_secs(10)).expect("nobody wakes it"), [7]);
+    assert_eq!(looked.recv_timeout(Duration::from_secs(10)).expect("it is not woken"), [7]);
 }

@@ -184,7 +184,7 @@ fn make_ordinary(vm: &Weak<Vm>, collapse: bool, is_stopped: &dyn Fn() -> bool) -
 
 /// Installing page by page leaves small pages, and KVM maps what it finds. Best effort: there may
 /// be no huge pages, or none wanted (/sys/kernel/mm/transparent_hugepage). What has holes stays as
-/// it is: a huge page would bring back what the guest has given back.
+/// it is: a huge page would allocate anew what the guest has given back.
 fn recover_huge_pages(memory: &Memory, block: &Block, is_stopped: &dyn Fn() -> bool) {
     if !matches!(block.kind, Kind::Anon | Kind::Shared) {
         return;

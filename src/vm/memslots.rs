@@ -318,7 +318,7 @@ impl Vm {
             }
         }
         let region = Region { version: 1, flags: request.kvm_flags, hva: block.kvm_hva() + offset, ..*wanted };
-        // Where a fill has ended nothing can be missing, until somebody turns the fast path on.
+        // Where a fill has ended nothing can be missing, until the VMM turns the fast path on.
         let fast_only = fast_only && (!block.phase.is_closed() || self.engine.memory.external);
         let mut slot = Slot { region, block: block.clone(), offset, fast_only };
         if slot.fast_only {

@@ -232,7 +232,7 @@ impl Vm {
                 "vm: was made without KVMFAULT_VM_EXTERNAL_UFFD: its pages are the library's to install and to discard"
             );
         }
-        // The library's alias of the memory is no place where the VMM has brought anything.
+        // The VMM installs nothing in the library's alias of the memory.
         let found = slots.at_hva(hva).filter(|(block, _)| hva.wrapping_sub(block.hva) < block.len);
         let Some((block, first)) = found else { fail!(ENOENT, "hva: {hva:#x} is in no slot's memory") };
         if len == 0 {
@@ -250,7 +250,7 @@ impl Vm {
         if self.engine.memory.external {
             fail!(
                 EOPNOTSUPP,
-                "vm: was made with KVMFAULT_VM_EXTERNAL_UFFD: its pages are the VMM's to bring and to drop; kvmfault_pages_arrived and _missing tell the library"
+                "vm: was made with KVMFAULT_VM_EXTERNAL_UFFD: its pages are the VMM's to install and to drop; kvmfault_pages_arrived and _missing tell the library"
             );
         }
         Ok(())
@@ -457,7 +457,7 @@ impl Vm {
             let _ = seat.kick();
         }
         self.wake_fill();
-        // Nobody reads the userfaultfd any more: nobody must wait for it.
+        // The userfaultfd is not read any more: no thread must wait for it.
         let memory = &self.engine.memory;
         memory.slots().blocks().for_each(|block| memory.unregister(block));
         if self.filters_msrs {
