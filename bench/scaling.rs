@@ -9,13 +9,13 @@
 //! wait for it. What is told is what one thread spends on one page: CPU time, so that more threads
 //! than CPUs don't count as slow. It should not grow with the number of threads.
 
-use kvmfault::internals::{Pages, Sleeper, State, WAITS};
+use kvmfault::internals::{Hva, Pages, Sleeper, State, WAITS};
 use std::fmt::Write;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 7;
-const HVA: u64 = 0x7f00_0000_0000;
+const HVA: Hva = Hva(0x7f00_0000_0000);
 
 /// Brings pages that are this thread's alone.
 fn distinct(pages: &Pages, thread: u64, threads: u64) -> u64 {

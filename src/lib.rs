@@ -108,6 +108,7 @@ pub use face::*;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod internals {
+    pub use crate::kernel::address::Hva;
     pub use crate::memory::pages::{Pages, State};
     pub use crate::memory::wait::{Sleeper, WAITS};
 }

@@ -4,7 +4,7 @@ use super::boundary::{not_in_callback, with};
 use super::structs::{self, Out};
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Result};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::host_memory::HostMemory;
 use crate::vm::memslots::{MemoryKind, SlotRequest};
 use std::ffi::{c_int, c_void};
@@ -242,8 +242,8 @@ pub unsafe extern "C" fn kvmfault_memslot_prepare(
             reserved: 0,
             guest_phys_addr: told.gpa.0,
             memory_size: told.len,
-            userspace_addr: told.hva,
-            userfault_bitmap: told.bitmap,
+            userspace_addr: told.hva.0,
+            userfault_bitmap: told.bitmap.0,
         };
         out.write(&c);
         Ok(0)
@@ -281,7 +281,7 @@ unsafe fn request(slot: &kvmfault_memslot) -> Result<SlotRequest> {
         kvm_flags: slot.kvm_flags,
         gpa: Gpa(slot.gpa),
         len: slot.len,
-        hva: slot.hva as u64,
+        hva: Hva(slot.hva as u64),
         host,
         memory,
         file: (slot.fd != -1).then_some((slot.fd, slot.fd_offset)),

@@ -11,7 +11,7 @@
 use super::boundary::{not_in_callback, with, with_wide};
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::mem::{self, ADDRESSES};
 use crate::memory::source::Source;
 use std::ffi::{c_int, c_void};
@@ -88,7 +88,7 @@ pub unsafe extern "C" fn kvmfault_pages_install(
             }
             Some(_) => {}
         }
-        vm.install(Gpa(gpa), len, Source::Copy(src as u64)).map(|()| 0)
+        vm.install(Gpa(gpa), len, Source::Copy(Hva(src as u64))).map(|()| 0)
     })
 }
 
@@ -149,7 +149,7 @@ pub unsafe extern "C" fn kvmfault_pages_map(vm: *const kvmfault_vm, gpa: u64, le
 /// `vm` is NULL or a handle of this library. `hva` is only compared.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_pages_arrived(vm: *const kvmfault_vm, hva: *const c_void, len: u64) -> c_int {
-    with("kvmfault_pages_arrived", vm, |vm| vm.arrived(hva as u64, len).map(|()| 0))
+    with("kvmfault_pages_arrived", vm, |vm| vm.arrived(Hva(hva as u64), len).map(|()| 0))
 }
 
 /// With KVMFAULT_VM_EXTERNAL_UFFD: the VMM's mapping doesn't have these pages, or no longer has
@@ -174,7 +174,7 @@ pub unsafe extern "C" fn kvmfault_pages_arrived(vm: *const kvmfault_vm, hva: *co
 pub unsafe extern "C" fn kvmfault_pages_missing(vm: *const kvmfault_vm, hva: *const c_void, len: u64) -> c_int {
     with("kvmfault_pages_missing", vm, |vm| {
         not_in_callback("kvmfault_pages_missing")?;
-        vm.missing(hva as u64, len).map(|()| 0)
+        vm.missing(Hva(hva as u64), len).map(|()| 0)
     })
 }
 
@@ -391,7 +391,7 @@ pub unsafe extern "C" fn kvmfault_pages_bitmap(
         }
         let put = |offset, bytes: &[u8]| {
             // SAFETY: C says that the bitmap has room for `size` bytes, which it lets us write.
-            unsafe { mem::write((bitmap as u64).wrapping_add(offset), bytes) }
+            unsafe { mem::write(Hva((bitmap as u64).wrapping_add(offset)), bytes) }
         };
         vm.bitmap(Gpa(gpa), len, states, size as u64, put).map(|set| set as i64)
     })

@@ -130,7 +130,7 @@ pub unsafe extern "C" fn kvmfault_file_source_resolve(
             // source has.
             let result = unsafe {
                 match from {
-                    Source::Copy(address) => kvmfault_pages_install(vm, gpa, address as *const c_void, len),
+                    Source::Copy(address) => kvmfault_pages_install(vm, gpa, address.as_ptr(), len),
                     _ => kvmfault_pages_zero(vm, gpa, len),
                 }
             };

@@ -8,7 +8,7 @@ use super::boundary::{clear_out, enter, not_in_callback, put, with, Handle, Opaq
 use super::structs::{self, Out};
 use super::vm::kvmfault_vm;
 use crate::error::{fail, Error, Result};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::kvm::Run;
 use crate::kernel::page::page_size;
 use crate::vcpu::{Exit, Options, Sigbus, Vcpu};
@@ -340,7 +340,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_on_sigbus(
         Ok(seat) => seat,
         Err(error) => return error,
     };
-    (code == libc::BUS_MCEERR_AR && seat.note_bus(code, address as u64)).into()
+    (code == libc::BUS_MCEERR_AR && seat.note_bus(code, Hva(address as u64))).into()
 }
 
 /// Makes `kvmfault_vcpu_run` or `kvmfault_vcpu_handle_exit` of this vCPU return
@@ -429,7 +429,7 @@ pub unsafe extern "C" fn kvmfault_vcpu_memory_error(
         let c = kvmfault_memory_error_info {
             size: 0,
             gpa: error.gpa.map_or(u64::MAX, |gpa| gpa.0),
-            hva: error.hva as *mut _,
+            hva: error.hva.as_ptr(),
             len: error.len,
             lost: error.lost.into(),
             reserved: 0,

@@ -5,7 +5,7 @@ use super::finalizer::Finalizer;
 use super::resolver::*;
 use super::structs;
 use crate::error::{fail, Result};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::mechanism;
 use crate::resolve::{Answer, Fault, Origin, Resolver};
 use crate::vm::{Options, Vm};
@@ -157,7 +157,7 @@ impl Resolver for Callbacks {
             size: size_of::<kvmfault_fault>(),
             gpa: fault.gpa.0,
             len: fault.len,
-            hva: fault.hva as *mut c_void,
+            hva: fault.hva.as_ptr(),
             slot: fault.slot,
             access: fault.access,
             origin,
@@ -385,8 +385,8 @@ pub unsafe extern "C" fn kvmfault_vm_check_guest(vm: *const kvmfault_vm, vcpu_fd
 /// `vm` is NULL or a handle of this library. `address` is only compared.
 #[no_mangle]
 pub unsafe extern "C" fn kvmfault_vm_address(vm: *const kvmfault_vm, address: *const c_void) -> *mut c_void {
-    let found = with_wide("kvmfault_vm_address", vm, |vm| match vm.vmm_address(address as u64) {
-        Some(address) => Ok(address as i64),
+    let found = with_wide("kvmfault_vm_address", vm, |vm| match vm.vmm_address(Hva(address as u64)) {
+        Some(Hva(address)) => Ok(address as i64),
         None => fail!(ENOENT, "address: {address:p} is in no slot's memory"),
     });
     found.max(0) as *mut c_void

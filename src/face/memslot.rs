@@ -151,8 +151,8 @@ impl Region {
             flags: region.flags,
             guest_phys_addr: region.gpa.0,
             memory_size: region.len,
-            userspace_addr: region.hva,
-            userfault_bitmap: region.bitmap,
+            userspace_addr: region.hva.0,
+            userfault_bitmap: region.bitmap.0,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::vm::Vm;
 use crate::error::{fail, Result};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::memory::pages::State;
 use crate::memory::source::Source;
 
@@ -50,7 +50,7 @@ impl Vm {
     /// once. Pages that are present already keep their bytes; `EEXIST` if all are. `EHWPOISON` if a
     /// page is lost. Also from callbacks.
     pub fn install(&self, gpa: u64, bytes: &[u8]) -> Result<()> {
-        self.inner()?.install(Gpa(gpa), bytes.len() as u64, Source::Copy(bytes.as_ptr() as u64))
+        self.inner()?.install(Gpa(gpa), bytes.len() as u64, Source::Copy(Hva(bytes.as_ptr() as u64)))
     }
 
     /// Installs pages of zeros. Otherwise as [`install`](Self::install).
@@ -128,13 +128,13 @@ impl Vm {
     /// With [`VmOptions::external_uffd`](crate::VmOptions::external_uffd): the VMM's mapping has
     /// these pages now. `hva` is the address in it. Also from callbacks.
     pub fn arrived(&self, hva: u64, len: u64) -> Result<()> {
-        self.inner()?.arrived(hva, len)
+        self.inner()?.arrived(Hva(hva), len)
     }
 
     /// With [`VmOptions::external_uffd`](crate::VmOptions::external_uffd): the VMM's mapping
     /// doesn't have these pages. The VMM has registered them with its userfaultfd, and dropped
     /// their bytes, before this. Not from callbacks.
     pub fn missing(&self, hva: u64, len: u64) -> Result<()> {
-        self.outside_callbacks("Vm::missing")?.missing(hva, len)
+        self.outside_callbacks("Vm::missing")?.missing(Hva(hva), len)
     }
 }

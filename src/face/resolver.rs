@@ -105,7 +105,7 @@ impl Fault<'_> {
 
     /// The page's address in this process, in the VMM's own mapping.
     pub fn hva(&self) -> u64 {
-        self.0.hva
+        self.0.hva.0
     }
 
     /// KVM's number of the memslot.

@@ -2,7 +2,7 @@
 
 use super::vm::Vm;
 use crate::error::Result;
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::resolve::not_in_callback;
 use crate::resolve::seat::Seat;
 use crate::stats::snapshot::Stats;
@@ -132,7 +132,7 @@ impl Vcpu {
             vcpu::Exit::MemoryError => {
                 let error = self.inner.memory_error()?.expect("the exit says that there is one");
                 let vcpu::MemoryError { gpa, hva, len, lost } = error;
-                Exit::MemoryError(MemoryError { gpa: gpa.map(|gpa| gpa.0), hva, len, lost })
+                Exit::MemoryError(MemoryError { gpa: gpa.map(|gpa| gpa.0), hva: hva.0, len, lost })
             }
         })
     }
@@ -214,7 +214,7 @@ impl Kicker {
     /// the vCPU's thread. `code` and `address` are the `si_code` and `si_addr` of its `siginfo_t`.
     /// False: the signal is the VMM's to handle. Async-signal-safe.
     pub fn on_sigbus(&self, code: i32, address: u64) -> bool {
-        code == libc::BUS_MCEERR_AR && self.seat.note_bus(code, address)
+        code == libc::BUS_MCEERR_AR && self.seat.note_bus(code, Hva(address))
     }
 }
 

@@ -4,7 +4,7 @@ use super::kinds::Mechanism;
 use super::memslot::{Memslot, Region};
 use super::resolver::{Adapter, Resolver};
 use crate::error::Result;
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::host_memory::HostMemory;
 use crate::resolve::not_in_callback;
 use crate::stats::snapshot::Stats;
@@ -238,7 +238,7 @@ impl Vm {
     /// An address that the kernel named (that of a SIGBUS, say) as one of the VMM's own mapping:
     /// KVM may know the memory by the library's alias. `None` if it is in no memslot's memory.
     pub fn vmm_address(&self, address: u64) -> Option<u64> {
-        self.inner().ok()?.vmm_address(address)
+        self.inner().ok()?.vmm_address(Hva(address)).map(|hva| hva.0)
     }
 
     /// The counters of the VM: the sum over its vCPUs, its reader threads and calls from outside.
@@ -254,7 +254,7 @@ fn deletion(number: u32) -> SlotRequest {
         kvm_flags: 0,
         gpa: Gpa(0),
         len: 0,
-        hva: 0,
+        hva: Hva(0),
         host: HostMemory::none(),
         memory: MemoryKind::Auto,
         file: None,

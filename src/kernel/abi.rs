@@ -5,7 +5,7 @@
 //! KVM_CAP_PRE_FAULT_MEMORY there), so a row is used only after a scratch VM behaved as it says
 //! (see [`super::probe`]). Only rows that were proven on a kernel are listed.
 
-use super::address::Gpa;
+use super::address::{Gpa, Hva};
 use super::arch;
 use super::kvm::{Region, Run};
 
@@ -154,10 +154,10 @@ impl Abi {
     }
 
     /// Makes a region fast-only.
-    pub fn arm(&self, region: &mut Region, bitmap: u64) {
+    pub fn arm(&self, region: &mut Region, bitmap: Hva) {
         region.flags |= self.slot_flag;
         region.version = region.version.max(self.region);
-        region.bitmap = if self.bitmap { bitmap } else { 0 };
+        region.bitmap = if self.bitmap { bitmap } else { Hva(0) };
     }
 }
 

@@ -11,12 +11,6 @@ macro_rules! address {
         pub struct $name(pub u64);
 
         impl $name {
-            /// The address `len` bytes on; None if there is none.
-            #[inline]
-            pub fn checked_add(self, len: u64) -> Option<Self> {
-                self.0.checked_add(len).map(Self)
-            }
-
             /// The distance from `start`, modulo 2^64: what is below `start` is far away.
             #[inline]
             pub fn wrapping_sub(self, start: Self) -> u64 {
@@ -76,6 +70,39 @@ address! {
     Gpa
 }
 
+impl Gpa {
+    /// The address `len` bytes on; None if there is none.
+    #[inline]
+    pub fn checked_add(self, len: u64) -> Option<Gpa> {
+        self.0.checked_add(len).map(Gpa)
+    }
+}
+
+address! {
+    /// A host virtual address: of guest memory in this process, or of bytes that go there.
+    Hva
+}
+
+impl Hva {
+    /// The address `len` bytes on, or the last one.
+    #[inline]
+    pub fn saturating_add(self, len: u64) -> Hva {
+        Hva(self.0.saturating_add(len))
+    }
+
+    /// The distance from `start`; 0 if that is above.
+    #[inline]
+    pub fn saturating_sub(self, start: Hva) -> u64 {
+        self.0.saturating_sub(start.0)
+    }
+
+    /// For system calls that take a pointer.
+    #[inline]
+    pub fn as_ptr<T>(self) -> *mut T {
+        self.0 as *mut T
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,6 +116,7 @@ mod tests {
     #[test]
     fn addresses_end() {
         assert_eq!((Gpa(1).checked_add(u64::MAX), Gpa(0).checked_add(u64::MAX)), (None, Some(Gpa(u64::MAX))));
+        assert_eq!((Hva(1).saturating_add(u64::MAX), Hva(1).saturating_sub(Hva(2))), (Hva(u64::MAX), 0));
         assert_eq!((Gpa(5) - Gpa(3), Gpa(3).wrapping_sub(Gpa(5)), Gpa(0x1234) % 0x1000), (2, u64::MAX - 1, 0x234));
     }
 }

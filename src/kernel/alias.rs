@@ -2,6 +2,7 @@
 //! the VMM may be several files side by side to the kernel, or one mapping that was split (madvise,
 //! mbind and mlock do that).
 
+use super::address::Hva;
 use super::host_memory::HostMemory;
 use super::mem::{mappings, Kind, Mapping, MapsLine};
 
@@ -48,7 +49,7 @@ fn open(map: &MapsLine) -> Result<File> {
 }
 
 /// Checks that this mapping shows, at `hva`, the file `fd` from `offset` on.
-fn check_file(map: &MapsLine, hva: u64, fd: RawFd, offset: u64) -> Result<()> {
+fn check_file(map: &MapsLine, hva: Hva, fd: RawFd, offset: u64) -> Result<()> {
     let file = file::duplicate(fd, "fd")?.metadata().map_err(|e| Error::from_io("fd: fstat", &e))?;
     if (map.inode, map.device) != (file.ino(), file.dev()) {
         fail!(EINVAL, "fd: {fd} is not the file that is mapped at hva {hva:#x}");
@@ -72,7 +73,7 @@ mod tests {
         let [one, two] = [8, 8].map(|pages| tests::shared(pages * page_size()));
         // The second file, the first from its fourth page on, and the first from its beginning:
         // they don't merge.
-        let mut memory = Mapping::room(9 * page_size(), page_size(), huge_page_size()).unwrap();
+        let mut memory = Mapping::room(9 * page_size(), Hva(page_size()), huge_page_size()).unwrap();
         for (n, (file, offset)) in [(&two, 0), (&one, 4 * page_size()), (&one, 0)].into_iter().enumerate() {
             memory.fill_from_file(n as u64 * 3 * page_size(), 3 * page_size(), file.as_raw_fd(), offset).unwrap();
         }

@@ -31,7 +31,7 @@ pub fn with<R>(len: u64, work: impl FnOnce(&mut [u8]) -> R) -> Result<R> {
     // SAFETY: the mapping is anonymous, private, readable and writable, at least `len` bytes long,
     // and nothing else refers to it: it was taken out of its place, and goes back when the slice is
     // gone.
-    let bytes = unsafe { std::slice::from_raw_parts_mut(buffer.address() as *mut u8, len as usize) };
+    let bytes = unsafe { std::slice::from_raw_parts_mut(buffer.address().as_ptr(), len as usize) };
     let result = work(bytes);
     if buffer.size() <= KEPT {
         let _ = BUFFER.try_with(|place| place.set(Some(buffer)));

@@ -2,13 +2,14 @@
 //! Nothing else is ever given to madvise(2), mprotect(2), userfaultfd or KVM, nor written: their
 //! functions take an [`Area`], which only the two give out.
 
+use super::address::Hva;
 use super::mem::Mapping;
 use std::marker::PhantomData;
 
 /// Guest memory in this process, lent to the library for memslots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostMemory {
-    hva: u64,
+    hva: Hva,
     len: u64,
 }
 
@@ -33,23 +34,23 @@ impl HostMemory {
     ///   at any time, and take pages away. Raw pointers with volatile accesses are fine.
     /// - Nothing else relies on its bytes: setting a memslot may drop them.
     pub unsafe fn new(start: *mut u8, len: usize) -> HostMemory {
-        HostMemory { hva: start as u64, len: len as u64 }
+        HostMemory { hva: Hva(start as u64), len: len as u64 }
     }
 
     /// No memory.
     pub(crate) fn none() -> HostMemory {
-        HostMemory { hva: 0, len: 0 }
+        HostMemory { hva: Hva(0), len: 0 }
     }
 
     /// Memory at an address of no meaning, for tests that never touch it; or at that of a mapping
     /// that outlives it.
     #[cfg(test)]
-    pub(crate) fn for_test(hva: u64, len: u64) -> HostMemory {
+    pub(crate) fn for_test(hva: Hva, len: u64) -> HostMemory {
         HostMemory { hva, len }
     }
 
     /// Its first byte.
-    pub(crate) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> Hva {
         self.hva
     }
 
@@ -60,7 +61,7 @@ impl HostMemory {
 
     /// The part that begins at an address and has `len` bytes; `None` if it isn't inside.
     #[inline]
-    pub(crate) fn area(&self, hva: u64, len: u64) -> Option<Area<'_>> {
+    pub(crate) fn area(&self, hva: Hva, len: u64) -> Option<Area<'_>> {
         Area::within(self.hva, self.len, hva, len)
     }
 
@@ -73,7 +74,7 @@ impl HostMemory {
 impl Mapping {
     /// The part that begins at an address and has `len` bytes; `None` if it isn't inside.
     #[inline]
-    pub fn area(&self, hva: u64, len: u64) -> Option<Area<'_>> {
+    pub fn area(&self, hva: Hva, len: u64) -> Option<Area<'_>> {
         Area::within(self.address(), self.size(), hva, len)
     }
 
@@ -86,21 +87,21 @@ impl Mapping {
 /// A range of memory that the library may change.
 #[derive(Debug, Clone, Copy)]
 pub struct Area<'m> {
-    hva: u64,
+    hva: Hva,
     len: u64,
     memory: PhantomData<&'m ()>,
 }
 
 impl<'m> Area<'m> {
     #[inline]
-    fn within(start: u64, size: u64, hva: u64, len: u64) -> Option<Area<'m>> {
+    fn within(start: Hva, size: u64, hva: Hva, len: u64) -> Option<Area<'m>> {
         let offset = hva.wrapping_sub(start);
         (offset <= size && len <= size - offset).then_some(Area { hva, len, memory: PhantomData })
     }
 
     /// Its first byte.
     #[inline]
-    pub fn hva(self) -> u64 {
+    pub fn hva(self) -> Hva {
         self.hva
     }
 
@@ -130,14 +131,14 @@ mod tests {
 
     #[test]
     fn an_area_lies_inside() {
-        let memory = HostMemory::for_test(0x1000, 0x3000);
-        let area = |hva, len| memory.area(hva, len).map(|a| (a.hva(), a.len()));
+        let memory = HostMemory::for_test(Hva(0x1000), 0x3000);
+        let area = |hva, len| memory.area(Hva(hva), len).map(|a| (a.hva().0, a.len()));
         assert_eq!(area(0x1000, 0x3000), Some((0x1000, 0x3000)));
         assert_eq!(area(0x4000, 0), Some((0x4000, 0)));
         for (hva, len) in [(0xfff, 1), (0x1000, 0x3001), (0x4000, 1), (0x2000, u64::MAX), (u64::MAX, 2), (0, 0)] {
             assert_eq!(area(hva, len), None, "{hva:#x} {len:#x}");
         }
-        let part = |a: Area<'_>| (a.hva(), a.len());
+        let part = |a: Area<'_>| (a.hva().0, a.len());
         assert_eq!(part(memory.whole().after(0x1000).first(0x1000)), (0x2000, 0x1000));
         assert_eq!(part(memory.whole().after(0x9000).first(0x1000)), (0x4000, 0));
     }

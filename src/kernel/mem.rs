@@ -1,6 +1,7 @@
 //! Memory of this process: mappings that the library makes, what the VMM has mapped where, and
 //! accesses that fail instead of crashing.
 
+use super::address::Hva;
 use super::host_memory::{Area, HostMemory};
 use super::page::page_size;
 use super::{file, process, unseen};
@@ -19,7 +20,7 @@ const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESER
 /// with its own memory (mlockall(2)).
 #[derive(Debug)]
 pub struct Mapping {
-    address: u64,
+    address: Hva,
     len: u64,
 }
 
@@ -61,7 +62,7 @@ impl Mapping {
         // SAFETY: the page is ours, and nothing refers to it. It moves to a range that the kernel
         // picks, or grows into an unused one.
         let address =
-            unsafe { libc::mremap(first.address as *mut _, page_size() as usize, len as usize, libc::MREMAP_MAYMOVE) };
+            unsafe { libc::mremap(first.address.as_ptr(), page_size() as usize, len as usize, libc::MREMAP_MAYMOVE) };
         if address == libc::MAP_FAILED {
             let error = Error::last_os("mremap of a mapping to its length");
             drop(first);
@@ -72,7 +73,7 @@ impl Mapping {
             };
         }
         std::mem::forget(first);
-        Ok(Mapping { address: address as u64, len })
+        Ok(Mapping { address: Hva(address as u64), len })
     }
 
     /// A mapping of the whole length at once. It is made inaccessible, because mlockall(MCL_FUTURE)
@@ -84,14 +85,14 @@ impl Mapping {
         if address == libc::MAP_FAILED {
             return Err(Error::last_os(what));
         }
-        let mapping = Mapping { address: address as u64, len };
+        let mapping = Mapping { address: Hva(address as u64), len };
         mapping.open(0, len, prot, what)?;
         Ok(mapping)
     }
 
     /// Makes a part that is still inaccessible accessible, and not locked.
     fn open(&self, at: u64, len: u64, prot: i32, what: &str) -> Result<()> {
-        let address = (self.address + at) as *mut libc::c_void;
+        let address = (self.address + at).as_ptr();
         // SAFETY: the range is ours, and nothing refers to it.
         let done = unsafe {
             libc::munlock(address, len as usize);
@@ -105,7 +106,7 @@ impl Mapping {
 
     /// Inaccessible room for a mapping of `len` bytes. Its address and `like` are equal modulo
     /// `align`, so that huge pages fit in both alike.
-    pub fn room(len: u64, like: u64, align: u64) -> Result<Mapping> {
+    pub fn room(len: u64, like: Hva, align: u64) -> Result<Mapping> {
         let mut room = Mapping::grown(len + align, libc::PROT_NONE, PRIVATE, -1, "mmap of room for a mapping")?;
         let before = like.wrapping_sub(room.address) % align;
         drop(room.split_off(before + len));
@@ -129,7 +130,7 @@ impl Mapping {
         let to = self.address + at;
         // SAFETY: what is replaced is ours, and Rust holds no reference to it (`self` is borrowed
         // exclusively).
-        let done = unsafe { libc::mmap(to as *mut _, len as usize, libc::PROT_NONE, flags, fd, offset as i64) };
+        let done = unsafe { libc::mmap(to.as_ptr(), len as usize, libc::PROT_NONE, flags, fd, offset as i64) };
         self.filled(done, "mmap of a shared mapping")?;
         self.open(at, len, prot, "mmap of a shared mapping")
     }
@@ -144,7 +145,7 @@ impl Mapping {
         // SAFETY: with an old size of 0 the old mapping stays as it is; what is replaced is ours,
         // and Rust holds no reference to it (`self` is borrowed exclusively).
         let done =
-            unsafe { libc::mremap(hva as *mut _, 0, len as usize, flags, (self.address + at) as *mut libc::c_void) };
+            unsafe { libc::mremap(hva.as_ptr(), 0, len as usize, flags, (self.address + at).as_ptr::<libc::c_void>()) };
         self.filled(done, "mremap to a second mapping")
     }
 
@@ -160,7 +161,7 @@ impl Mapping {
     }
 
     /// Its first address.
-    pub fn address(&self) -> u64 {
+    pub fn address(&self) -> Hva {
         self.address
     }
 
@@ -174,7 +175,7 @@ impl Mapping {
     pub fn unlock(&self) {
         // SAFETY: the range is ours; this changes what the kernel may do with its pages, and not
         // what is in them.
-        unsafe { libc::munlock(self.address as *const _, self.len as usize) };
+        unsafe { libc::munlock(self.address.as_ptr(), self.len as usize) };
     }
 
     /// Releases the memory, but never the addresses: KVM may still have them (as a memslot's), and
@@ -183,7 +184,7 @@ impl Mapping {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
         // SAFETY: the range is ours, and no reference outlives `self`. If it fails the mapping
         // stays as it is, which keeps the addresses as well.
-        unsafe { libc::mmap(self.address as *mut _, self.len as usize, libc::PROT_NONE, flags, -1, 0) };
+        unsafe { libc::mmap(self.address.as_ptr(), self.len as usize, libc::PROT_NONE, flags, -1, 0) };
         std::mem::forget(self);
     }
 
@@ -191,7 +192,7 @@ impl Mapping {
     pub fn atomics(&self) -> &[AtomicU64] {
         // SAFETY: the range is mapped readable and writable, page-aligned, and lives as long as
         // `self`; atomics may be shared.
-        unsafe { std::slice::from_raw_parts(self.address as *const AtomicU64, self.len as usize / 8) }
+        unsafe { std::slice::from_raw_parts(self.address.as_ptr::<AtomicU64>(), self.len as usize / 8) }
     }
 }
 
@@ -199,7 +200,7 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the range is ours alone; no reference outlives `self` (see `atomics`). An empty
         // one is EINVAL.
-        unsafe { libc::munmap(self.address as *mut _, self.len as usize) };
+        unsafe { libc::munmap(self.address.as_ptr(), self.len as usize) };
     }
 }
 
@@ -213,7 +214,7 @@ impl Area<'_> {
     pub fn advise(self, advice: i32, what: &str) -> Result<()> {
         // SAFETY: an area is memory of the library's, or was lent to it to change what is in its
         // pages: HostMemory::new.
-        match unsafe { libc::madvise(self.hva() as *mut _, self.len() as usize, advice) } {
+        match unsafe { libc::madvise(self.hva().as_ptr(), self.len() as usize, advice) } {
             0 => Ok(()),
             _ => {
                 let error = Error::last_os(what);
@@ -240,7 +241,7 @@ impl Area<'_> {
         let rights = if accessible { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_NONE };
         // SAFETY: as in `advise`; pages that become inaccessible are guest memory, which Rust has
         // no reference to.
-        match unsafe { libc::mprotect(self.hva() as *mut _, self.len() as usize, rights) } {
+        match unsafe { libc::mprotect(self.hva().as_ptr(), self.len() as usize, rights) } {
             0 => Ok(()),
             _ => Err(Error::last_os("mprotect")),
         }
@@ -255,10 +256,10 @@ impl Area<'_> {
 }
 
 /// Has the kernel fault memory in for reading, as loads would (MADV_POPULATE_READ, Linux 5.14).
-pub fn populate_read(hva: u64, len: u64) -> Result<()> {
+pub fn populate_read(hva: Hva, len: u64) -> Result<()> {
     // SAFETY: no byte changes, whatever is there: it is what a load does, but an error instead of a
     // crash.
-    match unsafe { libc::madvise(hva as *mut _, len as usize, libc::MADV_POPULATE_READ) } {
+    match unsafe { libc::madvise(hva.as_ptr(), len as usize, libc::MADV_POPULATE_READ) } {
         0 => Ok(()),
         _ => Err(Error::last_os("madvise(MADV_POPULATE_READ)")),
     }
@@ -266,7 +267,7 @@ pub fn populate_read(hva: u64, len: u64) -> Result<()> {
 
 /// Reads this process's memory; EFAULT where a plain load would crash. Waits where userfaultfd
 /// makes a load wait.
-pub fn read(hva: u64, bytes: &mut [u8]) -> Result<()> {
+pub fn read(hva: Hva, bytes: &mut [u8]) -> Result<()> {
     // SAFETY: nothing but `bytes` is written, which is a live buffer.
     unsafe { transfer(hva, bytes.as_mut_ptr(), bytes.len(), false) }
 }
@@ -275,7 +276,7 @@ pub fn read(hva: u64, bytes: &mut [u8]) -> Result<()> {
 ///
 /// # Safety
 /// The memory at `hva`, if there is any, may be written: Rust has no reference to it.
-pub unsafe fn write(hva: u64, bytes: &[u8]) -> Result<()> {
+pub unsafe fn write(hva: Hva, bytes: &[u8]) -> Result<()> {
     // SAFETY: the caller's promise; `bytes` is only read.
     unsafe { transfer(hva, bytes.as_ptr().cast_mut(), bytes.len(), true) }
 }
@@ -283,9 +284,9 @@ pub unsafe fn write(hva: u64, bytes: &[u8]) -> Result<()> {
 /// # Safety
 /// `local` is a buffer of `len` bytes. The one that is written, `local` or (to `store`) the memory
 /// at `hva`, may be.
-unsafe fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<()> {
+unsafe fn transfer(hva: Hva, local: *mut u8, len: usize, store: bool) -> Result<()> {
     let local = libc::iovec { iov_base: local.cast(), iov_len: len };
-    let remote = libc::iovec { iov_base: hva as *mut _, iov_len: len };
+    let remote = libc::iovec { iov_base: hva.as_ptr(), iov_len: len };
     let pid = process::id()?;
     // SAFETY: the caller's promise; the kernel checks the remote address.
     let done = unsafe {
@@ -304,7 +305,7 @@ unsafe fn transfer(hva: u64, local: *mut u8, len: usize, store: bool) -> Result<
 
 /// Is the page at `hva` broken (madvise(2), EHWPOISON)? Before MADV_POPULATE_READ (Linux 5.14) an
 /// inaccessible page can't be told from a broken one.
-pub fn is_poisoned(hva: u64, page: u64) -> bool {
+pub fn is_poisoned(hva: Hva, page: u64) -> bool {
     match populate_read(hva, 0) {
         Ok(()) => matches!(populate_read(hva, page), Err(e) if e.errno == libc::EHWPOISON),
         Err(_) => matches!(read(hva, &mut [0]), Err(e) if e.errno == libc::EFAULT),
@@ -313,24 +314,24 @@ pub fn is_poisoned(hva: u64, page: u64) -> bool {
 
 /// Whether each page has content, as far as mincore(2) shows it: mapped, or in the page cache (of
 /// hugetlb it shows only what is mapped).
-pub fn resident(hva: u64, len: u64) -> Result<Vec<bool>> {
+pub fn resident(hva: Hva, len: u64) -> Result<Vec<bool>> {
     let mut resident = vec![0u8; len.div_ceil(page_size()) as usize];
     // SAFETY: mincore writes one byte a page, for which there is room.
-    match unsafe { libc::mincore(hva as *mut _, len as usize, resident.as_mut_ptr()) } {
+    match unsafe { libc::mincore(hva.as_ptr(), len as usize, resident.as_mut_ptr()) } {
         0 => Ok(resident.iter().map(|r| r & 1 != 0).collect()),
         _ => Err(Error::last_os("mincore")),
     }
 }
 
 /// The first page that has content, as far as mincore(2) shows it: see `resident`.
-pub fn first_resident(hva: u64, len: u64) -> Result<Option<u64>> {
+pub fn first_resident(hva: Hva, len: u64) -> Result<Option<Hva>> {
     const CHUNK: u64 = 1 << 16; // pages a call
     let mut resident = vec![0u8; len.div_ceil(page_size()).min(CHUNK) as usize];
     let mut at = hva;
     while at < hva + len {
         let pages = (hva + len - at).div_ceil(page_size()).min(CHUNK);
         // SAFETY: mincore writes one byte a page, for which there is room.
-        if unsafe { libc::mincore(at as *mut _, (pages * page_size()) as usize, resident.as_mut_ptr()) } != 0 {
+        if unsafe { libc::mincore(at.as_ptr(), (pages * page_size()) as usize, resident.as_mut_ptr()) } != 0 {
             return Err(Error::last_os("mincore"));
         }
         if let Some(page) = resident[..pages as usize].iter().position(|r| r & 1 != 0) {
@@ -392,7 +393,7 @@ pub fn inspect(memory: &HostMemory, declared: Option<Kind>, fd: Option<RawFd>) -
 }
 
 /// The mappings that make up [hva, hva + len), in order; an error if something in it isn't mapped.
-pub fn mappings(hva: u64, len: u64) -> Result<Vec<MapsLine>> {
+pub fn mappings(hva: Hva, len: u64) -> Result<Vec<MapsLine>> {
     let maps = File::open("/proc/self/maps").map_err(|e| Error::from_io("/proc/self/maps", &e))?;
     let (mut at, mut found) = (hva, Vec::new());
     for line in BufReader::new(maps).lines() {
@@ -414,9 +415,9 @@ pub fn mappings(hva: u64, len: u64) -> Result<Vec<MapsLine>> {
 #[derive(Debug)]
 pub struct MapsLine {
     /// Its first byte.
-    pub start: u64,
+    pub start: Hva,
     /// The byte after its last.
-    pub end: u64,
+    pub end: Hva,
     readable: bool,
     writable: bool,
     shared: bool,
@@ -437,8 +438,8 @@ fn parse_maps_line(line: &str) -> Option<MapsLine> {
     let (major, minor) = fields.next()?.split_once(':')?;
     let device = libc::makedev(u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
     Some(MapsLine {
-        start: u64::from_str_radix(start, 16).ok()?,
-        end: u64::from_str_radix(end, 16).ok()?,
+        start: Hva(u64::from_str_radix(start, 16).ok()?),
+        end: Hva(u64::from_str_radix(end, 16).ok()?),
         readable: rights.first() == Some(&b'r'),
         writable: rights.get(1) == Some(&b'w'),
         shared: rights.get(3) == Some(&b's'),
@@ -509,7 +510,7 @@ fn is_tmpfs(name: &str) -> bool {
     }
 }
 
-fn kernel_page_size(start: u64) -> Result<u64> {
+fn kernel_page_size(start: Hva) -> Result<u64> {
     let smaps = File::open("/proc/self/smaps").map_err(|e| Error::from_io("/proc/self/smaps", &e))?;
     let mut inside = false;
     for line in BufReader::new(smaps).lines() {
@@ -536,14 +537,14 @@ mod tests {
             Backing { kind: Kind::Anon, page: page_size() }
         );
         let text = inspect(
-            &HostMemory::for_test(kinds_are_told_apart as *const () as u64 & !(page_size() - 1), page_size()),
+            &HostMemory::for_test(Hva(kinds_are_told_apart as *const () as u64 & !(page_size() - 1)), page_size()),
             None,
             None,
         )
         .unwrap_err();
         assert_eq!(text.errno, libc::EACCES);
         assert_eq!(
-            inspect(&HostMemory::for_test(page_size(), page_size()), None, None).unwrap_err().errno,
+            inspect(&HostMemory::for_test(Hva(page_size()), page_size()), None, None).unwrap_err().errno,
             libc::EFAULT
         );
     }
@@ -565,8 +566,8 @@ mod tests {
     #[test]
     fn a_bad_address_is_an_error_and_not_a_crash() {
         let mut byte = [0];
-        assert_eq!(read(page_size(), &mut byte).unwrap_err().errno, libc::EFAULT);
-        let nowhere = HostMemory::for_test(page_size(), page_size());
+        assert_eq!(read(Hva(page_size()), &mut byte).unwrap_err().errno, libc::EFAULT);
+        let nowhere = HostMemory::for_test(Hva(page_size()), page_size());
         assert_eq!(nowhere.whole().write(&byte).unwrap_err().errno, libc::EFAULT);
     }
 }

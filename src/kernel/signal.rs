@@ -1,5 +1,6 @@
 //! Signals of the calling thread, and signals to others of this process.
 
+use super::address::Hva;
 use super::process;
 use crate::error::{Error, Result};
 use std::cell::RefCell;
@@ -145,7 +146,7 @@ pub struct Pending {
     /// si_code.
     pub code: i32,
     /// si_addr, for SIGBUS.
-    pub address: u64,
+    pub address: Hva,
 }
 
 /// Takes one pending blocked signal of `set` from the calling thread, without waiting.
@@ -158,7 +159,7 @@ pub fn take(set: SignalSet) -> Result<Option<Pending>> {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         let signal = libc::syscall(libc::SYS_rt_sigtimedwait, &set.0, &mut info, &none, 8usize) as i32;
         match signal {
-            1.. => Ok(Some(Pending { signal, code: info.si_code, address: info.si_addr() as u64 })),
+            1.. => Ok(Some(Pending { signal, code: info.si_code, address: Hva(info.si_addr() as u64) })),
             _ => match Error::last_os("rt_sigtimedwait") {
                 error if [libc::EAGAIN, libc::EINTR].contains(&error.errno) => Ok(None),
                 error => Err(error),

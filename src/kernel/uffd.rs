@@ -2,6 +2,7 @@
 //! the crate lacks or gets wrong: it reads a COPY that ends with EAGAIN as a huge count, and has no
 //! POISON. See userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst and fs/userfaultfd.c.
 
+use super::address::Hva;
 use super::file;
 use super::host_memory::Area;
 use super::mem::Mapping;
@@ -80,7 +81,7 @@ pub struct Mode {
 #[derive(Debug, Clone, Copy)]
 pub struct Message {
     /// The address that was touched; memory may have several mappings.
-    pub hva: u64,
+    pub hva: Hva,
     /// Was it a write?
     pub write: bool,
     /// The page is in the page cache and only has to be mapped.
@@ -205,7 +206,7 @@ impl Uffd {
         }
         // This has no effect: no thread waits for a page of our own.
         let page = Mapping::anonymous(page_size())?;
-        if let Err(e) = ioctl(&uffd, UFFDIO_WAKE, &mut [page.address(), page_size()]) {
+        if let Err(e) = ioctl(&uffd, UFFDIO_WAKE, &mut [page.address().0, page_size()]) {
             fail!(EINVAL, "uffd: descriptor {fd} is not a userfaultfd: UFFDIO_API and UFFDIO_WAKE: {e}");
         }
         let asked = features_of(uffd.as_raw_fd()).unwrap_or(0);
@@ -237,7 +238,7 @@ impl Uffd {
     /// Registers a range.
     pub fn register(&self, area: Area<'_>, mode: Mode) -> Result<()> {
         let (hva, len) = (area.hva(), area.len());
-        let register = |mode| self.uffd.register_with_mode(hva as *mut _, len as usize, mode).map(drop);
+        let register = |mode| self.uffd.register_with_mode(hva.as_ptr(), len as usize, mode).map(drop);
         let faults = if mode.minor { RegisterMode::MISSING | RegisterMode::MINOR } else { RegisterMode::MISSING };
         let registered = match mode.keeps_tables {
             true => match register(faults | RegisterMode::WRITE_PROTECT) {
@@ -270,22 +271,22 @@ impl Uffd {
     /// userfaultfd only.
     pub fn unregister(&self, area: Area<'_>) -> Result<()> {
         let (hva, len) = (area.hva(), area.len());
-        let done = self.uffd.unregister(hva as *mut _, len as usize).map_err(|e| from_crate("UFFDIO_UNREGISTER", e));
+        let done = self.uffd.unregister(hva.as_ptr(), len as usize).map_err(|e| from_crate("UFFDIO_UNREGISTER", e));
         // Also after a failure: a part of the range may be unregistered.
         let woken = self.wake(hva, len);
         done.and(woken)
     }
 
     /// Wakes all threads that wait for a page of the range.
-    pub fn wake(&self, hva: u64, len: u64) -> Result<()> {
-        self.uffd.wake(hva as *mut _, len as usize).map_err(|e| from_crate("UFFDIO_WAKE", e))
+    pub fn wake(&self, hva: Hva, len: u64) -> Result<()> {
+        self.uffd.wake(hva.as_ptr(), len as usize).map_err(|e| from_crate("UFFDIO_WAKE", e))
     }
 
     /// Copies bytes of this process into absent pages of `page` bytes. A `source` that can't be
     /// read is EFAULT.
-    pub fn copy(&self, area: Area<'_>, source: u64, page: u64) -> Result<Step> {
+    pub fn copy(&self, area: Area<'_>, source: Hva, page: u64) -> Result<Step> {
         in_one_mapping(area.len(), page, |len| {
-            let mut arg = [area.hva(), source, len, 0, 0];
+            let mut arg = [area.hva().0, source.0, len, 0, 0];
             let result = ioctl(&self.uffd, UFFDIO_COPY, &mut arg);
             step("UFFDIO_COPY", result, arg[4], len)
         })
@@ -308,7 +309,7 @@ impl Uffd {
 
     fn install(&self, what: &str, request: u64, area: Area<'_>, page: u64) -> Result<Step> {
         in_one_mapping(area.len(), page, |len| {
-            let mut arg = [area.hva(), len, 0, 0];
+            let mut arg = [area.hva().0, len, 0, 0];
             let result = ioctl(&self.uffd, request, &mut arg);
             step(what, result, arg[3], len)
         })
@@ -333,7 +334,7 @@ impl Uffd {
     pub fn next(&self) -> Result<Option<Message>> {
         match self.uffd.read_event() {
             Ok(Some(Event::Pagefault { kind, rw, addr, thread_id })) => Ok(Some(Message {
-                hva: addr as u64,
+                hva: Hva(addr as u64),
                 write: rw == ReadWrite::Write,
                 minor: kind == FaultKind::Minor,
                 thread: (self.features & FEATURE_THREAD_ID != 0).then(|| thread_id.as_raw()),
@@ -425,7 +426,7 @@ mod tests {
         assert_eq!(copy(2, source.address(), 1), Ok(Step::Done(page_size())));
         assert_eq!(copy(0, source.address(), 4), Ok(Step::Done(2 * page_size())));
         assert_eq!(copy(0, source.address(), 1), Ok(Step::Exists));
-        assert_eq!(copy(3, page_size(), 1).unwrap_err().errno, libc::EFAULT);
+        assert_eq!(copy(3, Hva(page_size()), 1).unwrap_err().errno, libc::EFAULT);
         let mut byte = [0];
         mem::read(memory.address() + page_size(), &mut byte).unwrap();
         assert_eq!(byte, [7]);

@@ -1,6 +1,7 @@
 //! Memory of this process where /proc/self/maps can't be read: in a chroot without /proc, or under
 //! Landlock. The library believes what the VMM declares, unless a system call shows otherwise.
 
+use super::address::Hva;
 use super::file;
 use super::host_memory::HostMemory;
 use super::mem::{Backing, Kind, Mapping, ADDRESSES};
@@ -21,7 +22,7 @@ pub fn reason() -> Option<Error> {
 pub fn inspect(memory: &HostMemory, declared: Option<Kind>, fd: Option<RawFd>, reason: &Error) -> Result<Backing> {
     let (hva, len) = (memory.address(), memory.size());
     // SAFETY: with MS_ASYNC msync only checks that the range is mapped.
-    if unsafe { libc::msync(hva as *mut _, len as usize, libc::MS_ASYNC) } != 0 {
+    if unsafe { libc::msync(hva.as_ptr(), len as usize, libc::MS_ASYNC) } != 0 {
         fail!(EFAULT, "hva: something inside [{hva:#x}, {:#x}) is not mapped", hva + len);
     }
     let kind = match declared {
@@ -98,10 +99,10 @@ enum Pieces {
 /// How many mappings a range is. mremap(2) is asked to grow it beyond the end of the address space.
 /// That fails, and the error says what the kernel found wrong first (vma_to_resize in mm/mremap.c,
 /// check_prep_vma since 6.17).
-fn pieces(hva: u64, len: u64) -> Pieces {
+fn pieces(hva: Hva, len: u64) -> Pieces {
     // SAFETY: without MREMAP_MAYMOVE the mapping stays where it is, and there is no room for it to
     // grow there: nothing changes.
-    let result = unsafe { libc::mremap(hva as *mut _, len as usize, (ADDRESSES - 2 * page_size()) as usize, 0) };
+    let result = unsafe { libc::mremap(hva.as_ptr(), len as usize, (ADDRESSES - 2 * page_size()) as usize, 0) };
     debug_assert_eq!(result, libc::MAP_FAILED);
     match std::io::Error::last_os_error().raw_os_error() {
         Some(libc::EFAULT) => Pieces::Several,
@@ -112,7 +113,7 @@ fn pieces(hva: u64, len: u64) -> Pieces {
 
 /// Is it shared memory? Only that can be mapped a second time without its file.
 fn is_shared(memory: &HostMemory) -> Result<bool> {
-    match Mapping::room(page_size(), 0, page_size())?.fill_from_mapping(0, memory.whole().first(page_size())) {
+    match Mapping::room(page_size(), Hva(0), page_size())?.fill_from_mapping(0, memory.whole().first(page_size())) {
         Ok(()) => Ok(true),
         Err(e) if e.errno == libc::EINVAL => Ok(false),
         Err(e) => Err(e),
@@ -155,16 +156,16 @@ mod tests {
                 0,
             )
         };
-        assert_eq!(look(private as u64, None, None), Err(libc::EINVAL));
+        assert_eq!(look(Hva(private as u64), None, None), Err(libc::EINVAL));
         assert_eq!(look(memory.address(), Some(Kind::HugetlbShared), None), Err(libc::EINVAL));
         assert_eq!(look(memory.address(), Some(Kind::HugetlbShared), Some(file.as_raw_fd())), Err(libc::EINVAL));
-        assert_eq!(look(page_size(), Some(Kind::Anon), None), Err(libc::EFAULT));
+        assert_eq!(look(Hva(page_size()), Some(Kind::Anon), None), Err(libc::EFAULT));
     }
 
     #[test]
     fn one_mapping_is_told_from_several() {
         let [one, two] = [4, 4].map(|pages| shared(pages * page_size()));
-        let mut memory = Mapping::room(8 * page_size(), 0, page_size()).unwrap();
+        let mut memory = Mapping::room(8 * page_size(), Hva(0), page_size()).unwrap();
         memory.fill_from_file(0, 4 * page_size(), one.as_raw_fd(), 0).unwrap();
         memory.fill_from_file(4 * page_size(), 4 * page_size(), two.as_raw_fd(), 0).unwrap();
         let hva = memory.address();
@@ -175,7 +176,7 @@ mod tests {
         assert_eq!(pieces(hva + 3 * page_size(), 2 * page_size()), Pieces::Several);
         let why = Error::new(libc::ENOENT, "no /proc");
         let try_all = |file| {
-            let mut room = Mapping::room(8 * page_size(), 0, page_size()).unwrap();
+            let mut room = Mapping::room(8 * page_size(), Hva(0), page_size()).unwrap();
             duplicate(&mut room, &lent, Kind::Shared, file, &why).map_err(|e| e.errno)
         };
         assert_eq!(try_all(None), Err(libc::EINVAL));

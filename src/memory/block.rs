@@ -4,6 +4,7 @@ use super::gates::GATE_PAGES;
 use super::pages::{Pages, State};
 use super::phase::{AtomicPhase, Phase};
 use crate::error::Result;
+use crate::kernel::address::Hva;
 use crate::kernel::host_memory::{Area, HostMemory};
 use crate::kernel::mem::{Kind, Mapping};
 use crate::kernel::page::page_size;
@@ -28,7 +29,7 @@ pub struct Block {
     /// The VMM's mapping.
     memory: HostMemory,
     /// The first address in the VMM's mapping.
-    pub hva: u64,
+    pub hva: Hva,
     /// The length in bytes.
     pub len: u64,
     /// The size of a page in bytes.
@@ -93,13 +94,13 @@ impl Block {
     }
 
     /// The block's first address in the mapping that KVM uses.
-    pub fn kvm_hva(&self) -> u64 {
+    pub fn kvm_hva(&self) -> Hva {
         self.alias.as_ref().map_or(self.hva, Mapping::address)
     }
 
     /// Memory of the VMM's mapping, or of the alias: what the library may change.
     #[inline]
-    pub fn area(&self, hva: u64, len: u64) -> Area<'_> {
+    pub fn area(&self, hva: Hva, len: u64) -> Area<'_> {
         let in_alias = || self.alias.as_ref()?.area(hva, len);
         match self.memory.area(hva, len).or_else(in_alias) {
             Some(area) => area,
@@ -108,7 +109,7 @@ impl Block {
     }
 
     #[cold]
-    fn is_outside(&self, hva: u64, len: u64) -> ! {
+    fn is_outside(&self, hva: Hva, len: u64) -> ! {
         panic!("[{hva:#x}, +{len:#x}) is not memory of the block at {:#x}", self.hva)
     }
 
@@ -118,37 +119,37 @@ impl Block {
     }
 
     /// The page at an address of the VMM's mapping or of the alias.
-    pub fn page_at(&self, hva: u64) -> Option<u64> {
-        let inside = |start: u64| hva.checked_sub(start).filter(|&offset| offset < self.len);
+    pub fn page_at(&self, hva: Hva) -> Option<u64> {
+        let inside = |start: Hva| Some(hva.wrapping_sub(start)).filter(|&offset| offset < self.len);
         let offset = inside(self.hva).or_else(|| self.alias.as_ref().and_then(|a| inside(a.address())))?;
         Some(offset / self.page)
     }
 
     /// The block's pages in a range of addresses of the VMM's mapping, those at its edges that are
     /// only partly in the range included.
-    pub fn pages_in(&self, range: &Range<u64>) -> Range<u64> {
+    pub fn pages_in(&self, range: &Range<Hva>) -> Range<u64> {
         let start = range.start.saturating_sub(self.hva) / self.page;
         let end = range.end.saturating_sub(self.hva).div_ceil(self.page).min(self.pages.len());
         start.min(end)..end
     }
 
     /// The address of a page in the VMM's mapping.
-    pub fn hva_of(&self, page: u64) -> u64 {
+    pub fn hva_of(&self, page: u64) -> Hva {
         self.hva + page * self.page
     }
 
     /// The address of a page in the mapping that KVM uses.
-    pub fn kvm_hva_of(&self, page: u64) -> u64 {
+    pub fn kvm_hva_of(&self, page: u64) -> Hva {
         self.kvm_hva() + page * self.page
     }
 
     /// The address of a page in the alias.
-    pub fn alias_of(&self, page: u64) -> Option<u64> {
+    pub fn alias_of(&self, page: u64) -> Option<Hva> {
         self.alias.as_ref().map(|a| a.address() + page * self.page)
     }
 
     /// The gate that installs and discards of a page enter: one gate for a group of pages.
-    pub fn gate_of(&self, page: u64) -> u64 {
+    pub fn gate_of(&self, page: u64) -> Hva {
         self.hva_of(page / GATE_PAGES * GATE_PAGES)
     }
 
@@ -204,8 +205,8 @@ impl Block {
     }
 
     /// The address in KVM Userfault's bitmap that belongs to a byte offset; 0 without a bitmap.
-    pub fn bitmap_at(&self, offset: u64) -> u64 {
-        self.bitmap.as_ref().map_or(0, |b| b.address() + offset / page_size() / 8)
+    pub fn bitmap_at(&self, offset: u64) -> Hva {
+        self.bitmap.as_ref().map_or(Hva(0), |b| b.address() + offset / page_size() / 8)
     }
 
     /// Sets (`exits`) or clears the bits of pages in KVM's bitmap, before the pages become absent
@@ -251,7 +252,7 @@ mod tests {
     #[test]
     fn the_bitmap_follows_in_base_pages() {
         let shape = Shape {
-            memory: HostMemory::for_test(0x20_0000, 8 << 20),
+            memory: HostMemory::for_test(Hva(0x20_0000), 8 << 20),
             page: 2 << 20,
             kind: Kind::HugetlbShared,
             mechanism: 0,
@@ -264,7 +265,7 @@ mod tests {
         block.set_exits(1..2, true);
         assert_eq!(block.bitmap_at(2 << 20), block.bitmap.as_ref().unwrap().address() + 64);
         let shape = Shape {
-            memory: HostMemory::for_test(0x1000, 0x10_0000),
+            memory: HostMemory::for_test(Hva(0x1000), 0x10_0000),
             page: page_size(),
             kind: Kind::Anon,
             mechanism: 0,
@@ -278,7 +279,7 @@ mod tests {
     #[test]
     fn deferred_pages_are_taken_once_and_in_runs() {
         let shape = Shape {
-            memory: HostMemory::for_test(0x1000, 200 * page_size()),
+            memory: HostMemory::for_test(Hva(0x1000), 200 * page_size()),
             page: page_size(),
             kind: Kind::Shared,
             mechanism: 0,
@@ -301,14 +302,14 @@ mod tests {
         let alias = Mapping::anonymous(4 * page_size()).unwrap();
         let at = alias.address();
         let shape = Shape {
-            memory: HostMemory::for_test(0x1000, 4 * page_size()),
+            memory: HostMemory::for_test(Hva(0x1000), 4 * page_size()),
             page: page_size(),
             kind: Kind::Shared,
             mechanism: 0,
         };
         let block = Block::new(shape, Some(alias), false, true).unwrap();
-        assert_eq!((block.page_at(0x3abc), block.page_at(at + 0x2abc)), (Some(2), Some(2)));
-        assert_eq!((block.page_at(0xfff), block.page_at(0x5000)), (None, None));
+        assert_eq!((block.page_at(Hva(0x3abc)), block.page_at(at + 0x2abc)), (Some(2), Some(2)));
+        assert_eq!((block.page_at(Hva(0xfff)), block.page_at(Hva(0x5000))), (None, None));
         assert_eq!(block.pages.get(3), State::Present);
     }
 
@@ -319,7 +320,7 @@ mod tests {
             let alias = Mapping::anonymous(4 * page_size()).unwrap();
             let at = alias.address();
             let shape = Shape {
-                memory: HostMemory::for_test(0x1000, 4 * page_size()),
+                memory: HostMemory::for_test(Hva(0x1000), 4 * page_size()),
                 page: page_size(),
                 kind: Kind::Shared,
                 mechanism: 0,

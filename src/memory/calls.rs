@@ -19,6 +19,7 @@ use super::pause::Backoff;
 use super::wait::WAITS;
 use super::{discard, Memory};
 use crate::error::{Error, Result};
+use crate::kernel::address::Hva;
 use crate::kernel::buffer;
 use once_cell::race::OnceRef;
 use std::ops::Range;
@@ -254,7 +255,7 @@ pub fn overtake(block: &Block, pages: Range<u64>) -> Vec<u64> {
 
 /// Waits until no call is under way for a page of this block that is PRESENT or LOST, or until
 /// `enough` returns an error for such a page.
-pub fn wait_for_calls(block: &Block, enough: impl Fn(u64) -> Option<Error>) -> Result<()> {
+pub fn wait_for_calls(block: &Block, enough: impl Fn(Hva) -> Option<Error>) -> Result<()> {
     let is_there = |&page: &u64| matches!(block.pages.get(page), State::Present | State::Lost);
     fence(SeqCst);
     for entry in entries() {

@@ -3,6 +3,7 @@
 use super::pause::Backoff;
 use super::wait::{bucket_of, BUCKETS};
 use crate::error::{fail, Result};
+use crate::kernel::address::Hva;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
@@ -49,14 +50,14 @@ impl Gates {
         Gates { gates: (0..BUCKETS).map(|_| Gate::default()).collect(), closed: AtomicBool::new(false) }
     }
 
-    fn gate(&self, key: u64) -> &Gate {
+    fn gate(&self, key: Hva) -> &Gate {
         &self.gates[bucket_of(key, 12)]
     }
 
     /// For installing pages of one gate (see `Block::gate_of`). Waits while one of them is being
     /// discarded, or while a discard tries to enter: for milliseconds, whatever the discard waits
     /// for.
-    pub fn enter_install(&self, key: u64) -> Pass<'_> {
+    pub fn enter_install(&self, key: Hva) -> Pass<'_> {
         let gate = self.gate(key);
         let mut backoff = Backoff::default();
         loop {
@@ -77,19 +78,19 @@ impl Gates {
     /// discard that cannot enter withdraws its claim for as long as it held it, so that installs
     /// pass; after `DISCARD_TIMEOUT` it fails with EBUSY. It fails with ESHUTDOWN at once when the
     /// gates are closed.
-    pub fn enter_discard(&self, key: u64) -> Result<Pass<'_>> {
+    pub fn enter_discard(&self, key: Hva) -> Result<Pass<'_>> {
         self.enter_discard_within(key, DISCARD_TIMEOUT)
     }
 
     /// Like `enter_discard`, but fails with EBUSY after `at_most`.
-    pub fn enter_discard_within(&self, key: u64, at_most: Duration) -> Result<Pass<'_>> {
+    pub fn enter_discard_within(&self, key: Hva, at_most: Duration) -> Result<Pass<'_>> {
         self.claim(key, at_most, true)
     }
 
     /// For the end of a retired block: waits until the passes that were entered before it retired
     /// have ended. Discards are waited for as long as they take, as they are system calls that end;
     /// installs, whose source may not answer, until `end`. False if an install is still under way.
-    pub fn have_left(&self, key: u64, end: Instant) -> bool {
+    pub fn have_left(&self, key: Hva, end: Instant) -> bool {
         let gate = self.gate(key);
         let begun = gate.discards.load(SeqCst);
         let mut backoff = Backoff::default();
@@ -100,7 +101,7 @@ impl Gates {
         gate.installs.load(SeqCst) == 0 || self.claim(key, left(), false).is_ok()
     }
 
-    fn claim(&self, key: u64, at_most: Duration, ends_with_vm: bool) -> Result<Pass<'_>> {
+    fn claim(&self, key: Hva, at_most: Duration, ends_with_vm: bool) -> Result<Pass<'_>> {
         const LONGEST_CLAIM: Duration = Duration::from_millis(64);
         let gate = self.gate(key);
         let mut claim = Duration::from_millis(1);
@@ -148,7 +149,7 @@ impl Gates {
     /// A number that changes with each discard of pages of one gate; None while one is under way.
     /// For a caller that cannot hold a pass during what it does, but can repeat it: between two
     /// equal numbers nothing was discarded.
-    pub fn discard_count(&self, key: u64) -> Option<u32> {
+    pub fn discard_count(&self, key: Hva) -> Option<u32> {
         Some(self.gate(key).discards.load(SeqCst)).filter(|n| n % 2 == 0)
     }
 }
@@ -176,12 +177,12 @@ mod tests {
                 scope.spawn(move || {
                     for _ in 0..500 {
                         if discard {
-                            let _pass = gates.enter_discard(0x20_0000).unwrap();
+                            let _pass = gates.enter_discard(Hva(0x20_0000)).unwrap();
                             assert_eq!(inside.fetch_add(1, SeqCst), 0, "a discard is not alone");
                             std::thread::yield_now();
                             inside.fetch_sub(1, SeqCst);
                         } else {
-                            let _pass = gates.enter_install(0x20_0000);
+                            let _pass = gates.enter_install(Hva(0x20_0000));
                             inside.fetch_add(1, SeqCst);
                             inside.fetch_sub(1, SeqCst);
                         }
@@ -196,15 +197,15 @@ mod tests {
     #[test]
     fn nothing_waits_for_an_install_without_end() {
         let gates = Gates::new();
-        let hangs = gates.enter_install(0x20_0000);
-        let before = gates.discard_count(0x20_0000);
-        let within = |time| gates.enter_discard_within(0x20_0000, time).map(drop).map_err(|e| e.errno);
+        let hangs = gates.enter_install(Hva(0x20_0000));
+        let before = gates.discard_count(Hva(0x20_0000));
+        let within = |time| gates.enter_discard_within(Hva(0x20_0000), time).map(drop).map_err(|e| e.errno);
         assert_eq!(within(Duration::from_millis(50)), Err(libc::EBUSY));
-        assert_eq!(gates.discard_count(0x20_0000), before, "nothing was discarded");
+        assert_eq!(gates.discard_count(Hva(0x20_0000)), before, "nothing was discarded");
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| within(FOR_LONG));
             for _ in 0..100 {
-                drop(gates.enter_install(0x20_0000));
+                drop(gates.enter_install(Hva(0x20_0000)));
             }
             assert!(!waits.is_finished());
             gates.close();

@@ -162,6 +162,7 @@ fn publish(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::address::Hva;
     use crate::kernel::mem::{self, Mapping};
     use crate::kernel::page::page_size;
     use crate::memory::lose;
@@ -326,7 +327,7 @@ mod tests {
     fn errors_leave_absent_what_they_did_not_install() {
         let (memory, _ram, block) = needs!(memory_and_block(4));
         let stats = Stats::default();
-        let error = install(&memory, &block, 0..2, Source::Copy(page_size()), &stats).unwrap_err();
+        let error = install(&memory, &block, 0..2, Source::Copy(Hva(page_size())), &stats).unwrap_err();
         assert_eq!(error.errno, libc::EFAULT);
         assert!(error.message.starts_with("src:"), "{error}");
         assert_eq!(block.pages.get(0), State::Absent);

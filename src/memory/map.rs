@@ -7,6 +7,7 @@ use super::pause::BoundedBackoff;
 use super::source::{no_huge_page, pool_is_empty, zero, MAX_HUGE_TRIES};
 use super::Memory;
 use crate::error::{fail, Result};
+use crate::kernel::address::Hva;
 use crate::kernel::mem::{self, Kind};
 use crate::kernel::page::page_size;
 use crate::kernel::uffd::Step;
@@ -66,7 +67,7 @@ pub fn map_in_vmm(memory: &Memory, block: &Block, page: u64, stats: &Stats) -> R
 /// Is a PRESENT page broken (hwpoison), as its mapping at `hva` shows? A page that is discarded
 /// meanwhile is not, though its marker looks the same. No pass is held while looking at it, which
 /// may wait (userfaultfd's minor faults): discards would wait, too.
-pub fn is_broken(memory: &Memory, block: &Block, page: u64, hva: u64) -> bool {
+pub fn is_broken(memory: &Memory, block: &Block, page: u64, hva: Hva) -> bool {
     let discards = memory.gates.discard_count(block.gate_of(page));
     discards.is_some()
         && block.pages.get(page) == State::Present
@@ -143,7 +144,7 @@ pub(super) fn map_in_alias(memory: &Memory, block: &Block, run: Range<u64>, empt
 /// Writes zeros into a PRESENT page with nothing in it, which reads as zeros without userfaultfd,
 /// too: a hole in memory that was set with all pages PRESENT, or a page that the VMM dropped
 /// without telling the library.
-fn zero_hole(memory: &Memory, block: &Block, at: u64, stats: &Stats) -> Result<Step> {
+fn zero_hole(memory: &Memory, block: &Block, at: Hva, stats: &Stats) -> Result<Step> {
     let step = zero(memory, block, at, block.page)?;
     if let Step::Done(_) = step {
         stats.pages_empty.add(1);

@@ -7,6 +7,7 @@ use super::pause::BoundedBackoff;
 use super::runs::{gate_groups, runs};
 use super::Memory;
 use crate::error::{fail, Result};
+use crate::kernel::address::Hva;
 use crate::kernel::host_memory::Area;
 use crate::kernel::mem::{self, Kind, MADV_DONTNEED_LOCKED};
 use crate::kernel::page::page_size;
@@ -112,7 +113,7 @@ pub(super) fn drop_removes_markers(block: &Block) -> bool {
 /// Unmaps a range of the mapping that KVM uses, and marks it if the block is marked. The range may
 /// be unmapped already (KVM has never touched it). A vCPU may map the old page again between the
 /// two steps, as it is still in the page cache: then both are repeated.
-pub(super) fn mark_after_drop(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<()> {
+pub(super) fn mark_after_drop(memory: &Memory, block: &Block, at: Hva, len: u64) -> Result<()> {
     for _ in 0..1000 {
         if block.is_marked() && mark_up_to_mapped(memory, block.area(at, len), block.page)? == len {
             return Ok(());
@@ -127,7 +128,7 @@ pub(super) fn mark_after_drop(memory: &Memory, block: &Block, at: u64, len: u64)
 
 /// Unmaps a range of the mapping that KVM uses. Only the library uses the alias, so that it is
 /// unmapped even if mlockall(2) has locked it.
-pub(super) fn unmap_for_kvm(block: &Block, at: u64, len: u64) -> Result<()> {
+pub(super) fn unmap_for_kvm(block: &Block, at: Hva, len: u64) -> Result<()> {
     match block.alias {
         Some(_) => block.area(at, len).advise(MADV_DONTNEED_LOCKED, "madvise(MADV_DONTNEED_LOCKED)"),
         None => block.area(at, len).advise(libc::MADV_DONTNEED, "madvise(MADV_DONTNEED)"),

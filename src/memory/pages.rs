@@ -64,12 +64,12 @@ impl Pages {
     /// A number that names a page among all pages of the process, for as long as these states
     /// exist: even, and not 0.
     pub fn key_of(&self, page: u64) -> u64 {
-        (self.words.address() * 4 + page) << 1
+        (self.words.address().0 * 4 + page) << 1
     }
 
     /// The page that a key names; None if it is not one of these pages.
     pub fn page_of_key(&self, key: u64) -> Option<u64> {
-        (key >> 1).checked_sub(self.words.address() * 4).filter(|&page| page < self.len)
+        (key >> 1).checked_sub(self.words.address().0 * 4).filter(|&page| page < self.len)
     }
 
     /// The state of a page.

@@ -2,7 +2,7 @@
 
 use super::block::Block;
 use super::pages::State;
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::kvm::Region;
 use std::ops::Range;
 use std::sync::Arc;
@@ -47,13 +47,13 @@ impl Slot {
     }
 
     /// A guest physical address in the VMM's mapping.
-    pub fn vmm_hva(&self, gpa: Gpa) -> u64 {
-        gpa - self.region.gpa + self.offset + self.block.hva
+    pub fn vmm_hva(&self, gpa: Gpa) -> Hva {
+        self.block.hva + (gpa - self.region.gpa + self.offset)
     }
 
     /// A guest physical address in the mapping that KVM uses.
-    pub fn kvm_hva(&self, gpa: Gpa) -> u64 {
-        gpa - self.region.gpa + self.offset + self.block.kvm_hva()
+    pub fn kvm_hva(&self, gpa: Gpa) -> Hva {
+        self.block.kvm_hva() + (gpa - self.region.gpa + self.offset)
     }
 
     /// The block's pages that the slot covers.
@@ -109,13 +109,13 @@ impl Slots {
     }
 
     /// The slot that KVM maps from this address of this process.
-    pub fn at_kvm_hva(&self, hva: u64) -> Option<&Arc<Slot>> {
+    pub fn at_kvm_hva(&self, hva: Hva) -> Option<&Arc<Slot>> {
         let after = self.by_kvm_hva.partition_point(|s| s.region.hva <= hva);
         self.by_kvm_hva[..after].iter().rev().find(|s| hva - s.region.hva < s.region.len)
     }
 
     /// The block and the page of an address in either mapping.
-    pub fn at_hva(&self, hva: u64) -> Option<(&Arc<Block>, u64)> {
+    pub fn at_hva(&self, hva: Hva) -> Option<(&Arc<Block>, u64)> {
         let after = self.blocks.partition_point(|b| b.hva <= hva);
         let own = after.checked_sub(1).map(|n| &self.blocks[n]);
         let found = |b: &Arc<Block>| b.page_at(hva).is_some();
@@ -125,12 +125,12 @@ impl Slots {
 
     /// The address and the state of the first page in a host range that belongs to a block and is
     /// not PRESENT.
-    pub fn not_present_in(&self, hva: u64, len: u64) -> Option<(u64, State)> {
+    pub fn not_present_in(&self, hva: Hva, len: u64) -> Option<(Hva, State)> {
         let end = hva.saturating_add(len);
         let before_end = self.blocks.partition_point(|b| b.hva < end);
         let touched = self.blocks[..before_end].iter().rev().take_while(|b| hva < b.hva + b.len);
         let absent = touched.filter_map(|b| {
-            let last = (end.min(b.hva + b.len) - 1 - b.hva) / b.page;
+            let last = (end.min(b.hva + b.len) - b.hva - 1) / b.page;
             let mut pages = hva.saturating_sub(b.hva) / b.page..last + 1;
             pages.find_map(|page| match b.pages.get(page) {
                 State::Present => None,
@@ -161,7 +161,7 @@ impl Slots {
     }
 
     /// Blocks that overlap a host range.
-    pub fn blocks_in(&self, hva: u64, len: u64) -> impl Iterator<Item = &Arc<Block>> {
+    pub fn blocks_in(&self, hva: Hva, len: u64) -> impl Iterator<Item = &Arc<Block>> {
         self.blocks.iter().filter(move |b| b.hva < hva + len && hva < b.hva + b.len)
     }
 
@@ -237,7 +237,7 @@ mod tests {
 
     fn block(hva: u64, pages: u64) -> Arc<Block> {
         let shape = Shape {
-            memory: HostMemory::for_test(hva, pages * page_size()),
+            memory: HostMemory::for_test(Hva(hva), pages * page_size()),
             page: page_size(),
             kind: Kind::Shared,
             mechanism: 0,
@@ -255,7 +255,7 @@ mod tests {
         assert_eq!(slots.at(1, Gpa(0x1000)).unwrap().page_of(Gpa(0x1000)), 5);
         assert!(slots.at(0, Gpa(0x1000)).is_none() && slots.at(1, Gpa(8 * page_size())).is_none());
         assert_eq!(slots.at_any(Gpa(0x1000)).unwrap().region.slot, 1 << 16);
-        assert_eq!(slots.at_kvm_hva(0x10_0000 + 15 * page_size()).unwrap().region.slot, 0);
+        assert_eq!(slots.at_kvm_hva(Hva(0x10_0000) + 15 * page_size()).unwrap().region.slot, 0);
         assert_eq!((slots.absent(), slots.lost().0), (16, 0));
         ram.pages.change(9, State::Absent, State::Lost).unwrap();
         assert!(matches!(slots.lost(), (1, Some((_, 9)))));

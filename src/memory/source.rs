@@ -4,6 +4,7 @@ use super::block::Block;
 use super::pages::State;
 use super::Memory;
 use crate::error::{Error, Result};
+use crate::kernel::address::Hva;
 use crate::kernel::mem::{self, Kind, Mapping};
 use crate::kernel::page::{huge_page_size, page_size};
 use crate::kernel::uffd::Step;
@@ -15,7 +16,7 @@ use std::ops::Range;
 #[derive(Debug, Clone, Copy)]
 pub enum Source {
     /// From this address of this process, page after page.
-    Copy(u64),
+    Copy(Hva),
     /// They are zeros.
     Zero,
     /// They are in the page cache of shared memory already.
@@ -47,7 +48,7 @@ fn zeros(page: u64) -> Result<(&'static Mapping, u64)> {
 
 thread_local! {
     /// The range that the thread populated last: start and end.
-    static POPULATED: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+    static POPULATED: Cell<(Hva, Hva)> = const { Cell::new((Hva(0), Hva(0))) };
 }
 
 /// Reads the source into memory before a gate is entered. Reading may be slow (a file on a network,
@@ -55,12 +56,12 @@ thread_local! {
 /// A buffer that is used many times in a row is populated once. Errors are left to the copy, which
 /// says for which page. A page of the source that is dropped again meanwhile is read inside the
 /// gate; no thread waits for that without end (see `Gates::enter_discard`).
-pub(super) fn populate(bytes: u64, len: u64) {
+pub(super) fn populate(bytes: Hva, len: u64) {
     let end = bytes.saturating_add(len);
     let (from, to) = POPULATED.get();
     if bytes < from || end > to {
-        let start = bytes & !(page_size() - 1);
-        let _ = mem::populate_read(start, end.next_multiple_of(page_size()) - start);
+        let start = Hva(bytes.0 & !(page_size() - 1));
+        let _ = mem::populate_read(start, end.0.next_multiple_of(page_size()) - start.0);
         POPULATED.set((bytes, end));
     }
 }
@@ -87,7 +88,7 @@ pub(super) fn write_bytes(memory: &Memory, block: &Block, run: Range<u64>, sourc
 }
 
 /// Writes zeros at an address of either mapping of a block.
-pub(super) fn zero(memory: &Memory, block: &Block, at: u64, len: u64) -> Result<Step> {
+pub(super) fn zero(memory: &Memory, block: &Block, at: Hva, len: u64) -> Result<Step> {
     // UFFDIO_ZEROPAGE does not replace a marker in private memory, and does not support hugetlb.
     let done = if block.kind == Kind::Shared || block.kind == Kind::Anon && !block.is_marked() {
         memory.uffd.zero(block.area(at, len), block.page)
@@ -111,11 +112,11 @@ pub(super) fn pool_is_empty(block: &Block, page: u64) -> bool {
     block.page > page_size() && !is_lost && (may_be_marker || !is_in())
 }
 
-pub(super) fn no_huge_page(block: &Block, hva: u64) -> Error {
+pub(super) fn no_huge_page(block: &Block, hva: Hva) -> Error {
     explain(Error::new(libc::ENOMEM, "UFFDIO_COPY found no huge page"), block, hva)
 }
 
-fn explain(error: Error, block: &Block, hva: u64) -> Error {
+fn explain(error: Error, block: &Block, hva: Hva) -> Error {
     let why = match error.errno {
         libc::ENOENT => "the memory is no longer mapped as it was when its slot was set",
         libc::ENOMEM | libc::ENOSPC if block.page > page_size() => "the huge page pool is empty (vm.nr_hugepages)",

@@ -3,6 +3,7 @@
 use super::block::{Block, Shape};
 use super::Memory;
 use crate::error::Result;
+use crate::kernel::address::Hva;
 use crate::kernel::host_memory::HostMemory;
 use crate::kernel::mem::{self, Kind, Mapping};
 use crate::kernel::page::page_size;
@@ -24,7 +25,7 @@ pub fn memory_and_block(pages: u64) -> Result<(Memory, Mapping, Block)> {
 }
 
 /// The byte at an address.
-pub fn byte(hva: u64) -> u8 {
+pub fn byte(hva: Hva) -> u8 {
     let mut byte = [0xee];
     mem::read(hva, &mut byte).unwrap();
     byte[0]

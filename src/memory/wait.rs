@@ -1,5 +1,6 @@
 //! Waiting for a page: a hash table of futex words, without allocation or registration.
 
+use crate::kernel::address::Hva;
 use crate::kernel::futex::{self, Wake};
 use once_cell::sync::Lazy;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
@@ -22,9 +23,9 @@ pub fn recheck_interval() -> Duration {
 pub(super) const BUCKETS: usize = 1024;
 
 /// The bucket of a page, by its address in the VMM's mapping, which is unique in the process.
-pub(super) fn bucket_of(hva: u64, shift: u32) -> usize {
+pub(super) fn bucket_of(hva: Hva, shift: u32) -> usize {
     // Fibonacci hashing spreads neighbours.
-    ((hva >> shift).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 54) as usize
+    ((hva.0 >> shift).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 54) as usize
 }
 
 #[repr(align(64))]
@@ -64,7 +65,7 @@ impl WaitTable {
 
     /// Sleeps until the page may have changed. `still` says whether there is anything to wait for;
     /// it is called once `wake` and `wake_sleeper` can find the sleeper, so that neither is missed.
-    pub fn wait(&self, hva: u64, sleeper: &Sleeper, at_most: Duration, still: impl Fn() -> bool) -> Wake {
+    pub fn wait(&self, hva: Hva, sleeper: &Sleeper, at_most: Duration, still: impl Fn() -> bool) -> Wake {
         let number = bucket_of(hva, 12);
         let bucket = &self.buckets[number];
         bucket.sleepers.fetch_add(1, SeqCst);
@@ -77,7 +78,7 @@ impl WaitTable {
     }
 
     /// Wakes the threads that sleep for a page, as it has changed. Only a load if there are none.
-    pub fn wake(&self, hva: u64) {
+    pub fn wake(&self, hva: Hva) {
         self.wake_bucket(&self.buckets[bucket_of(hva, 12)]);
     }
 
@@ -125,7 +126,7 @@ mod tests {
                 let waiter = scope.spawn(|| {
                     let mut rounds = 0;
                     while !done.load(SeqCst) {
-                        table.wait(0x1000, &sleeper, FOR_LONG, || !done.load(SeqCst));
+                        table.wait(Hva(0x1000), &sleeper, FOR_LONG, || !done.load(SeqCst));
                         rounds += 1;
                     }
                     rounds
@@ -138,7 +139,7 @@ mod tests {
                 if wake_sleeper {
                     table.wake_sleeper(&sleeper)
                 } else {
-                    table.wake(0x1000)
+                    table.wake(Hva(0x1000))
                 }
                 assert!(waiter.join().unwrap() >= 1);
                 assert!(start.elapsed() < FOR_LONG / 2, "only its own time ended it");

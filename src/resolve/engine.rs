@@ -9,7 +9,7 @@ use super::seat::Seats;
 use super::working_set::Recorder;
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::ACCESS_UNKNOWN;
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::clock;
 use crate::kernel::futex::Wake;
 use crate::memory::block::Block;
@@ -54,7 +54,7 @@ pub struct Engine {
     shutdown: AtomicBool,
     /// Pages whose last try for a host thread failed, and how often in a row. Touched after
     /// failures only (see `failing_len`).
-    failing: Mutex<HashMap<u64, u32>>,
+    failing: Mutex<HashMap<Hva, u32>>,
     failing_len: AtomicUsize,
     /// The recorder of the working set; `records` says whether there is one, which costs less to
     /// read.
@@ -225,7 +225,7 @@ impl Engine {
             // The runs are locked only where two reader threads serve one vCPU, or host threads, at
             // once.
             Extent::Readahead(runs) if self.readahead > 1 => match runs.try_lock() {
-                Ok(mut runs) => runs.next(slot.block.hva_of(page) / slot.block.page, self.readahead),
+                Ok(mut runs) => runs.next(slot.block.hva_of(page).0 / slot.block.page, self.readahead),
                 Err(_) => Plan::ALONE,
             },
             Extent::Readahead(_) => Plan::ALONE,
@@ -408,12 +408,12 @@ impl Engine {
 
     /// For a test of the locks that faults must not take.
     #[cfg(test)]
-    pub fn hold_failing(&self) -> std::sync::MutexGuard<'_, HashMap<u64, u32>> {
+    pub fn hold_failing(&self) -> std::sync::MutexGuard<'_, HashMap<Hva, u32>> {
         self.failing.lock().unwrap()
     }
 
     /// Counts a failed try for a host thread at this page. Returns the number in a row.
-    pub(super) fn count_failure(&self, hva: u64) -> u32 {
+    pub(super) fn count_failure(&self, hva: Hva) -> u32 {
         let Ok(mut failing) = self.failing.lock() else {
             return MAX_RETRIES;
         };
@@ -424,7 +424,7 @@ impl Engine {
         tries
     }
 
-    pub(super) fn forget_failure(&self, hva: u64) {
+    pub(super) fn forget_failure(&self, hva: Hva) {
         if self.failing_len.load(SeqCst) == 0 {
             return;
         }

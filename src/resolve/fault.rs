@@ -2,7 +2,7 @@
 
 use super::readahead::Runs;
 use crate::kernel::abi::Access;
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::memory::wait::Sleeper;
 use crate::stats::Stats;
 use std::ops::Range;
@@ -32,7 +32,7 @@ pub struct Fault {
     /// The page's size in bytes.
     pub len: u64,
     /// The page's address in the VMM's mapping.
-    pub hva: u64,
+    pub hva: Hva,
     /// The access, as far as the kernel tells.
     pub access: Access,
     /// Where the fault comes from.

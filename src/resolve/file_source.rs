@@ -3,7 +3,7 @@
 //! be mapped is read.
 
 use crate::error::{fail, Error, Result};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::mem::Mapping;
 use crate::kernel::page::page_size;
 use crate::kernel::{buffer, file};
@@ -27,7 +27,7 @@ pub struct FileRange {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bytes {
     /// At this address of this process.
-    At(u64),
+    At(Hva),
     /// At this offset of the file, for `FileSource::read`.
     InFile(u64),
     /// In a hole: they are zeros.
@@ -137,7 +137,7 @@ impl FileSource {
                 other => other,
             },
             Bytes::InFile(offset) => self.read(gpa, offset, len, page, |pages| {
-                install(pages.len() as u64, Source::Copy(pages.as_ptr() as u64))
+                install(pages.len() as u64, Source::Copy(Hva(pages.as_ptr() as u64)))
             })?,
             Bytes::Hole => install(len, Source::Zero),
         };

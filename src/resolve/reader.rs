@@ -7,6 +7,7 @@ use super::strays::Strays;
 use super::{pause_before, Engine, Extent, FaultRequest, Origin, Outcome, MAX_RETRIES};
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::{ACCESS_READ, ACCESS_WRITE};
+use crate::kernel::address::Hva;
 use crate::kernel::event::{poll, Flag};
 use crate::kernel::signal;
 use crate::kernel::thread::pause;
@@ -273,7 +274,7 @@ fn serve(engine: &Engine, message: &Message, hosts: &Mutex<Runs>, delayed: &mut 
 }
 
 /// Maps a PRESENT page in the mapping where it was touched.
-fn map_where_touched(engine: &Engine, block: &Block, page: u64, touched: u64) -> Result<()> {
+fn map_where_touched(engine: &Engine, block: &Block, page: u64, touched: Hva) -> Result<()> {
     let in_vmm = touched.wrapping_sub(block.hva) < block.len;
     match block.alias_of(page) {
         Some(alias) if !in_vmm => {

@@ -4,6 +4,7 @@
 use super::readahead::Runs;
 use super::Waiter;
 use crate::error::Error;
+use crate::kernel::address::Hva;
 use crate::kernel::kvm::ImmediateExit;
 use crate::kernel::signal::{self, SignalSet};
 use crate::kernel::thread;
@@ -24,7 +25,7 @@ pub enum Notice {
     /// The vCPU's fault failed.
     Failed(Error),
     /// The page at this address of the VMM's mapping is LOST.
-    Lost(u64),
+    Lost(Hva),
 }
 
 /// One vCPU. A seat is never freed (it takes less than a kilobyte, and vCPUs are few): a kick may
@@ -99,8 +100,8 @@ impl Seat {
     }
 
     /// Notes that the vCPU has a fault here, until the result is dropped.
-    pub fn begin_fault(&self, hva: u64) -> FaultUnderWay<'_> {
-        self.fault.store(hva & !SERVED, Relaxed);
+    pub fn begin_fault(&self, hva: Hva) -> FaultUnderWay<'_> {
+        self.fault.store(hva.0 & !SERVED, Relaxed);
         FaultUnderWay(self)
     }
 
@@ -110,8 +111,8 @@ impl Seat {
     }
 
     /// Where its last fault was; None if it has had none.
-    pub fn last_fault(&self) -> Option<u64> {
-        Some(self.fault.load(Relaxed) & !SERVED).filter(|&hva| hva != 0)
+    pub fn last_fault(&self) -> Option<Hva> {
+        Some(self.fault.load(Relaxed) & !SERVED).filter(|&hva| hva != 0).map(Hva)
     }
 
     /// Makes the vCPU's loop return, wherever it is: async-signal-safe, and never lost. The count
@@ -289,12 +290,12 @@ impl Seat {
     /// Notes a SIGBUS, in the VMM's handler: async-signal-safe. False if the same one is noted
     /// already: then it is not KVM's, but of a thread that touches broken memory itself, and would
     /// do so for ever.
-    pub fn note_bus(&self, code: i32, address: u64) -> bool {
+    pub fn note_bus(&self, code: i32, address: Hva) -> bool {
         let code = code.wrapping_add(1);
-        if self.bus_code.load(SeqCst) == code && self.bus_address.load(SeqCst) == address {
+        if self.bus_code.load(SeqCst) == code && self.bus_address.load(SeqCst) == address.0 {
             return false;
         }
-        self.bus_address.store(address, SeqCst);
+        self.bus_address.store(address.0, SeqCst);
         self.bus_code.store(code, SeqCst);
         true
     }
@@ -308,9 +309,9 @@ impl Seat {
     }
 
     /// Takes the SIGBUS that the handler noted: code and address.
-    pub fn take_bus(&self) -> Option<(i32, u64)> {
+    pub fn take_bus(&self) -> Option<(i32, Hva)> {
         let code = self.bus_code.swap(0, SeqCst);
-        (code != 0).then(|| (code.wrapping_sub(1), self.bus_address.load(SeqCst)))
+        (code != 0).then(|| (code.wrapping_sub(1), Hva(self.bus_address.load(SeqCst))))
     }
 
     /// The number of the run that the vCPU is in, for `notify`.

@@ -4,6 +4,7 @@
 //! memory is still registered they fault again; by then the block is known, or the next pause is
 //! longer.
 
+use crate::kernel::address::Hva;
 use crate::kernel::page::page_size;
 use crate::kernel::uffd::Uffd;
 use std::ops::Range;
@@ -15,7 +16,7 @@ const MAX_PAUSE: Duration = Duration::from_millis(100);
 /// The strays of one reader thread, all in one range: waking pages in between that have no sleepers
 /// does nothing.
 pub struct Strays {
-    pages: Option<Range<u64>>,
+    pages: Option<Range<Hva>>,
     due: Instant,
     pause: Duration,
 }
@@ -27,8 +28,8 @@ impl Strays {
     }
 
     /// Adds the address at which a thread sleeps.
-    pub fn keep(&mut self, hva: u64, now: Instant) {
-        let page = hva / page_size() * page_size();
+    pub fn keep(&mut self, hva: Hva, now: Instant) {
+        let page = Hva(hva.0 / page_size() * page_size());
         match &mut self.pages {
             Some(pages) => *pages = pages.start.min(page)..pages.end.max(page + page_size()),
             None => {
@@ -68,9 +69,9 @@ mod tests {
         let mut pauses = Vec::new();
         now += Duration::from_secs(1);
         for _ in 0..9 {
-            strays.keep(0x12_3456, now);
-            strays.keep(0x10_0000, now);
-            assert_eq!(strays.pages, Some(0x10_0000..0x12_4000), "all of them together");
+            strays.keep(Hva(0x12_3456), now);
+            strays.keep(Hva(0x10_0000), now);
+            assert_eq!(strays.pages, Some(Hva(0x10_0000)..Hva(0x12_4000)), "all of them together");
             let due = strays.due().unwrap();
             pauses.push((due - now).as_millis());
             strays.wake_due(&uffd, now);
@@ -81,7 +82,7 @@ mod tests {
         }
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 100, 100]);
         now += Duration::from_secs(1);
-        strays.keep(0, now);
+        strays.keep(Hva(0), now);
         assert_eq!(strays.due(), Some(now + FIRST_PAUSE));
     }
 }

@@ -18,7 +18,7 @@
 //! microseconds since the record before.
 
 use crate::error::{fail, Error, Result};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::mem::Mapping;
 use crate::memory::block::Block;
 use crate::memory::slots::Slots;
@@ -75,7 +75,7 @@ impl Recorder {
                 return;
             }
             let words = &log.words.atomics()[at as usize * 2..];
-            words[0].store(hva | (count - 1), Relaxed);
+            words[0].store(hva.0 | (count - 1), Relaxed);
             words[1].store(time, Release);
             hva += count * UNIT;
         }
@@ -93,7 +93,7 @@ impl Recorder {
         }
         found.sort_unstable();
         let record = |(time, word): (u64, u64)| {
-            let (hva, count) = (word / UNIT * UNIT, word % UNIT + 1);
+            let (hva, count) = (Hva(word / UNIT * UNIT), word % UNIT + 1);
             let (block, page) = slots.at_hva(hva)?;
             let slot = slots.showing(block, page)?;
             Some(Record { gpa: slot.gpa_of(page), pages: count, us: (time - 1) / 1000 })

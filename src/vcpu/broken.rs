@@ -5,6 +5,7 @@ use super::state::LoopState;
 use super::{Exit, MemoryError, Vcpu};
 use crate::error::Result;
 use crate::kernel::abi::ACCESS_UNKNOWN;
+use crate::kernel::address::Hva;
 use crate::kernel::page::page_size;
 use crate::memory::block::Block;
 use crate::memory::map;
@@ -23,13 +24,13 @@ impl Vcpu {
         let (total, page) = slots.lost();
         let (block, page) = page.filter(|_| !self.vm.has_poison())?;
         let gpa = slots.showing(block, page).filter(|_| total == 1).map(|slot| slot.gpa_of(page));
-        let hva = if total == 1 { block.hva_of(page) } else { 0 };
+        let hva = if total == 1 { block.hva_of(page) } else { Hva(0) };
         let _ = self.seat.take_notice(); // the reader that lost it may have reported the same
         Some(self.report(MemoryError { gpa, hva, len: block.page, lost: true }))
     }
 
     /// SIGBUS with an address: a marker of the library's, or memory that is really broken.
-    pub(super) fn broken_page(&self, state: &mut LoopState, code: i32, address: u64) -> Result<Exit> {
+    pub(super) fn broken_page(&self, state: &mut LoopState, code: i32, address: Hva) -> Result<Exit> {
         let slots = self.vm.engine.memory.slots();
         match code {
             libc::BUS_MCEERR_AR => {}
@@ -55,13 +56,13 @@ impl Vcpu {
 
     /// The kernel found broken memory that the guest hasn't touched, and tells the threads that
     /// asked for it (PR_MCE_KILL_EARLY). The address may be in either mapping.
-    fn broken_elsewhere(&self, slots: &Slots, address: u64) -> Exit {
+    fn broken_elsewhere(&self, slots: &Slots, address: Hva) -> Exit {
         let Some((block, page)) = slots.at_hva(address) else { return self.report_unknown(address) };
         let gpa = slots.showing(block, page).map(|slot| slot.gpa_of(page));
         self.report(MemoryError { gpa, hva: block.hva_of(page), len: block.page, lost: false })
     }
 
-    pub(super) fn is_broken(&self, block: &Block, page: u64, hva: u64) -> bool {
+    pub(super) fn is_broken(&self, block: &Block, page: u64, hva: Hva) -> bool {
         let touching = self.seat.touch(block);
         touching.is_some() && map::is_broken(&self.vm.engine.memory, block, page, hva)
     }
@@ -73,7 +74,7 @@ impl Vcpu {
     }
 
     /// A memory error of which no more is known than an address in no slot.
-    pub(super) fn report_unknown(&self, address: u64) -> Exit {
+    pub(super) fn report_unknown(&self, address: Hva) -> Exit {
         self.report(MemoryError { gpa: None, hva: address, len: page_size(), lost: false })
     }
 }

@@ -34,7 +34,7 @@ use self::x86_64 as arch;
 
 use self::state::{Due, LoopState};
 use crate::error::{fail, Error, Result};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::kvm::{Run, VcpuFd};
 use crate::kernel::signal::{self, SignalSet};
 use crate::resolve::seat::Seat;
@@ -85,7 +85,7 @@ pub struct MemoryError {
     /// None if the address is in no slot.
     pub gpa: Option<Gpa>,
     /// The address in this process.
-    pub hva: u64,
+    pub hva: Hva,
     /// Bytes.
     pub len: u64,
     /// The VMM said so itself (LOST), not the hardware.

@@ -1,6 +1,7 @@
 //! What the vCPU's loop remembers from one KVM_RUN to the next.
 
 use super::arch;
+use crate::kernel::address::Hva;
 
 /// What only the vCPU's thread uses.
 #[derive(Default)]
@@ -33,7 +34,7 @@ pub(super) enum Due {
     /// Finish the exit in kvm_run: a page that it needs isn't present yet.
     Finish {
         /// The page (by hva) that the VMM knows can't be had: see `Vcpu::is_known_lost`.
-        known_lost: Option<u64>,
+        known_lost: Option<Hva>,
         /// The first KVM_RUN is still to come: `Prepare` is next.
         is_first: bool,
     },
@@ -72,7 +73,7 @@ impl Due {
 
     /// The VMM is told that a page of the unfinished exit can't be had. Has it been told of this
     /// page before?
-    pub fn is_known_lost(&mut self, hva: u64) -> bool {
+    pub fn is_known_lost(&mut self, hva: Hva) -> bool {
         match self {
             Due::Finish { known_lost, .. } => known_lost.replace(hva) == Some(hva),
             _ => false,
@@ -110,7 +111,7 @@ impl Due {
 #[derive(Debug, Default)]
 pub(super) struct Progress {
     /// The page, by hva.
-    at: u64,
+    at: Hva,
     times: u32,
     /// What the page's gate said of discards when the vCPU came to it last, and it was PRESENT.
     discards: Option<u32>,
@@ -126,7 +127,7 @@ impl Progress {
     }
 
     /// There is none at this page; how often in a row.
-    pub fn none_at(&mut self, hva: u64) -> u32 {
+    pub fn none_at(&mut self, hva: Hva) -> u32 {
         self.times = if self.at == hva { self.times + 1 } else { 1 };
         self.at = hva;
         self.times
@@ -134,7 +135,7 @@ impl Progress {
 
     /// There is none at a page that is PRESENT, with `discards` as its gate counts them. That other
     /// threads discard pages is progress, too.
-    pub fn none_at_present(&mut self, hva: u64, discards: Option<u32>) -> u32 {
+    pub fn none_at_present(&mut self, hva: Hva, discards: Option<u32>) -> u32 {
         if discards.is_none() || discards != self.discards {
             self.made();
         }
@@ -144,7 +145,7 @@ impl Progress {
 
     /// There is none at an address that is in none of these slots. That they change is progress,
     /// too.
-    pub fn none_outside(&mut self, hva: u64, slots: usize) -> u32 {
+    pub fn none_outside(&mut self, hva: Hva, slots: usize) -> u32 {
         if std::mem::replace(&mut self.slots, slots) != slots {
             self.made();
         }
@@ -200,12 +201,12 @@ mod tests {
     fn a_lost_page_is_told_once_for_each_access() {
         let mut due = Due::Nothing;
         due.unfinished();
-        assert!(!due.is_known_lost(0x1000));
+        assert!(!due.is_known_lost(Hva(0x1000)));
         due.unfinished();
-        assert!(due.is_known_lost(0x1000));
-        assert!(!due.is_known_lost(0x2000));
+        assert!(due.is_known_lost(Hva(0x1000)));
+        assert!(!due.is_known_lost(Hva(0x2000)));
         due.kvm_run_returned();
         due.unfinished();
-        assert!(!due.is_known_lost(0x2000));
+        assert!(!due.is_known_lost(Hva(0x2000)));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Vm;
 use crate::error::{fail, Error, Result};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::file::{self, Use};
 use crate::kernel::mem::{self, Kind};
 use crate::kernel::page::huge_page_size;
@@ -190,8 +190,8 @@ fn recover_huge_pages(memory: &Memory, block: &Block, is_stopped: &dyn Fn() -> b
         return;
     }
     let huge = huge_page_size();
-    let (start, end) = (block.hva.next_multiple_of(huge), block.hva + block.len);
-    for at in (start..end).step_by(huge as usize).take_while(|at| at + huge <= end) {
+    let (start, end) = (block.hva.0.next_multiple_of(huge), block.hva.0 + block.len);
+    for at in (start..end).step_by(huge as usize).take_while(|at| at + huge <= end).map(Hva) {
         // A block that goes waits for this pass, and for what is done in it.
         let pass = memory.enter(block, (at - block.hva) / block.page);
         if is_stopped() || pass.is_none() {

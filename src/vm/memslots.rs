@@ -3,7 +3,7 @@
 
 use super::Vm;
 use crate::error::{fail, Error, Result};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::host_memory::HostMemory;
 use crate::kernel::kvm::Region;
 use crate::kernel::mem::{self, Kind, ADDRESSES};
@@ -33,7 +33,7 @@ pub struct SlotRequest {
     /// Bytes; 0 deletes.
     pub len: u64,
     /// The memory.
-    pub hva: u64,
+    pub hva: Hva,
     /// The block that it is a window of.
     pub host: HostMemory,
     /// What the VMM says the memory is.
@@ -228,7 +228,7 @@ impl Vm {
     }
 
     /// EBUSY if an install that began when an earlier block was there may yet write to this range.
-    fn check_lingering(&self, hva: u64, len: u64) -> Result<()> {
+    fn check_lingering(&self, hva: Hva, len: u64) -> Result<()> {
         let mut lingering = self.lingering.lock().unwrap_or_else(PoisonError::into_inner);
         lingering.retain(|block| !self.engine.memory.have_left(block, Instant::now()));
         match lingering.iter().any(|block| block.hva < hva + len && hva < block.hva + block.len) {
@@ -250,13 +250,13 @@ impl Vm {
         if request.keep {
             fail!(EINVAL, "flags: KVMFAULT_MEMSLOT_KEEP is for deleting");
         }
-        if hva == 0 {
+        if hva == Hva(0) {
             fail!(EINVAL, "hva: is NULL");
         }
         check_range("gpa", gpa.0, len, 1 << 52)?;
-        check_range("hva", hva, len, ADDRESSES)?;
+        check_range("hva", hva.0, len, ADDRESSES)?;
         let (block_hva, block_len) = (request.host.address(), request.host.size());
-        check_range("block_hva", block_hva, block_len, ADDRESSES)?;
+        check_range("block_hva", block_hva.0, block_len, ADDRESSES)?;
         if hva < block_hva || hva + len > block_hva + block_len {
             fail!(EINVAL, "block_hva: [{block_hva:#x}, +{block_len:#x}) does not hold the slot's memory at {hva:#x}");
         }
@@ -428,7 +428,7 @@ impl Vm {
         let mechanism = MECHANISMS[old.block.mechanism];
         let mut slot = old.clone();
         slot.fast_only = on;
-        slot.region = Region { version: 1, flags: old.region.flags & KVM_FLAGS, bitmap: 0, ..old.region };
+        slot.region = Region { version: 1, flags: old.region.flags & KVM_FLAGS, bitmap: Hva(0), ..old.region };
         if on {
             if mechanism.is_per_slot() {
                 let readonly = old.is_readonly();

@@ -6,7 +6,7 @@ mod nudge;
 
 use crate::error::{fail, Error, Result};
 use crate::kernel::abi::{Abi, ACCESS_UNKNOWN};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::arch;
 use crate::kernel::event::Flag;
 use crate::kernel::kvm::{SystemFd, VcpuFd, VmFd};
@@ -225,7 +225,7 @@ impl Vm {
     }
 
     /// The block and its pages of a range of this process, which must lie in one block.
-    fn pages_at<'s>(&self, slots: &'s Slots, hva: u64, len: u64) -> Result<(&'s Block, std::ops::Range<u64>)> {
+    fn pages_at<'s>(&self, slots: &'s Slots, hva: Hva, len: u64) -> Result<(&'s Block, std::ops::Range<u64>)> {
         if !self.engine.memory.external {
             fail!(
                 EOPNOTSUPP,
@@ -238,7 +238,7 @@ impl Vm {
         if len == 0 {
             fail!(EINVAL, "len: is 0");
         }
-        check_alignment("hva", hva, len, block.page)?;
+        check_alignment("hva", hva.0, len, block.page)?;
         if len / block.page > block.pages.len() - first {
             fail!(EINVAL, "len: [{hva:#x}, +{len:#x}) goes beyond the memory registered at {:#x}", block.hva);
         }
@@ -257,7 +257,7 @@ impl Vm {
     }
 
     /// The VMM has installed these pages in its mapping.
-    pub fn arrived(&self, hva: u64, len: u64) -> Result<()> {
+    pub fn arrived(&self, hva: Hva, len: u64) -> Result<()> {
         let slots = self.engine.memory.slots();
         let (block, pages) = self.pages_at(&slots, hva, len)?;
         let memory = &self.engine.memory;
@@ -265,14 +265,14 @@ impl Vm {
     }
 
     /// The VMM's mapping doesn't have these pages.
-    pub fn missing(&self, hva: u64, len: u64) -> Result<()> {
+    pub fn missing(&self, hva: Hva, len: u64) -> Result<()> {
         let slots = self.engine.memory.slots();
         let (block, pages) = self.pages_at(&slots, hva, len)?;
         discard::discard(&self.engine.memory, block, pages, self.engine.memory.stats.here())
     }
 
     /// Translates an address of either mapping of a block to the VMM's.
-    pub fn vmm_address(&self, address: u64) -> Option<u64> {
+    pub fn vmm_address(&self, address: Hva) -> Option<Hva> {
         let slots = self.engine.memory.slots();
         let (block, page) = slots.at_hva(address)?;
         Some(block.hva_of(page) + address % block.page)
@@ -493,7 +493,7 @@ fn check_alignment(name: &str, start: u64, len: u64, page: u64) -> Result<()> {
 /// Guest memory is a source only when it is present: copying from absent pages would wait for them,
 /// and other installs and discards for the copying. A page that is being fetched may be present a
 /// moment later.
-fn wait_for_source(slots: &Slots, src: u64, len: u64) -> Result<()> {
+fn wait_for_source(slots: &Slots, src: Hva, len: u64) -> Result<()> {
     let mut backoff = BoundedBackoff::default();
     while let Some((page, state)) = slots.not_present_in(src, len) {
         let is_mine = || slots.at_hva(page).is_some_and(|(block, page)| calls::is_own_call(block, page));

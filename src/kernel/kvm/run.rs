@@ -27,7 +27,7 @@ impl Run {
     pub fn map(system: &SystemFd, vcpu: &VcpuFd) -> Result<Run> {
         let size = system.vcpu_mmap_size()?;
         let mapping = Mapping::shared(vcpu.as_raw_fd(), 0, size, true).map_err(|e| e.context("kvm_run"))?;
-        let run = NonNull::new(mapping.address() as *mut kb::kvm_run);
+        let run = NonNull::new(mapping.address().as_ptr());
         Ok(Run { run: run.ok_or_else(|| Error::new(libc::EFAULT, "kvm_run"))?, _mapping: Some(mapping) })
     }
 

@@ -1,6 +1,6 @@
 //! A VM of KVM's.
 
-use super::super::address::Gpa;
+use super::super::address::{Gpa, Hva};
 use super::descriptor::{Descriptor, Role};
 use super::vcpu::VcpuFd;
 use super::{KVM_CREATE_VCPU, KVM_ENABLE_CAP, KVM_SET_USER_MEMORY_REGION, KVM_SET_USER_MEMORY_REGION2};
@@ -44,7 +44,7 @@ impl VmFd {
                     flags: region.flags,
                     guest_phys_addr: region.gpa.0,
                     memory_size: region.len,
-                    userspace_addr: region.hva,
+                    userspace_addr: region.hva.0,
                 };
                 self.0.set(KVM_SET_USER_MEMORY_REGION, &mut arg, "KVM_SET_USER_MEMORY_REGION")
             }
@@ -54,10 +54,10 @@ impl VmFd {
                     flags: region.flags,
                     guest_phys_addr: region.gpa.0,
                     memory_size: region.len,
-                    userspace_addr: region.hva,
+                    userspace_addr: region.hva.0,
                     ..Default::default()
                 };
-                arg.pad2[0] = region.bitmap; // `userfault_bitmap` of the KVM Userfault series
+                arg.pad2[0] = region.bitmap.0; // `userfault_bitmap` of the KVM Userfault series
                 self.0.set(KVM_SET_USER_MEMORY_REGION2, &mut arg, "KVM_SET_USER_MEMORY_REGION2")
             }
         }
@@ -84,7 +84,7 @@ pub struct Region {
     /// Bytes; 0 deletes.
     pub len: u64,
     /// Where KVM finds the memory in this process.
-    pub hva: u64,
+    pub hva: Hva,
     /// `userfault_bitmap`, for the ABI that has it.
-    pub bitmap: u64,
+    pub bitmap: Hva,
 }

@@ -10,6 +10,7 @@ mod worker;
 
 use super::Engine;
 use crate::error::{fail, Error, Result};
+use crate::kernel::address::Hva;
 use crate::kernel::signal;
 use crate::kernel::thread::{set_nice, spawn};
 use crate::memory::block::Block;
@@ -39,7 +40,7 @@ pub struct Options {
     /// The memory that is fetched and counted.
     pub scope: Scope,
     /// What to fetch first: addresses in the VMM's mapping.
-    pub first: Vec<Range<u64>>,
+    pub first: Vec<Range<Hva>>,
     /// Fetches `first` only.
     pub only_first: bool,
     /// How often `report` is called.
@@ -92,7 +93,7 @@ pub struct Fill {
     total: u64,
     total_bytes: u64,
     /// What is fetched first, for `Ends::first`.
-    first: Vec<Range<u64>>,
+    first: Vec<Range<Hva>>,
     failed: AtomicU64,
     /// Tries in a row that failed, of all threads.
     failures_in_a_row: AtomicU32,

@@ -2,6 +2,7 @@
 //! vCPU's latest fault, then everything from the lowest address up.
 
 use super::scope::Scope;
+use crate::kernel::address::Hva;
 use crate::memory::block::Block;
 use crate::memory::Memory;
 use crate::resolve::seat::Seats;
@@ -34,13 +35,13 @@ impl Piece {
 #[derive(Debug, Default)]
 pub struct Order {
     /// What is fetched before all else: addresses in the VMM's mapping.
-    first: VecDeque<Range<u64>>,
+    first: VecDeque<Range<Hva>>,
     /// The memory behind the latest faults.
-    near: VecDeque<Range<u64>>,
+    near: VecDeque<Range<Hva>>,
     /// The latest fault of each vCPU that was looked at.
-    seen: Vec<u64>,
+    seen: Vec<Hva>,
     /// This pass has looked at everything below this address.
-    at: u64,
+    at: Hva,
     /// Nothing but `first` is fetched.
     only_first: bool,
     /// Nothing outside of it is fetched.
@@ -50,7 +51,7 @@ pub struct Order {
 impl Order {
     /// An order in which `first`, addresses in the VMM's mapping, comes first; with `only` nothing
     /// else follows. What is outside of `scope` is left out.
-    pub fn new(first: Vec<Range<u64>>, only: bool, scope: Scope) -> Order {
+    pub fn new(first: Vec<Range<Hva>>, only: bool, scope: Scope) -> Order {
         Order { first: first.into(), only_first: only, scope, ..Order::default() }
     }
 
@@ -73,12 +74,12 @@ impl Order {
 
     /// Begins another pass over what is still absent.
     pub fn start_again(&mut self) {
-        self.at = 0;
+        self.at = Hva(0);
     }
 
     fn look_at_faults(&mut self, seats: &Seats) {
         let seats = seats.all();
-        self.seen.resize(seats.len(), 0);
+        self.seen.resize(seats.len(), Hva(0));
         for (seat, seen) in seats.iter().zip(&mut self.seen) {
             if let Some(hva) = seat.last_fault().filter(|hva| hva != seen) {
                 *seen = hva;
@@ -102,7 +103,7 @@ impl Order {
 }
 
 /// The first absent pages of the ranges. What was looked at is removed from them.
-fn take(ranges: &mut VecDeque<Range<u64>>, scope: &Scope, memory: &Memory, most: u64) -> Option<Piece> {
+fn take(ranges: &mut VecDeque<Range<Hva>>, scope: &Scope, memory: &Memory, most: u64) -> Option<Piece> {
     let slots = memory.slots();
     while let Some(range) = ranges.front_mut() {
         let found = scope.within(range.clone()).find_map(|part| {
@@ -119,7 +120,7 @@ fn take(ranges: &mut VecDeque<Range<u64>>, scope: &Scope, memory: &Memory, most:
 }
 
 /// The first run of absent pages of a block that begins in a range of addresses.
-fn absent_in(block: &Arc<Block>, range: Range<u64>, most: u64) -> Option<Piece> {
+fn absent_in(block: &Arc<Block>, range: Range<Hva>, most: u64) -> Option<Piece> {
     let within = block.pages_in(&range);
     let start = block.pages.first_absent(within.clone())?;
     let pages = start..block.pages.absent_up(start, within.end.min(start.saturating_add(most)));
@@ -140,8 +141,8 @@ mod tests {
     use crate::memory::slots::{Slot, Slots};
     use crate::resolve::seat::Seat;
 
-    const A: u64 = 0x1000_0000;
-    const B: u64 = 0x9000_0000;
+    const A: Hva = Hva(0x1000_0000);
+    const B: Hva = Hva(0x9000_0000);
 
     /// Two blocks of 2048 pages.
     fn memory() -> crate::error::Result<Memory> {
@@ -155,14 +156,14 @@ mod tests {
                 mechanism: 0,
             };
             let block = Arc::new(Block::new(shape, None, false, false)?);
-            let region = Region { slot: number, gpa: Gpa(hva), len: 2048 * page_size(), hva, ..Default::default() };
+            let region = Region { slot: number, gpa: Gpa(hva.0), len: 2048 * page_size(), hva, ..Default::default() };
             slots = slots.with(Slot { region, block, offset: 0, fast_only: true }, false);
         }
         memory.replace_slots(slots);
         Ok(memory)
     }
 
-    fn next(order: &mut Order, memory: &Memory, seats: &Seats, most: u64) -> Option<Range<u64>> {
+    fn next(order: &mut Order, memory: &Memory, seats: &Seats, most: u64) -> Option<Range<Hva>> {
         let piece = order.next(memory, seats, most)?;
         for page in piece.pages.clone() {
             assert_eq!(piece.block.pages.get(page), State::Absent);
@@ -198,7 +199,7 @@ mod tests {
         drop(seat.begin_fault(B + 1000 * page_size()));
         let first = vec![
             B + 8 * page_size()..B + 12 * page_size(),
-            0x5000..0x9000,
+            Hva(0x5000)..Hva(0x9000),
             A + 2040 * page_size()..A + 3000 * page_size(),
         ];
         let mut order = Order::new(first, false, Scope::default());

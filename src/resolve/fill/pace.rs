@@ -61,6 +61,7 @@ pub fn give_way(seats: &Seats) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::address::Hva;
     use crate::kernel::kvm::ImmediateExit;
     use crate::resolve::seat::Seat;
 
@@ -105,10 +106,10 @@ mod tests {
             (0..100).map(|_| wait()).min() >= Some(GIVE_WAY)
         };
         assert!(!waits());
-        let under_way = seat.begin_fault(0x1000);
+        let under_way = seat.begin_fault(Hva(0x1000));
         assert!(waits());
         drop(under_way);
         assert!(!waits());
-        assert_eq!(seat.last_fault(), Some(0x1000));
+        assert_eq!(seat.last_fault(), Some(Hva(0x1000)));
     }
 }

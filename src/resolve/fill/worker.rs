@@ -5,6 +5,7 @@ use super::pace::give_way;
 use super::{Fill, Report};
 use crate::error::{Error, Result};
 use crate::kernel::abi::ACCESS_UNKNOWN;
+use crate::kernel::address::Hva;
 use crate::memory::block::Block;
 use crate::memory::pages::State;
 use crate::resolve::{Extent, FaultRequest, Origin, Outcome, MAX_RETRIES};
@@ -182,7 +183,7 @@ impl Fill {
         }
         drop(ends);
         let slots = self.engine.memory.slots();
-        let is_coming = |range: &Range<u64>| {
+        let is_coming = |range: &Range<Hva>| {
             let blocks = slots.blocks_in(range.start, range.end - range.start);
             blocks.into_iter().any(|b| b.pages.count(b.pages_in(range), State::Resolving) > 0)
         };

@@ -8,7 +8,7 @@ use super::super::state::LoopState;
 use super::super::{Exit, Vcpu};
 use crate::error::{Error, Result};
 use crate::kernel::abi::{ACCESS_READ, ACCESS_WRITE};
-use crate::kernel::address::Gpa;
+use crate::kernel::address::{Gpa, Hva};
 use crate::kernel::arch::Mmio;
 use crate::kernel::mem;
 use crate::kernel::page::page_size;
@@ -36,7 +36,7 @@ enum Part {
 }
 
 /// Reads or writes a piece's bytes.
-fn transfer(block: &Block, hva: u64, mmio: &mut Mmio, bytes: &Range<usize>) -> Result<()> {
+fn transfer(block: &Block, hva: Hva, mmio: &mut Mmio, bytes: &Range<usize>) -> Result<()> {
     match mmio.write {
         true => block.area(hva, bytes.len() as u64).write(&mmio.data[bytes.clone()]),
         false => mem::read(hva, &mut mmio.data[bytes.clone()]),
@@ -185,7 +185,7 @@ impl Vcpu {
     }
 
     /// A broken page can't be mapped; the access itself shows it.
-    fn map_for_kvm(&self, block: &Block, page: u64, hva: u64) -> Result<()> {
+    fn map_for_kvm(&self, block: &Block, page: u64, hva: Hva) -> Result<()> {
         match self.map_present(block, page) {
             Err(e) if matches!(e.errno, libc::EHWPOISON | libc::EIO) && self.is_broken(block, page, hva) => Ok(()),
             mapped => mapped,

@@ -6,12 +6,13 @@ use super::super::state::LoopState;
 use super::super::{Exit, Vcpu};
 use crate::error::Result;
 use crate::kernel::abi::ACCESS_UNKNOWN;
+use crate::kernel::address::Hva;
 use crate::memory::pages::State;
 use crate::memory::slots::Slots;
 use crate::resolve::Outcome;
 
 /// Addresses from here on are the kernel's.
-const KERNEL_SPACE: u64 = 1 << 63;
+const KERNEL_SPACE: Hva = Hva(1 << 63);
 
 impl Vcpu {
     /// SIGBUS at an address in no slot. For a read-only slot KVM signals an address of its own:
@@ -22,7 +23,7 @@ impl Vcpu {
         &self,
         state: &mut LoopState,
         slots: &Slots,
-        address: u64,
+        address: Hva,
     ) -> Result<Option<Exit>> {
         if address < KERNEL_SPACE {
             return Ok(None);
