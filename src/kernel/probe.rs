@@ -28,20 +28,15 @@ pub fn prove(system: &SystemFd, abi: &Abi) -> Result<()> {
     let data = Mapping::anonymous(DATA_PAGES * page_size())?;
     let bitmap = Mapping::anonymous(page_size())?;
     code.whole().write(arch::PROBE_CODE)?;
-    vm.set_region(&Region {
-        version: 1,
-        slot: 0,
-        gpa: CODE_GPA,
-        len: page_size(),
-        hva: code.address(),
-        ..Default::default()
-    })?;
+    let region =
+        Region { version: 1, slot: 0, gpa: CODE_GPA, len: code.size(), hva: code.address(), ..Default::default() };
+    vm.set_region(&region, code.whole())?;
 
     let mut region =
         Region { version: 1, slot: 1, gpa: DATA_GPA, len: data.size(), hva: data.address(), ..Default::default() };
     bitmap.atomics()[0].store(!0, std::sync::atomic::Ordering::Release);
     abi.arm(&mut region, bitmap.address());
-    vm.set_region(&region)
+    vm.set_region(&region, data.whole())
         .map_err(|e| e.context(format!("a memslot with flag {:#x} ({})", abi.slot_flag, abi.name)))?;
 
     let vcpu = vm.create_vcpu(0)?;

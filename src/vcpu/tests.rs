@@ -51,14 +51,8 @@ impl Machine {
         let vm = system.create_vm().unwrap();
         let code = Mapping::anonymous(page_size()).unwrap();
         code.whole().write(&test_guest::CODE).unwrap();
-        vm.set_region(&Region {
-            version: 1,
-            gpa: CODE_GPA,
-            len: page_size(),
-            hva: code.address(),
-            ..Default::default()
-        })
-        .unwrap();
+        let region = Region { version: 1, gpa: CODE_GPA, len: page_size(), hva: code.address(), ..Default::default() };
+        vm.set_region(&region, code.whole()).unwrap();
         let data = shared(vcpus * PAGES * page_size());
         let bytes = Mapping::anonymous(page_size()).unwrap();
         bytes.whole().write(&vec![7; page_size() as usize]).unwrap();

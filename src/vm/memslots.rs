@@ -123,7 +123,7 @@ impl Vm {
         // last: KVM may refuse.
         self.publish(meanwhile);
         let done = self.arm(&slot, fresh).and_then(|()| match ioctl {
-            Ioctl::Library => self.set_region(old.as_deref(), &region),
+            Ioctl::Library => self.set_region(old.as_deref(), &slot),
             Ioctl::Vmm => Ok(()),
         });
         match &done {
@@ -158,14 +158,15 @@ impl Vm {
 
     /// KVM moves a slot (guest address, flags) in place, but takes another size or host address
     /// only after a delete.
-    fn set_region(&self, old: Option<&Slot>, region: &Region) -> Result<()> {
-        if let Some(old) = old.filter(|o| o.region.len != region.len || o.region.hva != region.hva) {
-            self.tell_kvm(&Region { len: 0, ..old.region })?;
-            return self.tell_kvm(region).inspect_err(|_| {
-                let _ = self.tell_kvm(&old.region); // as it was
+    fn set_region(&self, old: Option<&Slot>, new: &Slot) -> Result<()> {
+        let set = |slot: &Slot| self.set_in_kvm(&slot.region, &slot.block);
+        if let Some(old) = old.filter(|o| o.region.len != new.region.len || o.region.hva != new.region.hva) {
+            self.delete_in_kvm(&old.region)?;
+            return set(new).inspect_err(|_| {
+                let _ = set(old); // as it was
             });
         }
-        self.tell_kvm(region)
+        set(new)
     }
 
     fn delete(&self, slots: &Slots, request: &SlotRequest, ioctl: Ioctl) -> Result<Region> {
@@ -174,7 +175,7 @@ impl Vm {
         };
         let region = Region { len: 0, ..old.region };
         if ioctl == Ioctl::Library {
-            self.tell_kvm(&region)?;
+            self.delete_in_kvm(&region)?;
         }
         self.publish(slots.without(request.slot, request.keep));
         self.not_in_kvm(&old.block);
@@ -448,7 +449,8 @@ impl Vm {
         let region = slot.region;
         if region != old.region {
             // The same ioctl that is good for the flag is good for its removal.
-            self.tell_kvm(&Region { version: region.version.max(old.region.version), ..region })?;
+            let region = Region { version: region.version.max(old.region.version), ..region };
+            self.set_in_kvm(&region, &slot.block)?;
         }
         if on || !others {
             mechanism.set_fast(memory, &slot.block, on)?;

@@ -9,6 +9,7 @@ use super::Vm;
 use crate::error::Result;
 use crate::kernel::kvm::Region;
 use crate::kernel::{signal, thread};
+use crate::memory::block::Block;
 use crate::resolve::seat::{Seat, Seats};
 use std::sync::mpsc::{channel, RecvTimeoutError};
 use std::time::Duration;
@@ -21,9 +22,14 @@ const ENOUGH: Duration = Duration::from_millis(10);
 const MOST_PAUSE: Duration = Duration::from_millis(50);
 
 impl Vm {
-    /// Tells KVM about a slot.
-    pub(super) fn tell_kvm(&self, region: &Region) -> Result<()> {
-        nudging(&self.engine.seats, || self.vm.set_region(region))
+    /// Tells KVM of a slot on this block.
+    pub(super) fn set_in_kvm(&self, region: &Region, block: &Block) -> Result<()> {
+        nudging(&self.engine.seats, || self.vm.set_region(region, block.area(region.hva, region.len)))
+    }
+
+    /// Has KVM delete a slot.
+    pub(super) fn delete_in_kvm(&self, region: &Region) -> Result<()> {
+        nudging(&self.engine.seats, || self.vm.delete_region(region))
     }
 }
 
