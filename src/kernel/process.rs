@@ -45,6 +45,11 @@ impl Process {
         }
     }
 
+    /// The calling process; None before its first handle is made.
+    pub fn known() -> Option<Process> {
+        Some(word().load(SeqCst)).filter(|number| ![0, BEGINNING].contains(number)).map(Process)
+    }
+
     /// Is it the calling process? Async-signal-safe.
     #[inline]
     pub fn is_here(self) -> bool {

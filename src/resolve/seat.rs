@@ -5,7 +5,7 @@ use super::readahead::Runs;
 use super::Waiter;
 use crate::error::Error;
 use crate::kernel::address::Hva;
-use crate::kernel::kvm::ImmediateExit;
+use crate::kernel::kvm::{ImmediateExit, Run};
 use crate::kernel::signal::{self, SignalSet};
 use crate::kernel::thread;
 use crate::memory::block::Block;
@@ -35,7 +35,7 @@ pub struct Seat {
     /// KVM's number.
     pub number: i32,
     /// The byte of its kvm_run that keeps KVM_RUN from entering the guest.
-    pub immediate_exit: ImmediateExit,
+    pub immediate_exit: Arc<ImmediateExit>,
     /// Its thread; 0 while it has none.
     pub thread: AtomicI32,
     /// Where it sleeps.
@@ -74,7 +74,7 @@ pub struct Seat {
 
 impl Seat {
     /// A vCPU without a thread.
-    pub fn new(number: i32, immediate_exit: ImmediateExit, signal: i32, by_handler: bool) -> Seat {
+    pub fn new(number: i32, immediate_exit: Arc<ImmediateExit>, signal: i32, by_handler: bool) -> Seat {
         Seat {
             number,
             immediate_exit,
@@ -179,8 +179,8 @@ impl Seat {
     /// that. By mask, the signal may have been taken together with that of another vCPU of this
     /// thread.
     #[inline]
-    pub fn refresh(&self) {
-        if self.has_something_to_report() || self.by_handler && self.immediate_exit.is_raised() {
+    pub fn refresh(&self, run: &Run) {
+        if self.has_something_to_report() || self.by_handler && run.is_exit_raised() {
             self.refresh_exit();
         }
     }
@@ -211,7 +211,7 @@ impl Seat {
         if self.wait_for_signals() && !self.by_handler {
             while matches!(signal::take(SignalSet::of(&[self.signal])), Ok(Some(_))) {}
         }
-        self.refresh();
+        self.refresh_exit();
     }
 
     /// Waits until all threads that interrupt the vCPU have sent their signals, and by handler

@@ -127,7 +127,7 @@ impl Vcpu {
             None => Run::map(&vm.system, &fd)?,
         };
         let by_handler = options.sigbus == Sigbus::ByHandler;
-        let seat = Box::leak(Box::new(Seat::new(number, run.immediate_exit(), signal, by_handler)));
+        let seat = Box::leak(Box::new(Seat::new(number, run.immediate_exit().clone(), signal, by_handler)));
         let signals = SignalSet::of(&[libc::SIGBUS, signal]);
         if !vm.engine.seats.add(seat) {
             fail!(EEXIST, "fd: vCPU {number} has a handle already");
@@ -175,7 +175,7 @@ impl Vcpu {
         self.attach(&mut state)?;
         self.seat.next_turn();
         self.seat.acknowledge_nudges(); // whose signals came in the VMM's own code
-        self.seat.refresh();
+        self.seat.refresh(&self.run);
         match self.before_run(&mut state)? {
             Exit::Handled => {}
             other => return Ok(other),
@@ -184,7 +184,7 @@ impl Vcpu {
             self.check_open()?;
             // A kick's signal may be over. KVM_RUN then still completes what the last exit left,
             // and returns at once.
-            self.seat.refresh();
+            self.seat.refresh(&self.run);
             self.run.clear_exit_reason();
             let ret = self.fd.run();
             match (self.exit(&mut state, ret, true)?, ret) {
@@ -219,7 +219,7 @@ impl Vcpu {
         if state.is_away {
             self.seat.next_turn();
         }
-        self.seat.refresh();
+        self.seat.refresh(&self.run);
     }
 
     /// For a VMM with its own loop: what is to be done before KVM_RUN.

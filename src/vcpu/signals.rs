@@ -39,7 +39,7 @@ impl Vcpu {
         calls::prepare_thread();
         self.seat.thread.store(thread::id(), SeqCst);
         // A kick may have gone to the thread before this one, or to none.
-        self.seat.refresh();
+        self.seat.refresh(&self.run);
         Ok(())
     }
 
