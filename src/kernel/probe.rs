@@ -43,21 +43,22 @@ pub fn prove(system: &SystemFd, abi: &Abi) -> Result<()> {
     let run = Run::map(system, &vcpu)?;
     arch::start_probe_guest(&vm, &vcpu, CODE_GPA, DATA_GPA)?;
 
-    match run_once(&vcpu, &run) {
-        Ok(()) => fail!(EOPNOTSUPP, "the flag is accepted, but a guest that touches an absent page does not exit"),
-        Err(errno) => match abi.decode(errno, &run) {
-            Some(exit) if exit.gpa.0 & !(page_size() - 1) == DATA_GPA.0 => {}
-            Some(exit) => fail!(EOPNOTSUPP, "the exit names address {:#x} instead of {DATA_GPA:#x}", exit.gpa),
-            None => {
-                let error = std::io::Error::from_raw_os_error(errno);
-                fail!(
-                    EOPNOTSUPP,
-                    "KVM_RUN failed otherwise than {} does: {error}, exit reason {}",
-                    abi.name,
-                    run.exit_reason()
-                )
-            }
-        },
+    let result = run_once(&vcpu, &run);
+    match (abi.decode(result.err().unwrap_or(0), &run), result) {
+        (Some(exit), _) if exit.gpa.0 & !(page_size() - 1) == DATA_GPA.0 => {}
+        (Some(exit), _) => fail!(EOPNOTSUPP, "the exit names address {:#x} instead of {DATA_GPA:#x}", exit.gpa),
+        (None, Ok(())) if run.exit_reason() == arch::PROBE_END => {
+            fail!(EOPNOTSUPP, "the flag is accepted, but a guest that touches an absent page does not exit")
+        }
+        (None, result) => {
+            let error = result.err().map_or("no error".into(), |e| std::io::Error::from_raw_os_error(e).to_string());
+            fail!(
+                EOPNOTSUPP,
+                "KVM_RUN ended otherwise than {} does: {error}, exit reason {}",
+                abi.name,
+                run.exit_reason()
+            )
+        }
     }
     data.whole().write(&[1])?;
     bitmap.atomics()[0].store(!1, std::sync::atomic::Ordering::Release);
