@@ -1,4 +1,6 @@
-//! A VMM with any version of kvm-ioctls can use the crate: it passes descriptors, and no types.
+//! A VMM with any version of kvm-ioctls can use the crate: it passes descriptors, and no types. The
+//! guest is one of x86-64.
+#![cfg(target_arch = "x86_64")]
 
 use kvmfault::{Answer, Exit, Fault, HostMemory, Memslot, Origin, PageState, Vcpu, Vm};
 use std::os::fd::{AsRawFd, BorrowedFd};

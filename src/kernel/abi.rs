@@ -19,6 +19,7 @@ pub const ACCESS_READ: Access = 1 << 0;
 /// A write.
 pub const ACCESS_WRITE: Access = 1 << 1;
 /// The fetch of an instruction.
+#[allow(dead_code)] // used where KVM has an instruction emulator
 pub const ACCESS_EXEC: Access = 1 << 2;
 
 /// One revision of the flag.

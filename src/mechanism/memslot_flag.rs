@@ -32,7 +32,8 @@ impl Mechanism for MemslotFlag {
             fail!(EOPNOTSUPP, "the flag of {} does not work together with KVM_MEM_READONLY", abi.name);
         }
         if abi.bitmap && request.offset % (8 * page_size()) != 0 {
-            fail!(EOPNOTSUPP, "with {} a slot must begin at a multiple of 32 KiB in its block", abi.name);
+            let unit = 8 * page_size() / 1024;
+            fail!(EOPNOTSUPP, "with {} a slot must begin at a multiple of {unit} KiB in its block", abi.name);
         }
         Ok(())
     }

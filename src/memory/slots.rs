@@ -52,6 +52,7 @@ impl Slot {
     }
 
     /// A guest physical address in the mapping that KVM uses.
+    #[allow(dead_code)] // used where KVM has an instruction emulator
     pub fn kvm_hva(&self, gpa: Gpa) -> Hva {
         self.block.kvm_hva() + (gpa - self.region.gpa + self.offset)
     }

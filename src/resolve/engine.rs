@@ -119,6 +119,7 @@ impl Engine {
     }
 
     /// Tells the VMM of a write that the library did for the guest.
+    #[allow(dead_code)] // used where KVM has an instruction emulator
     pub fn written(&self, gpa: Gpa, len: u64) {
         if let Some(callbacks) = self.callbacks.get().as_ref() {
             callback(|| callbacks.resolver().written(gpa, len));

@@ -1,8 +1,8 @@
 //! The vCPU's exit loop: which exits are faults, and how they are served.
 //!
 //! # What an architecture provides
-//! `arch` is the room of the architecture that the library is built for (`x86_64/`), and the only
-//! place in this room where it is named. Its part of the loop is:
+//! `arch` is the room of the architecture that the library is built for (`x86_64/`, `aarch64/`),
+//! and the only place in this room where it is named. Its part of the loop is:
 //!
 //! - `State`: what the architecture remembers from one KVM_RUN to the next; `Default`
 //! - `Vcpu::other_exit(state, interruptible)`: serves an exit that is no memory fault (accesses
@@ -27,8 +27,12 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
+#[cfg(target_arch = "aarch64")]
+use self::aarch64 as arch;
 #[cfg(target_arch = "x86_64")]
 use self::x86_64 as arch;
 

@@ -19,6 +19,7 @@ pub(super) struct LoopState {
     /// KVM_PRE_FAULT_MEMORY doesn't work for this vCPU.
     pub no_pre_fault: bool,
     /// What the architecture's part of the loop remembers.
+    #[allow(dead_code)] // some architectures remember nothing
     pub arch: arch::State,
 }
 
@@ -73,6 +74,7 @@ impl Due {
 
     /// The VMM is told that a page of the unfinished exit can't be had. Has it been told of this
     /// page before?
+    #[allow(dead_code)] // used where KVM has an instruction emulator
     pub fn is_known_lost(&mut self, hva: Hva) -> bool {
         match self {
             Due::Finish { known_lost, .. } => known_lost.replace(hva) == Some(hva),
@@ -95,6 +97,7 @@ impl Due {
     }
 
     /// The VMM got the exit of a device.
+    #[allow(dead_code)] // used where KVM has an instruction emulator
     pub fn device_exited(&mut self) {
         if *self == Due::Nothing {
             *self = Due::Walk;
@@ -153,6 +156,7 @@ impl Progress {
     }
 
     /// How often in a row, up to now.
+    #[allow(dead_code)] // used where KVM has an instruction emulator
     pub fn times(&self) -> u32 {
         self.times
     }

@@ -114,7 +114,7 @@ fn shared(len: u64) -> Mapping {
 
 fn vcpu(vm: &VmFd, n: u64) -> VcpuFd {
     let vcpu = vm.create_vcpu(n).unwrap();
-    test_guest::start(&vcpu, CODE_GPA, DATA_GPA + n * PAGES * page_size(), PAGES);
+    test_guest::start(vm, &vcpu, CODE_GPA, DATA_GPA + n * PAGES * page_size(), PAGES);
     vcpu
 }
 

@@ -100,6 +100,12 @@ impl Vm {
         if options.external && options.readers > 0 {
             fail!(EINVAL, "reader_threads: with KVMFAULT_VM_EXTERNAL_UFFD the library reads no userfaultfd");
         }
+        if options.filter_msrs && !arch::HAS_AREA_MSRS {
+            fail!(
+                EOPNOTSUPP,
+                "flags: KVMFAULT_VM_FILTER_MSRS is for x86-64: on this architecture guests register no memory by MSRs"
+            );
+        }
         let uffd = match options.uffd {
             Some(fd) => Uffd::adopt(fd)?,
             None => {

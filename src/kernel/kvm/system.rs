@@ -1,5 +1,6 @@
 //! /dev/kvm.
 
+use super::super::arch;
 use super::descriptor::{Descriptor, Role};
 use super::vm::VmFd;
 use super::{KVM_CREATE_VM, KVM_GET_VCPU_MMAP_SIZE};
@@ -24,7 +25,8 @@ impl SystemFd {
 
     /// A new VM.
     pub fn create_vm(&self) -> Result<VmFd> {
-        self.0.create(KVM_CREATE_VM, 0, "KVM_CREATE_VM").map(VmFd)
+        let vm_type = arch::vm_type(|cap| self.check_extension(cap));
+        self.0.create(KVM_CREATE_VM, vm_type, "KVM_CREATE_VM").map(VmFd)
     }
 
     /// KVM_CHECK_EXTENSION; 0 for what the kernel doesn't know. Proves nothing of the numbers in

@@ -59,6 +59,9 @@ pub fn areas(vcpu: &VcpuFd) -> impl Iterator<Item = (u32, Range<Gpa>)> + '_ {
     shared.chain(saved.filter_map(|smbase| Some((1, smbase.checked_add(SAVED.start)?..smbase.checked_add(SAVED.end)?))))
 }
 
+/// Can a guest's registration of an area be made an exit? See `exit_on_area_msrs`.
+pub const HAS_AREA_MSRS: bool = true;
+
 const KVM_X86_SET_MSR_FILTER: u64 = iow(0xc6, size_of::<kb::kvm_msr_filter>());
 
 /// Makes guests' writes to the MSRs that register areas end KVM_RUN (KVM_EXIT_X86_WRMSR) instead of

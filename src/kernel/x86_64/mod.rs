@@ -7,7 +7,7 @@ mod probe;
 mod registers;
 mod run;
 
-pub use self::areas::{area_of_msr, areas, exit_on_area_msrs, is_area_msr};
+pub use self::areas::{area_of_msr, areas, exit_on_area_msrs, is_area_msr, HAS_AREA_MSRS};
 pub use self::guest::{check_guest, two_dimensional_paging, PAGING_NAME, PAGING_REMEDY};
 pub use self::probe::{start_probe_guest, PROBE_CODE, PROBE_END};
 pub use self::run::Mmio;
@@ -41,6 +41,11 @@ pub const KVM_RUN_READS_EXIT_REASON: bool = false;
 /// The address space of an exit, by the flags in `struct kvm_run`: 1 in system management mode.
 pub fn space(flags: u16) -> u32 {
     u32::from(flags) & kvm_bindings::KVM_RUN_X86_SMM
+}
+
+/// The argument of KVM_CREATE_VM.
+pub fn vm_type(_check_extension: impl Fn(u32) -> i32) -> u64 {
+    0
 }
 
 /// The revision of the memslot flag that differs between architectures.
