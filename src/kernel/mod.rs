@@ -1,9 +1,9 @@
 //! What Linux defines, and nothing else: system calls, layouts, the table of KVM ABIs, and the
 //! probe that tells them apart.
 //!
-//! All `unsafe` of the library lives here and in `capi/`, one reason each. The functions are safe
-//! to call: what they are given is checked by the kernel (an address that isn't mapped is EFAULT,
-//! not undefined behaviour).
+//! All `unsafe` of the library lives here and in `capi/`, one reason each. Functions that are not
+//! marked so are safe to call: those that change memory take an [`Area`](host_memory::Area), and
+//! those that read it have the kernel check the address (EFAULT, not undefined behaviour).
 //!
 //! # What an architecture provides
 //! `arch` is the room of the architecture that the library is built for (`x86_64/`, `aarch64/`),
