@@ -131,8 +131,8 @@ impl Descriptor {
     pub(in crate::kernel) fn exchange<T>(&self, request: u64, arg: &mut T, what: &str) -> Result<i32> {
         // SAFETY: `arg` is live, and every caller passes the structure that `request` is defined
         // on, followed by as many entries as its head says if it is one with entries; what it
-        // points to is live as well. Guest memory that it names is an area that the library may change
-        // (VmFd::set_region).
+        // points to is live as well. Guest memory that it names is an area that the library may
+        // change (VmFd::set_region).
         match unsafe { libc::ioctl(self.0.as_raw_fd(), request, &raw mut *arg) } {
             r if r < 0 => Err(Error::last_os(what)),
             r => Ok(r),
