@@ -6,8 +6,13 @@ PREFIX = /usr/local
 LIBDIR = $(PREFIX)/lib
 INCLUDEDIR = $(PREFIX)/include
 DESTDIR =
-CC = cc
-CXX = c++
+# For another architecture: make TARGET=aarch64-unknown-linux-gnu [stage|install|cross-check].
+# All of it is then in target/TARGET.
+TARGET =
+CROSS := $(filter-out $(shell uname -m)-%,$(TARGET))
+TOOLS = $(CROSS:%-unknown-linux-gnu=%-linux-gnu-)
+CC = $(if $(CROSS),$(TOOLS)gcc,cc)
+CXX = $(if $(CROSS),$(TOOLS)g++,c++)
 CFLAGS = -O2 -g
 CXXFLAGS = $(CFLAGS)
 
@@ -20,7 +25,8 @@ export CC CXX
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
 SONAME := libkvmfault.so.$(firstword $(subst ., ,$(VERSION)))
 
-T = target
+T = target$(TARGET:%=/%)
+CARGO_TARGET = $(TARGET:%=--target %)
 ARCHIVE = $T/release/libkvmfault.a
 STATIC_LIBS = $T/release/native-static-libs
 SHARED = $T/release/libkvmfault.so.$(VERSION)
@@ -29,6 +35,20 @@ PROGRAMS = $T/programs
 VM_PROGRAMS = $T/programs-static
 BENCH = $T/bench/sweep $T/bench/background $T/bench/pending $T/bench/instructions
 PKG_CONFIG = PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig pkg-config
+
+ifneq ($(CROSS),)
+# Where cargo, the crate cc and bindgen look for the tools. Debian keeps the headers of each
+# architecture that it has cross compilers for in a folder of its own.
+CROSS_NAME := $(subst -,_,$(CROSS))
+export CARGO_TARGET_$(shell echo $(CROSS_NAME) | tr a-z A-Z)_LINKER = $(CC)
+export CC_$(CROSS_NAME) = $(CC)
+export HOST_CC = cc
+export BINDGEN_EXTRA_CLANG_ARGS_$(CROSS_NAME) = -isystem /usr/$(TOOLS:%-=%)/include
+CANNOT_CROSS := $(filter-out build stage install cross-check header help clean target/%,$(MAKECMDGOALS))
+ifneq ($(CANNOT_CROSS),)
+$(error with TARGET=$(TARGET) only build, stage, install and cross-check can be made, not $(CANNOT_CROSS))
+endif
+endif
 
 .DEFAULT_GOAL = build
 .DELETE_ON_ERROR:
@@ -86,6 +106,10 @@ bench: $(BENCH) | setup-bench ## pages a second and latencies beside plain C [BE
 check: stage | setup-check ## formatting, spelling, lints, rooms, header and exported symbols
 	scripts/check
 
+.PHONY: cross-check
+cross-check: setup-build ## compiles the library and its Rust tests for TARGET, without linking them
+	cargo check --locked --quiet --lib --tests $(CARGO_TARGET)
+
 .PHONY: header
 header: setup-build ## writes include/kvmfault.h from src/capi
 	KVMFAULT_WRITE_HEADER=1 cargo test --locked --quiet --test header
@@ -97,6 +121,9 @@ clean: ## removes target/ (with the caches of the kernels)
 .PHONY: setup-build setup-test setup-bench setup-check
 setup-build:
 	@scripts/setup build
+ifneq ($(CROSS),)
+	@scripts/setup $(CROSS:aarch64-unknown-linux-gnu=arm64)
+endif
 setup-test: setup-build
 	@scripts/setup test
 setup-bench: setup-build
@@ -109,7 +136,7 @@ setup-check: setup-build
 # cargo knows what is out of date. rustc's own shared library would have no symbol versions: the
 # linker makes ours.
 $(ARCHIVE): FORCE | setup-build
-	cargo rustc --release --locked --lib --crate-type staticlib -- --print native-static-libs=$(STATIC_LIBS)
+	cargo rustc --release --locked --lib --crate-type staticlib $(CARGO_TARGET) -- --print native-static-libs=$(STATIC_LIBS)
 
 $(SHARED): $(ARCHIVE) src/capi/kvmfault.map Makefile
 	$(CC) -shared -o $@ -Wl,-soname,$(SONAME) \
@@ -129,7 +156,7 @@ install: $(SHARED) ## installs to $(DESTDIR)$(PREFIX) [LIBDIR= INCLUDEDIR=]
 	sed -e 's|@PREFIX@|$(PREFIX)|; s|@LIBDIR@|$(LIBDIR:$(PREFIX)/%=$${prefix}/%)|; s|@INCLUDEDIR@|$(INCLUDEDIR:$(PREFIX)/%=$${prefix}/%)|' \
 		-e "s|@VERSION@|$(VERSION)|; s|@STATIC_LIBS@|$$(sed 's/-lgcc_s *//' $(STATIC_LIBS))|" \
 		pkgconfig/kvmfault.pc.in >"$(DESTDIR)$(LIBDIR)/pkgconfig/kvmfault.pc"
-	[ -n "$(DESTDIR)" ] || [ "$$(id -u)" != 0 ] || ldconfig
+	[ -n "$(DESTDIR)$(CROSS)" ] || [ "$$(id -u)" != 0 ] || ldconfig
 
 # ---- C programs, all built against an installed tree -------------------------------------------
 
