@@ -305,9 +305,10 @@ struct kvmfault_probe {
   /* 1 if KVM has KVM_PRE_FAULT_MEMORY, else 0. */
   uint32_t pre_fault_memory;
   /*
-   * 1 if KVM maps guest memory by two-dimensional paging (EPT, NPT). 0 if KVM shadows the
-   * guest's page tables, or if /sys/module/kvm_intel or kvm_amd can't be read: KVM then reads
-   * these tables itself, and with `poison-trap` they must be present before the guest uses them.
+   * 1 if KVM maps guest memory by two-dimensional paging (EPT, NPT; always on arm64). 0 if KVM
+   * shadows the guest's page tables, or if /sys/module/kvm_intel or kvm_amd can't be read: KVM
+   * then reads these tables itself, and with `poison-trap` they must be present before the guest
+   * uses them.
    */
   uint32_t two_dimensional_paging;
 };
@@ -545,6 +546,9 @@ typedef void (*kvmfault_written)(void *opaque, uint64_t gpa, uint64_t len);
  *
  * Setting and removing the filter may wait for a vCPU that sleeps inside KVM for a page which only
  * a userfaultfd of the VMM's own supplies, as a change of memslots does.
+ *
+ * x86-64 only: on arm64 `kvmfault_vm_new` fails with -EOPNOTSUPP, because guests there have no
+ * such MSRs.
  */
 #define KVMFAULT_VM_FILTER_MSRS (1 << 2)
 
@@ -730,12 +734,19 @@ int kvmfault_vm_mechanism(const struct kvmfault_vm *vm);
  * Hyper-V or Xen enlightenments. (kvmclock, steal time, PV EOI and async page faults are no
  * obstacle: see `kvmfault_vcpu_run`.)
  *
- * `vcpu_fd` is a vCPU on which KVM_SET_CPUID2 was called. KVM_GET_CPUID2 waits while that vCPU is
- * inside KVM_RUN: call this before it runs.
+ * On arm64 this refuses a vCPU with KVM_ARM_VCPU_HAS_EL2. It can't see an interrupt controller:
+ * with an ITS in KVM the VMM itself resolves (`kvmfault_pages_resolve`) the tables of the ITS and
+ * the property and pending tables of LPIs before it restores or saves them
+ * (KVM_DEV_ARM_ITS_RESTORE_TABLES and the others fail with EFAULT on an absent page) and before
+ * the guest runs. So it does for pages whose tags it copies (KVM_ARM_MTE_COPY_TAGS).
+ *
+ * `vcpu_fd` is a vCPU on which KVM_SET_CPUID2 (arm64: KVM_ARM_VCPU_INIT) was called. The ioctl
+ * that asks it waits while that vCPU is inside KVM_RUN: call this before it runs.
  *
  * Returns: 0: it can.
  * Errors:
  *   -EOPNOTSUPP: it can't; `kvmfault_last_error` says why.
+ *   -ENOEXEC: arm64: KVM_ARM_VCPU_INIT was not called.
  *   -EINVAL: `vcpu_fd` is not a vCPU.
  *   -EBADF: `vcpu_fd` is closed.
  * Threads: any.
@@ -1579,7 +1590,8 @@ void kvmfault_vcpu_free(struct kvmfault_vcpu *vcpu);
  * that the guest hasn't mapped. What the first word of an OUTS needs cannot be known in advance,
  * if the guest hasn't touched it before. The registers must be set before the first call; in PAE
  * mode the first table is then read anew if it was absent (KVM_SET_SREGS reads it and reports
- * nothing).
+ * nothing). On arm64 none of this is needed but for the area of stolen time
+ * (KVM_ARM_VCPU_PVTIME_CTRL), which must be set before the first call, too.
  *
  * INTERRUPTED, MEMORY_ERROR or an error may leave the vCPU in the middle of an access that KVM
  * emulates, or of a filtered write to an MSR. kvm_run->exit_reason is then KVM_EXIT_MMIO or

@@ -57,9 +57,10 @@ pub struct kvmfault_probe {
     pub abi: [c_char; KVMFAULT_PROBE_ABI_LEN],
     /// 1 if KVM has KVM_PRE_FAULT_MEMORY, else 0.
     pub pre_fault_memory: u32,
-    /// 1 if KVM maps guest memory by two-dimensional paging (EPT, NPT). 0 if KVM shadows the
-    /// guest's page tables, or if /sys/module/kvm_intel or kvm_amd can't be read: KVM then reads
-    /// these tables itself, and with `poison-trap` they must be present before the guest uses them.
+    /// 1 if KVM maps guest memory by two-dimensional paging (EPT, NPT; always on arm64). 0 if KVM
+    /// shadows the guest's page tables, or if /sys/module/kvm_intel or kvm_amd can't be read: KVM
+    /// then reads these tables itself, and with `poison-trap` they must be present before the guest
+    /// uses them.
     pub two_dimensional_paging: u32,
 }
 

@@ -216,7 +216,8 @@ pub unsafe extern "C" fn kvmfault_vcpu_free(vcpu: *mut kvmfault_vcpu) {
 /// that the guest hasn't mapped. What the first word of an OUTS needs cannot be known in advance,
 /// if the guest hasn't touched it before. The registers must be set before the first call; in PAE
 /// mode the first table is then read anew if it was absent (KVM_SET_SREGS reads it and reports
-/// nothing).
+/// nothing). On arm64 none of this is needed but for the area of stolen time
+/// (KVM_ARM_VCPU_PVTIME_CTRL), which must be set before the first call, too.
 ///
 /// INTERRUPTED, MEMORY_ERROR or an error may leave the vCPU in the middle of an access that KVM
 /// emulates, or of a filtered write to an MSR. kvm_run->exit_reason is then KVM_EXIT_MMIO or

@@ -56,6 +56,9 @@ pub const KVMFAULT_VM_EXTERNAL_UFFD: u64 = 1 << 1;
 ///
 /// Setting and removing the filter may wait for a vCPU that sleeps inside KVM for a page which only
 /// a userfaultfd of the VMM's own supplies, as a change of memslots does.
+///
+/// x86-64 only: on arm64 `kvmfault_vm_new` fails with -EOPNOTSUPP, because guests there have no
+/// such MSRs.
 pub const KVMFAULT_VM_FILTER_MSRS: u64 = 1 << 2;
 
 /// For `kvmfault_vm_enable`: KVM's memory-fault exits, in whichever way the kernel's ABI enables
@@ -354,12 +357,19 @@ pub unsafe extern "C" fn kvmfault_vm_mechanism(vm: *const kvmfault_vm) -> c_int 
 /// Hyper-V or Xen enlightenments. (kvmclock, steal time, PV EOI and async page faults are no
 /// obstacle: see `kvmfault_vcpu_run`.)
 ///
-/// `vcpu_fd` is a vCPU on which KVM_SET_CPUID2 was called. KVM_GET_CPUID2 waits while that vCPU is
-/// inside KVM_RUN: call this before it runs.
+/// On arm64 this refuses a vCPU with KVM_ARM_VCPU_HAS_EL2. It can't see an interrupt controller:
+/// with an ITS in KVM the VMM itself resolves (`kvmfault_pages_resolve`) the tables of the ITS and
+/// the property and pending tables of LPIs before it restores or saves them
+/// (KVM_DEV_ARM_ITS_RESTORE_TABLES and the others fail with EFAULT on an absent page) and before
+/// the guest runs. So it does for pages whose tags it copies (KVM_ARM_MTE_COPY_TAGS).
+///
+/// `vcpu_fd` is a vCPU on which KVM_SET_CPUID2 (arm64: KVM_ARM_VCPU_INIT) was called. The ioctl
+/// that asks it waits while that vCPU is inside KVM_RUN: call this before it runs.
 ///
 /// Returns: 0: it can.
 /// Errors:
 ///   -EOPNOTSUPP: it can't; `kvmfault_last_error` says why.
+///   -ENOEXEC: arm64: KVM_ARM_VCPU_INIT was not called.
 ///   -EINVAL: `vcpu_fd` is not a vCPU.
 ///   -EBADF: `vcpu_fd` is closed.
 /// Threads: any.
