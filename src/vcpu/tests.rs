@@ -37,7 +37,7 @@ impl Resolver for Sevens {
     }
 }
 
-struct Machine {
+pub(super) struct Machine {
     vm: Arc<Vm>,
     vcpus: Vec<VcpuFd>,
     data: Mapping,
@@ -46,7 +46,7 @@ struct Machine {
 
 impl Machine {
     /// A VM with `vcpus` vCPUs, each of which has PAGES pages of its own.
-    fn new(mechanism: Option<usize>, vcpus: u64) -> Result<Machine> {
+    pub(super) fn new(mechanism: Option<usize>, vcpus: u64) -> Result<Machine> {
         let system = SystemFd::open()?;
         let vm = system.create_vm().unwrap();
         let code = Mapping::anonymous(page_size()).unwrap();
@@ -91,11 +91,16 @@ impl Machine {
         Ok(Machine { vm: kf, vcpus, data, _code: code })
     }
 
-    /// Runs one vCPU to its end on the calling thread.
-    fn run(&self, n: usize) -> Result<Exit> {
+    /// Attaches to one vCPU, on the calling thread.
+    pub(super) fn attach(&self, n: usize) -> Result<Vcpu> {
         let options =
             Options { fd: self.vcpus[n].as_raw_fd(), run: None, sigbus: Sigbus::ByMask, signal: None, resumes: false };
-        let vcpu = Vcpu::new(&self.vm, options)?;
+        Vcpu::new(&self.vm, options)
+    }
+
+    /// Runs one vCPU to its end on the calling thread.
+    fn run(&self, n: usize) -> Result<Exit> {
+        let vcpu = self.attach(n)?;
         let exit = vcpu.run()?;
         assert_eq!(vcpu.run.exit_reason(), test_guest::END);
         Ok(exit)
