@@ -259,13 +259,15 @@ mod tests {
         };
         let block = Block::new(shape, None, true, false).unwrap();
         block.set_exits(1..2, false);
+        // A huge page's words in the bitmap, which has a bit for each base page.
+        let each = ((2 << 20) / page_size() / 64) as usize;
         let words: Vec<u64> =
-            block.bitmap.as_ref().unwrap().atomics()[..32].iter().map(|w| w.load(Ordering::Relaxed)).collect();
-        assert!(words[..8].iter().all(|&w| w == !0) && words[8..16].iter().all(|&w| w == 0));
+            block.bitmap.as_ref().unwrap().atomics()[..4 * each].iter().map(|w| w.load(Ordering::Relaxed)).collect();
+        assert!(words[..each].iter().all(|&w| w == !0) && words[each..2 * each].iter().all(|&w| w == 0));
         block.set_exits(1..2, true);
-        assert_eq!(block.bitmap_at(2 << 20), block.bitmap.as_ref().unwrap().address() + 64);
+        assert_eq!(block.bitmap_at(2 << 20), block.bitmap.as_ref().unwrap().address() + 8 * each as u64);
         let shape = Shape {
-            memory: HostMemory::for_test(Hva(0x1000), 0x10_0000),
+            memory: HostMemory::for_test(Hva(page_size()), 256 * page_size()),
             page: page_size(),
             kind: Kind::Anon,
             mechanism: 0,
@@ -302,14 +304,15 @@ mod tests {
         let alias = Mapping::anonymous(4 * page_size()).unwrap();
         let at = alias.address();
         let shape = Shape {
-            memory: HostMemory::for_test(Hva(0x1000), 4 * page_size()),
+            memory: HostMemory::for_test(Hva(page_size()), 4 * page_size()),
             page: page_size(),
             kind: Kind::Shared,
             mechanism: 0,
         };
         let block = Block::new(shape, Some(alias), false, true).unwrap();
-        assert_eq!((block.page_at(Hva(0x3abc)), block.page_at(at + 0x2abc)), (Some(2), Some(2)));
-        assert_eq!((block.page_at(Hva(0xfff)), block.page_at(Hva(0x5000))), (None, None));
+        let in_page_2 = 2 * page_size() + 0xabc;
+        assert_eq!((block.page_at(Hva(page_size()) + in_page_2), block.page_at(at + in_page_2)), (Some(2), Some(2)));
+        assert_eq!((block.page_at(Hva(page_size() - 1)), block.page_at(Hva(5 * page_size()))), (None, None));
         assert_eq!(block.pages.get(3), State::Present);
     }
 

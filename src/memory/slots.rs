@@ -249,13 +249,14 @@ mod tests {
     #[test]
     fn two_slots_on_one_host_range_share_page_states() {
         let ram = block(0x10_0000, 16);
-        let whole = slot(0, Gpa(0x4000_0000), &ram, 0, 16 * page_size());
+        let whole_gpa = Gpa(0x4000_0000);
+        let whole = slot(0, whole_gpa, &ram, 0, 16 * page_size());
         let part = slot(1 << 16, Gpa(0), &ram, 4 * page_size(), 8 * page_size());
         let slots = Slots::default().with(whole, false).with(part, false);
-        assert_eq!(slots.at(0, Gpa(0x4000_5000)).unwrap().page_of(Gpa(0x4000_5000)), 5);
-        assert_eq!(slots.at(1, Gpa(0x1000)).unwrap().page_of(Gpa(0x1000)), 5);
-        assert!(slots.at(0, Gpa(0x1000)).is_none() && slots.at(1, Gpa(8 * page_size())).is_none());
-        assert_eq!(slots.at_any(Gpa(0x1000)).unwrap().region.slot, 1 << 16);
+        assert_eq!(slots.at(0, whole_gpa + 5 * page_size()).unwrap().page_of(whole_gpa + 5 * page_size()), 5);
+        assert_eq!(slots.at(1, Gpa(page_size())).unwrap().page_of(Gpa(page_size())), 5);
+        assert!(slots.at(0, Gpa(page_size())).is_none() && slots.at(1, Gpa(8 * page_size())).is_none());
+        assert_eq!(slots.at_any(Gpa(page_size())).unwrap().region.slot, 1 << 16);
         assert_eq!(slots.at_kvm_hva(Hva(0x10_0000) + 15 * page_size()).unwrap().region.slot, 0);
         assert_eq!((slots.absent(), slots.lost().0), (16, 0));
         ram.pages.change(9, State::Absent, State::Lost).unwrap();
@@ -270,40 +271,41 @@ mod tests {
     #[test]
     fn a_range_is_cut_where_slots_begin_and_end() {
         let ram = block(0x10_0000, 16);
+        // All in pages.
+        let at = |page: u64| Gpa(page.saturating_mul(page_size()));
+        let pages = |n: u64| n * page_size();
         let slots = Slots::default()
-            .with(slot(0, Gpa(0x1_0000), &ram, 0, 4 * page_size()), false)
-            .with(slot(1, Gpa(0x1_4000), &ram, 4 * page_size(), 4 * page_size()), false)
-            .with(slot(2, Gpa(0x2_0000), &ram, 8 * page_size(), 4 * page_size()), false)
-            .with(slot(1 << 16, Gpa(0x1_2000), &ram, 0, 16 * page_size()), false);
+            .with(slot(0, at(0x10), &ram, 0, pages(4)), false)
+            .with(slot(1, at(0x14), &ram, pages(4), pages(4)), false)
+            .with(slot(2, at(0x20), &ram, pages(8), pages(4)), false)
+            .with(slot(1 << 16, at(0x12), &ram, 0, pages(16)), false);
         let parts = |start, end| -> Vec<_> {
-            let parts = slots.parts_of(Gpa(start)..Gpa(end)).into_iter();
-            parts.map(|(slot, part)| (slot.region.slot, part.start.0, part.end.0)).collect()
+            let parts = slots.parts_of(at(start)..at(end)).into_iter();
+            parts.map(|(slot, part)| (slot.region.slot, part.start.0 / page_size(), part.end.0 / page_size())).collect()
         };
         let all = [
-            (0, 0x1_0000, 0x1_2000),
-            (0, 0x1_2000, 0x1_4000),
-            (1, 0x1_4000, 0x1_8000),
-            (1 << 16, 0x1_8000, 0x2_0000),
-            (2, 0x2_0000, 0x2_2000),
-            (2, 0x2_2000, 0x2_4000),
+            (0, 0x10, 0x12),
+            (0, 0x12, 0x14),
+            (1, 0x14, 0x18),
+            (1 << 16, 0x18, 0x20),
+            (2, 0x20, 0x22),
+            (2, 0x22, 0x24),
         ];
         assert_eq!(parts(0, u64::MAX), all);
-        assert_eq!(
-            parts(0x1_1000, 0x1_5000),
-            [(0, 0x1_1000, 0x1_2000), (0, 0x1_2000, 0x1_4000), (1, 0x1_4000, 0x1_5000)]
-        );
-        assert_eq!(parts(0x2_4000, u64::MAX), []);
-        assert_eq!(parts(0, 0x1_0000), []);
+        assert_eq!(parts(0x11, 0x15), [(0, 0x11, 0x12), (0, 0x12, 0x14), (1, 0x14, 0x15)]);
+        assert_eq!(parts(0x24, u64::MAX), []);
+        assert_eq!(parts(0, 0x10), []);
     }
 
     #[test]
     fn overlap_is_within_an_address_space() {
         let ram = block(0x10_0000, 16);
-        let slots = Slots::default().with(slot(3, Gpa(0x1000), &ram, 0, 4 * page_size()), false);
-        let region = |slot, gpa| Region { slot, gpa: Gpa(gpa), len: page_size(), ..Default::default() };
-        assert!(slots.overlapping(&region(4, 0x4000)).is_some());
-        assert!(slots.overlapping(&region(4, 0x5000)).is_none());
-        assert!(slots.overlapping(&region(3, 0x4000)).is_none(), "a slot may move over itself");
-        assert!(slots.overlapping(&region(1 << 16 | 4, 0x4000)).is_none());
+        let slots = Slots::default().with(slot(3, Gpa(page_size()), &ram, 0, 4 * page_size()), false);
+        let region =
+            |slot, page: u64| Region { slot, gpa: Gpa(page * page_size()), len: page_size(), ..Default::default() };
+        assert!(slots.overlapping(&region(4, 4)).is_some());
+        assert!(slots.overlapping(&region(4, 5)).is_none());
+        assert!(slots.overlapping(&region(3, 4)).is_none(), "a slot may move over itself");
+        assert!(slots.overlapping(&region(1 << 16 | 4, 4)).is_none());
     }
 }

@@ -203,14 +203,15 @@ mod tests {
             A + 2040 * page_size()..A + 3000 * page_size(),
         ];
         let mut order = Order::new(first, false, Scope::default());
-        let mut next = || next(&mut order, &memory, &seats, 256).unwrap();
+        let near = NEIGHBOURHOOD / page_size();
+        let mut next = || next(&mut order, &memory, &seats, near / 2).unwrap();
         assert_eq!(next(), B + 8 * page_size()..B + 12 * page_size());
         assert_eq!(next(), A + 2040 * page_size()..A + 2048 * page_size());
-        assert_eq!(next(), B + 1000 * page_size()..B + 1256 * page_size());
+        assert_eq!(next(), B + 1000 * page_size()..B + (1000 + near / 2) * page_size());
         drop(seat.begin_fault(B + 500 * page_size()));
-        assert_eq!(next(), B + 500 * page_size()..B + 756 * page_size());
-        assert_eq!(next(), B + 756 * page_size()..B + 1000 * page_size());
-        assert_eq!(next(), A..A + 256 * page_size(), "one fault of each vCPU, the latest");
+        assert_eq!(next(), B + 500 * page_size()..B + (500 + near / 2) * page_size());
+        assert_eq!(next(), B + (500 + near / 2) * page_size()..B + (500 + near).min(1000) * page_size());
+        assert_eq!(next(), A..A + near / 2 * page_size(), "one fault of each vCPU, the latest");
     }
 
     /// Neither the sweep, nor a fault, nor what is given leads out of the scope.
