@@ -90,9 +90,7 @@ impl Vm {
     /// what a resolver may.
     ///
     /// ```no_run
-    /// # fn vm() -> kvmfault::Vm { unimplemented!() }
-    /// # fn main() -> Result<(), kvmfault::Error> {
-    /// # let vm = vm();
+    /// # fn example(vm: &kvmfault::Vm) -> Result<(), kvmfault::Error> {
     /// use kvmfault::FillOptions;
     ///
     /// let options = FillOptions::new().threads(2).bytes_per_second(1 << 30);
